@@ -1,0 +1,51 @@
+# Two commands matter: `make demo` runs the main job, `make test` proves it.
+# Both set up their own virtual environment in .venv first.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+.DEFAULT_GOAL := help
+
+.PHONY: help demo test lint types unit e2e format docs wheel clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The environment is rebuilt when a dependency or a .proto file changes.
+$(VENV)/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard protos/flowcontrol/v1/*.proto)
+	@PYTHON="$(PYTHON)" sh ./setup.sh $(VENV)
+	@touch $@
+
+demo: $(VENV)/ready  ## The main job on a real Envoy: with and without flow control, then a picture
+	@$(BIN)/flowcontrol demo $(ARGS)
+
+test: lint types unit  ## Everything CI checks: lint, types, layers, docs, unit to real-Envoy tests
+
+lint: $(VENV)/ready  ## Style, import layers, docstrings, generated documentation
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/interrogate --quiet flowcontrol server
+
+types: $(VENV)/ready  ## mypy --strict
+	$(BIN)/mypy
+	$(BIN)/mypy --strict tests --exclude tests/benchmarks
+
+unit: $(VENV)/ready  ## All tests, end to end on a real Envoy included
+	$(BIN)/pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+e2e: $(VENV)/ready  ## Only the tests on a real Envoy
+	$(BIN)/pytest -m e2e $(ARGS)
+
+docs: $(VENV)/ready  ## Rewrite what the README quotes from the code
+	$(BIN)/python -m tests.readme --write
+
+format: $(VENV)/ready  ## Apply formatter and safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(VENV)/ready  ## Build the wheel into dist/
+	$(BIN)/python -m build --wheel .
+
+clean:  ## Remove everything made here
+	rm -rf $(VENV) dist build flowcontrol/v1 demo-result .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

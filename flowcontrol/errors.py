@@ -1,0 +1,24 @@
+"""Pure. The errors this package raises.
+
+    FlowControlError
+    ├── ConfigError        a setting, or the relation of two, is wrong
+    └── NotRunningError    the processor has stopped; nothing more is accepted
+
+What becomes of a request is never an exception: it is an `Outcome`.
+"""
+
+
+class FlowControlError(Exception):
+    """Base of every error raised on purpose in this package."""
+
+
+class ConfigError(FlowControlError):
+    """Settings that cannot be used; says every problem it found, one per line."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class NotRunningError(FlowControlError):
+    """Asked of a processor that has stopped."""

@@ -1,0 +1,77 @@
+"""Pure. Facts go in, decisions come out.
+
+Facts are plain slots classes, built once and never touched after the hand-over to the inbox.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+from flowcontrol.request import Outcome, Request
+
+
+@final
+@dataclass(slots=True)
+class Arrived:
+    """A request stands at the gate and wants to be dispatched."""
+
+    request: Request
+
+
+@final
+@dataclass(slots=True)
+class Left:
+    """The stream of a request has ended, for whatever reason.
+
+    The gate need not know whether the request was still waiting: a decision may be crossing it.
+    """
+
+    request_id: int
+
+
+@final
+@dataclass(slots=True)
+class ObjectivesChanged:
+    """The whole set of objectives now declared, name to priority; bands follow from it."""
+
+    priorities: Mapping[str, int]
+
+
+@final
+@dataclass(slots=True)
+class EndpointsChanged:
+    """The whole set of endpoints the pool now has, as host:port."""
+
+    addresses: tuple[str, ...]
+
+
+@final
+@dataclass(slots=True)
+class DrainBegan:
+    """Refuse arrivals from now on; what still waits when the budget is spent is evicted."""
+
+    budget_ns: int
+
+
+Fact = Arrived | Left | ObjectivesChanged | EndpointsChanged | DrainBegan
+
+
+@final
+@dataclass(slots=True)
+class Decision:
+    """The one and only answer to a request, with what there is to say about it."""
+
+    request_id: int
+    outcome: Outcome
+    priority: int
+    """Of the band it was decided in."""
+    flow_id: str
+    waited_ns: int
+    endpoint: str | None = None
+    """Where to send it, when the engine is the picker."""
+    retry_after_ns: int | None = None
+    """When room is expected for this client; None when unknown or pointless."""
+    saturation: float = 0.0
+    """Of the pool, just after the decision."""
+    waiting: int = 0
+    """Requests waiting in the same band, just after the decision."""

@@ -1,0 +1,89 @@
+"""Thread shell. The one way into the processor, and the one place with a lock.
+
+A deque and a lock rather than `queue.Queue`: the lock makes "before close" and "after close"
+exclusive, so a fact is either refused or will be processed, never lost in between. The bell is
+apart from the putting: whoever puts many facts rings once.
+
+Arrivals are bounded here, because clients make them. Departures and the rest are not: every
+accepted request causes exactly one departure, so they are bounded by the arrivals, and a departure
+refused would be a slot lost for ever.
+"""
+
+from collections import deque
+from threading import Condition, Lock
+from typing import final
+
+from flowcontrol.errors import NotRunningError
+from flowcontrol.events import Arrived, Fact
+
+
+@final
+class Inbox:
+    """Facts from any thread, in the order they were put, for one thread that takes them in batches.
+
+    Args:
+        arrivals_max: arrivals not yet taken, at least 1.
+        batch_max: facts taken at once, at least 1; bounds one turn of the processor.
+    """
+
+    def __init__(self, arrivals_max: int, batch_max: int = 4096) -> None:
+        self._arrivals_max = arrivals_max
+        self._batch_max = batch_max
+        self._facts: deque[Fact] = deque()
+        self._arrival_count = 0
+        self._is_closed = False
+        self._is_rung = False
+        self._bell = Condition(Lock())
+
+    def offer(self, arrived: Arrived) -> bool:
+        """Put an arrival; False when too many are here already. Ring afterwards.
+
+        Raises:
+            NotRunningError: the inbox is closed.
+        """
+        with self._bell:
+            if self._is_closed:
+                message = "the processor has stopped"
+                raise NotRunningError(message)
+            if self._arrival_count >= self._arrivals_max:
+                return False
+            self._arrival_count += 1
+            self._facts.append(arrived)
+            return True
+
+    def post(self, fact: Fact) -> None:
+        """Put any other fact; never refused, and without effect once closed. Ring afterwards."""
+        with self._bell:
+            if not self._is_closed:
+                self._facts.append(fact)
+
+    def ring(self) -> None:
+        """Wake the taker; when it is awake, its next `take` returns at once."""
+        with self._bell:
+            self._is_rung = True
+            self._bell.notify()
+
+    def take(self, timeout_s: float | None) -> list[Fact]:
+        """Return what is here, oldest first; when nothing is, sleep until the bell or the timeout.
+
+        Args:
+            timeout_s: longest sleep, seconds; None for ever, 0 or less not at all.
+        """
+        with self._bell:
+            may_sleep = timeout_s is None or timeout_s > 0
+            if may_sleep and not (self._facts or self._is_rung or self._is_closed):
+                self._bell.wait(timeout_s)
+            self._is_rung = False
+            facts = self._facts
+            batch = [facts.popleft() for _ in range(min(len(facts), self._batch_max))]
+            self._arrival_count -= sum(type(fact) is Arrived for fact in batch)
+            return batch
+
+    def close(self) -> list[Fact]:
+        """Refuse everything from now on; return what nobody will take any more."""
+        with self._bell:
+            self._is_closed = True
+            left = list(self._facts)
+            self._facts.clear()
+            self._bell.notify()
+            return left

@@ -1,0 +1,93 @@
+"""Thread shell. The one thread that owns the flow controller.
+
+It runs at its own pace: take what came, read the clock once, tell the machine, ask it to decide,
+hand the decisions back in one batch, sleep until the next fact or the next deadline; never poll.
+"""
+
+import time
+from collections.abc import Callable
+from threading import Thread
+from typing import final
+
+from flowcontrol.controller import FlowController
+from flowcontrol.events import Decision, Fact
+from flowcontrol.inbox import Inbox
+from flowcontrol.snapshot import Snapshot
+
+_FLOWS_SHOWN_MAX = 1000
+"""Flows a published snapshot holds per band; bounds its cost, whoever asks."""
+
+
+@final
+class FlowProcessor:
+    """Runs a flow controller in a thread of its own until it is drained.
+
+    Args:
+        controller: owned by the thread from `start` on.
+        inbox: where its facts come from.
+        deliver: called in the thread with each batch of decisions, and with a snapshot whenever one
+            was asked for since the last turn. Must return at once.
+        ended: called in the thread as its last act: with None after a drain, else with what went
+            wrong. Any exception in a turn is a bug: nothing is decided after it.
+        clock: monotonic nanoseconds.
+    """
+
+    def __init__(
+        self,
+        controller: FlowController,
+        inbox: Inbox,
+        deliver: Callable[[list[Decision], Snapshot | None], None],
+        ended: Callable[[BaseException | None], None],
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._controller = controller
+        self._inbox = inbox
+        self._deliver = deliver
+        self._ended = ended
+        self._clock = clock
+        self._is_snapshot_wanted = False
+        self._thread = Thread(target=self._run, name="flow-processor", daemon=True)
+
+    def start(self) -> None:
+        """Begin to take facts."""
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread to end; whether it did."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def want_snapshot(self) -> None:
+        """Ask, from any thread, for a snapshot with the next delivery; many asks make one."""
+        self._is_snapshot_wanted = True
+        self._inbox.ring()
+
+    def _run(self) -> None:
+        fault: BaseException | None = None
+        try:
+            while not self._controller.is_drained:
+                self._turn(self._sleep())
+            self._turn(self._inbox.close())  # accepted means decided, at the last moment too
+        except BaseException as error:  # noqa: BLE001 - told to `ended`, which ends the process
+            fault = error
+            self._inbox.close()
+        self._ended(fault)
+
+    def _turn(self, facts: list[Fact]) -> None:
+        now_ns = self._clock()
+        controller = self._controller
+        for fact in facts:
+            controller.handle(fact, now_ns)
+        decisions = controller.poll(now_ns)
+        snapshot = None
+        if self._is_snapshot_wanted:
+            self._is_snapshot_wanted = False  # before it is taken: an ask in between gets another
+            snapshot = controller.snapshot(now_ns, _FLOWS_SHOWN_MAX)
+        if decisions or snapshot is not None:
+            self._deliver(decisions, snapshot)
+
+    def _sleep(self) -> list[Fact]:
+        wakeup_ns = self._controller.next_wakeup_ns()
+        if wakeup_ns is None:
+            return self._inbox.take(None)
+        return self._inbox.take((wakeup_ns - self._clock()) / 1e9)

@@ -1,0 +1,56 @@
+"""Pure. A request as the engine knows it, and the ways it can end."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, final
+
+DEFAULT_FLOW_ID = "default-flow"
+DEFAULT_PRIORITY = 0
+"""Of a request that names no known objective; the InferenceObjective CRD's own default."""
+
+
+class FlowKey(NamedTuple):
+    """Names one flow: the requests of one tenant at one priority.
+
+    A larger priority is served first. A negative priority is sheddable.
+    """
+
+    priority: int
+    flow_id: str
+
+
+@final
+@dataclass(slots=True)
+class Request:
+    """What the gate tells the engine of a request. Never changed after it is handed over."""
+
+    request_id: int
+    """Unique in this process; drawn from a counter, never the client's own id."""
+    flow_id: str = DEFAULT_FLOW_ID
+    objective: str | None = None
+    """Name of the InferenceObjective; the engine alone knows which priority that means."""
+    byte_size: int = 0
+    """Size of the request as announced; what the byte limits count."""
+    ttl_ns: int | None = None
+    """How long the client is willing to wait, from arrival; can only shorten the band's own."""
+
+
+class Outcome(Enum):
+    """What became of a request. The value is the word used in logs, metrics and the API.
+
+    Reject: never queued. Evict: queued, then removed undispatched.
+    """
+
+    DISPATCHED = "dispatched"
+    REJECTED_CAPACITY = "rejected-capacity"
+    REJECTED_NO_ENDPOINTS = "rejected-no-endpoints"
+    REJECTED_DRAINING = "rejected-draining"
+    EVICTED_TTL = "evicted-ttl"
+    EVICTED_NO_ENDPOINTS = "evicted-no-endpoints"
+    EVICTED_DISPLACED = "evicted-displaced"
+    EVICTED_CANCELLED = "evicted-cancelled"
+    EVICTED_DRAINED = "evicted-drained"
+    RECLAIMED = "reclaimed"
+    """Ended in flight for a better waiting request."""
+    INTERNAL = "internal"
+    """The engine failed; decided by the gate, because nobody else is left to decide."""

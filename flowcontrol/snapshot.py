@@ -1,0 +1,85 @@
+"""Pure. The state of the engine at one moment, frozen, for everybody who only wants to look."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+from flowcontrol.request import Outcome
+
+WAIT_BOUNDS_S = (
+    *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+)
+"""Upper bounds of the wait histogram; the longest is beyond any default time to live."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FlowSnapshot:
+    """One flow."""
+
+    flow_id: str
+    waiting: int
+    waiting_bytes: int
+    in_flight: int
+    oldest_wait_ns: int | None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class BandSnapshot:
+    """One band, with its flows of the longest backlog."""
+
+    priority: int
+    is_declared: bool
+    waiting: int
+    waiting_bytes: int
+    in_flight: int
+    oldest_wait_ns: int | None
+    ceiling: float
+    requests_max: int | None
+    bytes_max: int | None
+    flow_count: int
+    flows: tuple[FlowSnapshot, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What became of the requests of one priority since the start; survives its band."""
+
+    outcomes: Mapping[Outcome, int]
+    completed: int
+    wait_counts: Mapping[Outcome, tuple[int, ...]]
+    """How many waited up to each of `WAIT_BOUNDS_S`, and last how many longer; not cumulated."""
+    wait_sum_ns: Mapping[Outcome, int]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class EndpointSnapshot:
+    """One endpoint; `in_flight` is None where only the pool's count is known."""
+
+    address: str
+    in_flight: int | None
+    in_flight_max: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole engine."""
+
+    saturation: float
+    waiting: int
+    waiting_bytes: int
+    in_flight: int
+    is_draining: bool
+    bands: tuple[BandSnapshot, ...]
+    """Highest priority first."""
+    totals: Mapping[int, Totals]
+    """By priority."""
+    endpoints: tuple[EndpointSnapshot, ...]
+    objectives: Mapping[str, int]
+    """Name to priority."""
+    unknown_objectives: int
