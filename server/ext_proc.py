@@ -1,0 +1,101 @@
+"""The grpcio door: carries the ext_proc conversation between Envoy and the gate, nothing else."""
+
+import asyncio
+import random
+from typing import Any, final
+
+import grpc
+
+from server.classify import ExemptPaths
+from server.codec import SERVICE, MalformedMessageError, decode, encode
+from server.exchange import Exchange, Message, Park, Phase, ProtocolError
+from server.gate import FlowGate
+from server.replies import answer
+
+_Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+@final
+class ExtProcDoor:
+    """Serves `envoy.service.ext_proc.v3.ExternalProcessor/Process`, bytes to bytes.
+
+    Args:
+        gate: where requests are parked.
+        exempt: paths that pass ungated.
+        continue_on_fault: what becomes of requests when the engine has failed.
+    """
+
+    def __init__(self, gate: FlowGate, exempt: ExemptPaths, *, continue_on_fault: bool) -> None:
+        self._gate = gate
+        self._exempt = exempt
+        self._continue_on_fault = continue_on_fault
+        self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
+        self._closing = asyncio.get_running_loop().create_future()
+
+    def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
+        """Return what a grpc.aio server takes up."""
+        process = grpc.stream_stream_rpc_method_handler(self._process)
+        return grpc.method_handlers_generic_handler(SERVICE, {"Process": process})
+
+    def close(self) -> None:
+        """End the streams of requests in flight politely.
+
+        A stream that breaks off makes Envoy break off the response; one that ends with OK after its
+        answer leaves the response alone.
+        """
+        if not self._closing.done():
+            self._closing.set_result(None)
+
+    async def _process(self, _requests: Any, context: _Context) -> None:
+        exchange = Exchange(self._exempt)
+        try:
+            first = await self._read(context)
+            if first is None:
+                return
+            reply = exchange.receive(first)
+            if isinstance(reply, Park):
+                await self._hold(exchange, reply, context)
+            else:
+                await context.write(encode(reply))
+        except (ProtocolError, MalformedMessageError) as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _hold(self, exchange: Exchange, park: Park, context: _Context) -> None:
+        """Park the request, answer it, and keep its slot until its stream ends."""
+        parked = self._gate.park(park.facts)
+        # Read on while parked: with Envoy's graceful close the end of a request shows only there.
+        reading = asyncio.ensure_future(self._read(context))
+        try:
+            await asyncio.wait((parked.future, reading), return_when=asyncio.FIRST_COMPLETED)
+            if not parked.future.done():
+                message = reading.result()
+                if message is not None:
+                    exchange.receive(message)  # raises: nothing may be said while parked
+                self._gate.leave(parked)  # and is told so: an unanswered request would go through
+            decision = await parked.future
+            reply = exchange.decide(
+                answer(decision, self._chance.random(), continue_on_fault=self._continue_on_fault)
+            )
+            await context.write(encode(reply))
+            while exchange.phase is Phase.GOING:
+                await asyncio.wait((reading, self._closing), return_when=asyncio.FIRST_COMPLETED)
+                message = reading.result() if reading.done() else None
+                if message is None:
+                    return
+                reading = asyncio.ensure_future(self._read(context))
+                await self._acknowledge(exchange, message, context)
+        finally:
+            reading.cancel()
+            if parked.left_ns is None:
+                self._gate.leave(parked)
+
+    async def _acknowledge(self, exchange: Exchange, message: Message, context: _Context) -> None:
+        reply = exchange.receive(message)
+        assert not isinstance(reply, Park), "headers come once"
+        await context.write(encode(reply))
+
+    @staticmethod
+    async def _read(context: _Context) -> Message | None:
+        """Return the next message, None at the end of the stream."""
+        data: object = await context.read()  # grpc.aio.EOF, which its stubs do not know
+        return decode(data) if isinstance(data, bytes) else None

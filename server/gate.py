@@ -1,0 +1,183 @@
+"""The bridge between the event loop and the processor thread.
+
+Everything here runs on the loop's thread, except that `deliver` and `ended` are called by the
+processor and hop over at once. Per turn of the loop the processor is woken once, however many
+requests came; per batch of decisions the loop is woken once.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+from flowcontrol.config import ControllerConfig
+from flowcontrol.controller import FlowController
+from flowcontrol.errors import NotRunningError
+from flowcontrol.events import Arrived, Decision, Fact, Left
+from flowcontrol.inbox import Inbox
+from flowcontrol.processor import FlowProcessor
+from flowcontrol.request import DEFAULT_PRIORITY, Outcome, Request
+from flowcontrol.snapshot import Snapshot
+from server.classify import RequestFacts
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Parked:
+    """A request at the gate, from its arrival to the end of its stream."""
+
+    request_id: int
+    facts: RequestFacts
+    future: asyncio.Future[Decision]
+    """Resolves exactly once, with the decision; never cancelled, never an exception."""
+    decided_ns: int = 0
+    left_ns: int | None = None
+
+
+@final
+class FlowGate:
+    """Parks requests on futures and settles them with the processor's decisions.
+
+    Args:
+        config: for the flow controller it builds.
+        arrivals_max: arrivals the processor may be behind before more are refused on the spot.
+        request_ended: told of every request once, when it is both decided and gone.
+        processor_ended: told once, with what went wrong or None after a drain.
+    """
+
+    def __init__(
+        self,
+        config: ControllerConfig,
+        arrivals_max: int,
+        request_ended: Callable[[Parked, Decision], None],
+        processor_ended: Callable[[BaseException | None], None],
+    ) -> None:
+        self.inbox_refusals = 0
+        self._loop = asyncio.get_running_loop()
+        self._request_ended = request_ended
+        self._processor_ended = processor_ended
+        self._inbox = Inbox(arrivals_max)
+        controller = FlowController(config, time.monotonic_ns())
+        self._processor = FlowProcessor(controller, self._inbox, self._deliver, self._ended)
+        self._ids = itertools.count(1)
+        self._parked: dict[int, Parked] = {}
+        self._is_bell_due = False
+        self._snapshot: asyncio.Future[Snapshot] | None = None
+        self._closed_as: Outcome | None = None
+        """How arrivals are answered once the processor has ended."""
+
+    def start(self) -> None:
+        """Start the processor."""
+        self._processor.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the processor thread, which has said it ended; whether it did."""
+        return self._processor.join(timeout_s)
+
+    def park(self, facts: RequestFacts) -> Parked:
+        """Take in a request; its future resolves with the decision. `leave` must follow, once."""
+        request_id = next(self._ids)
+        parked = Parked(request_id, facts, self._loop.create_future())
+        self._parked[request_id] = parked
+        request = Request(request_id, facts.flow_id, facts.objective, facts.byte_size, facts.ttl_ns)
+        try:
+            is_taken = self._inbox.offer(Arrived(request))
+        except NotRunningError:
+            self._settle(self._own_decision(parked, self._closed_as or Outcome.REJECTED_DRAINING))
+            return parked
+        if is_taken:
+            self._ring()
+        else:
+            self.inbox_refusals += 1
+            self._settle(self._own_decision(parked, Outcome.REJECTED_CAPACITY))
+        return parked
+
+    def leave(self, parked: Parked) -> None:
+        """Note that the request's stream has ended, whatever state the request is in."""
+        assert parked.left_ns is None, "a request leaves once"
+        parked.left_ns = time.monotonic_ns()
+        if not parked.future.done():
+            self.post(Left(parked.request_id))
+            return
+        decision = parked.future.result()
+        if decision.outcome is Outcome.DISPATCHED:
+            self.post(Left(parked.request_id))
+        self._finish(parked, decision)
+
+    def post(self, fact: Fact) -> None:
+        """Tell the engine anything but an arrival."""
+        self._inbox.post(fact)
+        self._ring()
+
+    async def snapshot(self) -> Snapshot:
+        """Return the engine's state as of a moment after this call.
+
+        Raises:
+            NotRunningError: the processor has ended.
+        """
+        if self._closed_as is not None:
+            message = "the processor has stopped"
+            raise NotRunningError(message)
+        if self._snapshot is None:
+            self._snapshot = self._loop.create_future()
+            self._processor.want_snapshot()
+        return await asyncio.shield(self._snapshot)
+
+    def _ring(self) -> None:
+        if not self._is_bell_due:
+            self._is_bell_due = True
+            self._loop.call_soon(self._ring_now)
+
+    def _ring_now(self) -> None:
+        self._is_bell_due = False
+        self._inbox.ring()
+
+    def _deliver(self, decisions: list[Decision], snapshot: Snapshot | None) -> None:
+        self._loop.call_soon_threadsafe(self._receive, decisions, snapshot)
+
+    def _receive(self, decisions: list[Decision], snapshot: Snapshot | None) -> None:
+        for decision in decisions:
+            self._settle(decision)
+        if snapshot is not None and self._snapshot is not None:
+            self._snapshot.set_result(snapshot)
+            self._snapshot = None
+
+    def _settle(self, decision: Decision) -> None:
+        """Resolve a request's future: the one place where that is done."""
+        parked = self._parked[decision.request_id]
+        parked.decided_ns = time.monotonic_ns()
+        parked.future.set_result(decision)
+        if parked.left_ns is not None:
+            self._finish(parked, decision)
+
+    def _finish(self, parked: Parked, decision: Decision) -> None:
+        del self._parked[parked.request_id]
+        self._request_ended(parked, decision)
+
+    def _ended(self, fault: BaseException | None) -> None:
+        self._loop.call_soon_threadsafe(self._close, fault)
+
+    def _close(self, fault: BaseException | None) -> None:
+        """Settle what the processor left behind: nothing after a drain, all after a fault."""
+        self._closed_as = Outcome.REJECTED_DRAINING if fault is None else Outcome.INTERNAL
+        for parked in list(self._parked.values()):
+            if not parked.future.done():
+                self._settle(self._own_decision(parked, self._closed_as))
+        if self._snapshot is not None:
+            self._snapshot.set_exception(NotRunningError("the processor has stopped"))
+            self._snapshot = None
+        self._processor_ended(fault)
+
+    def _own_decision(self, parked: Parked, outcome: Outcome) -> Decision:
+        """Decide in the engine's place, where the engine never saw the request or is no more."""
+        retry_after_ns = 1_000_000_000 if outcome is not Outcome.INTERNAL else None
+        return Decision(
+            parked.request_id,
+            outcome,
+            DEFAULT_PRIORITY,
+            parked.facts.flow_id,
+            waited_ns=0,
+            retry_after_ns=retry_after_ns,
+        )

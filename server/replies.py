@@ -1,0 +1,141 @@
+"""Pure. What a client is told: the one table from outcomes to HTTP."""
+
+import json
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple, final
+
+from flowcontrol.events import Decision
+from flowcontrol.request import Outcome
+
+REASON_HEADER = "x-llm-d-request-dropped-reason"
+_SECOND_NS = 1_000_000_000
+_JITTER = 0.25
+RETRY_AFTER_MAX_S = 30
+
+
+class Refused(NamedTuple):
+    """How one outcome looks to a client."""
+
+    status: int
+    reason: str
+    message: str
+    grpc_status: int
+
+
+_RESOURCE_EXHAUSTED, _INTERNAL, _UNAVAILABLE, _CANCELLED = 8, 13, 14, 1
+
+REFUSALS = {
+    Outcome.REJECTED_CAPACITY: Refused(
+        429, "rejected-saturated", "the queue for this request is full", _RESOURCE_EXHAUSTED
+    ),
+    Outcome.REJECTED_NO_ENDPOINTS: Refused(
+        503, "rejected-no-endpoints", "no model server is available", _UNAVAILABLE
+    ),
+    Outcome.REJECTED_DRAINING: Refused(
+        503, "rejected-shutting-down", "this gateway is shutting down", _UNAVAILABLE
+    ),
+    Outcome.EVICTED_TTL: Refused(
+        429, "rejected-ttl-expired", "the request waited too long for its turn", _RESOURCE_EXHAUSTED
+    ),
+    Outcome.EVICTED_NO_ENDPOINTS: Refused(
+        503, "rejected-no-endpoints", "no model server became available in time", _UNAVAILABLE
+    ),
+    Outcome.EVICTED_DISPLACED: Refused(
+        429, "evicted-priority", "a request of higher priority took the place", _RESOURCE_EXHAUSTED
+    ),
+    Outcome.EVICTED_CANCELLED: Refused(
+        499, "rejected-context-cancelled", "the client went away", _CANCELLED
+    ),
+    Outcome.EVICTED_DRAINED: Refused(
+        503, "rejected-shutting-down", "this gateway is shutting down", _UNAVAILABLE
+    ),
+    Outcome.RECLAIMED: Refused(
+        429, "evicted", "ended for a request of higher priority", _RESOURCE_EXHAUSTED
+    ),
+    Outcome.INTERNAL: Refused(500, "internal", "flow control failed", _INTERNAL),
+}
+"""Every outcome but DISPATCHED. Statuses and reasons are those of the reference implementation.
+
+429: there is capacity, others hold it. 503: there is none.
+"""
+
+_ERROR_TYPES = {429: "rate_limit_error", 499: "invalid_request_error"}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Proceed:
+    """Let the request go on, to `endpoint` where the engine is the picker."""
+
+    priority: int
+    waited_ns: int
+    endpoint: str | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Exempt:
+    """Let the request go on as if we were not there."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Answer the client in place of the model server."""
+
+    status: int
+    reason: str
+    """Also the response code details in Envoy's access log."""
+    body: bytes
+    grpc_status: int
+    retry_after_s: int | None = None
+
+
+Answer = Proceed | Exempt | Refuse
+
+
+def answer(decision: Decision, chance: float, *, continue_on_fault: bool = False) -> Answer:
+    """Put a decision into words for Envoy.
+
+    Args:
+        decision: of the engine, or of the gate when the engine has failed.
+        chance: from 0 to 1, spreads Retry-After so that a crowd does not come back as one.
+        continue_on_fault: let a request on, ungated, when it was the engine that failed.
+    """
+    if decision.outcome is Outcome.DISPATCHED:
+        return Proceed(decision.priority, decision.waited_ns, decision.endpoint)
+    if decision.outcome is Outcome.INTERNAL and continue_on_fault:
+        return Exempt()
+    refused = REFUSALS[decision.outcome]
+    return Refuse(
+        refused.status,
+        refused.reason,
+        _openai_error(refused),
+        refused.grpc_status,
+        retry_after(decision.retry_after_ns, chance),
+    )
+
+
+def retry_after(expected_ns: int | None, chance: float) -> int | None:
+    """Return whole seconds to wait before trying again, None when under a second or unknown.
+
+    Rounded up and spread upwards by a quarter; beyond the cap of 30 s spread downwards instead.
+    """
+    if expected_ns is None or expected_ns < _SECOND_NS:
+        return None
+    seconds = expected_ns / _SECOND_NS
+    spread = seconds * (1 + _JITTER * chance)
+    if spread > RETRY_AFTER_MAX_S:
+        spread = RETRY_AFTER_MAX_S * (1 - _JITTER * chance)
+    return ceil(spread)
+
+
+def _openai_error(refused: Refused) -> bytes:
+    error = {
+        "message": refused.message,
+        "type": _ERROR_TYPES.get(refused.status, "server_error"),
+        "param": None,
+        "code": refused.reason,
+    }
+    return json.dumps({"error": error}).encode()
