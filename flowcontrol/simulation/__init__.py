@@ -1,0 +1,1 @@
+"""Models of the world around the controller: pure, deterministic, on a clock the caller holds."""
