@@ -24,7 +24,9 @@ from flowcontrol.events import (
     EndpointsChanged,
     Fact,
     Left,
+    LoadObserved,
     ObjectivesChanged,
+    Settled,
 )
 from flowcontrol.flow import Flow, Lease
 from flowcontrol.keyedheap import KeyedHeap
@@ -80,6 +82,8 @@ class FlowController:
                 self._declare({*self._objectives.values(), DEFAULT_PRIORITY}, now_ns)
             case EndpointsChanged(addresses):
                 self._change_endpoints(addresses, now_ns)
+            case Settled() | LoadObserved():
+                pass
             case DrainBegan(budget_ns):
                 if self._drain_until_ns is None:
                     self._drain_until_ns = now_ns + budget_ns
@@ -146,7 +150,8 @@ class FlowController:
             if lease.budget_from_ns == lease.arrived_ns:
                 lease.budget_from_ns = now_ns  # once: a flapping pool extends no wait
             if lease.is_admitted:
-                self._set_deadline(lease)
+                # Judged by its new budget only after this turn: a pool that revives serves first.
+                self._set_deadline(lease, now_ns + 1)
 
     def _declare(self, priorities: set[int], now_ns: int) -> None:
         for band in list(self._order):
@@ -192,9 +197,13 @@ class FlowController:
         )
 
     def _expire(self, now_ns: int) -> None:
-        outcome = Outcome.EVICTED_NO_ENDPOINTS if self._detector.is_empty else Outcome.EVICTED_TTL
         while (first := self._deadlines.first()) is not None and first[0] <= now_ns:
-            self._end_waiting(first[1], outcome, now_ns)
+            self._end_waiting(first[1], self._expired, now_ns)
+
+    @property
+    def _expired(self) -> Outcome:
+        is_empty = self._detector.is_empty
+        return Outcome.EVICTED_NO_ENDPOINTS if is_empty else Outcome.EVICTED_TTL
 
     def _dispatch(self, now_ns: int) -> None:
         detector = self._detector
@@ -223,6 +232,10 @@ class FlowController:
         for lease in newcomers:
             if lease.is_in_flight or lease.request.request_id not in self._leases:
                 continue
+            deadline_ns = self._deadline_ns(lease)
+            if deadline_ns is not None and deadline_ns <= now_ns:
+                self._end_waiting(lease, self._expired, now_ns)  # it came to go now or never
+                continue
             size = lease.request.byte_size
             band = self._bands[lease.flow.key.priority]
             scopes = [] if band.capacity.fits(size) else [band.drain_rate]
@@ -232,7 +245,6 @@ class FlowController:
                 self._refuse(lease, scopes, now_ns)
             else:
                 self._admit(lease, band)
-                self._expire(now_ns)  # who cannot wait at all has had its chance
 
     def _displace_for(self, lease: Lease, now_ns: int) -> bool:
         """Evict waiting work of lower bands until the newcomer fits; nobody, if it never would."""
@@ -269,20 +281,26 @@ class FlowController:
         retry_after_ns = max((each for each in promises if each is not None), default=None)
         self._end_waiting(lease, Outcome.REJECTED_CAPACITY, now_ns, retry_after_ns)
 
-    def _set_deadline(self, lease: Lease) -> None:
-        request = lease.request
-        ttl_ns = self._bands[lease.flow.key.priority].settings.ttl_ns
-        if self._detector.is_empty:
-            ttl_ns = self._config.no_endpoint_ttl_ns
-        deadlines = []
-        if ttl_ns is not None:
-            deadlines.append(lease.budget_from_ns + ttl_ns)
-        if request.ttl_ns is not None:
-            deadlines.append(lease.arrived_ns + request.ttl_ns)
-        if deadlines:
-            self._deadlines.put(lease, min(deadlines))
-        else:
+    def _set_deadline(self, lease: Lease, earliest_ns: int = 0) -> None:
+        deadline_ns = self._deadline_ns(lease)
+        if deadline_ns is None:
             self._deadlines.discard(lease)
+        else:
+            self._deadlines.put(lease, max(deadline_ns, earliest_ns))
+
+    def _deadline_ns(self, lease: Lease) -> int | None:
+        """Return when it will have waited too long: the earliest of all that bounds its wait."""
+        ttl_ns = self._bands[lease.flow.key.priority].settings.ttl_ns
+        empty_ttl_ns = self._config.no_endpoint_ttl_ns
+        current_ns = empty_ttl_ns if self._detector.is_empty else ttl_ns
+        deadlines = []
+        if current_ns is not None:
+            deadlines.append(lease.budget_from_ns + current_ns)
+        if ttl_ns is not None and empty_ttl_ns is not None:
+            deadlines.append(lease.arrived_ns + ttl_ns + empty_ttl_ns)
+        if lease.request.ttl_ns is not None:
+            deadlines.append(lease.arrived_ns + lease.request.ttl_ns)
+        return min(deadlines, default=None)
 
     def _end_waiting(
         self, lease: Lease, outcome: Outcome, now_ns: int, retry_after_ns: int | None = None

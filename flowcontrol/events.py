@@ -31,6 +31,39 @@ class Left:
 
 @final
 @dataclass(slots=True)
+class Settled:
+    """What a finished request really took, as Envoy's access log tells; before or after `Left`.
+
+    None where it is not known: no usage in the response, no first byte.
+    """
+
+    request_id: int
+    input_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    ttft_ns: int | None = None
+    """From the dispatch to the first byte of the response's body."""
+    generation_ns: int | None = None
+    """From that first byte to the last."""
+    is_success: bool = True
+    """Whether the model server answered below 400."""
+
+
+@final
+@dataclass(slots=True)
+class LoadObserved:
+    """What an endpoint last said of its own load."""
+
+    address: str
+    waiting: int
+    """Requests queued inside the engine."""
+    running: int
+    kv_usage: float
+    """From 0 to 1."""
+
+
+@final
+@dataclass(slots=True)
 class ObjectivesChanged:
     """The whole set of objectives now declared, name to priority; bands follow from it."""
 
@@ -53,7 +86,7 @@ class DrainBegan:
     budget_ns: int
 
 
-Fact = Arrived | Left | ObjectivesChanged | EndpointsChanged | DrainBegan
+Fact = Arrived | Left | Settled | LoadObserved | ObjectivesChanged | EndpointsChanged | DrainBegan
 
 
 @final

@@ -33,6 +33,14 @@ class Request:
     """Size of the request as announced; what the byte limits count."""
     ttl_ns: int | None = None
     """How long the client is willing to wait, from arrival; can only shorten the band's own."""
+    input_tokens: int | None = None
+    """Tokens of the prompt, where Envoy knows them; else estimated from the byte size."""
+    output_tokens_max: int | None = None
+    """The most tokens the client asked for."""
+    ttft_slo_ns: int | None = None
+    """When its first token is due, from arrival."""
+    model: str = ""
+    """Names what is alike in output length."""
 
 
 class Outcome(Enum):
