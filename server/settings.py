@@ -4,11 +4,11 @@ Every model field carries its meaning as a docstring; the README's reference is 
 """
 
 import re
-from collections.abc import Hashable
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from socket import AF_INET6, inet_ntop, inet_pton
+from typing import Annotated, Literal, NamedTuple, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -33,6 +34,7 @@ from flowcontrol.config import (
 )
 from flowcontrol.errors import ConfigError
 from server.units import parse_duration, parse_quantity
+from server.yamlfile import read_mapping
 
 ENVOY_PATIENCE_MAX_NS = 3_600_000_000_000
 """The longest message_timeout Envoy accepts: no wait can outlast it."""
@@ -63,11 +65,23 @@ def _limit(value: object) -> object:
     return value
 
 
+_ADDRESS_RULE = "must be host:port with a port from 1 to 65535, such as 10.0.0.5:8000 or [::1]:8000"
+
+
 class Address(NamedTuple):
     """A host and a port; an IPv6 host stands in brackets when written."""
 
     host: str
     port: int
+
+    @property
+    def is_ip(self) -> bool:
+        """Whether the host is an IP address, not a name."""
+        try:
+            ip_address(self.host)
+        except ValueError:
+            return False
+        return True
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -76,11 +90,17 @@ class Address(NamedTuple):
 
 def parse_address(value: object) -> Address:
     """Read host:port, or raise what pydantic reports as a rule."""
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]/]+):(\d{1,5})", str(value))
-    if match is None or not 0 < int(match[2]) <= 65535:  # noqa: PLR2004 - the largest port
-        rule = "must be host:port with a port from 1 to 65535, such as 10.0.0.5:8000 or [::1]:8000"
-        raise _rule(rule)
-    return Address(match[1].strip("[]"), int(match[2]))
+    match = re.fullmatch(r"(?:\[([^\s\[\]]+)\]|([^\s:\[\]/]+)):(\d{1,5})", str(value))
+    if match is None or not 0 < int(match[3]) <= 65535:  # noqa: PLR2004 - the largest port
+        raise _rule(_ADDRESS_RULE)
+    host = match[2]
+    if host is None:
+        address, percent, zone = match[1].partition("%")
+        try:  # in one spelling only: Envoy's
+            host = inet_ntop(AF_INET6, inet_pton(AF_INET6, address)) + percent + zone
+        except OSError as error:
+            raise _rule(_ADDRESS_RULE) from error
+    return Address(host, int(match[3]))
 
 
 def _switched_off(value: object) -> object:
@@ -128,6 +148,15 @@ class Objectives(_Section):
     """Folder of InferenceObjective manifests (*.yaml, *.yml), followed live.
     A relative path starts at the configuration file."""
 
+    @field_validator("directory")
+    @classmethod
+    def _is_a_folder(cls, value: Path, info: ValidationInfo) -> Path:
+        directory = (info.context or {}).get("directory", Path()) / value
+        if not directory.is_dir():
+            rule = f"must be a folder, got {str(directory)!r}"
+            raise _rule(rule)
+        return Path(directory)
+
 
 class Endpoints(_Section):
     """The model servers of the pool."""
@@ -150,16 +179,16 @@ class Saturation(_Section):
 
     detector: Literal["concurrency"] = "concurrency"
     """concurrency: requests in flight, counted exactly from the streams Envoy holds open."""
-    max_concurrency: int = Field(default=64, ge=1)
+    max_concurrency: int = Field(default=64, ge=1, strict=True)
     """Requests in flight at one endpoint at which it is full. About what the engine batches."""
 
 
 class BandMatch(_Section):
     """Which bands a template is for."""
 
-    min_priority: int | None = None
+    min_priority: int | None = Field(default=None, strict=True)
     """Lowest priority, included."""
-    max_priority: int | None = None
+    max_priority: int | None = Field(default=None, strict=True)
     """Highest priority, included."""
 
     @model_validator(mode="after")
@@ -205,6 +234,24 @@ class FlowControl(_Section):
     bands: tuple[Band, ...] = ()
     """Templates; the first that matches a band's priority counts."""
 
+    @model_validator(mode="after")
+    def _within_envoys_patience(self) -> Self:
+        if self.longest_wait_ns + ENVOY_MARGIN_NS > ENVOY_PATIENCE_MAX_NS:
+            seconds = (ENVOY_PATIENCE_MAX_NS - ENVOY_MARGIN_NS) // 1_000_000_000
+            rule = (
+                f"must keep the longest requestTTL + noEndpointTTL within {seconds}s: "
+                "Envoy gives up on a parked request after at most an hour"
+            )
+            raise _rule(rule)
+        return self
+
+    @property
+    def longest_wait_ns(self) -> int:
+        """How long a request can possibly be parked: both budgets, one after the other."""
+        ttls = [self.request_ttl]
+        ttls += [band.request_ttl for band in self.bands if band.request_ttl]
+        return max(ttls) + self.no_endpoint_ttl
+
 
 class Requests(_Section):
     """How requests are read."""
@@ -246,12 +293,12 @@ class Settings(_Section):
     requests: Requests = Requests()
 
     @model_validator(mode="after")
-    def _within_envoys_patience(self) -> Self:
-        if self.longest_wait_ns + ENVOY_MARGIN_NS > ENVOY_PATIENCE_MAX_NS:
-            seconds = (ENVOY_PATIENCE_MAX_NS - ENVOY_MARGIN_NS) // 1_000_000_000
+    def _picked_by_address(self) -> Self:
+        names = [str(address) for address in self.endpoints.static if not address.is_ip]
+        if self.picker != "off" and names:
             rule = (
-                f"must keep the longest requestTTL + flowControl.noEndpointTTL within {seconds}s: "
-                "Envoy gives up on a parked request after at most an hour"
+                "picker must be off while endpoints.static has host names, as Envoy knows a picked "
+                f"endpoint by its IP address alone, got {', '.join(names)}"
             )
             raise _rule(rule)
         return self
@@ -259,9 +306,7 @@ class Settings(_Section):
     @property
     def longest_wait_ns(self) -> int:
         """How long a request can possibly be parked: both budgets, one after the other."""
-        ttls = [self.flow_control.request_ttl]
-        ttls += [band.request_ttl for band in self.flow_control.bands if band.request_ttl]
-        return max(ttls) + self.flow_control.no_endpoint_ttl
+        return self.flow_control.longest_wait_ns
 
     def controller_config(self) -> ControllerConfig:
         """Return what the engine is to be told."""
@@ -294,38 +339,16 @@ def load_settings(path: Path) -> Settings:
     Raises:
         ConfigError: naming every mistake in it, each with its path in the file.
     """
+    content = read_mapping(path)
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError([f"{path}: cannot be read: {reason}"]) from error
-    try:
-        content = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{path}: is not YAML: {' '.join(str(error).split())}"]) from error
-    if not isinstance(content, dict):
-        raise ConfigError([f"{path}: must be a mapping with apiVersion and kind"])
-    try:
-        settings = Settings.model_validate(content)
+        return Settings.model_validate(content, context={"directory": path.parent})
     except ValidationError as error:
-        raise ConfigError([_say(each) for each in error.errors()]) from error
-    directory = path.parent / settings.objectives.directory
-    if not directory.is_dir():
-        raise ConfigError([f"objectives.directory must be a folder, got {str(directory)!r}"])
-    objectives = settings.objectives.model_copy(update={"directory": directory})
-    return settings.model_copy(update={"objectives": objectives})
+        raise ConfigError(problems_of(error)) from error
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML says keys are unique; PyYAML lets the last one win. A lost setting is an error here."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                problem = f"{key!r} is set twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return super().construct_mapping(node, deep)
+def problems_of(error: ValidationError) -> list[str]:
+    """Return pydantic's errors in the house's words, each with its path in the file."""
+    return [_say(each) for each in error.errors()]
 
 
 _RULES = {
@@ -334,6 +357,7 @@ _RULES = {
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
+    "finite_number": "must be a whole number",
     "string_type": "must be text",
     "path_type": "must be text",
     "string_too_short": "must not be empty",
@@ -348,12 +372,12 @@ _RULES = {
 def _say(error: ErrorDetails) -> str:
     """Put one of pydantic's errors as where, rule, value."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
-    where = "".join(parts).lstrip(".")
+    where = str(error["loc"][-1]) if error["type"] == "invalid_key" else "".join(parts).lstrip(".")
     if error["type"] == "missing":
         return f"{where} is required"
-    if error["type"] == "extra_forbidden":
+    if error["type"] in {"extra_forbidden", "invalid_key"}:
         return f"{where} is not a known setting"
     rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
     value = error["input"]
-    shown = "" if isinstance(value, dict | BaseModel) else f", got {value!r}"
+    shown = "" if isinstance(value, dict | BaseModel) or ", got " in rule else f", got {value!r}"
     return f"{where} {rule}{shown}".strip()

@@ -1,0 +1,429 @@
+"""Envoy's configuration: the one made by hand, the one of Compose, and what `bootstrap` makes."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import duration_pb2
+
+from server.envoy_binary import envoy_binary
+from server.envoy_config import EnvoyOptions, bootstrap
+from server.settings import Address, Settings, load_settings
+
+ENVOY = Path(__file__).parents[1] / "envoy"
+BY_HAND = ENVOY / "envoy.yaml", ENVOY / "flowcontrol.yaml"
+COMPOSE = ENVOY / "compose" / "envoy.yaml", ENVOY / "compose" / "flowcontrol.yaml"
+FILES = pytest.mark.parametrize(
+    ("envoy_file", "settings_file"), [BY_HAND, COMPOSE], ids=["by-hand", "compose"]
+)
+CLOCKS = frozenset({"stream_idle_timeout", "request_timeout", "max_stream_duration"})
+"""Envoy's clocks that run while a request is parked; `idle_timeout` is one on a route alone."""
+
+
+def settings_with(*static: str, picker: str = "off", **sections: Any) -> Settings:
+    """Settings for a pool of these endpoints."""
+    return Settings.model_validate(
+        {
+            "apiVersion": "flowcontrol/v1alpha1",
+            "kind": "FlowControlConfig",
+            "pool": "llama",
+            "objectives": {"directory": "."},
+            "endpoints": {"static": static},
+            "picker": picker,
+            **sections,
+        }
+    )
+
+
+def generated(settings: Settings, options: EnvoyOptions | None = None) -> dict[str, Any]:
+    """What `bootstrap` makes, read back."""
+    return parsed(bootstrap(settings, options or EnvoyOptions()))
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """Plain YAML of a configuration."""
+    content = yaml.safe_load(text)
+    assert isinstance(content, dict)
+    return content
+
+
+def typed(configuration: dict[str, Any]) -> object:
+    """The same as messages, where 1 equals 1.0 and 0.5s equals 0.500s."""
+    # Not at the top: there it would come before server.envoy_config, which calms its warnings.
+    from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap  # noqa: PLC0415
+
+    return Bootstrap.from_dict(configuration)
+
+
+def all_settings(node: object, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every setting with the names of the settings it stands in."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield (*path, name), value
+            yield from all_settings(value, *path, name)
+    elif isinstance(node, list):
+        for value in node:
+            yield from all_settings(value, *path)
+
+
+def the_only(configuration: object, name: str) -> Any:
+    """The one setting of that name."""
+    (value,) = [value for path, value in all_settings(configuration) if path[-1] == name]
+    return value
+
+
+def filter_of(configuration: dict[str, Any]) -> dict[str, Any]:
+    """The ext_proc filter's settings."""
+    (config,) = [
+        value["typed_config"]
+        for value in the_only(configuration, "http_filters")
+        if value["name"] == "envoy.filters.http.ext_proc"
+    ]
+    assert isinstance(config, dict)
+    return config
+
+
+def cluster_of(configuration: dict[str, Any], name: str) -> dict[str, Any]:
+    """One cluster's settings."""
+    (cluster,) = [
+        each for each in configuration["static_resources"]["clusters"] if each["name"] == name
+    ]
+    assert isinstance(cluster, dict)
+    return cluster
+
+
+def addresses_of(node: object) -> list[Address]:
+    """All socket addresses within."""
+    return [
+        Address(value["address"], value["port_value"])
+        for path, value in all_settings(node)
+        if path[-1] == "socket_address"
+    ]
+
+
+def nanoseconds(text: str) -> int:
+    """A duration as protobuf's JSON writes it."""
+    duration = duration_pb2.Duration()
+    duration.FromJsonString(text)
+    return duration.ToNanoseconds()
+
+
+def impatience(configuration: dict[str, Any], longest_wait_ns: int) -> list[str]:
+    """What of Envoy would end a wait before the service does, in any way ENVOY.md C knows."""
+    settings = list(all_settings(configuration))
+    clocks = {
+        ".".join(path[-2:]): nanoseconds(value)
+        for path, value in settings
+        if path[-1] in CLOCKS or path[-2:] == ("route", "idle_timeout")
+    }
+    if not any(name.endswith("stream_idle_timeout") for name in clocks):
+        clocks["stream_idle_timeout, by default"] = nanoseconds("300s")
+    short = [name for name, value in clocks.items() if 0 < value <= longest_wait_ns]
+    if nanoseconds(filter_of(configuration).get("message_timeout", "0.2s")) <= longest_wait_ns:
+        short.append("message_timeout")
+    return short
+
+
+class TestPatience:
+    """A wait ends by our decision, never by Envoy's impatience."""
+
+    @FILES
+    def test_files(self, envoy_file: Path, settings_file: Path) -> None:
+        """In the files people copy, no clock of Envoy's is shorter than the longest wait."""
+        longest_wait_ns = load_settings(settings_file).longest_wait_ns
+
+        assert impatience(parsed(envoy_file.read_text()), longest_wait_ns) == []
+
+    @pytest.mark.parametrize(
+        "queue",
+        [
+            {},
+            {"requestTTL": "1ms", "noEndpointTTL": "1ms"},
+            {"requestTTL": "1h", "noEndpointTTL": "1ms"},
+            {"requestTTL": "1234567ns", "noEndpointTTL": "1ns"},
+            {"requestTTL": "1770s", "noEndpointTTL": "1800s"},
+            {"bands": [{"requestTTL": "50m"}]},
+        ],
+    )
+    def test_generated(self, queue: dict[str, Any]) -> None:
+        """Whatever wait the settings allow, Envoy waits longer."""
+        try:
+            settings = settings_with(flowControl=queue)
+        except ValueError:
+            assert queue["requestTTL"] == "1h", "only what Envoy cannot wait for is refused"
+            return
+
+        assert impatience(generated(settings), settings.longest_wait_ns) == []
+
+    @pytest.mark.parametrize(
+        ("place", "setting"),
+        [
+            ("hcm", {"stream_idle_timeout": "300s"}),
+            ("hcm", {"request_timeout": "60s"}),
+            ("hcm", {"common_http_protocol_options": {"max_stream_duration": "600s"}}),
+            ("route", {"idle_timeout": "15s"}),
+            ("ext_proc", {"message_timeout": "900s"}),
+        ],
+    )
+    def test_impatience_is_seen(self, place: str, setting: dict[str, Any]) -> None:
+        """Each of the clocks that run while a request is parked would be found too short."""
+        configuration = parsed(BY_HAND[0].read_text())
+        match place:
+            case "hcm":
+                the_only(configuration, "filters")[0]["typed_config"] |= setting
+            case "route":
+                the_only(configuration, "routes")[0]["route"] |= setting
+            case _:
+                filter_of(configuration).update(setting)
+
+        (seen,) = impatience(configuration, load_settings(BY_HAND[1]).longest_wait_ns)
+
+        (name, value), *_ = setting.items()
+        assert seen.split(".")[-1] == (next(iter(value)) if isinstance(value, dict) else name)
+
+    def test_defaults_are_impatient(self) -> None:
+        """Leaving the clocks out does not help: Envoy's defaults are short."""
+        configuration = parsed(BY_HAND[0].read_text())
+        del the_only(configuration, "filters")[0]["typed_config"]["stream_idle_timeout"]
+        del filter_of(configuration)["message_timeout"]
+
+        seen = impatience(configuration, load_settings(BY_HAND[1]).longest_wait_ns)
+
+        assert seen == ["stream_idle_timeout, by default", "message_timeout"]
+
+
+class TestByHand:
+    """envoy/envoy.yaml is for reading, `bootstrap` for making: they must not drift apart."""
+
+    def test_same_as_generated(self) -> None:
+        """By hand or made for the same settings: the same configuration."""
+        by_hand = typed(parsed(BY_HAND[0].read_text()))
+
+        assert typed(generated(load_settings(BY_HAND[1]))) == by_hand
+
+    def test_every_setting_has_a_reason(self) -> None:
+        """Comments stand between the settings, at least one for every four lines."""
+        lines = [line.strip() for line in BY_HAND[0].read_text().splitlines() if line.strip()]
+        comments = [line for line in lines if line.startswith("#")]
+
+        assert len(lines) < 4 * len(comments)
+
+
+class TestGate:
+    """The settings that make Envoy's filter a gate."""
+
+    @FILES
+    def test_files(self, envoy_file: Path, settings_file: Path) -> None:
+        """The files say what they decide, also where it is Envoy's default."""
+        configuration = parsed(envoy_file.read_text())
+        gate = filter_of(configuration)
+
+        assert gate["failure_mode_allow"] is False
+        assert gate["processing_mode"] == {
+            "request_header_mode": "SEND",
+            "request_body_mode": "NONE",
+            "request_trailer_mode": "SKIP",
+            "response_header_mode": "SKIP",
+            "response_body_mode": "NONE",
+            "response_trailer_mode": "SEND",
+        }
+        assert addresses_of(cluster_of(configuration, "model_servers")) == list(
+            load_settings(settings_file).endpoints.static
+        )
+
+    def test_generated_says_the_same(self) -> None:
+        """The filter is the same for every pool but for its patience."""
+        files = [filter_of(parsed(envoy_file.read_text())) for envoy_file, _ in (BY_HAND, COMPOSE)]
+        empty = filter_of(generated(settings_with()))
+
+        assert empty["failure_mode_allow"] is False
+        for each in (empty, *files):
+            each.pop("message_timeout")
+        assert files[1] == empty
+        assert files[0]["processing_mode"] == empty["processing_mode"]
+
+    @FILES
+    def test_service_alone_limits(self, envoy_file: Path, settings_file: Path) -> None:
+        """Envoy's own limits lie above what the service lets wait."""
+        limit = load_settings(settings_file).flow_control.max_requests
+        assert limit is not None
+        configuration = parsed(envoy_file.read_text())
+
+        for name in ("ext_proc", "model_servers"):
+            (thresholds,) = the_only(cluster_of(configuration, name), "thresholds")
+            assert all(value > limit for value in thresholds.values())
+            assert {
+                "max_connections",
+                "max_pending_requests",
+                "max_requests",
+                "max_retries",
+            } == set(thresholds)
+        assert the_only(configuration, "max_outbound_frames") > limit
+
+    def test_buffer(self) -> None:
+        """The buffer holds a large prompt, or what the operator says."""
+        options = EnvoyOptions(buffer_limit_bytes=64 * 2**20)
+        name = "per_connection_buffer_limit_bytes"
+
+        assert the_only(generated(settings_with()), name) == 32 * 2**20
+        assert the_only(generated(settings_with(), options), name) == 64 * 2**20
+
+
+class TestAddresses:
+    """Who listens where, and who is found where."""
+
+    @pytest.mark.parametrize(
+        ("listens", "found"),
+        [
+            ("0.0.0.0:9002", Address("127.0.0.1", 9002)),
+            ("[::]:9002", Address("::1", 9002)),
+            ("10.0.0.5:9002", Address("10.0.0.5", 9002)),
+            ("[fd00::5]:9002", Address("fd00::5", 9002)),
+            ("gate.example:9002", Address("gate.example", 9002)),
+        ],
+    )
+    def test_service_is_found(self, listens: str, found: Address) -> None:
+        """Envoy finds the service where it listens; every interface includes loopback."""
+        settings = settings_with(listen={"extProc": listens})
+
+        assert [found] == addresses_of(cluster_of(generated(settings), "ext_proc"))
+
+    def test_options(self) -> None:
+        """The operator's addresses go where they belong."""
+        options = EnvoyOptions(
+            listen=Address("::", 80), admin=Address("10.0.0.1", 81), ext_proc=Address("gate", 82)
+        )
+        configuration = generated(settings_with(), options)
+
+        assert [Address("10.0.0.1", 81)] == addresses_of(configuration["admin"])
+        (listener,) = configuration["static_resources"]["listeners"]
+        assert [Address("::", 80)] == addresses_of(listener)
+        assert [Address("gate", 82)] == addresses_of(cluster_of(configuration, "ext_proc"))
+
+    @pytest.mark.parametrize(
+        ("static", "discovery"),
+        [
+            ((), None),
+            (("10.0.0.1:8000", "[fd00::1]:8000"), "STATIC"),
+            (("10.0.0.1:8000", "model.example:8000"), "STRICT_DNS"),
+        ],
+    )
+    def test_names_are_resolved(self, static: tuple[str, ...], discovery: str | None) -> None:
+        """A single host name makes Envoy ask the DNS, IPv4 first."""
+        cluster = cluster_of(generated(settings_with(*static)), "model_servers")
+
+        assert cluster.get("type", "STATIC") == (discovery or "STATIC")
+        assert ("dns_lookup_family" in cluster) == (discovery == "STRICT_DNS")
+        assert len(static) == len(addresses_of(cluster))
+
+
+class TestPicker:
+    """Who chooses the endpoint."""
+
+    def test_off(self) -> None:
+        """Envoy chooses the server with the fewest requests, looking at all."""
+        cluster = cluster_of(generated(settings_with("10.0.0.1:8000")), "model_servers")
+        policy = the_only(cluster, "typed_extension_config")
+
+        assert policy["name"] == "envoy.load_balancing_policies.least_request"
+        assert policy["typed_config"]["selection_method"] == "FULL_SCAN"
+
+    def test_least_loaded(self) -> None:
+        """Envoy follows the service's choice, which comes as metadata that only it can set."""
+        settings = settings_with("10.0.0.1:8000", "[fd00::1]:8000", picker="least-loaded")
+        configuration = generated(settings)
+        cluster = cluster_of(configuration, "model_servers")
+        (policy,) = cluster["load_balancing_policy"]["policies"]
+        override = policy["typed_extension_config"]["typed_config"]
+
+        assert override["override_host_sources"] == [
+            {"metadata": {"key": "envoy.lb", "path": [{"key": "x-gateway-destination-endpoint"}]}}
+        ]
+        assert the_only(override["fallback_policy"], "selection_method") == "FULL_SCAN"
+        assert the_only(configuration, "receiving_namespaces") == {"untyped": ["envoy.lb"]}
+
+
+class TestText:
+    """What is written is for people, too."""
+
+    def test_stable(self) -> None:
+        """The same settings give the same text, names first."""
+        settings = load_settings(BY_HAND[1])
+        text = bootstrap(settings, EnvoyOptions())
+
+        assert text == bootstrap(settings, EnvoyOptions())
+        assert text.startswith("# Envoy for pool 'llama'. The reasons stand in envoy/envoy.yaml.\n")
+        assert text.index("- name: ext_proc") < text.index("- name: model_servers")
+
+    def test_pool_cannot_write_settings(self) -> None:
+        """A pool's name, whatever it is, stays in the comment."""
+        settings = settings_with().model_copy(update={"pool": "a\nadmin: b"})
+
+        assert set(generated(settings)) == {"admin", "static_resources"}
+
+    def test_missing_extra(self) -> None:
+        """Without envoy-data-plane the error says what to install."""
+        code = "import sys; sys.modules['betterproto2'] = None; import server.envoy_config"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+
+        assert done.returncode == 1
+        last = "FlowControlError: betterproto2 is missing: pip install 'flowcontrol[envoy]'"
+        assert done.stderr.splitlines()[-1].endswith(last)
+
+
+@pytest.mark.e2e
+class TestRealEnvoy:
+    """Envoy itself accepts the configurations, without a warning."""
+
+    @FILES
+    def test_files(self, envoy_file: Path, settings_file: Path) -> None:
+        """The files people copy are valid."""
+        assert settings_file.exists()
+        assert complaints(envoy_file) == []
+
+    @pytest.mark.parametrize(
+        ("static", "picker"),
+        [
+            *itertools.product(
+                [(), ("10.0.0.1:8000", "10.0.0.2:8000"), ("[::1]:8000", "10.0.0.1:8000")],
+                ["off", "least-loaded"],
+            ),
+            (("model.example:8000", "10.0.0.1:8000"), "off"),
+        ],
+    )
+    def test_generated(self, tmp_path: Path, static: tuple[str, ...], picker: str) -> None:
+        """So is what is made for any pool and picker."""
+        path = tmp_path / "envoy.yaml"
+        options = EnvoyOptions(Address("::", 80), Address("::1", 81), Address("gate.example", 82))
+        for each in (EnvoyOptions(), options):
+            path.write_text(bootstrap(settings_with(*static, picker=picker), each))
+            assert complaints(path) == []
+
+    def test_mistakes_are_seen(self, tmp_path: Path) -> None:
+        """A patience that Envoy does not have is refused."""
+        path = tmp_path / "envoy.yaml"
+        text = BY_HAND[0].read_text()
+        path.write_text(text.replace("message_timeout: 930s", "message_timeout: 3601s"))
+
+        assert complaints(path) != []
+
+
+def complaints(path: Path) -> list[str]:
+    """What Envoy says against a configuration: errors, or warnings of deprecated settings."""
+    done = subprocess.run(
+        [envoy_binary(), "--mode", "validate", "--config-path", path],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    lines = done.stderr.splitlines()
+    found = [line for line in lines if "[warning]" in line or "[critical]" in line]
+    return found or ([] if done.returncode == 0 else lines)
