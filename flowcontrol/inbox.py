@@ -10,7 +10,7 @@ refused would be a slot lost for ever.
 """
 
 from collections import deque
-from threading import Condition, Lock
+from threading import TIMEOUT_MAX, Condition, Lock
 from typing import final
 
 from flowcontrol.errors import NotRunningError
@@ -72,7 +72,7 @@ class Inbox:
         with self._bell:
             may_sleep = timeout_s is None or timeout_s > 0
             if may_sleep and not (self._facts or self._is_rung or self._is_closed):
-                self._bell.wait(timeout_s)
+                self._bell.wait(None if timeout_s is None else min(timeout_s, TIMEOUT_MAX))
             self._is_rung = False
             facts = self._facts
             batch = [facts.popleft() for _ in range(min(len(facts), self._batch_max))]

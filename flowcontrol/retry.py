@@ -14,8 +14,8 @@ from typing import final
 _SECOND_NS = 1_000_000_000
 _FOLD_WEIGHT = 0.3
 """Share of the latest second in the average: after 6 s of silence an eighth is left."""
-_WINDOWS_FORGOTTEN = 60
-"""After a minute without a dispatch the old rate says nothing any more."""
+_RATE_MIN = 0.001
+"""Dispatches a second below which it is silence: some 20 s after the last, or 40 s after many."""
 
 
 @final
@@ -61,7 +61,8 @@ class DrainRate:
         if windows <= 0:
             return
         self._average += _FOLD_WEIGHT * (self._count - self._average)
-        silent = windows - 1
-        self._average *= (1 - _FOLD_WEIGHT) ** silent if silent <= _WINDOWS_FORGOTTEN else 0.0
+        self._average *= (1 - _FOLD_WEIGHT) ** (windows - 1)
+        if self._average < _RATE_MIN:
+            self._average = 0.0
         self._count = 0
         self._window_from_ns += windows * _SECOND_NS

@@ -51,7 +51,7 @@ except ModuleNotFoundError as _error:
 
 __all__ = ["EnvoyOptions", "bootstrap"]
 
-CLIENTS: Final = Address("0.0.0.0", 8080)  # noqa: S104 - a gateway's clients are elsewhere
+CLIENTS: Final = Address("0.0.0.0", 8080)  # noqa: S104 - read, not bound - a gateway's clients are elsewhere
 ADMIN: Final = Address("127.0.0.1", 9901)
 
 _ACCESS_LOG: Final = {
@@ -352,7 +352,7 @@ def _discovery(
 
 def _reachable(address: Address) -> Address:
     """Return where a listener is found from this machine."""
-    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host)  # noqa: S104
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host)  # noqa: S104 - read, not bound
     return Address(loopback or address.host, address.port)
 
 

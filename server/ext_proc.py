@@ -72,7 +72,9 @@ class ExtProcDoor:
                 if message is not None:
                     exchange.receive(message)  # raises: nothing may be said while parked
                 self._gate.leave(parked)  # and is told so: an unanswered request would go through
-            decision = await parked.future
+            # Not awaited itself: a stream cancelled now would cancel the future with it.
+            await asyncio.wait((parked.future,))
+            decision = parked.future.result()
             reply = exchange.decide(
                 answer(decision, self._chance.random(), continue_on_fault=self._continue_on_fault)
             )

@@ -85,7 +85,8 @@ class FlowGate:
         try:
             is_taken = self._inbox.offer(Arrived(request))
         except NotRunningError:
-            self._settle(self._own_decision(parked, self._closed_as or Outcome.REJECTED_DRAINING))
+            if self._closed_as is not None:  # else that news is on its way, and settles it
+                self._settle(self._own_decision(parked, self._closed_as))
             return parked
         if is_taken:
             self._ring()

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import structlog
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from watchfiles import awatch
+
+from flowcontrol.errors import ConfigError
+from server.yamlfile import read_documents
 
 GROUPS = ("llm-d.ai/v1alpha2", "inference.networking.x-k8s.io/v1alpha2")
 """The API groups read. Where both declare a name, the first counts."""
@@ -64,6 +66,8 @@ class ObjectiveFolder:
         self._directory = directory
         self._pool = pool
         self._last_good: dict[Path, list[Objective]] = {}
+        self._known: dict[str, int] = {}
+        """What was last read."""
 
     def read(self) -> dict[str, int]:
         """Read the folder anew; return all objectives, name to priority."""
@@ -75,16 +79,22 @@ class ObjectiveFolder:
                 self._last_good[path] = _read_file(path, self._pool)
             except _ManifestError as error:
                 self._complain(path, str(error))
-        return self._merge(paths)
+        self._known = self._merge(paths)
+        return self._known
 
     async def follow(self, changed: Callable[[Mapping[str, int]], None]) -> None:
-        """Tell the whole set whenever it differs from before, until cancelled."""
-        known = self.read()
-        async for _changes in awatch(self._directory, debounce=50, step=20, recursive=False):
-            now = await asyncio.to_thread(self.read)
-            if now != known:
-                known = now
-                changed(now)
+        """Tell the whole set whenever it differs from what was last read, until cancelled."""
+        changes = awatch(self._directory, debounce=50, step=20, recursive=False)
+        while True:
+            step = asyncio.ensure_future(anext(changes))
+            try:
+                await asyncio.sleep(0)  # the watch begins before the folder is read: no gap
+                known = self._known
+                if await asyncio.to_thread(self.read) != known:
+                    changed(self._known)
+                await step
+            finally:
+                step.cancel()
 
     def _merge(self, paths: list[Path]) -> dict[str, int]:
         chosen: dict[str, tuple[Objective, Path]] = {}
@@ -109,10 +119,9 @@ class _ManifestError(Exception):
 
 def _read_file(path: Path, pool: str) -> list[Objective]:
     try:
-        documents = list(yaml.safe_load_all(path.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        message = f"cannot be read: {' '.join(str(error).split())}"
-        raise _ManifestError(message) from error
+        documents = read_documents(path)
+    except ConfigError as error:
+        raise _ManifestError(str(error)) from error
     objectives = [_read_document(document, pool) for document in documents]
     return [objective for objective in objectives if objective is not None]
 

@@ -103,6 +103,8 @@ class Service:
             await self._open_doors()
         except ListenError:
             self._gate.post(DrainBegan(0))
+            await self._ended
+            self._gate.join(JOIN_TIMEOUT_S)
             await self._close_doors()
             raise
         await self._set_serving(is_serving=True)

@@ -7,7 +7,7 @@ import re
 from ipaddress import ip_address
 from pathlib import Path
 from socket import AF_INET6, inet_ntop, inet_pton
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -112,6 +112,11 @@ Limit = Annotated[int | None, BeforeValidator(_limit)]
 HostPort = Annotated[Address, BeforeValidator(parse_address), PlainSerializer(str)]
 
 
+def _written(default: str, alias: str | None = None) -> Any:
+    """Return a field whose default is given as one would write it in the file."""
+    return Field(default=default, alias=alias)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -125,11 +130,11 @@ class _Section(BaseModel):
 class Listen(_Section):
     """Where the service listens, each as host:port."""
 
-    ext_proc: HostPort = Field(default="0.0.0.0:9002")  # type: ignore[assignment]
+    ext_proc: HostPort = _written("0.0.0.0:9002")
     """gRPC: Envoy's ext_proc streams, our own API, health and reflection."""
-    health: HostPort = Field(default="0.0.0.0:9003")  # type: ignore[assignment]
+    health: HostPort = _written("0.0.0.0:9003")
     """gRPC health alone, for probes."""
-    http: HostPort = Field(default="0.0.0.0:9090")  # type: ignore[assignment]
+    http: HostPort = _written("0.0.0.0:9090")
     """HTTP: /metrics, /healthz, /readyz."""
 
     @model_validator(mode="after")
@@ -206,9 +211,9 @@ class Band(_Section):
 
     match: BandMatch = BandMatch()
     """Which bands; all when left out."""
-    max_requests: Limit = Field(default="unlimited")  # type: ignore[assignment]
+    max_requests: Limit = _written("unlimited")
     """Requests that may wait in such a band. 0: none may wait."""
-    max_bytes: Limit = Field(default="unlimited")  # type: ignore[assignment]
+    max_bytes: Limit = _written("unlimited")
     """Announced bytes that may wait in such a band."""
     request_ttl: Duration | None = Field(default=None, alias="requestTTL")
     """Longest wait in such a band while the pool has endpoints; flowControl.requestTTL if unset."""
@@ -223,13 +228,13 @@ class FlowControl(_Section):
 
     max_requests: Limit = Field(default=20_000)
     """Requests that may wait in all bands together. 0: none may wait."""
-    max_bytes: Limit = Field(default="4Gi")  # type: ignore[assignment]
+    max_bytes: Limit = _written("4Gi")
     """Announced bytes (content-length) that may wait in all. Envoy holds them, not this service."""
-    request_ttl: Duration = Field(default="60s", alias="requestTTL")  # type: ignore[assignment]
+    request_ttl: Duration = _written("60s", alias="requestTTL")
     """Longest wait while the pool has endpoints. Evicted exactly then, with 429."""
-    no_endpoint_ttl: Duration = Field(default="300s", alias="noEndpointTTL")  # type: ignore[assignment]
+    no_endpoint_ttl: Duration = _written("300s", alias="noEndpointTTL")
     """Longest wait while the pool is empty. Evicted exactly then, with 503."""
-    drain_budget: Duration = Field(default="30s")  # type: ignore[assignment]
+    drain_budget: Duration = _written("30s")
     """After SIGTERM, how long waiting requests may still be dispatched before they get 503."""
     bands: tuple[Band, ...] = ()
     """Templates; the first that matches a band's priority counts."""

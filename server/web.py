@@ -23,6 +23,7 @@ def web_application(
     """
 
     async def metrics(_request: web.Request) -> web.Response:
+        """Render the metrics."""
         try:
             collector = await collect()
         except NotRunningError as error:
@@ -32,6 +33,7 @@ def web_application(
 
     def health(is_well: Callable[[], bool]) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(_request: web.Request) -> web.Response:
+            """Say yes or no."""
             if is_well():
                 return web.Response(text="ok\n")
             return web.Response(status=503, text="not serving\n")

@@ -15,13 +15,25 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     Raises:
         ConfigError: it cannot be read, is not YAML, sets a key twice or is not a mapping.
     """
+    documents = read_documents(path)
+    if len(documents) > 1:
+        raise ConfigError([f"{path}: must be one document, got {len(documents)}"])
+    if not documents or not isinstance(documents[0], dict):
+        raise ConfigError([f"{path}: must be a mapping with apiVersion and kind"])
+    return documents[0]
+
+
+def read_documents(path: Path) -> list[Any]:
+    """Read every document of a file.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML or sets a key twice.
+    """
     try:
-        text = path.read_text()
+        return list(yaml.load_all(path.read_text(), _UniqueKeyLoader))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError([f"{path}: cannot be read: {reason}"]) from error
-    try:
-        content = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         said = ", ".join(part for part in (error.context, error.problem) if part)
@@ -33,15 +45,17 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         raise ConfigError([f"{path}: is not YAML: nested too deeply"]) from error
     except (ValueError, LookupError, AttributeError) as error:  # what its scalars trip over
         raise ConfigError([f"{path}: is not YAML: {error}"]) from error
-    if not isinstance(content, dict):
-        raise ConfigError([f"{path}: must be a mapping with apiVersion and kind"])
-    return content
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML says keys are unique; PyYAML lets the last one win. A lost setting is an error here."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
+    def construct_mapping(
+        self,
+        node: yaml.MappingNode,
+        deep: bool = False,  # noqa: FBT001, FBT002 - PyYAML's signature
+    ) -> dict[Hashable, Any]:
+        """Build a mapping, once its keys are known to be unique."""
         seen: set[str] = set()
         for key, _value in node.value:
             if isinstance(key, yaml.ScalarNode):

@@ -52,8 +52,8 @@ def renewed(text: str) -> str:
         begin, end = f"<!-- {name}: made from the code by `make docs` -->", f"<!-- /{name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         assert pattern.search(text), f"README.md has no part {begin}"
-        part = f"{begin}\n{make()}\n{end}"
-        text = pattern.sub(lambda _match, part=part: part, text)
+        before, after = pattern.split(text, maxsplit=1)
+        text = f"{before}{begin}\n{make()}\n{end}{after}"
     return text
 
 

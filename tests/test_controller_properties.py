@@ -1,18 +1,29 @@
-"""The controller against a ledger that knows nothing of how it works."""
+"""The controller against a ledger that knows nothing of how it works.
+
+Facts collect between polls into batches of any cut; time passes only between turns, and never past
+the wake-up that the controller asked for. After each poll the ledger checks what the decisions say.
+That the checks can fail is shown by controllers with a planted bug.
+"""
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import cycle, product
+from typing import TypeAlias
 
-from hypothesis import settings
+import pytest
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
-    consumes,
-    invariant,
+    initialize,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 
+from flowcontrol.band import Band
+from flowcontrol.capacity import Capacity
 from flowcontrol.config import (
     BandSettings,
     BandTemplate,
@@ -30,159 +41,807 @@ from flowcontrol.events import (
     Left,
     ObjectivesChanged,
 )
+from flowcontrol.flow import Lease
 from flowcontrol.request import Outcome, Request
+from flowcontrol.saturation import ConcurrencyDetector
+from flowcontrol.snapshot import BandSnapshot, Snapshot
 
 SECOND = 1_000_000_000
 OBJECTIVES = {"batch": -1, "chat": 10, "urgent": 20}
+ELSEWHERE_NS = SECOND
+EXPIRED = (Outcome.EVICTED_TTL, Outcome.EVICTED_NO_ENDPOINTS)
+REFUSED = (Outcome.REJECTED_CAPACITY, Outcome.REJECTED_NO_ENDPOINTS, Outcome.EVICTED_DISPLACED)
 
-limits = st.builds(
-    Limits,
-    requests_max=st.none() | st.integers(0, 5),
-    bytes_max=st.none() | st.integers(0, 50),
-)
+
+def seconds(most: int) -> st.SearchStrategy[int]:
+    """Return whole seconds: few enough that deadlines and departures often coincide."""
+    return st.integers(0, most).map(lambda count: count * SECOND)
+
+
+def limits(requests_max: int, bytes_max: int) -> st.SearchStrategy[Limits]:
+    """Return limits up to these, or none."""
+    return st.builds(
+        Limits,
+        requests_max=st.none() | st.integers(0, requests_max),
+        bytes_max=st.none() | st.none() | st.integers(0, bytes_max),
+    )
+
+
 band_settings = st.builds(
     BandSettings,
-    limits=limits,
-    ttl_ns=st.none() | st.integers(0, 5 * SECOND),
+    limits=st.just(Limits()) | limits(requests_max=5, bytes_max=50),
+    ttl_ns=st.none() | seconds(5),
     fairness=st.sampled_from(Fairness),
 )
 configs = st.builds(
     ControllerConfig,
-    limits=limits,
+    limits=limits(requests_max=6, bytes_max=80),
     templates=st.tuples(st.builds(BandTemplate, priority_max=st.just(-1), settings=band_settings)),
     default_settings=band_settings,
-    no_endpoint_ttl_ns=st.none() | st.integers(0, 9 * SECOND),
+    no_endpoint_ttl_ns=st.none() | seconds(9),
     in_flight_max=st.integers(1, 3),
     picker=st.sampled_from(Picker),
+    retry_after_max_ns=seconds(9),
 )
+arrivals = st.sampled_from(
+    tuple(
+        product(
+            [None, "batch", "chat", "urgent", "nobody"],
+            ["a", "b", "c"],
+            [0, 1, 10, 20],
+            [None, None, None, 0, SECOND, 3 * SECOND],
+        )
+    )
+)
+"""In one draw: what Hypothesis spends is spent on draws."""
+Arrival: TypeAlias = tuple[str | None, str, int, int | None]
+
+
+@dataclass(slots=True)
+class Entry:
+    """What the ledger knows of one request."""
+
+    request: Request
+    priority: int
+    arrived_ns: int
+    regime_changed_ns: int | None = None
+    """When, after its arrival, the pool first emptied or revived: its budget begins anew, once."""
+    spared_until_ns: int = 0
+    """Just after the turn in which the pool last emptied or revived: nobody is judged before."""
+    has_waited: bool = False
+    """Whether it was left waiting by a poll."""
+    has_left: bool = False
+    decision: Decision | None = None
+
+    @property
+    def flow(self) -> tuple[int, str]:
+        """The flow it belongs to."""
+        return self.priority, self.request.flow_id
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether it was dispatched and its stream has not ended."""
+        return self.ended_as(Outcome.DISPATCHED) and not self.has_left
+
+    def ended_as(self, *outcomes: Outcome) -> bool:
+        """Whether it is decided, and as one of these."""
+        return self.decision is not None and self.decision.outcome in outcomes
 
 
 class ControllerLedger(RuleBasedStateMachine):
-    """Arrived = waiting + in flight + ended + refused, whatever happens in whatever order."""
+    """Tells the controller anything in any order, and holds its decisions against the rules."""
 
-    requests = Bundle("requests")
+    controller_class: type[FlowController] = FlowController
 
     def __init__(self) -> None:
         super().__init__()
         self.now_ns = 0
-        self.count = 0
-        self.decisions: dict[int, Decision] = {}
-        self.arrived_ns: dict[int, int] = {}
-        self.left: set[int] = set()
+        self.entries: dict[int, Entry] = {}
+        self.objectives: dict[str, int] = {}
+        self.unknown_objectives = 0
         self.endpoints: tuple[str, ...] = ()
-        self.has_config = False
-        self.is_draining = False
+        self.drain_until_ns: int | None = None
+        self.is_sound = False
+        """Whether the last poll passed all checks."""
 
-    @precondition(lambda self: not self.has_config)
-    @rule(config=configs)
-    def configure(self, config: ControllerConfig) -> None:
-        """Begin with any configuration."""
-        self.has_config = True
+    @initialize(config=configs, endpoint_count=st.integers(0, 3))
+    def begin(self, config: ControllerConfig, endpoint_count: int) -> None:
+        """Begin with any configuration and any pool."""
         self.config = config
-        self.controller = FlowController(config, self.now_ns)
+        self.controller = self.controller_class(config, self.now_ns)
+        self.change_objectives(set(OBJECTIVES))
+        self.change_endpoints(endpoint_count)
 
-    @precondition(lambda self: self.has_config)
-    @rule(
-        target=requests,
-        objective=st.sampled_from([None, "batch", "chat", "urgent", "nobody"]),
-        flow=st.sampled_from("abc"),
-        size=st.integers(0, 20),
-        ttl=st.none() | st.integers(0, 3 * SECOND),
-    )
-    def arrive(self, objective: str | None, flow: str, size: int, ttl: int | None) -> int:
-        """Let a request arrive, not yet polled: batches are cut anywhere."""
-        self.count += 1
-        request = Request(self.count, flow, objective, size, ttl)
-        self.arrived_ns[self.count] = self.now_ns
-        self.controller.handle(Arrived(request), self.now_ns)
-        return self.count
+    # Facts
 
-    @precondition(lambda self: self.has_config)
-    @rule(request=consumes(requests))
-    def leave(self, request: int) -> None:
-        """End a stream, whatever state its request is in."""
-        self.left.add(request)
-        self.controller.handle(Left(request), self.now_ns)
+    @rule(burst=st.lists(arrivals, min_size=1, max_size=6))
+    def arrive(self, burst: list[Arrival]) -> None:
+        """Let some requests arrive."""
+        for objective, flow_id, size, ttl_ns in burst:
+            request = Request(len(self.entries), flow_id, objective, size, ttl_ns)
+            self.unknown_objectives += objective is not None and objective not in self.objectives
+            priority = self.objectives.get(objective or "", 0)
+            self.entries[request.request_id] = Entry(request, priority, self.now_ns)
+            self.controller.handle(Arrived(request), self.now_ns)
 
-    @precondition(lambda self: self.has_config)
+    @precondition(lambda self: self.entries)
+    @rule(index=st.integers(0, 99), times=st.integers(1, 2))
+    def leave(self, index: int, times: int) -> None:
+        """End a stream, whatever state its request is in; to say it again means nothing."""
+        entry = self.entries[index % len(self.entries)]
+        entry.has_left = True
+        for _ in range(times):
+            self.controller.handle(Left(entry.request.request_id), self.now_ns)
+
+    @rule(count=st.integers(1, 4))
+    def finish(self, count: int) -> None:
+        """End the streams that have been in flight longest."""
+        in_flight = [entry for entry in self.entries.values() if entry.is_in_flight]
+        for entry in in_flight[:count]:
+            entry.has_left = True
+            self.controller.handle(Left(entry.request.request_id), self.now_ns)
+
     @rule(count=st.integers(0, 3))
     def change_endpoints(self, count: int) -> None:
         """Grow, shrink or empty the pool."""
+        was_empty = not self.endpoints
         self.endpoints = tuple(f"10.0.0.{index}:8000" for index in range(count))
         self.controller.handle(EndpointsChanged(self.endpoints), self.now_ns)
+        if was_empty == (not self.endpoints):
+            return
+        for entry in self.undecided():
+            if entry.has_waited:
+                entry.spared_until_ns = self.now_ns + 1
+            if entry.regime_changed_ns is None and entry.arrived_ns < self.now_ns:
+                entry.regime_changed_ns = self.now_ns
 
-    @precondition(lambda self: self.has_config)
     @rule(names=st.sets(st.sampled_from(sorted(OBJECTIVES))))
     def change_objectives(self, names: set[str]) -> None:
         """Declare any subset; bands come and drain."""
-        priorities = {name: OBJECTIVES[name] for name in sorted(names)}
-        self.controller.handle(ObjectivesChanged(priorities), self.now_ns)
+        self.objectives = {name: OBJECTIVES[name] for name in sorted(names)}
+        self.controller.handle(ObjectivesChanged(self.objectives), self.now_ns)
 
-    @precondition(lambda self: self.has_config and not self.is_draining)
-    @rule(budget=st.integers(0, 4 * SECOND))
-    def drain(self, budget: int) -> None:
-        """Begin to drain."""
-        self.is_draining = True
-        self.controller.handle(DrainBegan(budget), self.now_ns)
+    @precondition(lambda self: self.now_ns > 9 * SECOND)
+    @rule(budget_ns=seconds(4))
+    def drain(self, budget_ns: int) -> None:
+        """Begin to drain; to begin again means nothing."""
+        if self.drain_until_ns is None:
+            self.drain_until_ns = self.now_ns + budget_ns
+        self.controller.handle(DrainBegan(budget_ns), self.now_ns)
 
-    @precondition(lambda self: self.has_config)
-    @rule(passed=st.integers(0, 4 * SECOND))
-    def pass_time(self, passed: int) -> None:
-        """Poll at the wake-up the machine asked for, or earlier; never later."""
+    # Decisions
+
+    @rule(passed_ns=seconds(4))
+    def sleep(self, passed_ns: int) -> None:
+        """End the turn, and let time pass, never beyond the wake-up."""
         self.poll()
         wakeup_ns = self.controller.next_wakeup_ns()
-        then_ns = self.now_ns + passed
-        self.now_ns = then_ns if wakeup_ns is None else max(self.now_ns, min(then_ns, wakeup_ns))
+        then_ns = self.now_ns + passed_ns
+        self.now_ns = then_ns if wakeup_ns is None else min(then_ns, wakeup_ns)
 
-    @invariant()
-    def accounts_agree(self) -> None:
-        """Every request is decided exactly once, on time, and nothing waits beside a free slot."""
-        if not self.has_config:
-            return
-        self.poll()
-        self.controller.check_invariants()
-        snapshot = self.controller.snapshot(self.now_ns, 10)
-        outcomes = Counter(decision.outcome for decision in self.decisions.values())
-        gone = {i for i in self.left if self.was_dispatched(i)}
-        assert snapshot.in_flight == outcomes[Outcome.DISPATCHED] - len(gone)
-        assert snapshot.waiting == self.count - len(self.decisions)
-        counted: Counter[Outcome] = Counter()
-        for totals in snapshot.totals.values():
-            counted.update(totals.outcomes)
-        assert counted == outcomes
-        assert sum(totals.completed for totals in snapshot.totals.values()) == len(gone)
-        self.check_limits()
-        if self.is_draining and snapshot.waiting == 0:
-            assert self.controller.is_drained
+    @rule(passed_ns=seconds(4))
+    def lose_pool(self, passed_ns: int) -> None:
+        """Empty the pool for a while."""
+        count = len(self.endpoints)
+        self.change_endpoints(0)
+        self.sleep(passed_ns)
+        self.change_endpoints(count)
 
-    def check_limits(self) -> None:
-        """Nothing beyond a limit, nothing beyond a slot."""
-        snapshot = self.controller.snapshot(self.now_ns, 10)
-        total = self.config.limits
-        assert total.requests_max is None or snapshot.waiting <= total.requests_max
-        assert total.bytes_max is None or snapshot.waiting_bytes <= total.bytes_max
-        for band in snapshot.bands:
-            own = self.config.settings_for(band.priority).limits
-            assert own.requests_max is None or band.waiting <= own.requests_max
-            assert own.bytes_max is None or band.waiting_bytes <= own.bytes_max
-
-    def was_dispatched(self, request: int) -> bool:
-        """Whether the request's one decision was to go."""
-        decision = self.decisions.get(request)
-        return decision is not None and decision.outcome is Outcome.DISPATCHED
-
+    @rule()
     def poll(self) -> None:
-        """Ask for decisions and enter them in the ledger."""
-        for decision in self.controller.poll(self.now_ns):
-            assert decision.request_id not in self.decisions, "decided twice"
-            self.decisions[decision.request_id] = decision
-            waited_ns = self.now_ns - self.arrived_ns[decision.request_id]
-            assert decision.waited_ns == waited_ns
+        """Ask for decisions, enter them in the ledger, and check everything."""
+        self.is_sound = False
+        alive = self.undecided()
+        decisions = self.controller.poll(self.now_ns)
+        for decision in decisions:
+            self.enter(decision)
+        self.check_dispatch_order(decisions, alive)
+        self.check_endpoints(decisions)
+        self.check_refusals(alive)
+        self.check_displacement(alive)
+        self.check_deadlines(alive)
+        snapshot = self.controller.snapshot(self.now_ns, 10)
+        self.check_accounts(snapshot)
+        self.check_waiting_counts(decisions, snapshot)
+        self.controller.check_invariants()
+        for entry in self.undecided():
+            entry.has_waited = True
+        self.is_sound = True
+
+    def teardown(self) -> None:
+        """Drain at the end of every run: whoever still waits is decided by then."""
+        if not self.is_sound:
+            return
+        self.controller.handle(DrainBegan(SECOND), self.now_ns)
+        if self.drain_until_ns is None:
+            self.drain_until_ns = self.now_ns + SECOND
+        self.poll()
+        while (wakeup_ns := self.controller.next_wakeup_ns()) is not None:
+            self.now_ns = wakeup_ns
+            self.poll()
+
+        assert not self.undecided()
+        assert self.controller.is_drained
+
+    # The ledger
+
+    def undecided(self) -> list[Entry]:
+        """Return the entries without a decision, in order of arrival."""
+        return [entry for entry in self.entries.values() if entry.decision is None]
+
+    def enter(self, decision: Decision) -> None:
+        """Enter one decision, which must be the first, and true in itself."""
+        entry = self.entries[decision.request_id]
+        assert entry.decision is None, "decided twice"
+        entry.decision = decision
+        assert decision.waited_ns == self.now_ns - entry.arrived_ns
+        assert (decision.priority, decision.flow_id) == entry.flow
+        if decision.outcome is Outcome.EVICTED_CANCELLED:
+            assert entry.has_left
+        retry_after_ns = decision.retry_after_ns
+        match decision.outcome:
+            case Outcome.REJECTED_DRAINING | Outcome.EVICTED_DRAINED:
+                assert self.drain_until_ns is not None
+                assert retry_after_ns == ELSEWHERE_NS
+            case Outcome.REJECTED_CAPACITY | Outcome.EVICTED_DISPLACED:
+                assert retry_after_ns is None or retry_after_ns <= self.config.retry_after_max_ns
+            case _:
+                assert retry_after_ns is None
+
+    def deadline_ns(self, entry: Entry) -> int | None:
+        """Return when a waiting request's time is over, as the pool is now."""
+        ttl_ns = self.config.settings_for(entry.priority).ttl_ns
+        empty_ttl_ns = self.config.no_endpoint_ttl_ns
+        since_ns = entry.arrived_ns if entry.regime_changed_ns is None else entry.regime_changed_ns
+        ends = []
+        if (current_ns := ttl_ns if self.endpoints else empty_ttl_ns) is not None:
+            ends.append(since_ns + current_ns)
+        if ttl_ns is not None and empty_ttl_ns is not None:
+            ends.append(entry.arrived_ns + ttl_ns + empty_ttl_ns)
+        if entry.request.ttl_ns is not None:
+            ends.append(entry.arrived_ns + entry.request.ttl_ns)
+        return max(min(ends), entry.spared_until_ns) if ends else None
+
+    def loads(self) -> Counter[str]:
+        """Return the requests in flight by endpoint; all of them under "" when Envoy picks."""
+        return Counter(
+            entry.decision.endpoint or ""
+            for entry in self.entries.values()
+            if entry.is_in_flight and entry.decision is not None
+        )
+
+    def free_slots(self) -> int:
+        """Return how many more requests could be in flight now."""
+        in_flight_max, loads = self.config.in_flight_max, self.loads()
+        if self.config.picker is Picker.LEAST_LOADED:
+            return sum(in_flight_max - loads[address] for address in self.endpoints)
+        return len(self.endpoints) * in_flight_max - loads[""]
+
+    # The rules
+
+    def check_dispatch_order(self, decisions: list[Decision], alive: list[Entry]) -> None:
+        """Hold dispatches against strict priority and first come, first served.
+
+        Whoever is dispatched, all of a higher band and all before it in its own flow were decided
+        before: dispatched, cancelled or expired. So no poll that dispatches from a band leaves
+        anybody waiting, or refuses anybody, above it.
+        """
+        decided: set[int] = set()
+        for decision in decisions:
             if decision.outcome is Outcome.DISPATCHED:
-                assert self.endpoints, "dispatched to an empty pool"
-            if decision.outcome is Outcome.EVICTED_CANCELLED:
-                assert decision.request_id in self.left
+                chosen = self.entries[decision.request_id]
+                for other in alive:
+                    if other.request.request_id not in decided:
+                        assert other.priority <= chosen.priority, "overtook a higher band"
+                        is_later = other.request.request_id >= decision.request_id
+                        assert is_later or other.flow != chosen.flow, "overtook in its own flow"
+            decided.add(decision.request_id)
+
+    def check_endpoints(self, decisions: list[Decision]) -> None:
+        """Hold dispatches against the slots there are and, where the engine picks, the loads."""
+        sent = [each for each in decisions if each.outcome is Outcome.DISPATCHED]
+        loads = self.loads()
+        if self.config.picker is Picker.OFF:
+            assert all(each.endpoint is None for each in sent)
+            assert not sent or self.free_slots() >= 0, "more in flight than there are slots"
+            return
+        assert all(load <= self.config.in_flight_max for load in loads.values()), (
+            "endpoint overfull"
+        )
+        loads.subtract(str(each.endpoint) for each in sent)
+        for each in sent:
+            fewest = min(loads[address] for address in self.endpoints)
+            assert each.endpoint in self.endpoints, "sent to an endpoint that is not there"
+            assert loads[each.endpoint] == fewest, "sent to an endpoint that is not least loaded"
+            loads[each.endpoint] += 1
+
+    def check_refusals(self, alive: list[Entry]) -> None:
+        """Nobody waits or is refused beside a free slot, or while all that stay would fit."""
+        waiting = [entry for entry in alive if entry.decision is None]
+        refused = [entry for entry in alive if entry.ended_as(*REFUSED)]
+        if self.free_slots() > 0:
+            assert not waiting, "waits beside a free slot"
+            assert not refused, "refused beside a free slot"
+        crowd = [
+            entry
+            for entry in alive
+            if entry.decision is None or entry.ended_as(*REFUSED, Outcome.EVICTED_DRAINED)
+        ]
+        fits_in_all = fits(crowd, self.config.limits)
+        for entry in refused:
+            own = self.config.settings_for(entry.priority).limits
+            fits_in_band = fits((each for each in crowd if each.priority == entry.priority), own)
+            if entry.ended_as(Outcome.EVICTED_DISPLACED):
+                fits_in_band = True
+            assert not (fits_in_all and fits_in_band), "refused though all would fit"
+            assert entry.ended_as(Outcome.REJECTED_NO_ENDPOINTS) <= (not self.endpoints)
+
+    def check_displacement(self, alive: list[Entry]) -> None:
+        """Only a better newcomer displaces, and the right ones give way."""
+        stays = [
+            entry
+            for entry in alive
+            if entry.decision is None or entry.ended_as(Outcome.EVICTED_DRAINED)
+        ]
+        winners = [entry for entry in stays if not entry.has_waited]
+        backlogs = Counter(entry.flow for entry in stays)
+        for victim in alive:
+            if not victim.ended_as(Outcome.EVICTED_DISPLACED):
+                continue
+            assert any(each.priority > victim.priority for each in winners), "displaced for nobody"
+            assert all(each.priority >= victim.priority for each in stays), "not the lowest band"
+            newer = [
+                each
+                for each in stays
+                if each.flow == victim.flow and each.request.request_id > victim.request.request_id
+            ]
+            assert not newer, "displaced before a newer one"
+            for flow, backlog in backlogs.items():
+                if flow[0] == victim.priority:
+                    assert backlog <= backlogs[victim.flow] + 1, "a longer backlog was spared"
+
+    def check_deadlines(self, alive: list[Entry]) -> None:
+        """Whoever waited too long is evicted at that moment, nobody else, and nobody later."""
+        for entry in alive:
+            deadline_ns = self.deadline_ns(entry)
+            if entry.ended_as(*EXPIRED):
+                expected = Outcome.EVICTED_TTL if self.endpoints else Outcome.EVICTED_NO_ENDPOINTS
+                assert entry.ended_as(expected)
+                assert deadline_ns == self.now_ns, "not evicted at its deadline"
+            elif entry.decision is None:
+                assert deadline_ns is None or deadline_ns > self.now_ns, "waits past its deadline"
+            elif entry.ended_as(Outcome.DISPATCHED) and entry.has_waited:
+                assert deadline_ns is None or deadline_ns > self.now_ns, "dispatched too late"
+            self.check_bound(entry)
+        waiting = self.undecided()
+        ends = [each for entry in waiting if (each := self.deadline_ns(entry)) is not None]
+        if waiting and self.drain_until_ns is not None:
+            assert self.now_ns < self.drain_until_ns, "waits past the end of the drain"
+            ends.append(self.drain_until_ns)
+        assert self.controller.next_wakeup_ns() == min(ends, default=None), "wrong wake-up"
+
+    def check_bound(self, entry: Entry) -> None:
+        """However the pool flaps, nobody waits longer than both budgets together.
+
+        But for the turn in which the pool changes: it dispatches before it evicts.
+        """
+        ttl_ns = self.config.settings_for(entry.priority).ttl_ns
+        empty_ttl_ns = self.config.no_endpoint_ttl_ns
+        if ttl_ns is not None and empty_ttl_ns is not None:
+            most_ns = max(entry.arrived_ns + ttl_ns + empty_ttl_ns, entry.spared_until_ns)
+            assert self.now_ns <= most_ns, "waited beyond both budgets"
+
+    def check_accounts(self, snapshot: Snapshot) -> None:
+        """Arrived = waiting + in flight + ended + refused, and no limit is exceeded."""
+        entries = self.entries.values()
+        finished = [each for each in entries if each.ended_as(Outcome.DISPATCHED) and each.has_left]
+        waiting = self.undecided()
+        assert snapshot.waiting == self.controller.waiting == len(waiting)
+        assert snapshot.in_flight == sum(entry.is_in_flight for entry in entries)
+        assert sum(totals.completed for totals in snapshot.totals.values()) == len(finished)
+        self.check_totals(snapshot)
+        assert snapshot.unknown_objectives == self.unknown_objectives
+        assert snapshot.objectives == self.objectives
+        assert fits(waiting, self.config.limits), "more waits than may"
+        for band in snapshot.bands:
+            mine = [entry for entry in waiting if entry.priority == band.priority]
+            assert fits(mine, self.config.settings_for(band.priority).limits), "band overfull"
+            assert (band.waiting, band.waiting_bytes) == (len(mine), size_of(mine))
+            self.check_flows(band, mine)
+        live = {entry.priority for entry in entries if entry.decision is None or entry.is_in_flight}
+        assert {band.priority for band in snapshot.bands} - {0} == (
+            live | set(self.objectives.values())
+        ) - {0}, "a band is missing or has outlived its last request"
+        is_over = self.drain_until_ns is not None and not waiting
+        assert self.controller.is_drained == is_over
+
+    def check_totals(self, snapshot: Snapshot) -> None:
+        """The totals are those of the decisions in the ledger."""
+        counts: Counter[tuple[int, Outcome]] = Counter()
+        waits_ns: Counter[tuple[int, Outcome]] = Counter()
+        for entry in self.entries.values():
+            if entry.decision is not None:
+                counts[entry.priority, entry.decision.outcome] += 1
+                waits_ns[entry.priority, entry.decision.outcome] += entry.decision.waited_ns
+        assert counts == {
+            (priority, outcome): count
+            for priority, totals in snapshot.totals.items()
+            for outcome, count in totals.outcomes.items()
+        }
+        assert waits_ns == {
+            (priority, outcome): sum_ns
+            for priority, totals in snapshot.totals.items()
+            for outcome, sum_ns in totals.wait_sum_ns.items()
+        }
+
+    def check_flows(self, band: BandSnapshot, waiting: list[Entry]) -> None:
+        """The flows of a band are those that have something alive, with what they have."""
+        in_flight = Counter(
+            entry.request.flow_id
+            for entry in self.entries.values()
+            if entry.is_in_flight and entry.priority == band.priority
+        )
+        backlogs = Counter(entry.request.flow_id for entry in waiting)
+        assert {flow.flow_id: (flow.waiting, flow.in_flight) for flow in band.flows} == {
+            flow_id: (backlogs[flow_id], in_flight[flow_id]) for flow_id in in_flight | backlogs
+        }
+
+    def check_waiting_counts(self, decisions: list[Decision], snapshot: Snapshot) -> None:
+        """Each decision of the poll says how many were left waiting in its band just then."""
+        left = {band.priority: band.waiting for band in snapshot.bands}
+        for decision in reversed(decisions):
+            if decision.outcome in (Outcome.EVICTED_CANCELLED, Outcome.REJECTED_DRAINING):
+                break  # decided while facts were still coming in
+            assert decision.waiting == left.setdefault(decision.priority, 0)
+            left[decision.priority] += 1
 
 
-TestControllerLedger = ControllerLedger.TestCase
-TestControllerLedger.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+def fits(entries: Iterable[Entry], most: Limits) -> bool:
+    """Whether so many may wait at once."""
+    crowd = list(entries)
+    return (most.requests_max is None or len(crowd) <= most.requests_max) and (
+        most.bytes_max is None or size_of(crowd) <= most.bytes_max
+    )
+
+
+def size_of(entries: Iterable[Entry]) -> int:
+    """Return the bytes of some requests."""
+    return sum(entry.request.byte_size for entry in entries)
+
+
+TestControllerLedger = pytest.mark.slow(ControllerLedger.TestCase)
+TestControllerLedger.settings = settings(max_examples=150, stateful_step_count=50)
+
+
+# Planted bugs. The classes are final for everybody but these, who break one thing each.
+
+
+class ExpiresLate(FlowController):  # type: ignore[misc]  # planted
+    """Evicts one nanosecond after the deadline."""
+
+    def _expire(self, now_ns: int) -> None:
+        first = self._deadlines.first()
+        if first is not None and first[0] < now_ns:
+            super()._expire(now_ns)
+
+
+class ForgetsOwnTtl(FlowController):  # type: ignore[misc]  # planted
+    """Looks at the band's time to live only."""
+
+    def _deadline_ns(self, lease: Lease) -> int | None:
+        ttl_ns, lease.request.ttl_ns = lease.request.ttl_ns, None
+        deadline_ns = super()._deadline_ns(lease)
+        lease.request.ttl_ns = ttl_ns
+        return deadline_ns
+
+
+class RestartsEveryFlap(FlowController):  # type: ignore[misc]  # planted
+    """Begins the budget anew whenever the pool empties or revives."""
+
+    def _change_endpoints(self, addresses: tuple[str, ...], now_ns: int) -> None:
+        for lease in self._leases.values():
+            lease.budget_from_ns = lease.arrived_ns
+        super()._change_endpoints(addresses, now_ns)
+
+
+class OneTooMany(Capacity):  # type: ignore[misc]  # planted
+    """Lets one more wait than may."""
+
+    def fits(self, byte_size: int, *, freed_requests: int = 0, freed_bytes: int = 0) -> bool:
+        """Whether it fits, were there one request less."""
+        return super().fits(byte_size, freed_requests=freed_requests + 1, freed_bytes=freed_bytes)
+
+
+class NoExactFit(Capacity):  # type: ignore[misc]  # planted
+    """Refuses whoever would fill the last place."""
+
+    def fits(self, byte_size: int, *, freed_requests: int = 0, freed_bytes: int = 0) -> bool:
+        """Whether it fits, were there one request more."""
+        return super().fits(byte_size, freed_requests=freed_requests - 1, freed_bytes=freed_bytes)
+
+
+class AdmitsOneTooMany(FlowController):  # type: ignore[misc]  # planted
+    """Counts wrongly in the account over all bands."""
+
+    def __init__(self, config: ControllerConfig, now_ns: int) -> None:
+        super().__init__(config, now_ns)
+        self._capacity = OneTooMany(config.limits)
+
+
+class RefusesExactFit(FlowController):  # type: ignore[misc]  # planted
+    """Counts wrongly in the account over all bands, the other way."""
+
+    def __init__(self, config: ControllerConfig, now_ns: int) -> None:
+        super().__init__(config, now_ns)
+        self._capacity = NoExactFit(config.limits)
+
+
+class RefusesBeforeDispatch(FlowController):  # type: ignore[misc]  # planted
+    """Makes room first: the trap of a burst that comes in one batch."""
+
+    def _dispatch(self, now_ns: int) -> None:
+        self._make_room(now_ns)
+        super()._dispatch(now_ns)
+
+
+class DisplacesEquals(FlowController):  # type: ignore[misc]  # planted
+    """Takes a place from the newcomer's own band as well."""
+
+    def _displace_for(self, lease: Lease, now_ns: int) -> bool:
+        band = self._bands[lease.flow.key.priority]
+        if band.capacity.requests:
+            self._end_waiting(band.next(), Outcome.EVICTED_DISPLACED, now_ns)
+        return self._capacity.fits(lease.request.byte_size) or super()._displace_for(lease, now_ns)
+
+
+class DisplacesFromTheTop(FlowController):  # type: ignore[misc]  # planted
+    """Takes the place of the best of the lower bands."""
+
+    def _displace_for(self, lease: Lease, now_ns: int) -> bool:
+        self._order.reverse()
+        is_possible = super()._displace_for(lease, now_ns)
+        self._order.reverse()
+        return is_possible
+
+
+class ServesLowestFirst(FlowController):  # type: ignore[misc]  # planted
+    """Takes a smaller priority for a better one."""
+
+    def _dispatch(self, now_ns: int) -> None:
+        self._order.reverse()
+        super()._dispatch(now_ns)
+        self._order.reverse()
+
+
+class NewestFirst(Band):  # type: ignore[misc]  # planted
+    """Serves the newest request of the flow whose turn it is."""
+
+    def next(self) -> Lease:
+        """Return the newest of the flow."""
+        return super().next().flow.newest
+
+
+class OldestGivesWay(Band):  # type: ignore[misc]  # planted
+    """Displaces whoever has waited longest."""
+
+    def first_to_give_way(self) -> Lease:
+        """Return the oldest of the flow with the longest backlog."""
+        return super().first_to_give_way().flow.head
+
+
+class ServesNewestFirst(FlowController):  # type: ignore[misc]  # planted
+    """Turns the queue of a flow into a stack."""
+
+    band_class: type[Band] = NewestFirst
+
+    def _add_band(self, priority: int, now_ns: int) -> Band:
+        super()._add_band(priority, now_ns)
+        band = self.band_class(priority, self._config.settings_for(priority), now_ns)
+        self._order = [band if each.priority == priority else each for each in self._order]
+        self._bands[priority] = band
+        return band
+
+
+class DisplacesOldest(ServesNewestFirst):  # type: ignore[misc]  # planted
+    """Takes the place of whoever has waited longest."""
+
+    band_class = OldestGivesWay
+
+
+class LosesSlots(FlowController):  # type: ignore[misc]  # planted
+    """Does not give back the slot of a request that has ended."""
+
+    def _leave(self, request_id: int, now_ns: int) -> None:
+        super()._leave(request_id, now_ns)
+        if self._detector.saturation() < 1:
+            self._detector.charge()
+
+
+class MostLoaded(ConcurrencyDetector):  # type: ignore[misc]  # planted
+    """Sends a request where the most are in flight."""
+
+    def charge(self) -> str | None:
+        """Count a dispatch to the fullest endpoint."""
+        self._in_flight += 1
+        address = self._loads.most()
+        self._loads.increment(address)
+        return address
+
+
+class PicksMostLoaded(FlowController):  # type: ignore[misc]  # planted
+    """Piles requests up at one endpoint."""
+
+    def __init__(self, config: ControllerConfig, now_ns: int) -> None:
+        super().__init__(config, now_ns)
+        if config.picker is Picker.LEAST_LOADED:
+            self._detector = MostLoaded(config.in_flight_max, config.picker)
+
+
+class DecidesTwice(FlowController):  # type: ignore[misc]  # planted
+    """Says of a displaced request that it is displaced, and says it again."""
+
+    def poll(self, now_ns: int) -> list[Decision]:
+        """Return the decisions, some of them twice."""
+        decisions = super().poll(now_ns)
+        return decisions + [each for each in decisions if each.outcome in REFUSED]
+
+
+class KeepsEmptyBands(FlowController):  # type: ignore[misc]  # planted
+    """Lets a removed band outlive its last request."""
+
+    def _drop_if_done(self, band: Band) -> None:
+        """Keep it."""
+
+
+PLANTED = {
+    ExpiresLate: "waits past its deadline|wrong wake-up",
+    ForgetsOwnTtl: "waits past its deadline|wrong wake-up",
+    RestartsEveryFlap: "wrong wake-up|not evicted at its deadline",
+    AdmitsOneTooMany: "more waits than may",
+    RefusesExactFit: "refused though all would fit",
+    RefusesBeforeDispatch: "refused beside a free slot|refused though all would fit",
+    DisplacesEquals: "displaced for nobody",
+    DisplacesOldest: "displaced before a newer one|a longer backlog was spared",
+    DisplacesFromTheTop: "not the lowest band",
+    ServesLowestFirst: "overtook a higher band",
+    ServesNewestFirst: "overtook in its own flow",
+    LosesSlots: "waits beside a free slot|refused beside a free slot",
+    PicksMostLoaded: "sent to an endpoint that is not least loaded|endpoint overfull",
+    DecidesTwice: "decided twice",
+    KeepsEmptyBands: "outlived its last request",
+}
+"""Each planted bug, and what the ledger says when it finds it."""
+
+
+class TestPlantedBugs:
+    """The ledger's checks can fail."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("build", "expected"), PLANTED.items(), ids=[each.__name__ for each in PLANTED]
+    )
+    def test_ledger_finds_the_bug(self, build: type[FlowController], expected: str) -> None:
+        """A controller that breaks one rule is caught, for breaking that rule."""
+
+        class Planted(ControllerLedger):
+            controller_class = build
+
+        with pytest.raises(AssertionError, match=expected):
+            run_state_machine_as_test(
+                Planted,
+                settings=settings(
+                    max_examples=1000,
+                    stateful_step_count=30,
+                    phases=[Phase.generate],
+                    report_multiple_bugs=False,
+                ),
+            )
+
+
+Fact: TypeAlias = Arrived | Left | EndpointsChanged
+
+
+def turns(
+    controller: FlowController, facts: list[Fact], batch_sizes: list[int], now_ns: int
+) -> list[Decision]:
+    """Tell the facts in batches of these sizes, over and over; return the decisions.
+
+    A refusal beside a free slot is an error, in every cut.
+    """
+    decisions: list[Decision] = []
+    left, sizes = list(facts), cycle(batch_sizes)
+    while left:
+        size = next(sizes)
+        batch, left = left[:size], left[size:]
+        for fact in batch:
+            controller.handle(fact, now_ns)
+        made = controller.poll(now_ns)
+        if controller.snapshot(now_ns, 0).saturation < 1:
+            assert not [each for each in made if each.outcome in REFUSED], "refused in vain"
+        decisions += made
+    return decisions
+
+
+def burst(build: type[FlowController] = FlowController) -> tuple[FlowController, list[Fact]]:
+    """Return a controller with 64 free slots where 4 may wait, and 16 arrivals."""
+    config = ControllerConfig(limits=Limits(requests_max=4), in_flight_max=64)
+    controller = build(config, 0)
+    controller.handle(EndpointsChanged(("a",)), 0)
+    return controller, [Arrived(Request(index)) for index in range(16)]
+
+
+batch_sizes = st.lists(st.integers(1, 6), min_size=1, max_size=4)
+
+
+class TestCuts:
+    """How events are cut into batches is nobody's fault, and nobody's loss."""
+
+    @pytest.mark.parametrize("size", [1, 3, 5, 16])
+    def test_burst_that_fits_is_never_refused(self, size: int) -> None:
+        """16 arrivals for 64 slots all go, though only 4 may wait."""
+        controller, arrived = burst()
+
+        decisions = turns(controller, arrived, [size], 0)
+
+        outcomes = [decision.outcome for decision in decisions]
+
+        assert outcomes == [Outcome.DISPATCHED] * 16
+
+    def test_trap_is_noticed(self) -> None:
+        """A controller that makes room first refuses 12 of them, in one batch only."""
+        controller, arrived = burst(RefusesBeforeDispatch)
+        turns(controller, arrived, [1], 0)
+
+        controller, arrived = burst(RefusesBeforeDispatch)
+        with pytest.raises(AssertionError, match="refused in vain"):
+            turns(controller, arrived, [16], 0)
+
+    @pytest.mark.slow
+    @given(data=st.data(), config=configs, before=st.lists(arrivals, max_size=12))
+    @settings(max_examples=150)
+    def test_no_cut_refuses_beside_a_free_slot(
+        self, data: st.DataObject, config: ControllerConfig, before: list[Arrival]
+    ) -> None:
+        """Whatever comes and goes at one moment, in one batch or in many."""
+        first: list[Fact] = [EndpointsChanged(("a", "b")[: data.draw(st.integers(1, 2))])]
+        first += [Arrived(request) for request in requests_of(before, 0)]
+        burst = data.draw(st.lists(arrivals, max_size=12))
+        gone = data.draw(st.sets(st.sampled_from(range(len(before))))) if before else set()
+        then: list[Fact] = [Arrived(request) for request in requests_of(burst, len(before))]
+        then += [Left(request_id) for request_id in sorted(gone)]
+        then = data.draw(st.permutations(then))
+
+        for cut in (data.draw(batch_sizes), [24], [1]):
+            controller = FlowController(config, 0)
+            turns(controller, first, [24], 0)
+            turns(controller, then, cut, SECOND // 2)
+            controller.check_invariants()
+
+    @pytest.mark.slow
+    @given(
+        config=configs,
+        endpoint_count=st.integers(1, 3),
+        burst=st.lists(arrivals, max_size=24),
+        sizes=batch_sizes,
+    )
+    @settings(max_examples=150)
+    def test_no_cut_changes_how_many_go(
+        self, config: ControllerConfig, endpoint_count: int, burst: list[Arrival], sizes: list[int]
+    ) -> None:
+        """As many are dispatched as there are slots, in one batch or in many."""
+        facts: list[Fact] = [EndpointsChanged(tuple(str(each) for each in range(endpoint_count)))]
+        facts += [Arrived(request) for request in requests_of(burst, 0)]
+        expected = min(len(burst), endpoint_count * config.in_flight_max)
+
+        for cut in (sizes, [len(facts)], [1]):
+            decisions = turns(FlowController(config, 0), facts, cut, 0)
+
+            assert expected == sum(each.outcome is Outcome.DISPATCHED for each in decisions)
+
+
+def requests_of(burst: list[Arrival], first_id: int) -> list[Request]:
+    """Return the requests of some arrivals, numbered from there."""
+    return [
+        Request(request_id, flow_id, objective, size, ttl_ns)
+        for request_id, (objective, flow_id, size, ttl_ns) in enumerate(burst, first_id)
+    ]

@@ -55,7 +55,7 @@ def parsed(text: str) -> dict[str, Any]:
 def typed(configuration: dict[str, Any]) -> object:
     """The same as messages, where 1 equals 1.0 and 0.5s equals 0.500s."""
     # Not at the top: there it would come before server.envoy_config, which calms its warnings.
-    from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap  # noqa: PLC0415
+    from envoy_data_plane.envoy.config.bootstrap.v3 import Bootstrap  # noqa: PLC0415 - takes seconds
 
     return Bootstrap.from_dict(configuration)
 

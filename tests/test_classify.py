@@ -1,0 +1,183 @@
+"""From request headers to what the engine needs to know."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowcontrol.request import DEFAULT_FLOW_ID
+from server.classify import CONTROL_HEADERS, ExemptPaths, RequestFacts, classify
+
+FLOW, FLOW_ALIAS = "x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id"
+OBJECTIVE, OBJECTIVE_ALIAS = "x-llm-d-inference-objective", "x-gateway-inference-objective"
+TTL = "x-llm-d-inference-ttl"
+READ = (
+    FLOW,
+    FLOW_ALIAS,
+    OBJECTIVE,
+    OBJECTIVE_ALIAS,
+    TTL,
+    "content-length",
+    "x-request-id",
+    ":path",
+)
+
+
+class TestClassify:
+    """Each header, and what it falls back to."""
+
+    def test_defaults(self) -> None:
+        """A request without headers is of the default flow, names no objective and has no size."""
+        expected = RequestFacts(
+            flow_id="default-flow",
+            objective=None,
+            byte_size=0,
+            ttl_ns=None,
+            client_request_id="",
+            path="",
+        )
+
+        assert expected == classify({})
+
+    def test_everything_said(self) -> None:
+        """Every header is read."""
+        headers = {
+            FLOW: "tenant-a",
+            OBJECTIVE: "chat",
+            "content-length": "1234",
+            TTL: "1.5s",
+            "x-request-id": "e7f1",
+            ":path": "/v1/chat/completions?debug=1",
+            "authorization": "Bearer nobody's business",
+        }
+
+        expected = RequestFacts(
+            flow_id="tenant-a",
+            objective="chat",
+            byte_size=1234,
+            ttl_ns=1_500_000_000,
+            client_request_id="e7f1",
+            path="/v1/chat/completions",
+        )
+        assert expected == classify(headers)
+
+    def test_aliases(self) -> None:
+        """The gateway's names for flow and objective are understood too."""
+        facts = classify({FLOW_ALIAS: "tenant-b", OBJECTIVE_ALIAS: "batch"})
+
+        assert facts.flow_id == "tenant-b"
+        assert facts.objective == "batch"
+
+    def test_precedence(self) -> None:
+        """Where both names are there, ours counts, wherever it stands."""
+        facts = classify(
+            {FLOW_ALIAS: "theirs", FLOW: "ours", OBJECTIVE: "ours", OBJECTIVE_ALIAS: "theirs"}
+        )
+
+        assert facts.flow_id == "ours"
+        assert facts.objective == "ours"
+
+    def test_empty_is_absent(self) -> None:
+        """An empty header says nothing: its alias is asked, then the default."""
+        facts = classify({FLOW: "", FLOW_ALIAS: "alias", OBJECTIVE: "", OBJECTIVE_ALIAS: ""})
+
+        assert facts.flow_id == "alias"
+        assert facts.objective is None
+        assert classify({FLOW: "", FLOW_ALIAS: ""}).flow_id == DEFAULT_FLOW_ID
+
+    def test_long_names_are_cut(self) -> None:
+        """Of a name, 256 characters count."""
+        long = "n" * 257
+        facts = classify({FLOW: long, OBJECTIVE: long, "x-request-id": long})
+
+        expected = "n" * 256
+        assert expected == facts.flow_id
+        assert expected == facts.objective
+        assert expected == facts.client_request_id
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("0", 0),
+            ("007", 7),
+            ("999999999999999", 999_999_999_999_999),
+            *((text, 0) for text in ("", "-1", "+1", "1.5", "1e9", "0x10", "1_000", " 1", "1 ")),
+            *((text, 0) for text in ("10, 10", "many", "²", "٣", "1000000000000000", "9" * 5000)),
+        ],
+        ids=lambda value: repr(value)[:20],
+    )
+    def test_content_length(self, text: str, expected: int) -> None:
+        """Only plain ASCII digits below a petabyte are a size; anything else is 0."""
+        assert expected == classify({"content-length": text}).byte_size
+
+    @pytest.mark.parametrize("text", ["", "5", "-1s", "soon", "1s,2s", "٣s ", "9" * 300 + "s"])
+    def test_bad_ttl(self, text: str) -> None:
+        """What is no duration shortens nothing."""
+        assert classify({TTL: text}).ttl_ns is None
+
+    def test_ttl_of_nothing(self) -> None:
+        """Zero is a wish as well: go at once or not at all."""
+        assert classify({TTL: "0s"}).ttl_ns == 0
+
+    @pytest.mark.parametrize(
+        ("path", "expected"),
+        [
+            ("/v1/models?x=1", "/v1/models"),
+            ("/v1/models?x=1?y=2", "/v1/models"),
+            ("/v1/models?", "/v1/models"),
+            ("?", ""),
+            ("*", "*"),
+        ],
+    )
+    def test_path_without_query(self, path: str, expected: str) -> None:
+        """The query is no part of the path."""
+        assert expected == classify({":path": path}).path
+
+    @given(
+        st.dictionaries(
+            st.sampled_from(READ) | st.text(max_size=20),
+            st.text(max_size=40) | st.text("0123456789.numsh?") | st.text("é", min_size=250),
+            max_size=6,
+        )
+    )
+    def test_any_headers(self, headers: dict[str, str]) -> None:
+        """No headers raise, and what is read of them stays within its bounds."""
+        facts = classify(headers)
+
+        assert 1 <= len(facts.flow_id) <= 256
+        assert facts.objective is None or 1 <= len(facts.objective) <= 256
+        assert 0 <= facts.byte_size < 10**15
+        assert facts.ttl_ns is None or facts.ttl_ns >= 0
+        assert len(facts.client_request_id) <= 256
+        assert "?" not in facts.path
+
+    def test_control_headers(self) -> None:
+        """The headers meant for us, which the model server must not see, are all five."""
+        expected = {FLOW, FLOW_ALIAS, OBJECTIVE, OBJECTIVE_ALIAS, TTL}
+
+        assert expected == set(CONTROL_HEADERS)
+
+
+class TestExemptPaths:
+    """Paths that pass ungated."""
+
+    @pytest.mark.parametrize(
+        ("path", "is_exempt"),
+        [
+            *(("/health", True), ("/health/", False), ("/healthz", False), ("/Health", False)),
+            *(("/v1/models", False), ("/v1/models/", True), ("/v1/models/llama", True)),
+            *(("/v1/chat/completions", False), ("", False), ("/", False), ("*", False)),
+        ],
+    )
+    def test_exact_and_prefix(self, path: str, is_exempt: bool) -> None:  # noqa: FBT001 - a table
+        """A path matches as a whole, or by its beginning where a trailing * says so."""
+        exempt = ExemptPaths(("/health", "/v1/models/*"))
+
+        assert is_exempt == (path in exempt)
+
+    def test_none(self) -> None:
+        """Without exempt paths everything is gated."""
+        assert "/health" not in ExemptPaths(())
+
+    def test_all(self) -> None:
+        """/* exempts everything."""
+        assert "/v1/chat/completions" in ExemptPaths(("/*",))

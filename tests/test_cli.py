@@ -1,0 +1,228 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from flowcontrol.errors import ListenError
+from server.cli import main
+from server.service import Service
+from server.settings import load_settings
+
+TIMEOUT_S = 20.0
+COMMANDS = ("serve", "check-config", "envoy-config", "simulate-server", "demo")
+
+
+def run(*arguments: str) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
+class TestHelp:
+    """What there is."""
+
+    @pytest.mark.parametrize("option", ["-h", "--help"])
+    def test_commands(self, option: str) -> None:
+        """Help names every command with a line of its own."""
+        result = run(option)
+
+        listed = result.stdout.partition("Commands:\n")[2].splitlines()
+        assert result.exit_code == 0
+        assert set(COMMANDS) <= {line.split()[0] for line in listed}
+        assert all(len(line.split()) > 3 for line in listed)
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_of_each_command(self, command: str) -> None:
+        """Every command has help, with a sentence that says what it does."""
+        result = run(command, "-h")
+
+        assert result.exit_code == 0
+        assert result.stdout.startswith(f"Usage: main {command} ")
+        assert result.stdout.splitlines()[2].strip()
+
+    def test_without_a_command(self) -> None:
+        """Without a command help is shown, and nothing was done."""
+        result = CliRunner().invoke(main, [])
+
+        assert result.exit_code == 2
+        assert "Commands:" in result.output
+
+    def test_version(self) -> None:
+        """The version is the installed package's."""
+        result = run("--version")
+
+        assert result.stdout.split()[-1] == version("flowcontrol")
+        assert result.exit_code == 0
+
+
+class TestUsage:
+    """What cannot be meant: exit status 2 and words on standard error."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["serv"], "No such command 'serv'"),
+            (["serve"], "Missing option '--config'"),
+            (["serve", "--config", "c.yaml", "--log-level", "loud"], "'loud' is not one of"),
+            (["check-config"], "Missing argument 'CONFIG'"),
+            (["check-config", "a.yaml", "b.yaml"], "unexpected extra argument"),
+            (["envoy-config"], "Missing option '--config'"),
+            (["simulate-server", "--port", "70000"], "70000 is not in the range"),
+            (["--verbose"], "No such option"),
+        ],
+        ids=" ".join,
+    )
+    def test_mistakes(self, arguments: list[str], words: str) -> None:
+        """The mistake is named."""
+        result = run(*arguments)
+
+        assert result.exit_code == 2
+        assert words in result.stderr
+        assert not result.stdout
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["serve", "--config"], ["check-config"], ["envoy-config", "--config"]],
+        ids=lambda arguments: arguments[0],
+    )
+    def test_bad_configuration(self, tmp_path: Path, arguments: list[str]) -> None:
+        """Every command says the same of a bad configuration, all of it, and exits with 2."""
+        config = tmp_path / "flowcontrol.yaml"
+        config.write_text("kind: Config\npicker: random\n")
+
+        result = run(*arguments, str(config))
+
+        assert result.exit_code == 2
+        assert result.stderr.splitlines() == [
+            "apiVersion is required",
+            "kind must be 'FlowControlConfig', got 'Config'",
+            "pool is required",
+            "objectives is required",
+            "endpoints is required",
+            "picker must be 'off' or 'least-loaded', got 'random'",
+        ]
+
+
+class TestCheckConfig:
+    """check-config; its messages have tests of their own in test_settings.py."""
+
+    def test_the_example(self) -> None:
+        """The example that people copy is a good one."""
+        example = Path(__file__).parents[1] / "envoy" / "flowcontrol.yaml"
+
+        result = run("check-config", str(example))
+
+        assert result.stdout == f"{example}: ok\n"
+        assert result.exit_code == 0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+@contextmanager
+def serving(config: Path) -> Iterator[subprocess.Popen[str]]:
+    """`flowcontrol serve` in a process of its own, gone at the end."""
+    command = [sys.executable, "-m", "server", "serve", "--config", str(config)]
+    environment = {**os.environ, "PYTHONWARNINGS": ""}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def lines_until(process: subprocess.Popen[str], event: str) -> list[dict[str, Any]]:
+    """The log of a service up to an event."""
+    assert process.stderr is not None
+    lines: list[dict[str, Any]] = []
+    for line in process.stderr:
+        lines.append(json.loads(line))
+        if lines[-1]["event"] == event:
+            return lines
+    pytest.fail(f"no {event} in {lines}")
+
+
+@pytest.mark.slow
+class TestServe:
+    """serve, in a process of its own."""
+
+    @pytest.fixture(name="ports")
+    def _ports(self) -> list[int]:
+        """Ports for ext_proc, health and HTTP."""
+        return free_ports(3)
+
+    @pytest.fixture(name="config")
+    def _config(self, tmp_path: Path, ports: list[int]) -> Path:
+        """A configuration that listens on these ports."""
+        (tmp_path / "objectives").mkdir()
+        path = tmp_path / "flowcontrol.yaml"
+        path.write_text(
+            "apiVersion: flowcontrol/v1alpha1\nkind: FlowControlConfig\npool: llama\n"
+            "objectives: {directory: objectives}\nendpoints: {static: []}\n"
+            f"listen:\n  extProc: 127.0.0.1:{ports[0]}\n  health: 127.0.0.1:{ports[1]}\n"
+            f"  http: 127.0.0.1:{ports[2]}\n"
+        )
+        return path
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_signals(self, config: Path, number: signal.Signals) -> None:
+        """SIGTERM and SIGINT drain the service and end it with status 0."""
+        with serving(config) as process:
+            started = lines_until(process, "service_started")
+            process.send_signal(number)
+            stopped = lines_until(process, "service_stopped")
+
+            assert process.wait(TIMEOUT_S) == 0
+        assert [line["event"] for line in started] == ["objectives_changed", "service_started"]
+        assert [line["event"] for line in stopped] == ["drain_began", "service_stopped"]
+        assert stopped[0]["cause"] == number.name
+        assert stopped[1]["exit_status"] == 0
+
+    @pytest.mark.parametrize("taken", [0, 1, 2], ids=["ext_proc", "health", "http"])
+    def test_port_in_use(self, config: Path, ports: list[int], taken: int) -> None:
+        """A port that is taken is named as the last word; nothing is left running; status 2."""
+        with socket.create_server(("127.0.0.1", ports[taken])), serving(config) as process:
+            _, errors = process.communicate(timeout=TIMEOUT_S)
+
+        address = f"127.0.0.1:{ports[taken]}"
+        words = f"cannot listen on {address}: in use by another process, or not of this machine"
+        assert errors.splitlines()[-1] == words
+        assert "Traceback" not in errors
+        assert process.returncode == 2
+
+    async def test_nothing_is_left_running(self, config: Path, ports: list[int]) -> None:
+        """When a port is taken the processor has ended before that is said."""
+        interval_s = sys.getswitchinterval()
+        with socket.create_server(("127.0.0.1", ports[0])), pytest.raises(ListenError):
+            await Service(load_settings(config)).run()
+
+        sys.setswitchinterval(interval_s)
+        assert "flow-processor" not in {thread.name for thread in threading.enumerate()}
+
+    def test_without_assertions(self, config: Path) -> None:
+        """With -O the service refuses to start: its assertions guard the ledger."""
+        command = [sys.executable, "-O", "-m", "server", "serve", "--config", str(config)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+
+        assert done.stderr == "flowcontrol must not run with -O: its assertions guard the ledger\n"
+        assert done.returncode == 2

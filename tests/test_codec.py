@@ -1,0 +1,308 @@
+"""Two codecs that share no code must agree on the bytes.
+
+`server.codec` is written on Google's protobuf; `envoy_data_plane` on betterproto2.
+"""
+
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.classify import CONTROL_HEADERS
+from server.codec import MalformedMessageError, decode, encode
+from server.exchange import Acknowledge, Message, MessageKind, Reply
+from server.replies import REFUSALS, Exempt, Proceed, Refuse
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # it is not up to date with pydantic
+    from envoy_data_plane.envoy.config.core.v3 import (
+        HeaderMap,
+        HeaderValue,
+        HeaderValueOption,
+        HeaderValueOptionHeaderAppendAction,
+    )
+    from envoy_data_plane.envoy.service.ext_proc.v3 import (
+        BodyResponse,
+        CommonResponse,
+        HeaderMutation,
+        HeadersResponse,
+        HttpBody,
+        HttpHeaders,
+        HttpTrailers,
+        ImmediateResponse,
+        ProcessingRequest,
+        ProcessingResponse,
+        TrailersResponse,
+    )
+    from envoy_data_plane.google.protobuf import Struct, Value
+
+OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+
+
+def request_with(*headers: HeaderValue) -> bytes:
+    """The request headers as Envoy would send them."""
+    http = HttpHeaders(headers=HeaderMap(headers=list(headers)), end_of_stream=True)
+    return bytes(ProcessingRequest(request_headers=http))
+
+
+def parsed(reply: Reply) -> ProcessingResponse:
+    """Our reply as the other codec reads it."""
+    return ProcessingResponse.parse(encode(reply))
+
+
+def raw(name: str, value: bytes) -> HeaderValueOption:
+    """A header that replaces what is there, its value in raw_value."""
+    return HeaderValueOption(
+        header=HeaderValue(key=name, value="", raw_value=value), append_action=OVERWRITE
+    )
+
+
+class TestDecodeHeaders:
+    """Request headers, written by the other codec."""
+
+    def test_raw_value_or_value(self) -> None:
+        """Envoy sends raw_value; others send value."""
+        data = request_with(
+            HeaderValue(key=":path", raw_value=b"/v1/completions"),
+            HeaderValue(key="content-length", value="12"),
+            HeaderValue(key="x-empty"),
+        )
+
+        headers = {":path": "/v1/completions", "content-length": "12", "x-empty": ""}
+        expected = Message(MessageKind.REQUEST_HEADERS, headers)
+        assert expected == decode(data)
+
+    def test_both(self) -> None:
+        """Where both are set, raw_value counts, as in Envoy."""
+        data = request_with(HeaderValue(key="a", value="value", raw_value=b"raw"))
+
+        assert decode(data).headers == {"a": "raw"}
+
+    def test_first_wins(self) -> None:
+        """Of a repeated header the first value counts, also when it is empty."""
+        data = request_with(
+            HeaderValue(key="a", raw_value=b"first"),
+            HeaderValue(key="a", raw_value=b"second"),
+            HeaderValue(key="b"),
+            HeaderValue(key="b", raw_value=b"second"),
+        )
+
+        assert decode(data).headers == {"a": "first", "b": ""}
+
+    def test_not_utf_8(self) -> None:
+        """Bytes of any kind are kept, one character each."""
+        data = request_with(HeaderValue(key="a", raw_value=bytes(range(1, 256))))
+
+        assert decode(data).headers["a"].encode("latin-1") == bytes(range(1, 256))
+
+    def test_no_headers(self) -> None:
+        """A request without a header is a request."""
+        assert decode(request_with()).headers == {}
+        assert decode(bytes(ProcessingRequest(request_headers=HttpHeaders()))).headers == {}
+
+    @given(st.dictionaries(st.text(max_size=20), st.binary(max_size=50), max_size=10))
+    def test_any_headers(self, headers: dict[str, bytes]) -> None:
+        """Whatever the one codec writes, the other reads."""
+        data = request_with(*(HeaderValue(key=k, raw_value=v) for k, v in headers.items()))
+
+        expected = {name: value.decode("latin-1") for name, value in headers.items()}
+        assert expected == decode(data).headers
+
+
+class TestDecode:
+    """The other messages, and no messages."""
+
+    @pytest.mark.parametrize(
+        ("request_", "kind"),
+        [
+            (ProcessingRequest(request_body=HttpBody(body=b"{}")), "request_body"),
+            (ProcessingRequest(request_trailers=HttpTrailers()), "request_trailers"),
+            (ProcessingRequest(response_headers=HttpHeaders()), "response_headers"),
+            (ProcessingRequest(response_body=HttpBody(body=b"{}")), "response_body"),
+            (ProcessingRequest(response_trailers=HttpTrailers()), "response_trailers"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_later_messages(self, request_: ProcessingRequest, kind: str) -> None:
+        """Of anything but request headers only the kind is told."""
+        expected = Message(MessageKind(kind), {})
+
+        assert expected == decode(bytes(request_))
+
+    def test_response_headers_stay_unread(self) -> None:
+        """What the model server says is not ours to read."""
+        headers = HeaderMap(headers=[HeaderValue(key="a", raw_value=b"b")])
+        message = ProcessingRequest(response_headers=HttpHeaders(headers=headers))
+
+        assert decode(bytes(message)).headers == {}
+
+    def test_nothing_asked(self) -> None:
+        """A message that carries no request is malformed."""
+        with pytest.raises(MalformedMessageError, match=r"^a ProcessingRequest without a request$"):
+            decode(b"")
+        with pytest.raises(MalformedMessageError, match=r"^a ProcessingRequest without a request$"):
+            decode(bytes(ProcessingRequest(observability_mode=True)))
+
+    @pytest.mark.parametrize(
+        "data",
+        [b"\xff", b"\x00", b"GET / HTTP/1.1\r\n", request_with(HeaderValue(key="abc"))[:-1]],
+    )
+    def test_garbage(self, data: bytes) -> None:
+        """Bytes that are no ProcessingRequest are malformed."""
+        with pytest.raises(MalformedMessageError, match=r"^not a ProcessingRequest$"):
+            decode(data)
+
+    def test_header_name_is_not_utf_8(self) -> None:
+        """A name, unlike a value, must be UTF-8."""
+        data = request_with(HeaderValue(key="abc")).replace(b"abc", b"a\xffc")
+
+        with pytest.raises(MalformedMessageError, match=r"^not a ProcessingRequest$"):
+            decode(data)
+
+    @given(st.binary(max_size=200))
+    def test_any_bytes(self, data: bytes) -> None:
+        """Any bytes are a message or malformed, never another error."""
+        try:
+            message = decode(data)
+        except MalformedMessageError:
+            return
+        assert message.kind in MessageKind
+
+
+class TestProceed:
+    """The request goes on."""
+
+    def test_without_endpoint(self) -> None:
+        """Our headers are taken off and our notes go into the dynamic metadata; no more."""
+        expected = ProcessingResponse(
+            request_headers=HeadersResponse(
+                response=CommonResponse(
+                    header_mutation=HeaderMutation(remove_headers=list(CONTROL_HEADERS))
+                )
+            ),
+            dynamic_metadata=Struct(fields={"flowcontrol": notes(queue_ms=1234, priority=10)}),
+        )
+
+        assert expected == parsed(Proceed(priority=10, waited_ns=1_234_999_999))
+
+    def test_with_endpoint(self) -> None:
+        """The endpoint chosen stands in the header and, the same, in envoy.lb's metadata."""
+        name, value = "x-gateway-destination-endpoint", "[::1]:8000"
+        picked = Struct(fields={name: Value(string_value=value)})
+        expected = ProcessingResponse(
+            request_headers=HeadersResponse(
+                response=CommonResponse(
+                    header_mutation=HeaderMutation(
+                        set_headers=[raw(name, value.encode())],
+                        remove_headers=list(CONTROL_HEADERS),
+                    )
+                )
+            ),
+            dynamic_metadata=Struct(
+                fields={
+                    "flowcontrol": notes(queue_ms=0, priority=-1),
+                    "envoy.lb": Value(struct_value=picked),
+                }
+            ),
+        )
+
+        assert expected == parsed(Proceed(priority=-1, waited_ns=999_999, endpoint=value))
+
+    def test_exempt(self) -> None:
+        """An exempt request loses our headers as well, and nothing is noted."""
+        expected = ProcessingResponse(
+            request_headers=HeadersResponse(
+                response=CommonResponse(
+                    header_mutation=HeaderMutation(remove_headers=list(CONTROL_HEADERS))
+                )
+            )
+        )
+
+        assert expected == parsed(Exempt())
+
+
+def notes(*, queue_ms: float, priority: float) -> Value:
+    """What we note of a request for Envoy's access log."""
+    fields = {"queue_ms": Value(number_value=queue_ms), "priority": Value(number_value=priority)}
+    return Value(struct_value=Struct(fields=fields))
+
+
+class TestRefuse:
+    """The client is answered in the model server's place."""
+
+    @staticmethod
+    def immediate(refusal: Refuse) -> ImmediateResponse:
+        """The immediate response, which is all there is."""
+        response = parsed(refusal)
+        immediate = response.immediate_response
+        assert immediate is not None
+        assert response == ProcessingResponse(immediate_response=immediate)
+        return immediate
+
+    def test_every_field(self) -> None:
+        """Status, headers, body, gRPC status and details are what the refusal says."""
+        refusal = Refuse(429, "rejected-saturated", b'{"error": {}}', 8, retry_after_s=3)
+
+        immediate = self.immediate(refusal)
+
+        assert immediate.status is not None
+        assert immediate.status.code == 429
+        assert immediate.body == b'{"error": {}}'
+        assert immediate.grpc_status is not None
+        assert immediate.grpc_status.status == 8
+        assert immediate.details == "rejected_saturated"
+        expected = HeaderMutation(
+            set_headers=[
+                raw("content-type", b"application/json"),
+                raw("x-llm-d-request-dropped-reason", b"rejected-saturated"),
+                raw("retry-after", b"3"),
+            ]
+        )
+        assert expected == immediate.headers
+
+    def test_no_retry_after(self) -> None:
+        """Without an expectation the header is left out."""
+        immediate = self.immediate(Refuse(500, "internal", b"{}", 13))
+
+        assert immediate.headers is not None
+        names = [option.header.key for option in immediate.headers.set_headers if option.header]
+        assert names == ["content-type", "x-llm-d-request-dropped-reason"]
+
+    @pytest.mark.parametrize("refused", REFUSALS.values(), ids=[o.value for o in REFUSALS])
+    def test_details(self, refused: tuple[int, str, str, int]) -> None:
+        """Details are always set, in the form of Envoy's own: words joined by underscores."""
+        status, reason, _message, grpc_status = refused
+        immediate = self.immediate(Refuse(status, reason, b"{}", grpc_status))
+
+        assert immediate.details == reason.replace("-", "_")
+        assert immediate.details
+        assert immediate.status is not None
+        assert immediate.status.code == status
+
+    def test_body_is_bytes(self) -> None:
+        """A body need not be text."""
+        body = bytes(range(256))
+
+        assert self.immediate(Refuse(500, "internal", body, 13)).body == body
+
+
+class TestAcknowledge:
+    """A later part passes as it is."""
+
+    EMPTY = CommonResponse()
+    EXPECTED = {  # noqa: RUF012 - a table
+        "request_headers": ProcessingResponse(request_headers=HeadersResponse(response=EMPTY)),
+        "request_body": ProcessingResponse(request_body=BodyResponse(response=EMPTY)),
+        "request_trailers": ProcessingResponse(request_trailers=TrailersResponse()),
+        "response_headers": ProcessingResponse(response_headers=HeadersResponse(response=EMPTY)),
+        "response_body": ProcessingResponse(response_body=BodyResponse(response=EMPTY)),
+        "response_trailers": ProcessingResponse(response_trailers=TrailersResponse()),
+    }
+
+    @pytest.mark.parametrize("kind", MessageKind)
+    def test_of_its_kind(self, kind: MessageKind) -> None:
+        """The answer to each kind of message is of that kind and changes nothing."""
+        expected = self.EXPECTED[kind.value]
+
+        assert expected == parsed(Acknowledge(kind))

@@ -1,0 +1,171 @@
+"""The canonical line of a request."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import structlog
+from structlog.testing import capture_logs
+
+from flowcontrol.events import Decision
+from flowcontrol.request import Outcome
+from server import logs
+from server.classify import RequestFacts
+from server.gate import Parked
+
+MS = 1_000_000
+FACTS = RequestFacts(
+    flow_id="tenant",
+    objective="chat",
+    byte_size=2048,
+    ttl_ns=5000 * MS,
+    client_request_id="e7f1",
+    path="/v1/chat/completions",
+)
+DISPATCHED = Decision(
+    request_id=7,
+    outcome=Outcome.DISPATCHED,
+    priority=10,
+    flow_id="tenant",
+    waited_ns=1_234_567,
+    endpoint="10.0.0.5:8000",
+    saturation=0.98765,
+    waiting=4,
+)
+
+
+@pytest.fixture(autouse=True)
+def _unconfigured() -> Iterator[None]:
+    """Structlog as it is before and after the service has it to itself."""
+    structlog.reset_defaults()
+    yield
+    structlog.reset_defaults()
+
+
+class NoFuture:
+    """Stands where a log line must not look."""
+
+
+def line_of(decision: Decision, decided_ns: int = 100 * MS, left_ns: int | None = 350 * MS) -> Any:
+    """The one line that is written when such a request is over."""
+    parked = Parked(7, FACTS, NoFuture(), decided_ns, left_ns)  # type: ignore[arg-type]  # unread
+    with capture_logs() as lines:
+        logs.request_ended(parked, decision)
+    (line,) = lines
+    return line
+
+
+class TestRequestEnded:
+    """One line per request, at its end."""
+
+    def test_dispatched(self) -> None:
+        """A request that went on has its wait, its time in flight and its endpoint."""
+        expected = {
+            "event": "request_decided",
+            "log_level": "info",
+            "request_id": 7,
+            "client_request_id": "e7f1",
+            "flow_id": "tenant",
+            "objective": "chat",
+            "priority": 10,
+            "outcome": "dispatched",
+            "http_status": None,
+            "waited_ms": 1.235,
+            "in_flight_ms": 250.0,
+            "byte_size": 2048,
+            "saturation": 0.988,
+            "waiting": 4,
+            "endpoint": "10.0.0.5:8000",
+        }
+
+        assert expected == line_of(DISPATCHED)
+
+    @pytest.mark.parametrize(
+        ("outcome", "status"),
+        [
+            (Outcome.REJECTED_CAPACITY, 429),
+            (Outcome.REJECTED_NO_ENDPOINTS, 503),
+            (Outcome.REJECTED_DRAINING, 503),
+            (Outcome.EVICTED_TTL, 429),
+            (Outcome.EVICTED_NO_ENDPOINTS, 503),
+            (Outcome.EVICTED_DISPLACED, 429),
+            (Outcome.EVICTED_CANCELLED, 499),
+            (Outcome.EVICTED_DRAINED, 503),
+            (Outcome.RECLAIMED, 429),
+            (Outcome.INTERNAL, 500),
+        ],
+    )
+    def test_refused(self, outcome: Outcome, status: int) -> None:
+        """A request that did not has the status its client got, and was never in flight."""
+        line = line_of(replace(DISPATCHED, outcome=outcome, endpoint=None))
+
+        assert line["outcome"] == outcome.value
+        assert line["http_status"] == status
+        assert line["in_flight_ms"] == 0.0
+        assert line["endpoint"] is None
+
+    def test_left_before_the_news(self) -> None:
+        """A request that left while its dispatch crossed was in flight for no time."""
+        assert line_of(DISPATCHED, decided_ns=100 * MS, left_ns=90 * MS)["in_flight_ms"] == 0.0
+
+    def test_no_header_values(self) -> None:
+        """The line has these keys and no others: no path, no header, no body."""
+        assert line_of(DISPATCHED).keys() == {
+            *("event", "log_level", "request_id", "client_request_id", "flow_id", "objective"),
+            *("priority", "outcome", "http_status", "waited_ms", "in_flight_ms", "byte_size"),
+            *("saturation", "waiting", "endpoint"),
+        }
+
+
+class TestConfigure:
+    """JSON on standard error."""
+
+    def test_a_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """A line is one JSON object with level, time in UTC, event and its keys."""
+        logs.configure("info")
+        structlog.get_logger().info("drain_began", budget_ms=1.5, flow_id='a"\n\x00é')
+
+        captured = capsys.readouterr()
+        line = json.loads(captured.err)
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert line.pop("timestamp").endswith("Z")
+        assert line == {
+            "event": "drain_began",
+            "level": "info",
+            "budget_ms": 1.5,
+            "flow_id": 'a"\n\x00é',
+        }
+
+    @pytest.mark.parametrize(
+        ("level", "shown"),
+        [
+            ("debug", ["debug", "info", "warning", "error"]),
+            ("info", ["info", "warning", "error"]),
+            ("warning", ["warning", "error"]),
+            ("error", ["error"]),
+        ],
+    )
+    def test_levels(self, capsys: pytest.CaptureFixture[str], level: str, shown: list[str]) -> None:
+        """What is below the level is not written."""
+        logs.configure(level)
+        logger = structlog.get_logger()
+        for each in ("debug", "info", "warning", "error"):
+            getattr(logger, each)("event")
+
+        lines = capsys.readouterr().err.splitlines()
+        assert shown == [json.loads(line)["level"] for line in lines]
+
+    def test_exceptions(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """A fault is written with its traceback, on the same line."""
+        logs.configure("error")
+        fault = AssertionError("a request was lost")
+        structlog.get_logger().critical("processor_failed", exc_info=fault)
+
+        captured = capsys.readouterr().err
+        assert captured.count("\n") == 1
+        (exception,) = json.loads(captured)["exception"]
+        assert exception["exc_type"] == "AssertionError"
+        assert exception["exc_value"] == "a request was lost"

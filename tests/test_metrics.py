@@ -1,0 +1,195 @@
+"""Every metric line of a known snapshot, and what Prometheus reads in it."""
+
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from flowcontrol.request import Outcome
+from flowcontrol.snapshot import BandSnapshot, EndpointSnapshot, Snapshot, Totals
+from server.metrics import SnapshotCollector
+
+SECOND = 1_000_000_000
+CHAT = BandSnapshot(
+    priority=10,
+    is_declared=True,
+    waiting=3,
+    waiting_bytes=4096,
+    in_flight=2,
+    oldest_wait_ns=1_500_000_000,
+    ceiling=1.0,
+    requests_max=None,
+    bytes_max=None,
+    flow_count=2,
+    flows=(),
+)
+BATCH = BandSnapshot(
+    priority=-1,
+    is_declared=False,
+    waiting=0,
+    waiting_bytes=0,
+    in_flight=0,
+    oldest_wait_ns=None,
+    ceiling=0.5,
+    requests_max=1000,
+    bytes_max=10**9,
+    flow_count=0,
+    flows=(),
+)
+TOTALS = Totals(
+    outcomes={Outcome.DISPATCHED: 5, Outcome.EVICTED_TTL: 1},
+    completed=3,
+    wait_counts={
+        # up to 1, 5, 10, 25, 50, 100, 250, 500 ms, then 1, 2.5, 5, ... 600 s, and longer
+        Outcome.DISPATCHED: (2, 0, 0, 0, 1, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0),
+        Outcome.EVICTED_TTL: (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1),
+    },
+    wait_sum_ns={Outcome.DISPATCHED: 3_250_000_000, Outcome.EVICTED_TTL: 900 * SECOND},
+)
+SNAPSHOT = Snapshot(
+    saturation=0.75,
+    waiting=3,
+    waiting_bytes=4096,
+    in_flight=2,
+    is_draining=True,
+    bands=(CHAT, BATCH),
+    totals={10: TOTALS},
+    endpoints=(
+        EndpointSnapshot("10.0.0.5:8000", 2, 64),
+        EndpointSnapshot("[::1]:8000", 0, 64),
+        EndpointSnapshot("10.0.0.6:8000", None, 64),
+    ),
+    objectives={"chat": 10},
+    unknown_objectives=7,
+)
+EMPTY = Snapshot(
+    saturation=0.0,
+    waiting=0,
+    waiting_bytes=0,
+    in_flight=0,
+    is_draining=False,
+    bands=(),
+    totals={},
+    endpoints=(),
+    objectives={},
+    unknown_objectives=0,
+)
+
+EXPECTED = """\
+flowcontrol_saturation 0.75
+flowcontrol_draining 1.0
+flowcontrol_endpoints 3.0
+flowcontrol_objectives 1.0
+flowcontrol_inbox_refusals_total 4.0
+flowcontrol_unknown_objectives_total 7.0
+flowcontrol_objective_errors_total 2.0
+flowcontrol_endpoint_in_flight_requests{endpoint="10.0.0.5:8000"} 2.0
+flowcontrol_endpoint_in_flight_requests{endpoint="[::1]:8000"} 0.0
+flowcontrol_waiting_requests{priority="10"} 3.0
+flowcontrol_waiting_requests{priority="-1"} 0.0
+flowcontrol_waiting_bytes{priority="10"} 4096.0
+flowcontrol_waiting_bytes{priority="-1"} 0.0
+flowcontrol_in_flight_requests{priority="10"} 2.0
+flowcontrol_in_flight_requests{priority="-1"} 0.0
+flowcontrol_flows{priority="10"} 2.0
+flowcontrol_flows{priority="-1"} 0.0
+flowcontrol_band_ceiling{priority="10"} 1.0
+flowcontrol_band_ceiling{priority="-1"} 0.5
+flowcontrol_oldest_wait_seconds{priority="10"} 1.5
+flowcontrol_oldest_wait_seconds{priority="-1"} 0.0
+flowcontrol_requests_total{outcome="dispatched",priority="10"} 5.0
+flowcontrol_requests_total{outcome="evicted-ttl",priority="10"} 1.0
+flowcontrol_completed_requests_total{priority="10"} 3.0
+flowcontrol_wait_seconds_bucket{le="0.001",outcome="dispatched",priority="10"} 2.0
+flowcontrol_wait_seconds_bucket{le="0.005",outcome="dispatched",priority="10"} 2.0
+flowcontrol_wait_seconds_bucket{le="0.01",outcome="dispatched",priority="10"} 2.0
+flowcontrol_wait_seconds_bucket{le="0.025",outcome="dispatched",priority="10"} 2.0
+flowcontrol_wait_seconds_bucket{le="0.05",outcome="dispatched",priority="10"} 3.0
+flowcontrol_wait_seconds_bucket{le="0.1",outcome="dispatched",priority="10"} 3.0
+flowcontrol_wait_seconds_bucket{le="0.25",outcome="dispatched",priority="10"} 3.0
+flowcontrol_wait_seconds_bucket{le="0.5",outcome="dispatched",priority="10"} 3.0
+flowcontrol_wait_seconds_bucket{le="1.0",outcome="dispatched",priority="10"} 3.0
+flowcontrol_wait_seconds_bucket{le="2.5",outcome="dispatched",priority="10"} 5.0
+flowcontrol_wait_seconds_bucket{le="5.0",outcome="dispatched",priority="10"} 5.0
+flowcontrol_wait_seconds_bucket{le="10.0",outcome="dispatched",priority="10"} 5.0
+flowcontrol_wait_seconds_bucket{le="30.0",outcome="dispatched",priority="10"} 5.0
+flowcontrol_wait_seconds_bucket{le="60.0",outcome="dispatched",priority="10"} 5.0
+flowcontrol_wait_seconds_bucket{le="120.0",outcome="dispatched",priority="10"} 5.0
+flowcontrol_wait_seconds_bucket{le="300.0",outcome="dispatched",priority="10"} 5.0
+flowcontrol_wait_seconds_bucket{le="600.0",outcome="dispatched",priority="10"} 5.0
+flowcontrol_wait_seconds_bucket{le="+Inf",outcome="dispatched",priority="10"} 5.0
+flowcontrol_wait_seconds_count{outcome="dispatched",priority="10"} 5.0
+flowcontrol_wait_seconds_sum{outcome="dispatched",priority="10"} 3.25
+"""
+
+
+def rendered(snapshot: Snapshot) -> str:
+    """What /metrics would say."""
+    return generate_latest(SnapshotCollector(snapshot, 4, 2).registry()).decode()
+
+
+def lines(text: str) -> list[str]:
+    """The samples, one a line."""
+    return [line for line in text.splitlines() if not line.startswith("#")]
+
+
+class TestSnapshotCollector:
+    """From a snapshot to text."""
+
+    def test_every_line(self) -> None:
+        """Every sample is there, in order; counters end in _total, buckets are cumulated."""
+        got = lines(rendered(SNAPSHOT))
+        evicted = [line for line in got if "wait_seconds" in line and "evicted-ttl" in line]
+
+        assert EXPECTED.splitlines() == [line for line in got if line not in evicted]
+        labels = 'outcome="evicted-ttl",priority="10"'
+        assert len(evicted) == 20
+        assert all(line.endswith(" 0.0") for line in evicted[:17])
+        assert evicted[17:] == [
+            f'flowcontrol_wait_seconds_bucket{{le="+Inf",{labels}}} 1.0',
+            f"flowcontrol_wait_seconds_count{{{labels}}} 1.0",
+            f"flowcontrol_wait_seconds_sum{{{labels}}} 900.0",
+        ]
+
+    def test_prometheus_reads_it(self) -> None:
+        """Prometheus' own parser reads every family, with a type and a help text."""
+        families = {each.name: each for each in text_string_to_metric_families(rendered(SNAPSHOT))}
+
+        kinds = {name.removeprefix("flowcontrol_"): each.type for name, each in families.items()}
+        assert kinds == {
+            "saturation": "gauge",
+            "draining": "gauge",
+            "endpoints": "gauge",
+            "objectives": "gauge",
+            "inbox_refusals": "counter",
+            "unknown_objectives": "counter",
+            "objective_errors": "counter",
+            "endpoint_in_flight_requests": "gauge",
+            "waiting_requests": "gauge",
+            "waiting_bytes": "gauge",
+            "in_flight_requests": "gauge",
+            "flows": "gauge",
+            "band_ceiling": "gauge",
+            "oldest_wait_seconds": "gauge",
+            "requests": "counter",
+            "completed_requests": "counter",
+            "wait_seconds": "histogram",
+        }
+        assert all(each.documentation.endswith(".") for each in families.values())
+
+    def test_nothing_yet(self) -> None:
+        """An idle pool without bands has its pool metrics, and no series that would be stale."""
+        assert lines(rendered(EMPTY)) == [
+            "flowcontrol_saturation 0.0",
+            "flowcontrol_draining 0.0",
+            "flowcontrol_endpoints 0.0",
+            "flowcontrol_objectives 0.0",
+            "flowcontrol_inbox_refusals_total 4.0",
+            "flowcontrol_unknown_objectives_total 0.0",
+            "flowcontrol_objective_errors_total 2.0",
+        ]
+
+    def test_labels(self) -> None:
+        """No label holds what a client says: only priority, outcome, endpoint and bound."""
+        families = text_string_to_metric_families(rendered(SNAPSHOT))
+
+        labels = {name for each in families for sample in each.samples for name in sample.labels}
+        assert labels == {"priority", "outcome", "endpoint", "le"}

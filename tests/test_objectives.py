@@ -1,0 +1,417 @@
+"""Objectives from a folder of manifests, read once and followed live."""
+
+import asyncio
+import itertools
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import final
+
+import pytest
+import structlog
+from structlog.testing import capture_logs
+from structlog.typing import EventDict
+
+from server.objectives import ObjectiveFolder
+
+NEW, OLD = "llm-d.ai/v1alpha2", "inference.networking.x-k8s.io/v1alpha2"
+TIMEOUT_S = 3.0
+
+
+def manifest(
+    name: str, priority: int | None = None, *, pool: str = "llama", group: str = NEW
+) -> str:
+    """An InferenceObjective as one YAML document."""
+    said = "" if priority is None else f"  priority: {priority}\n"
+    return (
+        f"apiVersion: {group}\nkind: InferenceObjective\nmetadata:\n  name: {name}\n"
+        f"spec:\n{said}  poolRef:\n    name: {pool}\n"
+    )
+
+
+CHAT = manifest("chat", 10)
+
+
+@pytest.fixture(name="folder")
+def _folder(tmp_path: Path) -> ObjectiveFolder:
+    """The objectives of the pool `llama` in an empty folder."""
+    return ObjectiveFolder(tmp_path, "llama")
+
+
+class TestRead:
+    """What counts as an objective."""
+
+    def test_empty(self, folder: ObjectiveFolder) -> None:
+        """An empty folder declares nothing, and that is no mistake."""
+        assert folder.read() == {}
+        assert folder.error_count == 0
+
+    @pytest.mark.parametrize("group", [NEW, OLD])
+    def test_groups(self, tmp_path: Path, folder: ObjectiveFolder, group: str) -> None:
+        """Both API groups are read."""
+        (tmp_path / "chat.yaml").write_text(manifest("chat", 10, group=group))
+
+        assert folder.read() == {"chat": 10}
+
+    @pytest.mark.parametrize(("first", "second"), [(NEW, OLD), (OLD, NEW)])
+    def test_precedence(
+        self, tmp_path: Path, folder: ObjectiveFolder, first: str, second: str
+    ) -> None:
+        """Where both groups declare a name llm-d.ai counts, in whatever file, without complaint."""
+        priorities = {NEW: 1, OLD: 2}
+        (tmp_path / "a.yaml").write_text(manifest("chat", priorities[first], group=first))
+        (tmp_path / "b.yaml").write_text(manifest("chat", priorities[second], group=second))
+
+        assert folder.read() == {"chat": 1}
+        assert folder.error_count == 0
+
+    def test_documents(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """A file may hold several documents, empty ones too, and end in .yml."""
+        documents = [manifest("chat", 10), "", manifest("batch", -1), "# nothing\n"]
+        (tmp_path / "all.yml").write_text("---\n".join(documents))
+        (tmp_path / "urgent.yaml").write_text(manifest("urgent", 2**31 - 1))
+
+        assert folder.read() == {"chat": 10, "batch": -1, "urgent": 2**31 - 1}
+        assert folder.error_count == 0
+
+    def test_default_priority(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """An objective without a priority has priority 0, as in the CRD."""
+        (tmp_path / "plain.yaml").write_text(manifest("plain"))
+
+        assert folder.read() == {"plain": 0}
+
+    def test_others_are_passed_over(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """Other kinds, other pools and other files are not our business."""
+        (tmp_path / "a.yaml").write_text(CHAT + "---\napiVersion: v1\nkind: ConfigMap\n")
+        (tmp_path / "b.yaml").write_text(manifest("other", 99, pool="qwen"))
+        (tmp_path / "c.json").write_text("{")
+        (tmp_path / "README.md").write_text(manifest("readme", 1))
+        (tmp_path / "later").mkdir()
+        (tmp_path / "later" / "d.yaml").write_text(manifest("later", 1))
+
+        assert folder.read() == {"chat": 10}
+        assert folder.error_count == 0
+
+    def test_fields_of_later_versions(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """Fields and metadata that we do not know are let be."""
+        text = CHAT + "  ttft: 300ms\nstatus:\n  conditions: []\n"
+        (tmp_path / "chat.yaml").write_text(text.replace("name: chat", "name: chat\n  labels: {}"))
+
+        assert folder.read() == {"chat": 10}
+        assert folder.error_count == 0
+
+    def test_removal(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """An objective is gone with its file."""
+        (tmp_path / "chat.yaml").write_text(CHAT)
+        (tmp_path / "batch.yaml").write_text(manifest("batch", -1))
+        folder.read()
+        (tmp_path / "chat.yaml").unlink()
+
+        assert folder.read() == {"batch": -1}
+        assert folder.error_count == 0
+
+    def test_duplicates(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """Of one name in one group the first file counts, and the second is complained of."""
+        (tmp_path / "a.yaml").write_text(CHAT)
+        (tmp_path / "b.yaml").write_text(manifest("chat", 20))
+
+        with capture_logs() as lines:
+            assert folder.read() == {"chat": 10}
+
+        assert folder.error_count == 1
+        expected = {
+            "event": "objective_rejected",
+            "file": str(tmp_path / "b.yaml"),
+            "problem": "'chat' is declared in a.yaml already",
+            "log_level": "error",
+        }
+        assert lines == [expected]
+
+    def test_duplicates_in_one_file(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """Within one file the first document counts."""
+        (tmp_path / "a.yaml").write_text(CHAT + "---\n" + manifest("chat", 20))
+
+        assert folder.read() == {"chat": 10}
+        assert folder.error_count == 1
+
+
+BAD = {
+    "no mapping": ("- a\n", "every document must be a mapping with apiVersion and kind"),
+    "text": ("chat\n", "every document must be a mapping with apiVersion and kind"),
+    "no kind": ("apiVersion: v1\n", "every document must be a mapping with apiVersion and kind"),
+    "version": (
+        CHAT.replace("v1alpha2", "v9"),
+        f"apiVersion must be one of {NEW}, {OLD}, got 'llm-d.ai/v9'",
+    ),
+    "no version": (
+        "kind: InferenceObjective\n",
+        f"apiVersion must be one of {NEW}, {OLD}, got None",
+    ),
+    "no name": (CHAT.replace("name: chat", "labels: {}"), "metadata.name: Field required"),
+    "no pool": (
+        CHAT.replace("poolRef:\n    name: llama", "ref: llama"),
+        "spec.poolRef: Field required",
+    ),
+    "priority is text": (
+        CHAT.replace("10", "high"),
+        "spec.priority: Input should be a valid integer",
+    ),
+    "priority is quoted": (
+        CHAT.replace("10", "'10'"),
+        "spec.priority: Input should be a valid integer",
+    ),
+    "priority is a boolean": (
+        CHAT.replace("10", "yes"),
+        "spec.priority: Input should be a valid integer",
+    ),
+    "priority is a fraction": (
+        CHAT.replace("10", "1.5"),
+        "spec.priority: Input should be a valid integer",
+    ),
+    "priority is too large": (
+        CHAT.replace("10", str(2**31)),
+        "spec.priority: Input should be less than or equal to 2147483647",
+    ),
+    "priority is too small": (
+        CHAT.replace("10", str(-(2**31) - 1)),
+        "spec.priority: Input should be greater than or equal to -2147483648",
+    ),
+}
+UNREADABLE = {
+    "syntax": b"kind: [",
+    "not UTF-8": b"kind: \xff",
+    "control character": b"kind: \0",
+    "no such day": b"kind: InferenceObjective\ncreated: 2026-02-30\n",
+    "no number": b"kind: 0x_",
+    "no boolean": b"kind: !!bool maybe",
+    "no time": b"kind: !!timestamp soon",
+    "nested too deep": b"[" * 1000,
+}
+
+
+class TestMistakes:
+    """One bad manifest never takes the others down."""
+
+    @pytest.mark.parametrize(("text", "problem"), BAD.values(), ids=BAD)
+    def test_words(self, tmp_path: Path, folder: ObjectiveFolder, text: str, problem: str) -> None:
+        """The mistake is counted and said with its place."""
+        path = tmp_path / "chat.yaml"
+        path.write_text(text)
+        (tmp_path / "other.yaml").write_text(manifest("other", 1))
+
+        with capture_logs() as lines:
+            assert folder.read() == {"other": 1}
+
+        assert folder.error_count == 1
+        assert [line["file"] for line in lines] == [str(path)]
+        assert [line["problem"] for line in lines] == [problem]
+
+    @pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
+    def test_unreadable(self, tmp_path: Path, folder: ObjectiveFolder, content: bytes) -> None:
+        """What cannot be read at all is a mistake in that file, like any other."""
+        (tmp_path / "chat.yaml").write_bytes(content)
+        (tmp_path / "other.yaml").write_text(manifest("other", 1))
+
+        with capture_logs() as lines:
+            assert folder.read() == {"other": 1}
+
+        assert folder.error_count == 1
+        assert re.search(r"chat\.yaml(:\d+)?: (is not YAML|cannot be read): ", lines[0]["problem"])
+        assert "\n" not in lines[0]["problem"]
+
+    def test_last_good_counts(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """What a file last said without a mistake keeps counting, until it is mended."""
+        path = tmp_path / "chat.yaml"
+        path.write_text(CHAT + "---\n" + manifest("batch", -1))
+        folder.read()
+
+        path.write_text(manifest("chat", 20) + "---\nspec: {}\n")
+        assert folder.read() == {"chat": 10, "batch": -1}
+        assert folder.read() == {"chat": 10, "batch": -1}
+        assert folder.error_count == 2
+
+        path.write_text(manifest("chat", 20))
+        assert folder.read() == {"chat": 20}
+        assert folder.error_count == 2
+
+    def test_last_good_goes_with_its_file(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """What a removed file once said does not count when it comes back bad."""
+        path = tmp_path / "chat.yaml"
+        path.write_text(CHAT)
+        folder.read()
+        path.unlink()
+        folder.read()
+        path.write_text("[")
+
+        assert folder.read() == {}
+
+    def test_dangling_link(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """A link to nothing is a mistake; so is a folder that is called like a manifest."""
+        (tmp_path / "chat.yaml").symlink_to(tmp_path / "nothing")
+        (tmp_path / "folder.yaml").mkdir()
+
+        assert folder.read() == {}
+        assert folder.error_count == 2
+
+
+@final
+class Told:
+    """What a follower was told, in order."""
+
+    def __init__(self) -> None:
+        self.sets: list[dict[str, int]] = []
+        self._news = asyncio.Event()
+
+    def changed(self, priorities: Mapping[str, int]) -> None:
+        """Take one set."""
+        self.sets.append(dict(priorities))
+        self._news.set()
+
+    async def until(self, expected: dict[str, int], timeout_s: float = TIMEOUT_S) -> None:
+        """Wait until the latest set is the one expected."""
+        async with asyncio.timeout(timeout_s):
+            while not self.sets or self.sets[-1] != expected:
+                self._news.clear()
+                await self._news.wait()
+
+
+@asynccontextmanager
+async def following(folder: ObjectiveFolder, directory: Path) -> AsyncIterator[Told]:
+    """Follow a folder; begin when the watcher, which does not say so itself, is seen to watch."""
+    before = folder.read()
+    told = Told()
+    task = asyncio.create_task(folder.follow(told.changed))
+    probes: list[Path] = []
+    for number in itertools.count():
+        probes.append(directory / f"probe-{number}.yaml")
+        probes[-1].write_text(manifest(f"probe-{number}", 1))
+        with suppress(TimeoutError):
+            await told.until({**before, **{probe.stem: 1 for probe in probes}}, 0.3)
+            break
+    for probe in probes:
+        probe.unlink()
+    await told.until(before)
+    told.sets.clear()
+    try:
+        yield told
+        assert not task.done(), "whatever happens, following goes on"
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@asynccontextmanager
+async def reads_heard() -> AsyncIterator[asyncio.Event]:
+    """An event that is set when a mistake is complained of, in whatever thread."""
+    loop, heard = asyncio.get_running_loop(), asyncio.Event()
+
+    def hear(_logger: object, _method: str, event: EventDict) -> EventDict:
+        loop.call_soon_threadsafe(heard.set)
+        return event
+
+    processors = structlog.get_config()["processors"]
+    structlog.configure(processors=[hear, *processors])
+    try:
+        yield heard
+    finally:
+        structlog.configure(processors=processors)
+
+
+class TestFollow:
+    """Changes are told while the service runs."""
+
+    async def test_files(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """New, changed, replaced and removed files are all noticed."""
+        path = tmp_path / "chat.yaml"
+        async with following(folder, tmp_path) as told:
+            path.write_text(CHAT)
+            await told.until({"chat": 10})
+
+            path.write_text(manifest("chat", 11))
+            await told.until({"chat": 11})
+
+            replacement = tmp_path / "chat.tmp"
+            replacement.write_text(manifest("chat", 12))
+            replacement.rename(path)
+            await told.until({"chat": 12})
+
+            path.unlink()
+            await told.until({})
+
+    async def test_a_mounted_config_map(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """Kubernetes swaps one link to exchange all files of a ConfigMap at once."""
+
+        def mount(version: str, files: dict[str, str]) -> None:
+            (tmp_path / version).mkdir()
+            for name, text in files.items():
+                (tmp_path / version / name).write_text(text)
+            (tmp_path / "..data_tmp").symlink_to(version)
+            (tmp_path / "..data_tmp").rename(tmp_path / "..data")
+
+        mount("..2026_01", {"chat.yaml": CHAT, "batch.yaml": manifest("batch", -1)})
+        for name in ("chat.yaml", "batch.yaml"):
+            (tmp_path / name).symlink_to(Path("..data") / name)
+        assert folder.read() == {"chat": 10, "batch": -1}
+        async with following(folder, tmp_path) as told:
+            mount(
+                "..2026_02",
+                {"chat.yaml": manifest("chat", 20), "batch.yaml": manifest("batch", -2)},
+            )
+
+            await told.until({"chat": 20, "batch": -2})
+
+        assert folder.error_count == 0
+
+    async def test_half_written(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """A file caught half written changes nothing; when it is complete, it counts."""
+        path, marker = tmp_path / "chat.yaml", tmp_path / "marker.yaml"
+        path.write_text(CHAT)
+        async with following(folder, tmp_path) as told:
+            whole = manifest("chat", 20)
+            path.write_text(whole[:30])
+            marker.write_text(manifest("marker", 1))
+            await told.until({"chat": 10, "marker": 1})
+
+            path.write_text(whole)
+            await told.until({"chat": 20, "marker": 1})
+
+        assert folder.error_count > 0
+
+    async def test_only_differences(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """A file that is touched but says the same is no news."""
+        path = tmp_path / "chat.yaml"
+        path.write_text(CHAT)
+        (tmp_path / "bad.yaml").write_text("[")  # complained of at every read: so reads are heard
+        async with following(folder, tmp_path) as told, reads_heard() as read:
+            path.write_text("# a comment\n" + CHAT)
+            await asyncio.wait_for(read.wait(), TIMEOUT_S)
+            (tmp_path / "last.yaml").write_text(manifest("last", 1))
+            await told.until({"chat": 10, "last": 1})
+
+            assert told.sets == [{"chat": 10, "last": 1}]
+
+    async def test_a_stumbling_block(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """A manifest that the YAML reader stumbles over does not end the following."""
+        async with following(folder, tmp_path) as told:
+            (tmp_path / "bad.yaml").write_bytes(UNREADABLE["no such day"])
+            (tmp_path / "chat.yaml").write_text(CHAT)
+
+            await told.until({"chat": 10})
+
+    async def test_changes_since_the_last_read(
+        self, tmp_path: Path, folder: ObjectiveFolder
+    ) -> None:
+        """What has changed between the first read and the following is told, not swallowed."""
+        told = Told()
+        assert folder.read() == {}
+        (tmp_path / "chat.yaml").write_text(CHAT)
+
+        task = asyncio.create_task(folder.follow(told.changed))
+        try:
+            await told.until({"chat": 10}, 1.0)
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task

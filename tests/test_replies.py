@@ -1,0 +1,212 @@
+"""What a client is told of every outcome."""
+
+import json
+from dataclasses import replace
+from math import ceil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowcontrol.config import BandSettings, ControllerConfig, Limits
+from flowcontrol.controller import FlowController
+from flowcontrol.events import (
+    Arrived,
+    Decision,
+    DrainBegan,
+    EndpointsChanged,
+    Fact,
+    Left,
+    ObjectivesChanged,
+)
+from flowcontrol.request import Outcome, Request
+from server.replies import REFUSALS, Exempt, Proceed, Refuse, answer, retry_after
+
+SECOND = 1_000_000_000
+
+# DESIGN.md, "Outcomes and what the client sees": HTTP status and reason.
+TABLE = {
+    "rejected-capacity": (429, "rejected-saturated"),
+    "rejected-no-endpoints": (503, "rejected-no-endpoints"),
+    "rejected-draining": (503, "rejected-shutting-down"),
+    "evicted-ttl": (429, "rejected-ttl-expired"),
+    "evicted-no-endpoints": (503, "rejected-no-endpoints"),
+    "evicted-displaced": (429, "evicted-priority"),
+    "evicted-cancelled": (499, "rejected-context-cancelled"),
+    "evicted-drained": (503, "rejected-shutting-down"),
+    "reclaimed": (429, "evicted"),
+    "internal": (500, "internal"),
+}
+# The same table: outcomes whose Retry-After is known, and outcomes that carry none.
+# "When known" of an empty pool is never: nobody can tell when a model server comes.
+WITH_RETRY_AFTER = {
+    "rejected-capacity",
+    "rejected-draining",
+    "evicted-displaced",
+    "evicted-drained",
+}
+WITHOUT_RETRY_AFTER = {
+    *("dispatched", "rejected-no-endpoints", "evicted-ttl"),
+    *("evicted-no-endpoints", "evicted-cancelled"),
+}
+GRPC_STATUS = {429: 8, 499: 1, 500: 13, 503: 14}
+
+DECISION = Decision(1, Outcome.DISPATCHED, priority=10, flow_id="a", waited_ns=5)
+
+
+def refused(outcome: str, retry_after_ns: int | None = None) -> Refuse:
+    """The refusal for an outcome."""
+    decision = replace(DECISION, outcome=Outcome(outcome), retry_after_ns=retry_after_ns)
+    reply = answer(decision, 0.0)
+    assert isinstance(reply, Refuse)
+    return reply
+
+
+def play(facts: list[Fact], *, then_s: int) -> list[Decision]:
+    """Tell an engine with one slot and two places some facts at once, then let time pass."""
+    config = ControllerConfig(
+        limits=Limits(requests_max=2),
+        default_settings=BandSettings(ttl_ns=50 * SECOND),
+        no_endpoint_ttl_ns=40 * SECOND,
+        in_flight_max=1,
+    )
+    controller = FlowController(config, 0)
+    decisions = []
+    for fact in facts:
+        controller.handle(fact, 0)
+        decisions += controller.poll(0)
+    return decisions + controller.poll(then_s * SECOND)
+
+
+class TestTable:
+    """One row of DESIGN.md's table after the other."""
+
+    def test_every_outcome_has_a_row(self) -> None:
+        """The table knows every outcome but the one that is no refusal."""
+        expected = {outcome.value for outcome in Outcome} - {"dispatched"}
+
+        assert expected == TABLE.keys()
+        assert expected == {outcome.value for outcome in REFUSALS}
+
+    @pytest.mark.parametrize("outcome", TABLE)
+    def test_status_and_reason(self, outcome: str) -> None:
+        """The client gets the row's status and reason, and gRPC clients its equivalent."""
+        reply = refused(outcome)
+
+        status, reason = TABLE[outcome]
+        assert reply.status == status
+        assert reply.reason == reason
+        assert reply.grpc_status == GRPC_STATUS[status]
+
+    @pytest.mark.parametrize("outcome", TABLE)
+    def test_body(self, outcome: str) -> None:
+        """The body is the JSON that OpenAI's clients expect of an error."""
+        body = json.loads(refused(outcome).body)
+
+        status, reason = TABLE[outcome]
+        kinds = {429: "rate_limit_error", 499: "invalid_request_error"}
+        assert body.keys() == {"error"}
+        assert body["error"].keys() == {"message", "type", "param", "code"}
+        assert body["error"]["type"] == kinds.get(status, "server_error")
+        assert body["error"]["param"] is None
+        assert body["error"]["code"] == reason
+        assert body["error"]["message"]
+        assert body["error"]["message"][0].islower()
+
+    def test_dispatched(self) -> None:
+        """A dispatched request goes on, with what the engine knows of it."""
+        decision = replace(DECISION, endpoint="10.0.0.5:8000", retry_after_ns=9 * SECOND)
+
+        assert answer(decision, 0.5) == Proceed(10, 5, "10.0.0.5:8000")
+
+    def test_fail_open(self) -> None:
+        """Where the operator chose so, a request goes on ungated when the engine has failed."""
+        decision = replace(DECISION, outcome=Outcome.INTERNAL)
+
+        assert answer(decision, 0.5, continue_on_fault=True) == Exempt()
+
+    @pytest.mark.parametrize("outcome", sorted(TABLE.keys() - {"internal"}))
+    def test_fail_open_is_for_faults(self, outcome: str) -> None:
+        """That choice lets nothing else pass."""
+        decision = replace(DECISION, outcome=Outcome(outcome))
+
+        assert answer(decision, 0.5, continue_on_fault=True) == answer(decision, 0.5)
+
+
+class TestRetryAfterByOutcome:
+    """Who is told when to come back: the engine decides, the reply repeats it."""
+
+    def test_by_the_engine(self) -> None:
+        """Where the table says yes there is a Retry-After, and elsewhere none."""
+        pool, nobody = EndpointsChanged(("10.0.0.5:8000",)), EndpointsChanged(())
+        crowd = [Arrived(Request(number)) for number in range(9)]
+        chat, urgent = ObjectivesChanged({"chat": 10}), Arrived(Request(9, objective="chat"))
+        decided = [
+            *play([pool, chat, *crowd, Left(1), Arrived(Request(10)), urgent], then_s=50),
+            *play([nobody, *crowd], then_s=40),
+            *play([pool, *crowd[:2], DrainBegan(SECOND), crowd[3]], then_s=1),
+        ]
+
+        with_it: set[str] = set()
+        without: set[str] = set()
+        for decision in decided:
+            reply = answer(decision, 0.0)
+            has_it = isinstance(reply, Refuse) and reply.retry_after_s is not None
+            (with_it if has_it else without).add(decision.outcome.value)
+        assert with_it == WITH_RETRY_AFTER
+        assert without == WITHOUT_RETRY_AFTER
+
+    @pytest.mark.parametrize("outcome", sorted(TABLE))
+    def test_unknown(self, outcome: str) -> None:
+        """Without an expectation nothing is promised."""
+        assert refused(outcome).retry_after_s is None
+
+    @pytest.mark.parametrize("outcome", sorted(WITH_RETRY_AFTER))
+    def test_known(self, outcome: str) -> None:
+        """An expectation is passed on."""
+        assert refused(outcome, 3 * SECOND).retry_after_s == 3
+
+
+class TestRetryAfter:
+    """Whole seconds, rounded up, spread and capped."""
+
+    @pytest.mark.parametrize(
+        ("expected_ns", "chance", "seconds"),
+        [
+            (None, 0.0, None),
+            (0, 0.0, None),
+            (SECOND - 1, 1.0, None),
+            (SECOND, 0.0, 1),
+            (SECOND, 1.0, 2),
+            (SECOND + 1, 0.0, 2),
+            (4 * SECOND, 0.0, 4),
+            (4 * SECOND, 0.5, 5),
+            (4 * SECOND, 1.0, 5),
+            (24 * SECOND, 1.0, 30),
+            (30 * SECOND, 0.0, 30),
+            (31 * SECOND, 0.0, 30),
+            (31 * SECOND, 1.0, 23),
+            (10**6 * SECOND, 0.0, 30),
+            (10**6 * SECOND, 0.5, 27),
+        ],
+    )
+    def test_table(self, expected_ns: int | None, chance: float, seconds: int | None) -> None:
+        """Under a second nothing is said; beyond 30 s the spread goes down from there."""
+        assert seconds == retry_after(expected_ns, chance)
+
+    @given(st.integers(SECOND, 10**6 * SECOND), st.floats(0, 1))
+    def test_bounds(self, expected_ns: int, chance: float) -> None:
+        """Never over 30 s, never a quarter too late, and too early only because of the cap."""
+        seconds = retry_after(expected_ns, chance)
+
+        assert seconds is not None
+        expected_s = expected_ns / SECOND
+        assert min(expected_s, 0.75 * 30) <= seconds <= min(30, ceil(1.25 * expected_s))
+
+    @given(st.integers(SECOND, 24 * SECOND), st.floats(0, 1))
+    def test_never_early(self, expected_ns: int, chance: float) -> None:
+        """Where the cap is out of reach nobody is called back too early."""
+        seconds = retry_after(expected_ns, chance)
+
+        assert seconds is not None
+        assert seconds >= expected_ns / SECOND
