@@ -49,13 +49,19 @@ def decode(data: bytes) -> Message:
     return Message(kind, headers)
 
 
-def encode(reply: Reply) -> bytes:
-    """Write one ProcessingResponse."""
+def encode(reply: Reply, *, picks: bool = False) -> bytes:
+    """Write one ProcessingResponse.
+
+    Args:
+        reply: what to say.
+        picks: whether the destination is ours to set. Then a client's own is taken off also where
+            none is set; else it may be another picker's.
+    """
     match reply:
         case Proceed():
             return _proceed(reply)
         case Exempt():
-            return _EXEMPT
+            return _EXEMPT[picks]
         case Refuse():
             return _refuse(reply)
         case Acknowledge(kind):
@@ -105,9 +111,9 @@ def _acknowledgement(kind: MessageKind) -> bytes:
     return _serialized(response)
 
 
-def _exempt() -> bytes:
+def _exempt(removed: tuple[str, ...]) -> bytes:
     response = ext_proc_pb2.ProcessingResponse()
-    response.request_headers.response.header_mutation.remove_headers.extend(CONTROL_HEADERS)
+    response.request_headers.response.header_mutation.remove_headers.extend(removed)
     return _serialized(response)
 
 
@@ -117,4 +123,7 @@ def _serialized(response: ext_proc_pb2.ProcessingResponse) -> bytes:
 
 
 _ACKNOWLEDGEMENTS = {kind: _acknowledgement(kind) for kind in MessageKind}
-_EXEMPT = _exempt()
+_EXEMPT = {
+    False: _exempt(CONTROL_HEADERS),
+    True: _exempt((*CONTROL_HEADERS, DESTINATION)),
+}

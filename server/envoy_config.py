@@ -205,7 +205,7 @@ def _external_processor(settings: Settings) -> ext_proc.ExternalProcessor:
 def _fail_over() -> core.RetryPolicy:
     return core.RetryPolicy(
         retry_on="unavailable,connect-failure,refused-stream,reset",
-        num_retries=5,
+        num_retries=8,
         retry_back_off=core.BackoffStrategy(
             base_interval=timedelta(seconds=0.5), max_interval=timedelta(seconds=5)
         ),

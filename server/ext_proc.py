@@ -23,12 +23,16 @@ class ExtProcDoor:
         gate: where requests are parked.
         exempt: paths that pass ungated.
         continue_on_fault: what becomes of requests when the engine has failed.
+        picks: whether the engine chooses the endpoints.
     """
 
-    def __init__(self, gate: FlowGate, exempt: ExemptPaths, *, continue_on_fault: bool) -> None:
+    def __init__(
+        self, gate: FlowGate, exempt: ExemptPaths, *, continue_on_fault: bool, picks: bool = False
+    ) -> None:
         self._gate = gate
         self._exempt = exempt
         self._continue_on_fault = continue_on_fault
+        self._picks = picks
         self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
         self._closing = asyncio.get_running_loop().create_future()
 
@@ -56,7 +60,7 @@ class ExtProcDoor:
             if isinstance(reply, Park):
                 await self._hold(exchange, reply, context)
             else:
-                await context.write(encode(reply))
+                await context.write(encode(reply, picks=self._picks))
         except (ProtocolError, MalformedMessageError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
@@ -78,7 +82,7 @@ class ExtProcDoor:
             reply = exchange.decide(
                 answer(decision, self._chance.random(), continue_on_fault=self._continue_on_fault)
             )
-            await context.write(encode(reply))
+            await context.write(encode(reply, picks=self._picks))
             while exchange.phase is Phase.GOING:
                 await asyncio.wait((reading, self._closing), return_when=asyncio.FIRST_COMPLETED)
                 message = reading.result() if reading.done() else None
@@ -94,7 +98,7 @@ class ExtProcDoor:
     async def _acknowledge(self, exchange: Exchange, message: Message, context: _Context) -> None:
         reply = exchange.receive(message)
         assert not isinstance(reply, Park), "headers come once"
-        await context.write(encode(reply))
+        await context.write(encode(reply, picks=self._picks))
 
     @staticmethod
     async def _read(context: _Context) -> Message | None:

@@ -139,11 +139,11 @@ class FlowGate:
         self._loop.call_soon_threadsafe(self._receive, decisions, snapshot)
 
     def _receive(self, decisions: list[Decision], snapshot: Snapshot | None) -> None:
-        for decision in decisions:
-            self._settle(decision)
         if snapshot is not None and self._snapshot is not None:
             self._snapshot.set_result(snapshot)
             self._snapshot = None
+        for decision in decisions:
+            self._settle(decision)
 
     def _settle(self, decision: Decision) -> None:
         """Resolve a request's future: the one place where that is done."""

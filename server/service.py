@@ -11,7 +11,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import grpc
 import structlog
@@ -83,6 +83,7 @@ class Service:
             self._gate,
             ExemptPaths(settings.requests.exempt_paths),
             continue_on_fault=settings.requests.on_internal_fault == "continue",
+            picks=settings.picker != "off",
         )
         self._health = HealthServicer()
         self._grpc_servers: list[grpc.aio.Server] = []
@@ -107,17 +108,20 @@ class Service:
             self._gate.join(JOIN_TIMEOUT_S)
             await self._close_doors()
             raise
-        await self._set_serving(is_serving=True)
+        self._is_serving = True
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._callback_failed)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._drain, number.name)
+        await self._tell_health()
         following = asyncio.create_task(self._folder.follow(self._change_objectives))
         following.add_done_callback(self._following_ended)
         listen = self._settings.listen.model_dump()
         _log.info("service_started", pool=self._settings.pool, listen=listen)
         fault = await self._ended
         following.cancel()
-        await self._set_serving(is_serving=False, is_live=fault is None)
+        self._is_serving = False
+        await self._tell_health(is_live=fault is None)
         self._gate.join(JOIN_TIMEOUT_S)
         await self._close_doors()
         _log.info("service_stopped", exit_status=int(fault is not None))
@@ -134,19 +138,27 @@ class Service:
     def _drain(self, cause: str) -> None:
         if not self._is_serving:
             return
+        self._is_serving = False
         budget_ns = self._settings.flow_control.drain_budget
         _log.info("drain_began", cause=cause, budget_ms=budget_ns / 1e6)
-        task = asyncio.ensure_future(self._set_serving(is_serving=False))
+        task = asyncio.ensure_future(self._tell_health())
         task.add_done_callback(lambda _task: self._gate.post(DrainBegan(budget_ns)))
 
     def _processor_ended(self, fault: BaseException | None) -> None:
         if fault is not None:
             _log.critical("processor_failed", exc_info=fault)
-        self._ended.set_result(fault)
+        if not self._ended.done():
+            self._ended.set_result(fault)
 
-    async def _set_serving(self, *, is_serving: bool, is_live: bool = True) -> None:
-        self._is_serving = is_serving
-        ready = _Status.SERVING if is_serving else _Status.NOT_SERVING
+    def _callback_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """End the service when a callback of the gate's fails: what it was doing is half done."""
+        if "handle" in context and isinstance(context.get("exception"), Exception):
+            self._processor_ended(context["exception"])
+        else:
+            loop.default_exception_handler(context)
+
+    async def _tell_health(self, *, is_live: bool = True) -> None:
+        ready = _Status.SERVING if self._is_serving else _Status.NOT_SERVING
         for name in READY_NAMES:
             await self._health.set(name, ready)
         await self._health.set(LIVE_NAME, _Status.SERVING if is_live else _Status.NOT_SERVING)
@@ -181,8 +193,7 @@ class Service:
 
     async def _close_doors(self) -> None:
         self._door.close()
-        for server in self._grpc_servers:
-            await server.stop(CLOSE_GRACE_S)
+        await asyncio.gather(*(server.stop(CLOSE_GRACE_S) for server in self._grpc_servers))
         if self._web is not None:
             await self._web.cleanup()
 

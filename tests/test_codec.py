@@ -46,9 +46,9 @@ def request_with(*headers: HeaderValue) -> bytes:
     return bytes(ProcessingRequest(request_headers=http))
 
 
-def parsed(reply: Reply) -> ProcessingResponse:
+def parsed(reply: Reply, *, picks: bool = False) -> ProcessingResponse:
     """Our reply as the other codec reads it."""
-    return ProcessingResponse.parse(encode(reply))
+    return ProcessingResponse.parse(encode(reply, picks=picks))
 
 
 def raw(name: str, value: bytes) -> HeaderValueOption:
@@ -209,17 +209,21 @@ class TestProceed:
 
         assert expected == parsed(Proceed(priority=-1, waited_ns=999_999, endpoint=value))
 
-    def test_exempt(self) -> None:
-        """An exempt request loses our headers as well, and nothing is noted."""
+    @pytest.mark.parametrize(
+        ("picks", "removed"),
+        [(False, CONTROL_HEADERS), (True, (*CONTROL_HEADERS, "x-gateway-destination-endpoint"))],
+    )
+    def test_exempt(self, *, picks: bool, removed: tuple[str, ...]) -> None:
+        """An exempt request loses our headers as well; a destination, if it is ours to set."""
         expected = ProcessingResponse(
             request_headers=HeadersResponse(
                 response=CommonResponse(
-                    header_mutation=HeaderMutation(remove_headers=list(CONTROL_HEADERS))
+                    header_mutation=HeaderMutation(remove_headers=list(removed))
                 )
             )
         )
 
-        assert expected == parsed(Exempt())
+        assert expected == parsed(Exempt(), picks=picks)
 
 
 def notes(*, queue_ms: float, priority: float) -> Value:

@@ -1,0 +1,77 @@
+"""What the end-to-end tests stand on: a gateway of real processes, shared where it can be.
+
+A module says how its gateway is to be by overriding the fixture `spec`. A test that needs one of
+its own, to break it for example, asks `start` for it.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+
+from tests.e2e.gateway import Gateway
+from tests.e2e.harness import DOORS, Spec, Stack
+
+Start = Callable[[Spec], Awaitable[Gateway]]
+
+
+@pytest.fixture(scope="module")
+def spec() -> Spec:
+    """How the module's gateway is to be: one slot, and the rest as the product writes it."""
+    return Spec()
+
+
+@pytest.fixture(scope="module", params=DOORS)
+def door(request: pytest.FixtureRequest) -> str:
+    """The way into the service for Envoy's streams."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def stacks() -> Iterator[dict[str, Stack]]:
+    """Every shared stack that runs, by its spec."""
+    running: dict[str, Stack] = {}
+    yield running
+    for stack in running.values():
+        stack.stop()
+
+
+@pytest.fixture(scope="module")
+def stack(
+    spec: Spec, door: str, stacks: dict[str, Stack], tmp_path_factory: pytest.TempPathFactory
+) -> Stack:
+    """An Envoy and a service, ready; shared by all modules that want the same."""
+    wanted = dataclasses.replace(spec, door=door)
+    if repr(wanted) not in stacks:
+        stacks[repr(wanted)] = stack = Stack(wanted, tmp_path_factory.mktemp("stack"))
+        asyncio.run(stack.start())
+    return stacks[repr(wanted)]
+
+
+@pytest.fixture
+async def gateway(stack: Stack) -> AsyncIterator[Gateway]:
+    """The module's gateway with fresh backends behind it, asserted to be idle after the test."""
+    _say_where(stack)
+    async with Gateway(stack) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def start(door: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Start]:
+    """Start a gateway for this test alone; called more than once, it starts more than one."""
+    async with contextlib.AsyncExitStack() as running:
+
+        async def start(spec: Spec) -> Gateway:
+            stack = Stack(dataclasses.replace(spec, door=door), tmp_path_factory.mktemp("stack"))
+            _say_where(stack)
+            running.callback(stack.stop)
+            await stack.start()
+            return await running.enter_async_context(Gateway(stack))
+
+        yield start
+
+
+def _say_where(stack: Stack) -> None:
+    print(f"configurations and logs: {stack.directory}")  # noqa: T201 - shown when a test fails

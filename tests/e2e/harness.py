@@ -1,0 +1,315 @@
+"""Real processes for the end-to-end tests: Envoy and the service, from start to end.
+
+Everything listens on 127.0.0.1 alone, on ports below those the kernel gives to clients. Whatever is
+started is ended by its process id, however the test ends.
+"""
+
+import asyncio
+import inspect
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import yaml
+
+from server.envoy_binary import envoy_binary
+from server.settings import Address, load_settings
+from tests.e2e.client import fetch
+
+ROOT = Path(__file__).parents[2]
+HOST = "127.0.0.1"
+POOL = "llama"
+OBJECTIVES: Mapping[str, int] = {"chat": 10, "batch": -1}
+DOORS = ("grpcio",)
+"""Ways into the service for Envoy's ext_proc streams; every test that starts one runs with each."""
+Edit = Callable[[dict[str, Any]], None]
+_POLL_S = 0.01
+_START_S = 20.0
+_STOP_S = 10.0
+_ports = itertools.count(20_000 + os.getpid() * 17 % 10_000)
+_MANIFEST = """\
+apiVersion: llm-d.ai/v1alpha2
+kind: InferenceObjective
+metadata: {{name: {name}}}
+spec: {{priority: {priority}, poolRef: {{name: {pool}}}}}
+"""
+
+
+async def eventually(ask: Callable[[], Any], within_s: float = 5.0, what: str = "") -> Any:
+    """Ask again and again until the answer is true in Python's sense; return it.
+
+    The one way in which these tests wait for another process. A refused connection counts as no.
+
+    Args:
+        ask: returns an answer, or an awaitable of one.
+        within_s: when to give up.
+        what: is waited for, in words.
+
+    Raises:
+        AssertionError: with the last answer, when the time is over.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            answer = ask()
+            given = await answer if inspect.isawaitable(answer) else answer
+        except OSError as error:
+            given, last = None, repr(error)
+        else:
+            last = repr(given)
+        if given:
+            return given
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what or ask}, last: {last}"
+        await asyncio.sleep(_POLL_S)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on and no client will be given."""
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+
+
+@final
+@dataclass(frozen=True)
+class Spec:
+    """What a stack is to look like. The rest is as the product writes it."""
+
+    max_concurrency: int = 1
+    endpoints: int = 1
+    is_pool_empty: bool = False
+    """Whether the service is told of no endpoint at all."""
+    picker: str = "off"
+    flow_control: Mapping[str, Any] = field(default_factory=dict)
+    requests: Mapping[str, Any] = field(default_factory=dict)
+    edit_envoy: Edit | None = None
+    """Changes the generated Envoy configuration, parsed, in place."""
+    service: Sequence[str] = (str(Path(sys.executable).with_name("flowcontrol")),)
+    """The command that is told `serve --config ...`."""
+    door: str = DOORS[0]
+
+
+@final
+class Process:
+    """A real process, its output in files.
+
+    Args:
+        command: what to run.
+        log: where its standard error goes; standard output goes beside it.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.log = log
+        self.stdout = log.with_suffix(".stdout")
+        self.is_told_to_end = False
+        """Whether a test has sent it a signal."""
+        environment = os.environ | {"PYTHONWARNINGS": "default"}  # to be seen in the log
+        with log.open("wb") as err, self.stdout.open("wb") as out:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=ROOT, env=environment
+            )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def exit_status(self) -> int | None:
+        """Return how it ended; None while it runs."""
+        return self._process.poll()
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        self.is_told_to_end = True
+        self._process.send_signal(number)
+
+    async def exited(self, within_s: float = _STOP_S) -> int:
+        """Wait for its end; return its exit status."""
+        await eventually(lambda: self.exit_status() is not None, within_s, f"{self.log.name} ended")
+        status = self.exit_status()
+        assert status is not None
+        return status
+
+    def stop(self) -> None:
+        """End it at once; how it ends when asked is what the tests of the drain are about."""
+        self._process.kill()
+        self._process.wait()
+
+    def resident_bytes(self) -> int:
+        """Return its resident memory now."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
+        return int(line.split()[1]) * 1024
+
+
+@final
+class Stack:
+    """A service and an Envoy in front of it, with ports of their own.
+
+    Args:
+        spec: how they are to be.
+        directory: gets their configurations and logs.
+    """
+
+    def __init__(self, spec: Spec, directory: Path) -> None:
+        self.spec = spec
+        self.directory = directory
+        self.gateway, self.admin, self.ext_proc, self.health, self.http = (
+            Address(HOST, free_port()) for _ in range(5)
+        )
+        self.endpoints = [Address(HOST, free_port()) for _ in range(spec.endpoints)]
+        self.objectives = directory / "objectives"
+        self.config = directory / "flowcontrol.yaml"
+        self._envoy_yaml = directory / "envoy.yaml"
+        self._starts = 0
+        self._service: Process | None = None
+        self._envoy: Process | None = None
+
+    @property
+    def service(self) -> Process:
+        """The service, as started last."""
+        assert self._service is not None, "start first"
+        return self._service
+
+    @property
+    def envoy(self) -> Process:
+        """Envoy."""
+        assert self._envoy is not None, "start first"
+        return self._envoy
+
+    async def start(self) -> None:
+        """Start both and wait until they are ready."""
+        self.objectives.mkdir()
+        for name, priority in OBJECTIVES.items():
+            self.declare(name, priority)
+        self.config.write_text(yaml.safe_dump(self._settings(), sort_keys=False))
+        await self.start_service()
+        await self._start_envoy()
+
+    async def start_service(self) -> None:
+        """Start the service, again perhaps, and wait until it is ready."""
+        self._starts += 1
+        command = (*self.spec.service, "serve", "--config", str(self.config))
+        self._service = Process(command, self.directory / f"service-{self._starts}.log")
+        if self._starts == 1:
+            self._configure_envoy()  # meanwhile
+        await self._until_ready(self._service, self.http, "/readyz")
+
+    def stop(self) -> None:
+        """End whatever runs."""
+        for process in (self._envoy, self._service):
+            if process is not None:
+                process.stop()
+
+    # Objectives
+
+    def declare(self, name: str, priority: int) -> None:
+        """Write the manifest of an objective, new or changed."""
+        text = _MANIFEST.format(name=name, priority=priority, pool=POOL)
+        self.write_manifest(f"{name}.yaml", text)
+
+    def write_manifest(self, file_name: str, text: str) -> None:
+        """Write a file into the objectives folder, all at once."""
+        new = self.objectives / f"{file_name}.new"
+        new.write_text(text)
+        new.rename(self.objectives / file_name)
+
+    def remove_manifest(self, file_name: str) -> None:
+        """Remove a file from the objectives folder."""
+        (self.objectives / file_name).unlink()
+
+    # What they have written
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return the service's log lines of one kind, since its last start."""
+        return [line for line in self._log_lines() if line["event"] == name]
+
+    def complaints(self) -> list[dict[str, Any]]:
+        """Return the service's log lines that say something is wrong."""
+        return [line for line in self._log_lines() if line["level"] not in {"debug", "info"}]
+
+    def stray_lines(self) -> list[str]:
+        """Return what the service has written beside its log: warnings and tracebacks."""
+        lines = [*_whole_lines(self.service.log), *_whole_lines(self.service.stdout)]
+        return [line for line in lines if line[:1] != "{"]
+
+    def access_log(self) -> list[dict[str, Any]]:
+        """Return Envoy's access log."""
+        return [json.loads(line) for line in _whole_lines(self.envoy.stdout) if line[:1] == "{"]
+
+    def _log_lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in _whole_lines(self.service.log) if line[:1] == "{"]
+
+    # How they are made
+
+    def _settings(self) -> dict[str, Any]:
+        spec = self.spec
+        return {
+            "apiVersion": "flowcontrol/v1alpha1",
+            "kind": "FlowControlConfig",
+            "pool": POOL,
+            "listen": self._listen(),
+            "objectives": {"directory": "./objectives"},
+            "endpoints": {"static": [] if spec.is_pool_empty else [*map(str, self.endpoints)]},
+            "picker": spec.picker,
+            "saturation": {"maxConcurrency": spec.max_concurrency},
+            "flowControl": dict(spec.flow_control),
+            "requests": dict(spec.requests),
+        }
+
+    def _listen(self) -> dict[str, str]:
+        """Return what opens the door of the spec: the one place that has to know doors."""
+        assert self.spec.door in DOORS
+        ports = {"extProc": self.ext_proc, "health": self.health, "http": self.http}
+        return {name: str(address) for name, address in ports.items()}
+
+    def _configure_envoy(self) -> None:
+        """Write the configuration that fits the service's, with the changes of the spec."""
+        with warnings.catch_warnings():
+            # pydantic has deprecated something that envoy-data-plane does as it is imported.
+            warnings.filterwarnings(
+                "ignore", category=DeprecationWarning, module="envoy_data_plane"
+            )
+            from server.envoy_config import EnvoyOptions, bootstrap  # noqa: PLC0415 - it warns
+        options = EnvoyOptions(listen=self.gateway, admin=self.admin)
+        configuration = yaml.safe_load(bootstrap(load_settings(self.config), options))
+        if self.spec.edit_envoy is not None:
+            self.spec.edit_envoy(configuration)
+        self._envoy_yaml.write_text(yaml.safe_dump(configuration, sort_keys=False))
+
+    async def _start_envoy(self) -> None:
+        command = (
+            *(str(envoy_binary()), "--config-path", str(self._envoy_yaml)),
+            *("--concurrency", "1", "--use-dynamic-base-id", "--disable-hot-restart"),
+            *("--log-level", "warning", "--file-flush-interval-msec", "50"),
+        )
+        self._envoy = Process(command, self.directory / "envoy.log")
+        await self._until_ready(self._envoy, self.admin, "/ready")
+
+    async def _until_ready(self, process: Process, address: Address, path: str) -> None:
+        async def is_ready() -> bool:
+            assert process.exit_status() is None, process.log.read_text()
+            return (await fetch(address, path)).status == 200
+
+        await eventually(is_ready, _START_S, f"{process.log.name} ready")
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    """Yield the finished lines of a file that somebody is writing."""
+    text = path.read_text()
+    yield from text[: text.rfind("\n") + 1].splitlines()

@@ -1,0 +1,112 @@
+"""The service in the hands of a person with grpcurl: reflection, health, snapshot, and Process."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server import admin, codec
+from server.settings import Address
+from tests.e2e.gateway import FREED_S, Gateway
+
+pytestmark = pytest.mark.e2e
+
+GRPCURL = str(Path(sys.executable).with_name("grpcurl"))
+HEALTH = "grpc.health.v1.Health"
+REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
+PROCESS = f"{codec.SERVICE}/Process"
+ARRIVAL = {"request_headers": {"headers": {"headers": [{"key": ":path", "value": "/v1/by-hand"}]}}}
+ANSWER_S = 20.0
+
+
+async def grpcurl(*arguments: str) -> str:
+    """Run grpcurl to its end; return what it prints."""
+    process = await asyncio.create_subprocess_exec(
+        GRPCURL, "-plaintext", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    output, _ = await asyncio.wait_for(process.communicate(), ANSWER_S)
+    assert process.returncode == 0, output.decode()
+    return output.decode()
+
+
+class TestReflection:
+    """What there is to call."""
+
+    async def test_list(self, gateway: Gateway) -> None:
+        """Each port lists exactly what it serves."""
+        main = await grpcurl(str(gateway.stack.ext_proc), "list")
+        probes = await grpcurl(str(gateway.stack.health), "list")
+
+        assert sorted((codec.SERVICE, admin.SERVICE, HEALTH, REFLECTION)) == main.split()
+        assert probes.split() == [HEALTH, REFLECTION]
+
+    async def test_describe(self, gateway: Gateway) -> None:
+        """The one method of ext_proc is described as Envoy defines it."""
+        described = await grpcurl(str(gateway.stack.ext_proc), "describe", codec.SERVICE)
+
+        expected = (
+            "rpc Process ( stream .envoy.service.ext_proc.v3.ProcessingRequest ) "
+            "returns ( stream .envoy.service.ext_proc.v3.ProcessingResponse );"
+        )
+        assert expected in described
+
+
+class TestCalls:
+    """Calls by hand."""
+
+    async def test_health(self, gateway: Gateway) -> None:
+        """Both ports say how the service is, in all and by name."""
+
+        async def check(address: Address, service: str) -> str:
+            data = json.dumps({"service": service})
+            reply = json.loads(await grpcurl("-d", data, str(address), f"{HEALTH}/Check"))
+            return str(reply["status"])
+
+        stack = gateway.stack
+        answers = [await check(stack.ext_proc, name) for name in ("", codec.SERVICE)]
+        answers += [await check(stack.health, name) for name in ("readiness", "liveness")]
+
+        assert answers == ["SERVING"] * 4
+
+    async def test_snapshot(self, gateway: Gateway) -> None:
+        """The snapshot reads well as JSON."""
+        _, occupying = await gateway.occupy()
+        method = f"{admin.SERVICE}/GetSnapshot"
+        snapshot = json.loads(await grpcurl(str(gateway.stack.ext_proc), method))
+        await occupying.respond()
+
+        assert (
+            snapshot["pool"],
+            snapshot["in_flight"],
+            snapshot["saturation"],
+        ) == ("llama", "1", 1)
+        assert [band.get("priority", 0) for band in snapshot["bands"]] == [10, 0, -1]
+
+    async def test_process(self, gateway: Gateway) -> None:
+        """A person can be Envoy: the slot is theirs as long as their input stays open."""
+        process = await asyncio.create_subprocess_exec(
+            *(GRPCURL, "-plaintext", "-d", "@", str(gateway.stack.ext_proc), PROCESS),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(ARRIVAL).encode())
+        await process.stdin.drain()
+        held = await gateway.until(in_flight=1)
+        waiting = await gateway.call(name="waiting")
+        await gateway.until(waiting=1)
+        process.stdin.close()
+        call = await gateway.next_call(FREED_S)
+        await call.respond()
+        reply = await waiting.reply()
+        output = await asyncio.wait_for(process.stdout.read(), ANSWER_S)
+        status = await process.wait()
+
+        assert (held.in_flight, held.waiting) == (1, 0)
+        assert (call.name, reply.status) == ("waiting", 200)
+        assert status == 0
+        assert {"request_headers", "dynamic_metadata"} == json.loads(output).keys()

@@ -1,0 +1,85 @@
+"""Model servers that really send trailers: gRPC through the gateway, as Triton is spoken to."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from server.settings import Address
+from tests.e2e.conftest import Start
+from tests.e2e.gateway import FREED_S, Gateway
+from tests.e2e.harness import Spec
+
+pytestmark = pytest.mark.e2e
+
+METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
+END: object = getattr(grpc.aio, "EOF")  # noqa: B009 - its stubs do not know it
+HTTP2 = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+
+
+def speak_http2(configuration: dict[str, Any]) -> None:
+    """Let Envoy speak HTTP/2 to the model servers."""
+    clusters = {each["name"]: each for each in configuration["static_resources"]["clusters"]}
+    protocol = clusters["model_servers"]["typed_extension_protocol_options"][HTTP2]
+    protocol["explicit_http_config"] = {"http2_protocol_options": {}}
+
+
+def open_channel(address: Address) -> Any:
+    """Return a channel; as Any, because its stubs ask for more than it needs."""
+    return grpc.aio.insecure_channel(str(address))
+
+
+@pytest.fixture
+async def gateway(start: Start) -> AsyncIterator[Gateway]:
+    """A gateway to a model server that speaks gRPC: it answers each request with two messages."""
+
+    async def infer(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        async for message in messages:
+            yield message + b" one"
+            yield message + b" two"
+        context.set_trailing_metadata((("x-tokens", "2"),))
+
+    gateway = await start(Spec(edit_envoy=speak_http2))
+    await gateway.backends[0].close()
+    server = grpc.aio.server()
+    service, method = METHOD[1:].split("/")
+    handlers = {method: grpc.stream_stream_rpc_method_handler(infer)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    server.add_insecure_port(str(gateway.stack.endpoints[0]))
+    await server.start()
+    yield gateway
+    await server.stop(None)
+
+
+class TestGrpcThroughTheGateway:
+    """One stack for the whole story: it takes seconds to start."""
+
+    async def test_trailers_pass_and_slots_come_back(self, gateway: Gateway) -> None:
+        """A stream ends with its trailers and frees its slot; a refusal is a status of gRPC.
+
+        Envoy shows trailers to the service and holds them back until it is told to let them pass.
+        """
+        async with open_channel(gateway.stack.gateway) as channel:
+            infer = channel.stream_stream(METHOD)
+            occupant = infer(metadata=(("x-request-id", "occupant"),))
+            await occupant.write(b"first")
+            received = [await occupant.read(), await occupant.read()]
+            held = await gateway.snapshot()
+            impatient = infer(metadata=(("x-llm-d-inference-ttl", "200ms"),))
+            await impatient.write(b"never")
+            refused = await impatient.code()
+            details = await impatient.details()
+            await occupant.done_writing()
+            end = await occupant.read()
+            trailers = dict(await occupant.trailing_metadata())
+            await gateway.until(in_flight=0, within_s=FREED_S)
+            line = await gateway.decided("occupant")
+
+        assert received == [b"first one", b"first two"]
+        assert held.in_flight == 1
+        assert (end, trailers["x-tokens"]) == (END, "2")
+        assert await occupant.code() == grpc.StatusCode.OK
+        assert refused == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "rejected-ttl-expired" in details
+        assert line["outcome"] == "dispatched"
