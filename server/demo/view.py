@@ -61,7 +61,8 @@ class LiveView:
             clients.add_column(column, justify="left" if column == "clients" else "right")
         for kind in _KINDS:
             clients.add_row(kind, *self._client_cells(kind))
-        bands = Table(title=f"flowcontrol, saturation {snapshot.saturation:.2f}")
+        title = f"flowcontrol, saturation {snapshot.saturation:.2f}"
+        bands = Table(title=title, title_justify="left")
         for column in ("band", "waiting", "in flight", "oldest wait", "flows"):
             bands.add_column(column, justify="right")
         for band in snapshot.bands:
