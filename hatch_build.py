@@ -13,7 +13,7 @@ class CompileProtos(BuildHookInterface[Any]):
 
     PLUGIN_NAME = "custom"
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's signature
         """Write messages, type stubs and services beside each other, or stop the build."""
         root = Path(self.root)
         sources = sorted(str(path) for path in (root / "protos").rglob("*.proto"))
