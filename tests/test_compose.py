@@ -65,7 +65,7 @@ def copied() -> list[str]:
 
 def parse(command: Iterable[str]) -> dict[str, Any]:
     """Read a command as the command line does, without running it."""
-    context = click.Context(main, info_name="flowcontrol")
+    context = click.Context(main, info_name="flowcontrol", **main.context_settings)
     name, subcommand, rest = main.resolve_command(context, list(command))
     assert isinstance(subcommand, click.Command)
     with subcommand.make_context(name, rest, parent=context) as parsed:

@@ -111,7 +111,7 @@ class TestInFlight:
         await following.respond()
 
         record_property("from disconnect to next request at the server, ms", round(freed_ms, 1))
-        print(f"from disconnect to next request at the server: {freed_ms:.1f} ms")  # noqa: T201
+        print(f"from disconnect to next request at the server: {freed_ms:.1f} ms")  # noqa: T201 - for people
         assert following.name == "next"
 
     async def test_client_resets_during_the_response(self, gateway: Gateway) -> None:
