@@ -157,6 +157,42 @@ def demo(keep: bool, port_offset: int, seed: int, seconds: float, output: Path) 
     raise SystemExit(status)
 
 
+@main.command()
+@click.argument("scenario", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--compare",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Another scenario, run with the same seed and shown beside it.",
+)
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Request trace to replay: Azure CSV or Mooncake JSONL.",
+)
+@click.option("--seed", type=int, help="In place of the scenario's own.")
+@click.option(
+    "--output",
+    default="simulation-result",
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Gets the picture and the transcripts.",
+)
+def simulate(
+    scenario: Path, compare: Path | None, trace: Path | None, seed: int | None, output: Path
+) -> None:
+    """Run a scenario on a virtual clock, with the engine that serves."""
+    try:
+        from server.simulate import run_simulation  # noqa: PLC0415 - needs the demo extra
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is missing: pip install 'flowcontrol[demo]'")
+    paths = (scenario,) if compare is None else (scenario, compare)
+    try:
+        status = run_simulation(paths, trace, seed, output)
+    except ConfigError as error:
+        _fail(*error.problems)
+    raise SystemExit(status)
+
+
 def _address(option: str, text: str) -> Address:
     try:
         return parse_address(text)

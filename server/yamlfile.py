@@ -30,7 +30,7 @@ def read_documents(path: Path) -> list[Any]:
         ConfigError: it cannot be read, is not YAML or sets a key twice.
     """
     try:
-        return list(yaml.load_all(path.read_text(), _UniqueKeyLoader))
+        return list(yaml.load_all(path.read_text(encoding="utf-8"), _UniqueKeyLoader))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError([f"{path}: cannot be read: {reason}"]) from error

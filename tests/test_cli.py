@@ -22,7 +22,7 @@ from server.service import Service
 from server.settings import load_settings
 
 TIMEOUT_S = 20.0
-COMMANDS = ("serve", "check-config", "envoy-config", "simulate-server", "demo")
+COMMANDS = ("serve", "check-config", "envoy-config", "simulate-server", "simulate", "demo")
 
 
 def run(*arguments: str) -> Result:
@@ -226,3 +226,29 @@ class TestServe:
 
         assert done.stderr == "flowcontrol must not run with -O: its assertions guard the ledger\n"
         assert done.returncode == 2
+
+
+class TestSimulate:
+    """`flowcontrol simulate`."""
+
+    @pytest.mark.slow
+    def test_shipped_scenario(self, tmp_path: Path) -> None:
+        """The seed first, then the figures; picture and transcript where they were asked for."""
+        scenario = Path(__file__).parent.parent / "scenarios" / "scale-from-zero.yaml"
+
+        result = run("simulate", str(scenario), "--seed", "7", "--output", str(tmp_path))
+
+        assert result.exit_code == 0
+        assert result.stdout.startswith("seed 7\n")
+        assert "times faster than real time" in result.stdout
+        assert sorted(path.suffix for path in tmp_path.iterdir()) == [".png", ".txt"]
+
+    def test_mistake(self, tmp_path: Path) -> None:
+        """A scenario's mistakes are told as a configuration's are."""
+        scenario = tmp_path / "scenario.yaml"
+        scenario.write_text("apiVersion: flowcontrol/v1alpha1\nkind: Scenario\ncolour: red\n")
+
+        result = run("simulate", str(scenario), "--output", str(tmp_path))
+
+        assert result.exit_code == 2
+        assert "colour is not a known setting" in result.stderr

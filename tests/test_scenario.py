@@ -1,0 +1,569 @@
+"""The scenario file: every mistake in the configuration's words, every value where it belongs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flowcontrol.config import BandSettings, Fairness, Limits, Picker
+from flowcontrol.controller import FlowController
+from flowcontrol.errors import ConfigError
+from flowcontrol.simulation.distributions import Exponential, Fixed, Lognormal, Uniform
+from flowcontrol.simulation.faults import (
+    ClockJumped,
+    DecisionsSlow,
+    DrainBegins,
+    EndpointGone,
+    EngineStalled,
+    MetricsLie,
+    MetricsStale,
+    ObjectivesEdited,
+    SettlementLost,
+    SettlementSlow,
+)
+from flowcontrol.simulation.gates import ForgetfulGate, OpenGate
+from flowcontrol.simulation.ledger import Slots
+from flowcontrol.simulation.model_server import ModelServerConfig
+from flowcontrol.simulation.pool import Balancer
+from flowcontrol.simulation.results import Results
+from flowcontrol.simulation.traces import TraceRow
+from flowcontrol.simulation.workload import (
+    AtOnce,
+    ClosedLoop,
+    Independent,
+    Poisson,
+    Recorded,
+    Replayed,
+    Retry,
+    Window,
+    Workload,
+)
+from flowcontrol.simulation.world import World
+from server.scenario import Scenario, load_scenario
+from tests.simulated import MILLISECOND, SECOND
+
+SCENARIOS = Path(__file__).parents[1] / "scenarios"
+SHIPPED = sorted(SCENARIOS.rglob("*.yaml"))
+TRACE = """\
+TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.0000000,100,10
+2023-11-16 18:15:48.0000000,200,20
+2023-11-16 18:15:50.0000000,300,30
+"""
+MINIMAL = """\
+apiVersion: flowcontrol/v1alpha1
+kind: Scenario
+duration: 10s
+servers: [{}]
+workloads:
+  - name: people
+    arrivals: {poisson: {perSecond: 1}}
+    prompt: 100
+    output: 10
+"""
+TRACED = """\
+apiVersion: flowcontrol/v1alpha1
+kind: Scenario
+duration: 10s
+servers: [{}]
+workloads: [{name: recorded, arrivals: {trace: {}}}]
+"""
+
+
+def load(directory: Path, changes: dict[str, Any] | None = None, text: str = MINIMAL) -> Scenario:
+    """Load a scenario with some of its settings changed."""
+    content = yaml.safe_load(text) | (changes or {})
+    path = directory / "scenario.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return load_scenario(path)
+
+
+def one_workload(directory: Path, **changes: Any) -> Workload:
+    """Return the workload of a scenario that has one, with some settings changed or left out."""
+    settings = {**yaml.safe_load(MINIMAL)["workloads"][0], **changes}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (workload,) = load(directory, {"workloads": [settings]}).plan().workloads
+    return workload
+
+
+def people(**changes: Any) -> dict[str, Any]:
+    """Return a change of the one workload."""
+    return {"workloads": [{**yaml.safe_load(MINIMAL)["workloads"][0], **changes}]}
+
+
+MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
+    (
+        {"duration": "ten"},
+        ["duration must be a duration above zero such as 500ms, 60s or 5m, got 'ten'"],
+    ),
+    ({"kind": "Scene"}, ["kind must be 'Scenario', got 'Scene'"]),
+    ({"color": "red"}, ["color is not a known setting"]),
+    ({"gate": "ajar"}, ["gate must be 'on', 'off' or 'forgetful', got 'ajar'"]),
+    ({"seed": -1}, ["seed must be >= 0, got -1"]),
+    ({"saturation": {"maxConcurrency": 0}}, ["saturation.maxConcurrency must be >= 1, got 0"]),
+    (
+        {"flowControl": {"bands": [{"fairness": "fair"}]}},
+        ["flowControl.bands[0].fairness must be 'round-robin' or 'global-strict', got 'fair'"],
+    ),
+    (
+        {"objectives": {"chat": "high"}},
+        ["objectives must be names with whole numbers, such as {chat: 10, batch: -1}"],
+    ),
+    ({"servers": []}, ["servers must name a model server"]),
+    ({"workloads": []}, ["workloads must name a workload, got []"]),
+    ({"servers": [{"speed": 0}]}, ["servers[0].speed must be a number above zero, got 0"]),
+    (
+        {"servers": [{"kvTokens": "lots"}]},
+        ["servers[0].kvTokens must be a whole number from 1 such as 500, 20k or 4Ki, got 'lots'"],
+    ),
+    (
+        {"servers": [{"sequencesMax": 600}]},
+        ["servers[0] can never run: batched_tokens_max must be >= sequences_max (600), got 512"],
+    ),
+    ({"servers": [{}, {}]}, ["servers must differ in name, got server-0 again"]),
+    (
+        {"servers": [{"joinsAt": 5}]},
+        ["servers[0].joinsAt must be a duration such as 0s, 500ms or 5m, got 5"],
+    ),
+    (
+        {"workloads": people()["workloads"] * 2},
+        ["workloads must name each workload once, got people again"],
+    ),
+    (
+        people(arrivals={}),
+        ["workloads[0].arrivals must set exactly one of poisson, atOnce, closedLoop and trace"],
+    ),
+    (
+        people(arrivals={"poisson": {"perSecond": 1}, "atOnce": {"count": 1}}),
+        ["workloads[0].arrivals must set exactly one of poisson, atOnce, closedLoop and trace"],
+    ),
+    (
+        people(
+            arrivals={
+                "poisson": {"perSecond": 1, "bursts": [{"from": "5s", "until": "5s", "times": -1}]}
+            }
+        ),
+        ["workloads[0].arrivals.poisson.bursts[0].times must be a number from zero, got -1"],
+    ),
+    (
+        people(
+            arrivals={
+                "poisson": {"perSecond": 1, "bursts": [{"from": "5s", "until": "5s", "times": 2}]}
+            }
+        ),
+        ["workloads[0].arrivals.poisson.bursts[0] must have from < until"],
+    ),
+    (
+        people(arrivals={"trace": {"file": "none.csv"}}, prompt=None, output=None),
+        ["workloads[0].arrivals.trace.file must be a file, got '{directory}/none.csv'"],
+    ),
+    (
+        people(output=None),
+        ["workloads[0] must have prompt and output, or lengthsFrom, or arrivals.trace"],
+    ),
+    (
+        people(arrivals={"trace": {}}),
+        ["workloads[0] must have prompt and output, or lengthsFrom, or arrivals.trace"],
+    ),
+    (
+        people(prompt={"uniform": {"min": 5, "max": 4}}),
+        ["workloads[0].prompt.uniform must have min <= max"],
+    ),
+    (
+        people(patience={"uniform": {"min": "5s", "max": "4s"}}),
+        ["workloads[0].patience.uniform must have min <= max"],
+    ),
+    (
+        people(tenants=[]),
+        [
+            (
+                "workloads[0].tenants must be names, names with shares, or count with zipf, "
+                "such as "
+                "{count: 50, zipf: 1.1}, got []"
+            )
+        ],
+    ),
+    (
+        people(tenants={"count": 5, "zip": 1}),
+        [
+            (
+                "workloads[0].tenants must be names, names with shares, or count with zipf, "
+                "such as "
+                "{count: 50, zipf: 1.1}"
+            )
+        ],
+    ),
+    (
+        people(retry={"honoursRetryAfter": "sometimes"}),
+        ["workloads[0].retry.honoursRetryAfter must be true or false, got 'sometimes'"],
+    ),
+    (
+        {"faults": [{"clockJumped": {"at": "1s", "by": "1s"}, "drainBegins": {}}]},
+        ["faults[0].drainBegins.at is required", "faults[0].drainBegins.budget is required"],
+    ),
+    (
+        {"faults": [{"endpointGone": {"server": "x", "from": "1s", "until": "2s"}}]},
+        ["faults[0] must name a server such as server-0, got 'x'"],
+    ),
+    (
+        {"faults": [{"metricsLie": {"from": "1s", "until": "2s", "kvUsage": 2}}]},
+        ["faults[0].metricsLie.kvUsage must be a number from 0 to 1, got 2"],
+    ),
+]
+
+
+class TestMistakes:
+    """Each has its words."""
+
+    @pytest.mark.parametrize(("changes", "expected"), MISTAKES)
+    def test_named(self, tmp_path: Path, changes: dict[str, Any], expected: list[str]) -> None:
+        """Exactly what is wrong is said, with its path in the file."""
+        with pytest.raises(ConfigError) as caught:
+            load(tmp_path, changes)
+        assert [line.replace("{directory}", str(tmp_path)) for line in expected] == (
+            caught.value.problems
+        )
+
+    def test_all_at_once(self, tmp_path: Path) -> None:
+        """Several mistakes are said together."""
+        with pytest.raises(ConfigError) as caught:
+            load(tmp_path, {"picker": "me", "seed": "x", "scrape": {"every": "0s"}})
+        assert caught.value.problems == [
+            "seed must be a whole number, got 'x'",
+            "picker must be 'off' or 'least-loaded', got 'me'",
+            "scrape.every must be a duration above zero such as 500ms, 60s or 5m, got '0s'",
+        ]
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        """A file that is not there is named."""
+        path = tmp_path / "none.yaml"
+        with pytest.raises(ConfigError, match=f"{path}: cannot be read: No such file"):
+            load_scenario(path)
+
+    @pytest.mark.parametrize(
+        ("trace", "message"),
+        [
+            (None, "no trace.csv"),
+            ("TIMESTAMP\n", "trace.csv: line 1: must be TIMESTAMP,ContextTokens"),
+            ("\udcff", "trace.csv: cannot be read: not UTF-8 text"),
+        ],
+    )
+    def test_trace(self, tmp_path: Path, trace: str | None, message: str) -> None:
+        """A trace that cannot be replayed is named, and so is its absence."""
+        scenario = load(tmp_path, text=TRACED)
+        path = tmp_path / "trace.csv"
+        if trace is None:
+            with pytest.raises(ConfigError, match="a workload replays a trace: name one with"):
+                scenario.plan()
+            with pytest.raises(ConfigError, match=r"trace\.csv: cannot be read: No such file"):
+                scenario.plan(path)
+            return
+        path.write_bytes(trace.encode(errors="surrogateescape"))
+        with pytest.raises(ConfigError, match=message):
+            scenario.plan(path)
+
+    def test_trace_for_nobody(self, tmp_path: Path) -> None:
+        """A trace that no workload replays is a mistake, not ignored."""
+        with pytest.raises(ConfigError, match="no workload of the scenario replays a trace"):
+            load(tmp_path).plan(tmp_path / "trace.csv")
+
+
+class TestMeaning:
+    """What a scenario means to the simulated world."""
+
+    def test_defaults(self, tmp_path: Path) -> None:
+        """A file that says no more than it must has the service's own defaults."""
+        scenario = load(tmp_path)
+        config = scenario.controller_config()
+        plan = scenario.plan()
+
+        assert scenario.seed == 889
+        assert isinstance(scenario.engine(), FlowController)
+        assert config.picker is Picker.OFF
+        assert config.default_settings == BandSettings(ttl_ns=60 * SECOND)
+        assert config.limits == Limits(requests_max=20_000, bytes_max=4 * 2**30)
+        assert plan.balancer is Balancer.LEAST_REQUEST
+        assert (plan.settlement_delay_ns, plan.scrape_interval_ns) == (SECOND, SECOND)
+        (server,) = plan.servers
+        assert (server.address, server.config, server.from_ns) == (
+            "server-0",
+            ModelServerConfig(),
+            0,
+        )
+
+    def test_engine(self, tmp_path: Path) -> None:
+        """The engine is told what the service would tell it."""
+        changes = {
+            "picker": "least-loaded",
+            "saturation": {"maxConcurrency": 7},
+            "flowControl": {
+                "requestTTL": "9s",
+                "bands": [{"match": {"maxPriority": -1}, "fairness": "global-strict"}],
+            },
+        }
+        config = load(tmp_path, changes).controller_config()
+        assert (config.picker, config.in_flight_max) == (Picker.LEAST_LOADED, 7)
+        assert config.settings_for(0).ttl_ns == 9 * SECOND
+        assert config.settings_for(-3).fairness is Fairness.GLOBAL_STRICT
+
+    @pytest.mark.parametrize(
+        ("gate", "engine"),
+        [(True, FlowController), ("off", OpenGate), ("forgetful", ForgetfulGate)],
+    )
+    def test_gate(self, tmp_path: Path, gate: object, engine: type) -> None:
+        """On, off and forgetful; YAML's bare on and off are understood."""
+        assert isinstance(load(tmp_path, {"gate": gate}).engine(), engine)
+
+    def test_slots(self, tmp_path: Path) -> None:
+        """The ledger counts slots where the engine does nothing but count them."""
+        saturation = {"detector": "concurrency", "maxConcurrency": 7}
+        assert load(tmp_path, {"saturation": saturation}).slots() == Slots(7, is_picked=False)
+        picked = {"saturation": saturation, "picker": "least-loaded"}
+        assert load(tmp_path, picked).slots() == Slots(7, is_picked=True)
+        assert load(tmp_path, {"gate": False, "saturation": saturation}).slots() is None
+
+    def test_servers(self, tmp_path: Path) -> None:
+        """Speed divides every time; servers of a kind are numbered."""
+        fast = {"name": "fast", "count": 2, "speed": 2, "stepBase": "20ms", "joinsAt": "5s"}
+        specs = load(tmp_path, {"servers": [fast, {"kvTokens": "64Ki"}]}).plan().servers
+        assert [spec.address for spec in specs] == ["fast-0", "fast-1", "server-0"]
+        assert specs[0].config.step_base_ns == 10 * MILLISECOND
+        assert specs[0].config.sequence_ns == ModelServerConfig().sequence_ns // 2
+        assert specs[1].from_ns == 5 * SECOND
+        assert specs[2].config.kv_tokens == 65_536
+
+    def test_switched_off(self, tmp_path: Path) -> None:
+        """Settlement and scrapes can be switched off, or be slower."""
+        plan = load(tmp_path, {"settlement": False, "scrape": "off"}).plan()
+        assert (plan.settlement_delay_ns, plan.scrape_interval_ns) == (None, None)
+        plan = load(tmp_path, {"settlement": {"delay": "5s"}, "scrape": {"every": "2s"}}).plan()
+        assert (plan.settlement_delay_ns, plan.scrape_interval_ns) == (5 * SECOND, 2 * SECOND)
+
+    def test_arrivals(self, tmp_path: Path) -> None:
+        """Every way to come."""
+        burst = {"from": "1s", "until": "2s", "times": 3}
+        turns = {"on": "1s", "off": "4s"}
+        loop = {"users": 3, "think": {"exponential": {"mean": "2s"}}, "ramp": "1s"}
+        expected = {
+            "poisson": (
+                {"perSecond": 2.5, "bursts": [burst], "onOff": turns},
+                Poisson(2.5, (Window(SECOND, 2 * SECOND, 3),), SECOND, 4 * SECOND),
+            ),
+            "atOnce": ({"count": 9}, AtOnce(9)),
+            "closedLoop": (loop, ClosedLoop(3, Exponential(2 * SECOND), SECOND)),
+        }
+        for name, (settings, arrivals) in expected.items():
+            assert arrivals == one_workload(tmp_path, arrivals={name: settings}).arrivals
+
+    def test_lengths(self, tmp_path: Path) -> None:
+        """Every way to be long; a trace lends its pairs."""
+        lognormal = {"lognormal": {"median": 100, "sigma": 0.5, "max": "4k"}}
+        workload = one_workload(
+            tmp_path, prompt=lognormal, output={"uniform": {"min": 1, "max": 9}}
+        )
+        assert workload.lengths == Independent(Lognormal(100, 0.5, 4000), Uniform(1, 9))
+        assert one_workload(tmp_path).lengths == Independent(Fixed(100), Fixed(10))
+        (tmp_path / "trace.csv").write_text(TRACE)
+        lent = one_workload(tmp_path, prompt=None, output=None, lengthsFrom="trace.csv")
+        assert isinstance(lent.lengths, Recorded)
+        assert lent.lengths.rows[1] == TraceRow(2 * SECOND, 200, 20)
+
+    def test_trace(self, tmp_path: Path) -> None:
+        """Replayed at its own rate or another; one named on the command line counts more."""
+        (tmp_path / "trace.csv").write_text(TRACE)
+        other = tmp_path / "other.csv"
+        other.write_text(TRACE.replace("100,10", "7,7"))
+        settings = {"file": "trace.csv", "perSecond": 1, "limit": 2}
+        scenario = load(
+            tmp_path, {"workloads": [{"name": "recorded", "arrivals": {"trace": settings}}]}
+        )
+        (workload,) = scenario.plan().workloads
+        assert workload.arrivals == Replayed((TraceRow(0, 100, 10), TraceRow(SECOND, 200, 20)))
+        (workload,) = scenario.plan(other).workloads
+        assert isinstance(workload.arrivals, Replayed)
+        assert workload.arrivals.rows[0] == TraceRow(0, 7, 7)
+
+    def test_workload(self, tmp_path: Path) -> None:
+        """The rest of a workload."""
+        workload = one_workload(
+            tmp_path,
+            objective="chat",
+            tenants=["ann", "bob"],
+            **{"from": "1s", "until": "5s"},
+            announcesPrompt=False,
+            maxTokens=8,
+            ttftSLO="2s",
+            announcesSLO=False,
+            requestTTL="3s",
+            patience={"uniform": {"min": "1s", "max": "2s"}},
+            retry={"attempts": 3, "honoursRetryAfter": False, "afterPatience": True},
+            model="llama",
+        )
+        assert workload == Workload(
+            name="people",
+            arrivals=Poisson(1.0),
+            lengths=Independent(Fixed(100), Fixed(10)),
+            tenants={"ann": 1.0, "bob": 1.0},
+            objective="chat",
+            from_ns=SECOND,
+            until_ns=5 * SECOND,
+            announces_prompt=False,
+            output_tokens_max=8,
+            ttft_slo_ns=2 * SECOND,
+            announces_slo=False,
+            ttl_ns=3 * SECOND,
+            patience=Uniform(SECOND, 2 * SECOND),
+            retry=Retry(attempts_max=3, honours_retry_after=False, after_patience=True),
+            model="llama",
+        )
+
+    def test_tenants(self, tmp_path: Path) -> None:
+        """Shares as they are, or by Zipf's law."""
+        shares = one_workload(tmp_path, tenants={"ann": 1, "hog": 9}).tenants
+        assert shares == {"ann": 1.0, "hog": 9.0}
+        zipf = one_workload(tmp_path, tenants={"count": 3, "zipf": 1}).tenants
+        assert zipf == {"tenant-0": 1.0, "tenant-1": 0.5, "tenant-2": pytest.approx(1 / 3)}
+
+    def test_faults(self, tmp_path: Path) -> None:
+        """Everything that can go wrong."""
+        span = {"from": "1s", "until": "2s"}
+        times = {"from_ns": SECOND, "until_ns": 2 * SECOND}
+        late = {"delay_ns": 5 * SECOND}
+        expected = [
+            (
+                {"endpointGone": {"server": "server-0", "noticedAfter": "5s", **span}},
+                EndpointGone(address="server-0", noticed_after_ns=5 * SECOND, **times),
+            ),
+            ({"metricsStale": span}, MetricsStale(from_ns=SECOND, until_ns=2 * SECOND)),
+            (
+                {"metricsLie": {"servers": ["server-0"], "waiting": 3, "kvUsage": 0.5, **span}},
+                MetricsLie(addresses=("server-0",), waiting=3, kv_usage=0.5, **times),
+            ),
+            ({"settlementSlow": {"delay": "5s", **span}}, SettlementSlow(**late, **times)),
+            ({"settlementLost": span}, SettlementLost(**times)),
+            ({"decisionsSlow": {"delay": "5s", **span}}, DecisionsSlow(**late, **times)),
+            ({"engineStalled": span}, EngineStalled(**times)),
+            ({"clockJumped": {"at": "0s", "by": "9s"}}, ClockJumped(at_ns=0, by_ns=9 * SECOND)),
+            (
+                {"objectivesEdited": {"at": "1s", "objectives": {"chat": 1}}},
+                ObjectivesEdited(at_ns=SECOND, priorities={"chat": 1}),
+            ),
+            (
+                {"drainBegins": {"at": "1s", "budget": "9s"}},
+                DrainBegins(at_ns=SECOND, budget_ns=9 * SECOND),
+            ),
+        ]
+        plan = load(tmp_path, {"faults": [settings for settings, _ in expected]}).plan()
+        assert [fault for _, fault in expected] == list(plan.faults)
+
+
+class TestExtends:
+    """A scenario may be another with a few changes."""
+
+    def test_merged(self, tmp_path: Path) -> None:
+        """Mappings are merged setting by setting, everything else is replaced."""
+        (tmp_path / "base.yaml").write_text(MINIMAL + "flowControl: {requestTTL: 9s}\n")
+        (tmp_path / "sub").mkdir()
+        path = tmp_path / "sub" / "other.yaml"
+        path.write_text("extends: ../base.yaml\ngate: off\nflowControl: {maxRequests: 5}\n")
+        scenario = load_scenario(path)
+        assert scenario.gate == "off"
+        queue = scenario.flow_control
+        assert (queue.request_ttl, queue.max_requests) == (9 * SECOND, 5)
+
+    def test_circle(self, tmp_path: Path) -> None:
+        """A circle is noticed."""
+        path = tmp_path / "self.yaml"
+        path.write_text("extends: self.yaml\n")
+        with pytest.raises(ConfigError, match="extends more than 8 scenarios, or itself"):
+            load_scenario(path)
+
+
+def run_shipped(name: str) -> Results:
+    """Run a shipped scenario with every check that costs little."""
+    scenario = load_scenario(SCENARIOS / f"{name}.yaml")
+    world = World(scenario.engine(), scenario.plan(), scenario.seed, slots=scenario.slots())
+    return world.finish()
+
+
+class TestShipped:
+    """The scenarios that come with the project show what they say they show."""
+
+    @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(SCENARIOS)))
+    def test_loads(self, path: Path, tmp_path: Path) -> None:
+        """Each begins with a comment, and can be run; those without flow control are short."""
+        assert path.read_text().startswith("# ")
+        trace = None
+        if path.stem == "replayed-trace":
+            trace = tmp_path / "trace.csv"
+            trace.write_text(TRACE)
+        assert load_scenario(path).plan(trace).workloads
+
+    @pytest.mark.slow
+    def test_burst_and_recovery(self) -> None:
+        """28 or so in flight, 96 in the burst, 28 or so again; without, it never comes back."""
+        gated = run_shipped("burst-and-recovery")
+        bare = run_shipped("without-flow-control/burst-and-recovery")
+        forgetful = run_shipped("without-flow-control/burst-and-recovery-forgetful")
+
+        def at(results: Results, minutes: int) -> int:
+            return next(s.in_flight for s in results.samples if s.at_ns >= minutes * 60 * SECOND)
+
+        assert gated.in_flight_most == 96
+        assert max(at(each, 9) for each in (gated, bare, forgetful)) < 50
+        assert at(gated, 85) < 50
+        assert at(bare, 85) > 1000
+        assert at(forgetful, 85) > 500
+        assert gated.ended_ns - gated.duration_ns < 600 * SECOND
+
+    def test_two_tenants_one_hog(self) -> None:
+        """Equal turns are not equal tokens, and still better than none."""
+        gated, bare = (
+            run_shipped(f"{folder}two-tenants-one-hog") for folder in ("", "without-flow-control/")
+        )
+        assert 0.5 < (bare.jain(10) or 0) < (gated.jain(10) or 0) < 0.7
+
+    def test_interactive_beside_batch(self) -> None:
+        """People hardly notice the job with the gate, and half of them do without."""
+        gated, bare = (
+            run_shipped(f"{folder}interactive-beside-batch")
+            for folder in ("", "without-flow-control/")
+        )
+        assert (gated.band(10).goodput or 0) > 0.95
+        assert (bare.band(10).goodput or 1) < 0.6
+        assert gated.band(-1).tokens_served == bare.band(-1).tokens_served
+
+    def test_scrape_outage(self) -> None:
+        """What is counted from streams is the same with metrics and without."""
+        scenario = load_scenario(SCENARIOS / "scrape-outage.yaml")
+        healthy = scenario.model_copy(update={"faults": ()})
+        digests = {
+            World(each.engine(), each.plan(), each.seed).finish().digest
+            for each in (scenario, healthy)
+        }
+        assert len(digests) == 1
+
+    def test_scale_from_zero(self) -> None:
+        """Nobody is refused; without the gate a quarter fails."""
+        gated, bare = (
+            run_shipped(f"{folder}scale-from-zero") for folder in ("", "without-flow-control/")
+        )
+        assert gated.band(0).goodput == 1.0
+        assert (bare.band(0).goodput or 1) < 0.8
+
+    @pytest.mark.slow
+    def test_low_band_under_high(self) -> None:
+        """While the high band always has something waiting, the low one is not served."""
+        results = run_shipped("low-band-under-high")
+        assert results.band(-1).tokens_served == 0
+        assert results.band(-1).refused_attempts > 100
+
+    @pytest.mark.slow
+    def test_mixed_pool(self) -> None:
+        """Late binding keeps the slow servers from holding people up."""
+        gated, bare = (
+            run_shipped(f"{folder}mixed-pool") for folder in ("", "without-flow-control/")
+        )
+        assert gated.band(0).goodput == 1.0
+        assert (bare.band(0).goodput or 1) < 0.6
