@@ -1,8 +1,8 @@
 """Flow control for inference gateways: the engine. Theory of operation.
 
 A model server takes every request it is given and queues what it cannot run, where nobody can
-reorder it. This engine holds that queue in front of the servers and decides who goes, who waits, who
-has waited too long and who need not wait at all.
+reorder it. This engine holds that queue in front of the servers and decides who goes, who waits,
+who has waited too long and who need not wait at all.
 
 The idea in four sentences. A request is decided exactly once, by one machine, owned by one thread.
 The machine is told what happened and what time it is; it answers with decisions and with the next
