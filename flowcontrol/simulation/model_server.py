@@ -10,10 +10,17 @@ waits inside. That is the problem this project exists for, so it is modelled and
 
 Simpler than vLLM: the KV cache is counted in tokens, not blocks; nothing is shared between prompts
 (no prefix cache); every job generates exactly the number of tokens it asked for.
+
+A simulation asks for milestones only, the first and the last token of each job, and gets them at
+the same times for less: while all that run decode and nobody can join them, each step is longer
+than the one before by the same amount, so that a whole stretch of steps is one sum. It ends with
+the first job that ends, where the KV cache is full, or at the next step once somebody may join.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass, fields
+
+from flowcontrol.simulation.stretch import Stretch
 
 __all__ = ["ModelServer", "ModelServerConfig", "TokenEvent"]
 
@@ -118,13 +125,23 @@ class ModelServer:
 
     Answers do not depend on how often `advance` is called: a step that begins at t runs exactly the
     jobs submitted up to t. Time never goes back. Pure; owner: whoever holds the clock.
+
+    Args:
+        config: Size and speed.
+        milestones_only: Return only the first and the last token of each job; nothing else differs
+            but the cost, and that a submission or an abort may bring the next wake-up forward.
     """
 
-    def __init__(self, config: ModelServerConfig | None = None) -> None:
+    def __init__(
+        self, config: ModelServerConfig | None = None, *, milestones_only: bool = False
+    ) -> None:
         self._config = config or ModelServerConfig()
+        self._milestones_only = milestones_only
         self._waiting: OrderedDict[int, _Job] = OrderedDict()
         self._running: dict[int, _Job] = {}  # oldest admission first
         self._step_end_ns: int | None = None
+        """End of the stretch of steps under way, which is one step but for milestones."""
+        self._stretch = Stretch(0, 1, 0, 1)
         self._now_ns: int | None = None
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
@@ -159,9 +176,13 @@ class ModelServer:
             )
             raise ValueError(message)
         self._observe(now_ns)
+        may_join = not self._waiting and len(self._running) < self._config.sequences_max
         self._waiting[job_id] = _Job(job_id, prompt_tokens, output_tokens, now_ns, prompt_tokens)
         if self._step_end_ns is None:
             self._begin_step(now_ns)
+        elif may_join:
+            self._stretch.cut_from(now_ns)
+            self._step_end_ns = self._stretch.end_ns
 
     def abort(self, job_id: int) -> None:
         """Remove a job, waiting or running; its place and its KV cache are free at once.
@@ -176,17 +197,21 @@ class ModelServer:
         if queue.pop(job_id, None) is None:
             message = f"job_id must be waiting or running, got {job_id!r}"
             raise ValueError(message)
+        if self._step_end_ns is not None:
+            self._stretch.cut_from(self._stretch.start_ns)
+            self._step_end_ns = self._stretch.end_ns
 
     def advance(self, now_ns: int) -> list[TokenEvent]:
         """Finish every step that ends at or before `now_ns`, and begin the next one.
 
-        Costs O(running sequences) per step.
+        Costs O(running sequences) per step; for milestones, per stretch of steps.
 
         Args:
             now_ns: The present, ns; never before that of an earlier call.
 
         Returns:
-            The generated tokens by time, those of one step by admission.
+            The generated tokens, or those of them that are milestones, by time, those of one step
+            by admission.
         """
         self._observe(now_ns)
         events: list[TokenEvent] = []
@@ -199,10 +224,12 @@ class ModelServer:
                 self._begin_step(max(end_ns, head.submitted_ns))
             else:
                 self._step_end_ns = None
+        if self._step_end_ns is not None and self._stretch.steps > 1:
+            self._run_steps(self._stretch.ended_by(now_ns))
         return events
 
     def next_wakeup_ns(self) -> int | None:
-        """End of the step under way, when `advance` has work; None when idle.
+        """End of the step or stretch under way, when `advance` has work; None when idle.
 
         Submissions and aborts never move the end of a step that has begun.
         """
@@ -230,7 +257,7 @@ class ModelServer:
 
     @property
     def generated_tokens_total(self) -> int:
-        """Tokens generated: the number of events ever returned."""
+        """Tokens generated: the number of events ever returned, were all returned."""
         return self._generated_tokens_total
 
     @property
@@ -245,7 +272,7 @@ class ModelServer:
 
     def _kv_used(self) -> int:
         """Tokens in the KV cache."""
-        return sum(job.kv_tokens for job in self._running.values())
+        return sum([job.kv_tokens for job in self._running.values()])
 
     def _begin_step(self, start_ns: int) -> None:
         """Fill a step as vLLM's scheduler does: running sequences, oldest first, then waiting ones.
@@ -260,15 +287,17 @@ class ModelServer:
         preempted_before = self._preemptions_total
 
         for job in list(self._running.values()):
-            tokens = job.step_tokens(budget)
-            while tokens > kv_free and job.job_id in self._running:
-                kv_free += self._preempt_newest()
-            if job.job_id not in self._running:
+            is_decoding = job.kv_tokens >= job.prefill_tokens
+            tokens = 1 if is_decoding else job.step_tokens(budget)
+            if tokens > kv_free:
+                while tokens > kv_free and job.job_id in self._running:
+                    kv_free += self._preempt_newest()
+            if preempted_before != self._preemptions_total and job.job_id not in self._running:
                 break  # It was the newest left itself, or went for an older one.
-            if job.kv_tokens < job.prefill_tokens:
-                prefill_tokens += tokens
-            else:
+            if is_decoding:
                 decode_count += 1
+            else:
+                prefill_tokens += tokens
             job.kv_tokens += tokens
             budget -= tokens
             kv_free -= tokens
@@ -287,12 +316,27 @@ class ModelServer:
             kv_free -= tokens
 
         assert self._running, "a step must run somebody"
-        self._step_end_ns = start_ns + (
+        step_ns = (
             config.step_base_ns
             + config.sequence_ns * decode_count
             + config.prefill_token_ns * prefill_tokens
             + config.context_token_ns * (config.kv_tokens - kv_free)
         )
+        steps = 1
+        if self._milestones_only and not prefill_tokens:
+            steps = self._steps_alike(start_ns, kv_free, preempted_before)
+        growth_ns = config.context_token_ns * decode_count
+        self._stretch = Stretch(start_ns, step_ns, growth_ns, steps)
+        self._step_end_ns = self._stretch.end_ns
+
+    def _steps_alike(self, start_ns: int, kv_free: int, preempted_before: int) -> int:
+        """Count the steps, this one included, that will run exactly the sequences of this one."""
+        if preempted_before != self._preemptions_total:
+            return 1  # The next step may admit.
+        if self._waiting and next(iter(self._waiting.values())).submitted_ns > start_ns:
+            return 1  # Whoever else stands at the head was refused, and the room only shrinks.
+        left = [job.output_tokens - job.generated_count for job in self._running.values()]
+        return min(*left, 1 + kv_free // len(left))
 
     def _preempt_newest(self) -> int:
         """Send the newest running sequence to the front of the queue; return the KV tokens it had.
@@ -307,16 +351,30 @@ class ModelServer:
         self._preemptions_total += 1
         return kv_tokens
 
+    def _run_steps(self, steps: int) -> None:
+        """Put the first steps of a stretch behind it, and begin the one after them."""
+        if steps == 0:
+            return
+        for job in self._running.values():
+            job.generated_count += steps
+            job.kv_tokens += steps
+        self._generated_tokens_total += steps * len(self._running)
+        self._stretch.drop(steps)
+
     def _end_step(self, end_ns: int, events: list[TokenEvent]) -> None:
         """Give every sequence whose prefill is complete its next token."""
+        self._run_steps(self._stretch.steps - 1)
+        tells_all = not self._milestones_only
         for job in list(self._running.values()):
             if job.kv_tokens < job.prefill_tokens:
                 continue
-            if job.generated_count == 0:
-                self._prompt_tokens_total += job.prompt_tokens
-            is_last = job.generated_count + 1 == job.output_tokens
-            events.append(TokenEvent(job.job_id, job.generated_count, end_ns, is_last))
-            job.generated_count += 1
+            index = job.generated_count
+            job.generated_count = index + 1
             self._generated_tokens_total += 1
+            is_last = index + 1 == job.output_tokens
+            if index == 0:
+                self._prompt_tokens_total += job.prompt_tokens
+            if is_last or index == 0 or tells_all:
+                events.append(TokenEvent(job.job_id, index, end_ns, is_last))
             if is_last:
                 del self._running[job.job_id]

@@ -1,0 +1,257 @@
+"""Pure. The clients of one workload at work: they ask, wait, hang up, come back.
+
+A call is what a person wants answered; it makes one or more attempts, each of which is a request to
+the gateway with an id of its own. Times of a call count from its first attempt: that is what the
+person waits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from random import Random
+from typing import Protocol, assert_never, final
+
+from flowcontrol.events import Decision
+from flowcontrol.simulation.clock import VirtualClock
+from flowcontrol.simulation.distributions import Shares
+from flowcontrol.simulation.traces import TraceRow
+from flowcontrol.simulation.workload import AtOnce, ClosedLoop, Poisson, Replayed, Workload
+
+_SECOND_NS = 1_000_000_000
+_RETRY_AFTER_SPREAD = 0.25
+"""How far the service spreads a Retry-After upwards, see `server.replies`."""
+_BACKOFF_DOUBLINGS_MAX = 20
+_ROUND_TRIP_NS = 1_000_000
+"""No user asks again sooner, and who was not answered not before backing off once: else one who is
+refused at once would never let time pass."""
+
+
+class Ending(Enum):
+    """How a call ended."""
+
+    ANSWERED = "answered"
+    REFUSED = "refused"
+    """By the gateway, and it does not ask again."""
+    GAVE_UP = "gave-up"
+    """Hung up before the first token."""
+    FAILED = "failed"
+    """By the model server, or by Envoy for want of one."""
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Call:
+    """What one client wants answered."""
+
+    workload: Workload
+    tenant: str
+    prompt_tokens: int
+    output_tokens: int
+    patience_ns: int | None
+    asked_ns: int
+    user: int | None = None
+    """Which user of a closed loop asks."""
+    priority: int = 0
+    """Of its objective, when it first asked."""
+    attempt_count: int = 0
+    attempt: "Attempt | None" = None
+    """The one under way."""
+    first_token_ns: int | None = None
+    ended_ns: int | None = None
+    ending: Ending | None = None
+
+
+@final
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One request to the gateway, from its arrival to the end of its stream."""
+
+    request_id: int
+    call: Call
+    arrived_ns: int
+    dispatched_ns: int | None = None
+    """When the gateway let it go on."""
+    address: str | None = None
+    """The model server that has it."""
+    first_token_ns: int | None = None
+
+
+class Door(Protocol):
+    """What clients can do to the world."""
+
+    def ask(self, call: Call) -> None:
+        """Begin an attempt."""
+
+    def hang_up(self, call: Call) -> None:
+        """End the stream of the attempt under way."""
+
+    def begun(self, call: Call) -> None:
+        """Hear of a new call."""
+
+    def ended(self, call: Call) -> None:
+        """Hear that a call has ended."""
+
+
+@final
+class Clients:
+    """All clients of one workload.
+
+    Args:
+        workload: what they want.
+        clock: plans what they do.
+        door: where they do it.
+        seed: the same seed asks the same at the same times, whatever becomes of it; only retries
+            and users of a closed loop follow the answers.
+        end_ns: nobody comes at or after it.
+    """
+
+    def __init__(
+        self, workload: Workload, clock: VirtualClock, door: Door, seed: int, end_ns: int
+    ) -> None:
+        self._workload = workload
+        self._clock = clock
+        self._door = door
+        until_ns = workload.until_ns
+        self._until_ns = end_ns if until_ns is None else min(end_ns, until_ns)
+        self._shares = Shares(workload.tenants)
+        self._chance = self._stream(seed, "asks")
+        self._retry_chance = self._stream(seed, "retries")
+        self._user_chances: list[Random] = []
+        self._seed = seed
+        self._due: Iterator[TraceRow] = iter(())
+
+    def _stream(self, seed: int, use: str) -> Random:
+        # Text is hashed by SHA-512 there, not by the hash that differs from process to process.
+        return Random(f"{seed}/{self._workload.name}/{use}")  # noqa: S311 - traffic, no secret
+
+    def start(self) -> None:
+        """Plan the first of everybody."""
+        arrivals = self._workload.arrivals
+        if isinstance(arrivals, ClosedLoop):
+            for user in range(arrivals.users):
+                self._user_chances.append(self._stream(self._seed, f"user-{user}"))
+                begin_ns = self._workload.from_ns + user * arrivals.ramp_ns // arrivals.users
+                self._plan_user(user, begin_ns)
+        else:
+            self._due = self._open_loop(arrivals)
+            self._plan_next()
+
+    def refused(self, call: Call, decision: Decision) -> None:
+        """Take the gateway's no for an answer, or ask again."""
+        told_ns = _retry_after(decision.retry_after_ns, self._retry_chance)
+        retry = self._workload.retry
+        if call.attempt_count >= retry.attempts_max:
+            self._end(call, Ending.REFUSED)
+        elif retry.honours_retry_after and told_ns is not None:
+            self._clock.after(told_ns, partial(self._ask, call))
+        else:
+            self._back_off(call)
+
+    def failed(self, call: Call) -> None:
+        """Learn that the model server failed; ask again if there is an attempt left."""
+        if call.attempt_count >= self._workload.retry.attempts_max:
+            self._end(call, Ending.FAILED)
+        else:
+            self._back_off(call)
+
+    def answered(self, call: Call) -> None:
+        """Have read the last token."""
+        self._end(call, Ending.ANSWERED)
+
+    def _open_loop(self, arrivals: Poisson | AtOnce | Replayed) -> Iterator[TraceRow]:
+        from_ns = self._workload.from_ns
+        match arrivals:
+            case Poisson():
+                for at_ns in arrivals.times(from_ns, self._until_ns, self._chance):
+                    yield TraceRow(at_ns, *self._workload.lengths.draw(self._chance))
+            case AtOnce(count):
+                for _ in range(count):
+                    yield TraceRow(from_ns, *self._workload.lengths.draw(self._chance))
+            case Replayed(rows):
+                for row in rows:
+                    yield row._replace(at_ns=row.at_ns + from_ns)
+            case _:
+                assert_never(arrivals)
+
+    def _plan_next(self) -> None:
+        row = next(self._due, None)
+        if row is not None and row.at_ns < self._until_ns:
+            self._clock.at(row.at_ns, partial(self._arrive, row))
+
+    def _arrive(self, row: TraceRow) -> None:
+        self._plan_next()
+        tenant = self._shares.draw(self._chance)
+        self._begin(row.input_tokens, row.output_tokens, tenant, self._chance)
+
+    def _plan_user(self, user: int, at_ns: int) -> None:
+        if at_ns < self._until_ns:
+            self._clock.at(at_ns, partial(self._ask_as, user))
+
+    def _ask_as(self, user: int) -> None:
+        chance = self._user_chances[user]
+        prompt_tokens, output_tokens = self._workload.lengths.draw(chance)
+        names = self._shares.names
+        self._begin(prompt_tokens, output_tokens, names[user % len(names)], chance, user)
+
+    def _begin(
+        self,
+        prompt_tokens: int,
+        output_tokens: int,
+        tenant: str,
+        chance: Random,
+        user: int | None = None,
+    ) -> None:
+        workload = self._workload
+        patience_ns = None if workload.patience is None else workload.patience.draw(chance)
+        if workload.output_tokens_max is not None:
+            output_tokens = min(output_tokens, workload.output_tokens_max)
+        now_ns = self._clock.now_ns
+        call = Call(workload, tenant, prompt_tokens, output_tokens, patience_ns, now_ns, user)
+        self._door.begun(call)
+        self._ask(call)
+
+    def _ask(self, call: Call) -> None:
+        call.attempt_count += 1
+        call.first_token_ns = None
+        self._door.ask(call)
+        if call.patience_ns is not None:
+            self._clock.after(call.patience_ns, partial(self._lose_patience, call, call.attempt))
+
+    def _lose_patience(self, call: Call, attempt: Attempt | None) -> None:
+        if call.attempt is not attempt or attempt is None or call.first_token_ns is not None:
+            return
+        self._door.hang_up(call)
+        if call.ending is not None:
+            return  # the last token came at this very moment
+        retry = self._workload.retry
+        if retry.after_patience and call.attempt_count < retry.attempts_max:
+            self._back_off(call)
+        else:
+            self._end(call, Ending.GAVE_UP)
+
+    def _back_off(self, call: Call) -> None:
+        retry = self._workload.retry
+        doublings = min(call.attempt_count - 1, _BACKOFF_DOUBLINGS_MAX)
+        delay_ns = min(retry.backoff_max_ns, retry.backoff_ns << doublings)
+        spread = 0.5 + self._retry_chance.random()
+        self._clock.after(round(delay_ns * spread), partial(self._ask, call))
+
+    def _end(self, call: Call, ending: Ending) -> None:
+        call.ended_ns = self._clock.now_ns
+        call.ending = ending
+        self._door.ended(call)
+        arrivals = self._workload.arrivals
+        if isinstance(arrivals, ClosedLoop) and call.user is not None:
+            think_ns = arrivals.think.draw(self._user_chances[call.user])
+            is_answered = ending is Ending.ANSWERED
+            least_ns = _ROUND_TRIP_NS if is_answered else self._workload.retry.backoff_ns
+            self._plan_user(call.user, self._clock.now_ns + max(think_ns, least_ns))
+
+
+def _retry_after(expected_ns: int | None, chance: Random) -> int | None:
+    """Return what the header says to a client: whole seconds, spread upwards, none below one."""
+    if expected_ns is None or expected_ns < _SECOND_NS:
+        return None
+    spread_ns = expected_ns * (1 + _RETRY_AFTER_SPREAD * chance.random())
+    return -(-round(spread_ns) // _SECOND_NS) * _SECOND_NS

@@ -1,0 +1,249 @@
+"""Pure. What a run was like: for whom, by how much, and the transcript of every decision."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from math import ceil, inf
+from typing import NamedTuple, final
+
+from flowcontrol.events import Decision
+from flowcontrol.request import Outcome
+from flowcontrol.simulation.clients import Attempt, Call, Ending
+from flowcontrol.simulation.distributions import Fixed
+from flowcontrol.simulation.workload import ClosedLoop
+
+_SECOND_NS = 1_000_000_000
+
+
+class Sample(NamedTuple):
+    """The run at one moment."""
+
+    at_ns: int
+    waiting: int
+    """At the gate."""
+    in_flight: int
+    """At the model servers, queued inside them or running."""
+
+
+class Waited(NamedTuple):
+    """What an engine said of a wait, and what came of it."""
+
+    predicted_ns: int
+    realised_ns: int
+
+
+@final
+@dataclass(slots=True)
+class Figures:
+    """One tenant in one band, or several of them together.
+
+    Calls are what people want; decisions are about their attempts, of which there may be more.
+    """
+
+    call_count: int = 0
+    endings: Counter[Ending] = field(default_factory=Counter)
+    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    """Of all decisions."""
+    waits_ns: list[int] = field(default_factory=list)
+    """At the gate, of each attempt that was dispatched."""
+    ttfts: list[tuple[int, int]] = field(default_factory=list)
+    """Of each answered call: when it was asked, and its time to first token from then."""
+    slo_count: int = 0
+    """Calls that have a time to first token to meet."""
+    slo_met_count: int = 0
+    """Those of them that were answered and met it."""
+    tokens_wanted: float = 0
+    """In and out, of all calls; without end for users who ask again at once."""
+    tokens_served: int = 0
+    """In and out, of calls answered before the end of arrivals."""
+
+    @property
+    def refused_attempts(self) -> int:
+        """Attempts that the gateway refused, evicted or reclaimed."""
+        rest = (Outcome.DISPATCHED, Outcome.EVICTED_CANCELLED)
+        return sum(count for outcome, count in self.outcomes.items() if outcome not in rest)
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of the calls with an SLO that met it; None when there are none."""
+        return self.slo_met_count / self.slo_count if self.slo_count else None
+
+    def wait_ns(self, percent: float) -> int | None:
+        """Return a percentile of the waits; None when nobody was dispatched."""
+        return percentile(self.waits_ns, percent)
+
+    def ttft_ns(self, percent: float) -> int | None:
+        """Return a percentile of the times to first token; None when nobody was answered."""
+        return percentile([ttft_ns for _, ttft_ns in self.ttfts], percent)
+
+    def add(self, other: "Figures") -> None:
+        """Count another's figures in."""
+        self.call_count += other.call_count
+        self.endings += other.endings
+        self.outcomes += other.outcomes
+        self.waits_ns += other.waits_ns
+        self.ttfts += other.ttfts
+        self.slo_count += other.slo_count
+        self.slo_met_count += other.slo_met_count
+        self.tokens_wanted += other.tokens_wanted
+        self.tokens_served += other.tokens_served
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ServerFigures:
+    """One model server."""
+
+    address: str
+    utilisation: float
+    """Share of the time it was up in which it worked on something; 0 to 1."""
+    running_mean: float
+    """Sequences running, on average while it was up."""
+    tokens_generated: int
+    in_flight_most: int
+    waiting_most: int
+    """Queued inside it, at most."""
+
+
+@final
+class Results:
+    """Collects while the world runs; read when it is done.
+
+    Args:
+        duration_ns: of arrivals; shares and rates are of this time.
+    """
+
+    def __init__(self, duration_ns: int) -> None:
+        self.duration_ns = duration_ns
+        self.tenants: dict[tuple[int, str], Figures] = {}
+        """By priority and fairness id."""
+        self.samples: list[Sample] = []
+        self.servers: tuple[ServerFigures, ...] = ()
+        """Known when the run is over."""
+        self.transcript: list[str] = []
+        """One line per decision: time, id, outcome, priority, flow, wait, endpoint, retry-after."""
+        self.waited: list[Waited] = []
+        """Of dispatched requests, where the engine told how long they would wait."""
+        self.waiting_most = 0
+        self.in_flight_most = 0
+        self.ended_ns = 0
+        """When everybody was gone."""
+
+    def begun(self, call: Call) -> None:
+        """Count a call that begins."""
+        figures = self._of(call.priority, call.tenant)
+        figures.call_count += 1
+        figures.slo_count += call.workload.ttft_slo_ns is not None
+        arrivals = call.workload.arrivals
+        if isinstance(arrivals, ClosedLoop) and arrivals.think == Fixed(0):
+            figures.tokens_wanted = inf
+        figures.tokens_wanted += call.prompt_tokens + call.output_tokens
+
+    def ended(self, call: Call) -> None:
+        """Count a call that has ended."""
+        figures = self._of(call.priority, call.tenant)
+        assert call.ending is not None
+        assert call.ended_ns is not None
+        figures.endings[call.ending] += 1
+        if call.ending is not Ending.ANSWERED or call.first_token_ns is None:
+            return
+        ttft_ns = call.first_token_ns - call.asked_ns
+        figures.ttfts.append((call.asked_ns, ttft_ns))
+        slo_ns = call.workload.ttft_slo_ns
+        figures.slo_met_count += slo_ns is not None and ttft_ns <= slo_ns
+        if call.ended_ns <= self.duration_ns:
+            figures.tokens_served += call.prompt_tokens + call.output_tokens
+
+    def decided(self, decision: Decision, attempt: Attempt, now_ns: int) -> None:
+        """Count a decision, at the moment the engine took it."""
+        figures = self._of(decision.priority, decision.flow_id)
+        figures.outcomes[decision.outcome] += 1
+        waited_ns = now_ns - attempt.arrived_ns
+        if decision.outcome is Outcome.DISPATCHED:
+            figures.waits_ns.append(waited_ns)
+            predicted_ns = getattr(decision, "predicted_wait_ns", None)
+            if predicted_ns is not None:
+                self.waited.append(Waited(predicted_ns, waited_ns))
+        self.transcript.append(
+            f"{now_ns} {decision.request_id} {decision.outcome.value} {decision.priority} "
+            f"{decision.flow_id} {waited_ns} {decision.endpoint or '-'} "
+            f"{'-' if decision.retry_after_ns is None else decision.retry_after_ns}"
+        )
+
+    def sampled(self, sample: Sample) -> None:
+        """Keep how the run was at one moment."""
+        self.samples.append(sample)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the transcript: the same for the same engine, plan and seed."""
+        return sha256("\n".join(self.transcript).encode()).hexdigest()
+
+    @property
+    def priorities(self) -> tuple[int, ...]:
+        """Of the bands that had calls, highest first."""
+        return tuple(sorted({priority for priority, _ in self.tenants}, reverse=True))
+
+    def band(self, priority: int) -> Figures:
+        """Return the figures of all tenants of a band together."""
+        return together(figures for key, figures in self.tenants.items() if key[0] == priority)
+
+    def jain(self, priority: int) -> float | None:
+        """Return how fairly tokens were shared in a band, see `jain_index`; None: only one tenant.
+
+        What is fair is the max-min share of what the band was served in all: nobody gets more than
+        he wanted, and what he leaves is for the others.
+        """
+        mine = [figures for key, figures in self.tenants.items() if key[0] == priority]
+        served = [figures.tokens_served for figures in mine]
+        if len(mine) < 2 or not sum(served):  # noqa: PLR2004 - with oneself one shares fairly
+            return None
+        fair = max_min_shares([figures.tokens_wanted for figures in mine], sum(served))
+        return jain_index([got / due for got, due in zip(served, fair, strict=True) if due])
+
+    def tokens_per_second(self, figures: Figures) -> float:
+        """Return the tokens served per second of arrivals."""
+        return figures.tokens_served * _SECOND_NS / self.duration_ns
+
+    def _of(self, priority: int, tenant: str) -> Figures:
+        figures = self.tenants.get((priority, tenant))
+        if figures is None:
+            figures = self.tenants[priority, tenant] = Figures()
+        return figures
+
+
+def together(many: Iterable[Figures]) -> Figures:
+    """Return the sum of figures."""
+    total = Figures()
+    for figures in many:
+        total.add(figures)
+    return total
+
+
+def percentile(values: Sequence[int], percent: float) -> int | None:
+    """Return the smallest value that so many percent of the values do not exceed; None of none."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[max(0, ceil(len(ordered) * percent / 100) - 1)]
+
+
+def jain_index(shares: Sequence[float]) -> float:
+    """Return Jain's index of fairness: 1 when all shares are equal, 1/n when one has everything.
+
+    R. Jain, D. Chiu, W. Hawe: A Quantitative Measure of Fairness, DEC-TR-301, 1984; where demands
+    differ, a share is what one got over what would have been fair.
+    """
+    squares = sum(share * share for share in shares)
+    return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0
+
+
+def max_min_shares(wanted: Sequence[float], supply: float) -> list[float]:
+    """Divide a supply so that nobody's share can grow but at the cost of a smaller one."""
+    shares = [0.0] * len(wanted)
+    by_want = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    for place, index in enumerate(by_want):
+        shares[index] = min(wanted[index], supply / (len(wanted) - place))
+        supply -= shares[index]
+    return shares

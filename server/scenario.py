@@ -1,0 +1,213 @@
+"""The scenario file of a simulation: its shape, and what it means to the simulated world.
+
+It speaks the words of the configuration file (`server.settings`), and makes its errors. What a
+scenario does not say of the engine has the service's own default.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from flowcontrol.config import ControllerConfig
+from flowcontrol.controller import FlowController
+from flowcontrol.errors import ConfigError
+from flowcontrol.simulation.gates import Engine, ForgetfulGate, OpenGate
+from flowcontrol.simulation.ledger import Slots
+from flowcontrol.simulation.plan import Plan
+from flowcontrol.simulation.pool import Balancer
+from server.scenario_parts import FaultSection, Priorities, Section, Servers, demand
+from server.scenario_workloads import WorkloadSection
+from server.settings import Duration, FlowControl, Objectives, Saturation, Settings, problems_of
+from server.yamlfile import read_mapping
+
+EXTENDS_MAX = 8
+"""Files that may extend one another; more are a circle."""
+_QUEUE_SETTINGS = {
+    *("max_requests", "max_bytes", "request_ttl", "no_endpoint_ttl", "drain_budget", "bands"),
+}
+_BAND_SETTINGS = {"match", "max_requests", "max_bytes", "request_ttl", "fairness", "ordering"}
+
+
+def _on_or_off(value: object) -> object:
+    """Read what YAML makes of a bare on or off."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _off_is_none(value: object) -> object:
+    return None if value is False or value == "off" else value
+
+
+class SettlementSection(Section):
+    """Envoy's access log, which tells what a request really took."""
+
+    delay: Duration = Field(default="1s")  # type: ignore[assignment]  # read by its validator
+    """After the end of a request, when it arrives."""
+
+
+class ScrapeSection(Section):
+    """Load observed from the model servers' metrics."""
+
+    every: Duration = Field(default="1s")  # type: ignore[assignment]  # read by its validator
+    """How often."""
+
+
+class Scenario(Section):
+    """The whole file."""
+
+    api_version: Literal["flowcontrol/v1alpha1"]
+    """Version of this file's shape."""
+    kind: Literal["Scenario"]
+    """Kind of this file."""
+    extends: str | None = None
+    """Another scenario, relative to this one; what is set here replaces what is set there, mappings
+    setting by setting."""
+    seed: int = Field(default=889, ge=0)
+    """Of all chance; `--seed` counts more."""
+    duration: Duration
+    """How long anybody comes. The run goes on until everybody is gone."""
+    gate: Annotated[Literal["on", "off", "forgetful"], BeforeValidator(_on_or_off)] = "on"
+    """on: the engine decides. off: Envoy alone, nobody waits at the gate. forgetful: the engine
+    decides, but takes what is in flight for longer than forgetsAfter for ended."""
+    forgets_after: Duration = Field(default="5m")  # type: ignore[assignment]  # read by its validator
+    """For the forgetful gate. 5m: as the reference did (llm-d-router#2295)."""
+    picker: Annotated[Literal["off", "least-loaded"], BeforeValidator(_on_or_off)] = "off"
+    """Who chooses the endpoint. off: Envoy; least-loaded: the engine, at dispatch."""
+    balancer: Literal["least-request", "round-robin"] = "least-request"
+    """How Envoy chooses, when it does."""
+    objectives: Priorities = Field(default={})
+    """InferenceObjectives: name to priority."""
+    saturation: Saturation = Saturation()
+    """As in the configuration file."""
+    flow_control: FlowControl = FlowControl()
+    """As in the configuration file."""
+    settlement: Annotated[SettlementSection | None, BeforeValidator(_off_is_none)] = (
+        SettlementSection()
+    )
+    """Or off."""
+    scrape: Annotated[ScrapeSection | None, BeforeValidator(_off_is_none)] = ScrapeSection()
+    """Or off."""
+    servers: tuple[Servers, ...]
+    """The pool."""
+    workloads: tuple[WorkloadSection, ...]
+    """Who asks."""
+    faults: tuple[FaultSection, ...] = ()
+    """What goes wrong."""
+
+    @field_validator("workloads")
+    @classmethod
+    def _each_once(cls, value: tuple[WorkloadSection, ...]) -> tuple[WorkloadSection, ...]:
+        demand(bool(value), "must name a workload")
+        names = [workload.name for workload in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        demand(not twice, f"must name each workload once, got {', '.join(twice)} again")
+        return value
+
+    @model_validator(mode="after")
+    def _servers_are_known(self) -> Self:
+        demand(bool(self.servers), "servers must name a model server")
+        names = [spec.address for servers in self.servers for spec in servers.specs()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        demand(not twice, f"servers must differ in name, got {', '.join(twice)} again")
+        for index, fault in enumerate(self.faults):
+            for name in fault.server_names:
+                rule = f"faults[{index}] must name a server such as {names[0]}, got {name!r}"
+                demand(name in names, rule)
+        return self
+
+    def controller_config(self) -> ControllerConfig:
+        """Return what the engine is told; exactly what the service would tell it."""
+        settings = Settings.model_validate(
+            {
+                "apiVersion": self.api_version,
+                "kind": "FlowControlConfig",
+                "pool": "simulated",
+                "objectives": Objectives.model_construct(directory=Path()),
+                "endpoints": {"static": []},
+                "picker": self.picker,
+                "saturation": self.saturation,
+                "flowControl": self.flow_control,
+            }
+        )
+        return settings.controller_config()
+
+    def engine(self) -> Engine:
+        """Return who decides, new."""
+        if self.gate == "off":
+            return OpenGate()
+        controller = FlowController(self.controller_config(), 0)
+        if self.gate == "forgetful":
+            return ForgetfulGate(controller, self.forgets_after)
+        return controller
+
+    def slots(self) -> Slots | None:
+        """Return what may be in flight, for the ledger.
+
+        None unless the engine just counts requests at each endpoint: a setting that is not known
+        here may gate a band below the full pool.
+        """
+        slots = self.saturation.max_concurrency
+        concurrency = {"detector": "concurrency", "maxConcurrency": slots}
+        queue = self.flow_control
+        is_plain = (
+            self.gate == "on"
+            and self.saturation == Saturation.model_validate(concurrency)
+            and queue.model_fields_set <= _QUEUE_SETTINGS
+            and all(band.model_fields_set <= _BAND_SETTINGS for band in queue.bands)
+        )
+        return Slots(slots, self.picker != "off") if is_plain else None
+
+    def plan(self, trace: Path | None = None) -> Plan:
+        """Return what happens.
+
+        Args:
+            trace: replayed by every workload that replays one.
+
+        Raises:
+            ConfigError: a trace is missing or cannot be read, or none is replayed.
+        """
+        if trace is not None and not any(each.arrivals.trace for each in self.workloads):
+            raise ConfigError([f"{trace}: no workload of the scenario replays a trace"])
+        return Plan(
+            duration_ns=self.duration,
+            servers=tuple(spec for servers in self.servers for spec in servers.specs()),
+            workloads=tuple(each.workload(trace) for each in self.workloads),
+            objectives=self.objectives,
+            faults=tuple(each.fault() for each in self.faults),
+            balancer=Balancer(self.balancer),
+            settlement_delay_ns=None if self.settlement is None else self.settlement.delay,
+            scrape_interval_ns=None if self.scrape is None else self.scrape.every,
+        )
+
+
+def load_scenario(path: Path) -> Scenario:
+    """Read a scenario, and those it extends.
+
+    Raises:
+        ConfigError: naming every mistake in it, each with its path in the file.
+    """
+    content = _extended(path, EXTENDS_MAX)
+    try:
+        return Scenario.model_validate(content, context={"directory": path.parent})
+    except ValidationError as error:
+        raise ConfigError(problems_of(error)) from error
+
+
+def _extended(path: Path, depth: int) -> dict[Any, Any]:
+    content = read_mapping(path)
+    base = content.get("extends")
+    if not isinstance(base, str):
+        return content
+    if depth == 0:
+        raise ConfigError([f"{path}: extends more than {EXTENDS_MAX} scenarios, or itself"])
+    return _merged(_extended(path.parent / base, depth - 1), content)
+
+
+def _merged(base: dict[Any, Any], changes: dict[Any, Any]) -> dict[Any, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merged(old, value)  # noqa: PLW2901 - what it comes to
+        merged[key] = value
+    return merged
