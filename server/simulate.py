@@ -41,8 +41,8 @@ def run_simulation(
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
-    console.print(f"seed {chosen}", highlight=False)
     worlds = [_world(scenario, trace, chosen) for scenario in scenarios]
+    console.print(f"seed {chosen}", highlight=False)
     output.mkdir(parents=True, exist_ok=True)
     runs = []
     for name, scenario, world in zip(_names(paths), scenarios, worlds, strict=True):

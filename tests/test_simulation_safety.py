@@ -67,16 +67,19 @@ class TestRandomWorlds:
 
     @pytest.mark.slow
     def test_all_of_it_happens(self) -> None:
-        """Among the seeds every outcome and every ending occurs: they test what they should."""
-        worlds = [run_seed(seed) for seed in range(100, 130)]
-        figures = [each for world in worlds for each in world.tenants.values()]
-        outcomes = {outcome for each in figures for outcome in each.outcomes}
-        assert {ending for each in figures for ending in each.endings} == set(Ending)
-        assert outcomes >= {
+        """Every outcome and every ending occurs in some world: they test what they should."""
+        missing = {
+            *Ending,
             *(Outcome.DISPATCHED, Outcome.REJECTED_CAPACITY, Outcome.REJECTED_NO_ENDPOINTS),
             *(Outcome.EVICTED_TTL, Outcome.EVICTED_NO_ENDPOINTS, Outcome.EVICTED_CANCELLED),
             *(Outcome.EVICTED_DISPLACED, Outcome.REJECTED_DRAINING),
         }
+        for seed in reversed(SEEDS):
+            for figures in run_seed(seed).tenants.values():
+                missing -= {*figures.outcomes, *figures.endings}
+            if not missing:
+                return
+        pytest.fail(f"in no world: {missing}")
 
 
 class Wrong(Listening):

@@ -82,6 +82,35 @@ class Refusing:
         """There are none."""
 
 
+class Reclaiming:
+    """Ends request 1 in flight as soon as it hears of request 2."""
+
+    def __init__(self) -> None:
+        self.open = OpenGate()
+        self.reclaims = False
+
+    def handle(self, fact: Fact, now_ns: int) -> None:
+        """Listen for request 2."""
+        self.open.handle(fact, now_ns)
+        if isinstance(fact, Arrived) and fact.request.request_id == 2:
+            self.reclaims = True
+
+    def poll(self, now_ns: int) -> list[Decision]:
+        """Let everything go on, and reclaim once."""
+        decisions = self.open.poll(now_ns)
+        if self.reclaims:
+            self.reclaims = False
+            decisions.append(Decision(1, Outcome.RECLAIMED, 0, "default-flow", waited_ns=0))
+        return decisions
+
+    def next_wakeup_ns(self) -> int | None:
+        """Nothing waits."""
+        return None
+
+    def check_invariants(self) -> None:
+        """There are none."""
+
+
 def endings(results: Results) -> dict[Ending, int]:
     """Return how all calls ended."""
     total: Counter[Ending] = Counter()
@@ -245,6 +274,12 @@ class TestClients:
         assert told(listening, Left) == [(50, Left(3)), (100, Left(1)), (110, Left(2))]
         assert (1050, Settled(3)) in told(listening, Settled)
 
+    def test_the_answer_just_in_time(self) -> None:
+        """Whose whole answer comes as he hangs up has had it."""
+        lengths = Independent(Fixed(10), Fixed(1))
+        hasty = workload(AtOnce(1), lengths=lengths, patience=Fixed(10 * MILLISECOND))
+        assert endings(run(make_plan(hasty))) == {Ending.ANSWERED: 1}
+
     @pytest.mark.parametrize(
         ("told_ns", "honours", "least_ms", "most_ms"),
         [
@@ -273,6 +308,17 @@ class TestClients:
         figures = results.tenants[0, "default-flow"]
         assert (figures.call_count, figures.refused_attempts) == (1, 1)
         assert figures.ttfts == [(0, round(second * MILLISECOND) + 10 * MILLISECOND)]
+
+    def test_retry_after_failure(self) -> None:
+        """Whose server crashes asks again; the first token that counts is the one he kept."""
+        gone = EndpointGone(address="s0", from_ns=50 * MILLISECOND, until_ns=100 * MILLISECOND)
+        again = workload(rows(0), retry=Retry(attempts_max=2))
+        listening = Listening(make_controller())
+        results = run(make_plan(again, faults=(gone,)), listening)
+
+        assert endings(results) == {Ending.ANSWERED: 1}
+        second_ns = listening.told(Arrived)[1][0]
+        assert results.tenants[0, "default-flow"].ttfts == [(0, second_ns + 10 * MILLISECOND)]
 
     def test_backoff_doubles_up_to_its_bound(self) -> None:
         """1, 2, 4, 4 seconds, each give or take a half; then they give in."""
@@ -481,6 +527,33 @@ class TestFaults:
 
         assert endings(results) == {Ending.ANSWERED: 1, Ending.REFUSED: 1}
         assert told(listening, DrainBegan) == [(1000, DrainBegan(SECOND))]
+
+
+class TestReclaim:
+    """An engine may end what is in flight."""
+
+    @pytest.mark.parametrize(("attempts", "ending"), [(1, Ending.REFUSED), (2, Ending.ANSWERED)])
+    def test_reclaimed(self, attempts: int, ending: Ending) -> None:
+        """The server is freed, the client is refused, and may ask again."""
+        plan = make_plan(workload(rows(0, 50), retry=Retry(attempts_max=attempts)))
+        listening = Listening(Reclaiming())
+        results = run(plan, listening)
+
+        assert told(listening, Left)[0] == (50, Left(1))
+        expected = Counter({Ending.ANSWERED: 1})
+        expected[ending] += 1
+        assert expected == endings(results)
+        assert results.servers[0].tokens_generated == 5 + 10 * attempts
+        assert told(listening, Settled)[0] == (
+            1050,
+            Settled(1, ttft_ns=10 * MILLISECOND, generation_ns=40 * MILLISECOND),
+        )
+
+    def test_too_late(self) -> None:
+        """What has just ended cannot be reclaimed any more."""
+        slow = DecisionsSlow(from_ns=50 * MILLISECOND, until_ns=SECOND, delay_ns=50 * MILLISECOND)
+        results = run(make_plan(workload(rows(0, 50)), faults=(slow,)), Reclaiming())
+        assert endings(results) == {Ending.ANSWERED: 2}
 
 
 class TestForgetfulGate:
