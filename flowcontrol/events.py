@@ -4,9 +4,10 @@ Facts are plain slots classes, built once and never touched after the hand-over 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
+from flowcontrol.config import ControllerConfig, Role
 from flowcontrol.request import Outcome, Request
 
 
@@ -25,6 +26,14 @@ class Left:
 
     The gate need not know whether the request was still waiting: a decision may be crossing it.
     """
+
+    request_id: int
+
+
+@final
+@dataclass(slots=True)
+class Answered:
+    """The first byte of a response has been seen."""
 
     request_id: int
 
@@ -76,6 +85,16 @@ class EndpointsChanged:
     """The whole set of endpoints the pool now has, as host:port."""
 
     addresses: tuple[str, ...]
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    """Of those that do not do everything."""
+
+
+@final
+@dataclass(slots=True)
+class Reconfigured:
+    """Other settings, in force from now on for what waits, too."""
+
+    config: ControllerConfig
 
 
 @final
@@ -86,7 +105,17 @@ class DrainBegan:
     budget_ns: int
 
 
-Fact = Arrived | Left | Settled | LoadObserved | ObjectivesChanged | EndpointsChanged | DrainBegan
+Fact = (
+    Arrived
+    | Left
+    | Answered
+    | Settled
+    | LoadObserved
+    | ObjectivesChanged
+    | EndpointsChanged
+    | Reconfigured
+    | DrainBegan
+)
 
 
 @final
@@ -108,3 +137,5 @@ class Decision:
     """Of the pool, just after the decision."""
     waiting: int = 0
     """Requests waiting in the same band, just after the decision."""
+    expected_wait_ns: int | None = None
+    """What the wait was expected to be when it began; None when it was unknown, or never began."""

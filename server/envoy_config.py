@@ -14,7 +14,8 @@ import yaml
 
 from flowcontrol.errors import FlowControlError
 from server.codec import DESTINATION, SERVICE
-from server.settings import ENVOY_MARGIN_NS, ENVOY_PATIENCE_MAX_NS, Address, Settings
+from server.engine_settings import ENVOY_MARGIN_NS, ENVOY_PATIENCE_MAX_NS
+from server.settings import Address, Settings
 
 try:
     with warnings.catch_warnings():
