@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from flowcontrol.config import Ceilings, Concurrency
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import ConfigError
 from flowcontrol.simulation.gates import Engine, ForgetfulGate, OpenGate
-from flowcontrol.simulation.ledger import Slots
+from flowcontrol.simulation.ledger import Slots, slots_of
 from flowcontrol.simulation.plan import Plan
 from flowcontrol.simulation.pool import Balancer
 from server.engine_settings import Engine as EngineSettings
@@ -50,8 +49,8 @@ class ScrapeSection(Section):
     """How often."""
 
 
-class Scenario(EngineSettings):
-    """The whole file."""
+class _Head(Section):
+    """What the file says of itself."""
 
     api_version: Literal["flowcontrol/v1alpha1"]
     """Version of this file's shape."""
@@ -69,6 +68,11 @@ class Scenario(EngineSettings):
     decides, but takes what is in flight for longer than forgetsAfter for ended."""
     forgets_after: Duration = Field(default="5m")  # type: ignore[assignment]  # read by its validator
     """For the forgetful gate. 5m: as the reference did (llm-d-router#2295)."""
+
+
+class Scenario(EngineSettings, _Head):
+    """The whole file."""
+
     balancer: Literal["least-request", "round-robin"] = "least-request"
     """How Envoy chooses, when it does."""
     objectives: Priorities = Field(default={})
@@ -117,28 +121,9 @@ class Scenario(EngineSettings):
         return controller
 
     def slots(self) -> Slots | None:
-        """Return what may be in flight, for the ledger.
-
-        None unless the engine just counts requests at each endpoint: a setting that is not known
-        here may gate a band below the full pool.
-        """
-        config = self.controller_config()
-        detector, *others = config.detectors
-        settings = (config.default_settings, *(each.settings for each in config.templates))
-        is_plain = (
-            self.gate == "on"
-            and not others
-            and isinstance(detector, Concurrency)
-            and detector.tokens_max is None
-            and config.ceilings.policy is Ceilings.STATIC
-            and config.ceilings.ceiling_max == 1
-            and not any(each.share_min or each.promote_after_ns for each in settings)
-        )
-        if not is_plain:
-            return None
-        assert isinstance(detector, Concurrency)
-        assert detector.requests_max is not None
-        return Slots(detector.requests_max, self.picker != "off")
+        """Return what may be in flight, for the ledger; None, if that is not checked."""
+        has_roles = any(servers.role != "both" for servers in self.servers)
+        return None if self.gate != "on" or has_roles else slots_of(self.controller_config())
 
     def plan(self, trace: Path | None = None) -> Plan:
         """Return what happens.
