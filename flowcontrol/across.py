@@ -49,6 +49,8 @@ class Across:
     """
 
     def __init__(self) -> None:
+        self.is_active = False
+        """Whether any band has a share or promotes, or did: else nothing here need be called."""
         self._promotions: KeyedHeap[Lease, int] = KeyedHeap()
         """Waiting requests of bands that promote, by when they become due."""
         self._shares: dict[Band, float] = {}
@@ -58,7 +60,13 @@ class Across:
 
     def set_bands(self, bands: Iterable[Band]) -> None:
         """Take the bands there are, highest first; those that stay keep their credit."""
-        shares = {band: band.settings.share_min for band in bands if band.settings.share_min > 0}
+        shares: dict[Band, float] = {}
+        self.is_active = bool(self._promotions)
+        for band in bands:
+            if band.settings.share_min > 0:
+                shares[band] = band.settings.share_min
+            if shares or band.settings.promote_after_ns is not None:
+                self.is_active = True
         scale = max(1.0, sum(shares.values()))
         self._shares = {band: share / scale for band, share in shares.items()}
         self._credits = {band: self._credits.get(band, 0.0) for band in shares}

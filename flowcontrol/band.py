@@ -4,9 +4,10 @@ from typing import final
 
 from flowcontrol.buckets import Buckets
 from flowcontrol.capacity import Capacity
-from flowcontrol.config import BandSettings, ControllerConfig
+from flowcontrol.config import BandSettings, ControllerConfig, Fairness
 from flowcontrol.fairness import FairnessPolicy, make_fairness
 from flowcontrol.flow import Flow, Lease
+from flowcontrol.forecast import Places
 from flowcontrol.request import FlowKey
 from flowcontrol.retry import DrainRate
 
@@ -33,6 +34,10 @@ class Band:
         self.fairness: FairnessPolicy = make_fairness(self.settings, config, now_ns)
         self.backlogs: Buckets[Flow] = Buckets()
         """Flows by how many of them have been admitted."""
+        self._places = Places()
+        """Of what has been admitted."""
+        self._cost = 0.0
+        """Of the same, added up."""
 
     def flow(self, flow_id: str) -> Flow:
         """Return the flow of that name; it begins to exist with its first request."""
@@ -54,7 +59,7 @@ class Band:
         elif flow.head is lease:
             self.fairness.head_moved(flow)
 
-    def remove(self, lease: Lease) -> None:
+    def remove(self, lease: Lease, now_ns: int) -> None:
         """Take a waiting request out, and its flow when nothing of it is left."""
         flow = lease.flow
         was_head = flow.head is lease
@@ -62,10 +67,15 @@ class Band:
         self.waiting -= 1
         if lease.is_admitted:
             self.capacity.give_back(lease.request.byte_size)
+            self._places.remove(flow.capacity.requests)
+            self._cost -= lease.cost
             if flow.capacity.requests:
                 self.backlogs.decrement(flow)
             else:
                 self.backlogs.remove(flow)
+            if not self.capacity.requests:
+                self._cost = 0.0
+                self.drain_rate.ended(now_ns)
         if not flow:
             self.waiting_flows -= 1
             self.fairness.leave(flow)
@@ -78,11 +88,15 @@ class Band:
         lease.flow.move(lease)
         self.fairness.head_moved(lease.flow)
 
-    def admit(self, lease: Lease) -> None:
+    def admit(self, lease: Lease, now_ns: int) -> None:
         """Count a newcomer against the limits from now on."""
         flow = lease.flow
         flow.admit(lease)
         self.capacity.take(lease.request.byte_size)
+        self._places.add(flow.capacity.requests - 1)
+        self._cost += lease.cost
+        if self.capacity.requests == 1:
+            self.drain_rate.began(now_ns)
         if flow.capacity.requests == 1:
             self.backlogs.add(flow, 1)
         else:
@@ -96,13 +110,34 @@ class Band:
         """Return whom a better band displaces first: the newest of the longest backlog."""
         return next(self.backlogs.most().newest_first())
 
+    def ahead(self, lease: Lease, place: int) -> int:
+        """Return about how many go before an admitted request, so many of its own flow with them.
+
+        For one that came last, with global-strict. O(log waiting).
+        """
+        mine = lease.flow.capacity.requests
+        others = self.capacity.requests - mine
+        turns = self.fairness.turns(lease, place, self._cost / self.capacity.requests)
+        if turns < others:
+            others = min(others, max(0, round(self._places.before(turns) - min(mine, turns))))
+        return place + others
+
+    def ahead_now(self, lease: Lease) -> int:
+        """Return how many go before an admitted request, wherever it stands; O(waiting)."""
+        if self.settings.fairness is not Fairness.GLOBAL_STRICT:
+            return self.ahead(lease, lease.flow.place(lease))
+        mine = lease.flow.order_of(lease)
+        everybody = (each for flow in self.flows.values() for each in flow.leases())
+        return sum(each.flow.order_of(each) < mine for each in everybody)
+
     def dispatch(self, lease: Lease, now_ns: int) -> None:
         """Move a request from waiting to in flight."""
+        self.drain_rate.dispatched(now_ns)
         self.fairness.charge(lease.flow, lease.cost, now_ns)
         lease.flow.in_flight += 1
         self.in_flight += 1
         lease.is_in_flight = True
-        self.remove(lease)
+        self.remove(lease, now_ns)
 
     def complete(self, lease: Lease) -> None:
         """Let go of a request that was in flight."""

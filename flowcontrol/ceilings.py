@@ -25,8 +25,8 @@ from flowcontrol.config import Ceilings, CeilingSettings
 
 def ceiling_for(
     settings: CeilingSettings,
-    rank: int,
     priorities: Sequence[int],
+    rank: int,
     saturation: float,
     turn_count: int,
 ) -> float:
@@ -34,8 +34,8 @@ def ceiling_for(
 
     Args:
         settings: which policy, and its ends.
-        rank: of the band, 0 for the highest.
         priorities: of all bands, highest first.
+        rank: of the band, 0 for the highest.
         saturation: of the pool, now.
         turn_count: turns so far, for the duty cycle of soft-reflective.
     """
@@ -62,7 +62,7 @@ def ceilings_for(
 ) -> list[float]:
     """Return the ceiling of every band, highest first; O(bands)."""
     return [
-        ceiling_for(settings, rank, priorities, saturation, turn_count)
+        ceiling_for(settings, priorities, rank, saturation, turn_count)
         for rank in range(len(priorities))
     ]
 

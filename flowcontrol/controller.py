@@ -182,8 +182,7 @@ class FlowController:
         if band is not None:
             error = cost(true, self.config.prices) - lease.cost
             band.fairness.correct(key.flow_id, error, now_ns)
-        if settled.output_tokens is not None and settled.is_success:
-            self._estimator.learn(key.flow_id, lease.request.model, settled.output_tokens)
+        self._estimator.learn(lease.request, settled)
         self.pool.settled(lease, settled, now_ns)
 
     def _change_endpoints(self, change: EndpointsChanged, now_ns: int) -> None:
@@ -238,14 +237,11 @@ class FlowController:
             band = self.bands[lease.flow.key.priority]
             self.pool.charge(lease, now_ns)
             self._across.dispatched(lease, band, now_ns)
-            if lease.is_admitted:
-                self.capacity.give_back(lease.request.byte_size)
+            self._drain_rate.dispatched(now_ns)
             band.dispatch(lease, now_ns)
-            self._forget_waiting(lease, band)
+            self._forget_waiting(lease, band, now_ns)
             self._reclaimer.dispatched(lease)
             self._turn_count += 1
-            band.drain_rate.dispatched(now_ns)
-            self._drain_rate.dispatched(now_ns)
             self._decide(lease, Outcome.DISPATCHED, now_ns)
 
     def _next(self, now_ns: int) -> Lease | None:
@@ -311,12 +307,14 @@ class FlowController:
         self._end_waiting(victim, Outcome.EVICTED_DISPLACED, now_ns, retry_after_ns)
 
     def _admit(self, lease: Lease, band: Band, now_ns: int) -> None:
-        band.admit(lease)
+        band.admit(lease, now_ns)
         self.capacity.take(lease.request.byte_size)
+        if self.capacity.requests == 1:
+            self._drain_rate.began(now_ns)
         self._expiry.admit(lease)
         self._across.admitted(lease, band)
-        before = lease.flow.capacity.requests - 1  # as if in order of arrival: O(1)
-        lease.expected_wait_ns = self._forecast(band, before, now_ns).wait_ns
+        place = lease.flow.capacity.requests - 1  # as if in order of arrival: O(1)
+        lease.expected_wait_ns = self._forecast(band, band.ahead(lease, place), now_ns).wait_ns
 
     def _refuse(self, lease: Lease, band: Band, now_ns: int) -> None:
         """Reject a newcomer; where two limits refuse it, the slower one says when to come back."""
@@ -352,14 +350,16 @@ class FlowController:
         del self._leases[lease.request.request_id]
         self._ended_count += 1
         band = self.bands[lease.flow.key.priority]
-        if lease.is_admitted:
-            self.capacity.give_back(lease.request.byte_size)
-        band.remove(lease)
-        self._forget_waiting(lease, band)
+        band.remove(lease, now_ns)
+        self._forget_waiting(lease, band, now_ns)
         self._decide(lease, outcome, now_ns, retry_after_ns)
         self._drop_if_done(band)
 
-    def _forget_waiting(self, lease: Lease, band: Band) -> None:
+    def _forget_waiting(self, lease: Lease, band: Band, now_ns: int) -> None:
+        if lease.is_admitted:
+            self.capacity.give_back(lease.request.byte_size)
+            if not self.capacity.requests:
+                self._drain_rate.ended(now_ns)
         self._expiry.remove(lease)
         self._across.removed(lease, band)
 
@@ -412,16 +412,20 @@ class FlowController:
         return self.is_draining and not self.waiting
 
     def expected(self, request_id: int, now_ns: int) -> Forecast | None:
-        """Return what a waiting request can expect, None if it does not wait; O(its flow)."""
+        """Return what a waiting request can expect, None if it does not wait; O(waiting)."""
         lease = self._leases.get(request_id)
         if lease is None or lease.is_in_flight:
             return None
         band = self.bands[lease.flow.key.priority]
-        return self._forecast(band, lease.flow.place(lease), now_ns)
+        return self._forecast(band, band.ahead_now(lease), now_ns)
 
-    def _forecast(self, band: Band, place: int, now_ns: int) -> Forecast:
-        above = sum(each.waiting for each in self.bands if each.priority > band.priority)
-        return forecast(above, place, band, self._drain_rate, now_ns)
+    def _forecast(self, band: Band, ahead: int, now_ns: int) -> Forecast:
+        above = 0
+        for each in self.bands:
+            if each is band:
+                break
+            above += each.waiting
+        return forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
 
     def check_invariants(self) -> None:
         """Count everything anew and hold it against the accounts; O(requests). For tests."""

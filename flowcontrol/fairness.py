@@ -39,10 +39,11 @@ by less than it was.
 from collections import OrderedDict
 from collections.abc import Mapping
 from heapq import nlargest
+from math import inf
 from typing import Protocol, assert_never, final
 
 from flowcontrol.config import BandSettings, ControllerConfig, Fairness
-from flowcontrol.flow import Flow
+from flowcontrol.flow import Flow, Lease
 from flowcontrol.keyedheap import KeyedHeap
 
 ACCOUNTS_MAX = 65_536
@@ -75,6 +76,15 @@ class FairnessPolicy(Protocol):
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Add to what a flow was charged, or take from it, now that the true cost is known."""
 
+    def turns(self, lease: Lease, place: int, cost_each: float) -> float:
+        """Return about how many turns every other flow has before a waiting request.
+
+        Args:
+            lease: the request.
+            place: how many of its own flow go before it, and cost about as much as it does.
+            cost_each: what a request of the others costs.
+        """
+
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Take other weights or times from now on; every account stands. O(accounts)."""
 
@@ -87,14 +97,17 @@ class RoundRobin:
     backlogs of the others. O(1).
     """
 
-    __slots__ = ("_line",)
+    __slots__ = ("_line", "_turn")
 
     def __init__(self) -> None:
-        self._line: OrderedDict[Flow, None] = OrderedDict()
+        self._line: OrderedDict[Flow, int] = OrderedDict()
+        """In order, each with the number it drew when it came to the end of the line."""
+        self._turn = 0
 
     def enter(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - time makes no difference
         """Put the flow at the end of the line."""
-        self._line[flow] = None
+        self._turn += 1
+        self._line[flow] = self._turn
 
     def head_moved(self, flow: Flow) -> None:
         """Turns do not depend on who is at the head."""
@@ -109,10 +122,20 @@ class RoundRobin:
 
     def charge(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - nor does cost
         """Send the flow to the end of the line."""
+        self._turn += 1
+        self._line[flow] = self._turn
         self._line.move_to_end(flow)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Keep no account."""
+
+    def turns(self, lease: Lease, place: int, cost_each: float) -> float:  # noqa: ARG002 - nor here
+        """Return a turn for each before it, and the part of the line that stands before its flow.
+
+        Numbers are missing where flows have moved on, about as many anywhere in the line.
+        """
+        first = next(iter(self._line.values()))
+        return place + (self._line[lease.flow] - first) / (self._turn - first + 1)
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Depend on no setting."""
@@ -153,6 +176,10 @@ class GlobalStrict:
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Keep no account."""
+
+    def turns(self, lease: Lease, place: int, cost_each: float) -> float:  # noqa: ARG002 - see charge
+        """Return that there are no turns: the others all go before whoever is last in the line."""
+        return inf
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Depend on no setting."""
@@ -221,6 +248,14 @@ class WeightedTokens:
         counter = self._counters.get(flow_id, self._level)
         self._set(flow_id, counter + cost / self._weights.get(flow_id, 1.0))
 
+    def turns(self, lease: Lease, place: int, cost_each: float) -> float:
+        """Return how far the counter will have run ahead of the lowest, in requests of others."""
+        flow_id = lease.flow.key.flow_id
+        lowest = self._ready.first()
+        assert lowest is not None, "who asks is waiting"
+        lead = self._counters[flow_id] - lowest[0]
+        return (lead + place * lease.cost / self._weights.get(flow_id, 1.0)) / cost_each
+
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:  # noqa: ARG002 - as above
         """Take other weights: for what is served from now on."""
         self._weights = config.weights
@@ -256,11 +291,13 @@ class LeastAttainedService:
         now_ns: the time.
     """
 
-    __slots__ = ("_attained", "_flows", "_half_life_ns", "_ready", "_since_ns")
+    __slots__ = ("_attained", "_flows", "_growth", "_half_life_ns", "_ready", "_since_ns")
 
     def __init__(self, half_life_ns: int, now_ns: int) -> None:
         self._half_life_ns = half_life_ns
         self._since_ns = now_ns
+        self._growth = 1.0
+        """What a cost counted at the last charge, seen from `_since_ns`."""
         self._attained: dict[str, float] = {}
         """Cost attained by each flow, as seen from `_since_ns`."""
         self._flows: dict[str, Flow] = {}
@@ -294,10 +331,19 @@ class LeastAttainedService:
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Add to, or take from, what the flow attained; a refund leaves no less than nothing."""
         self._restart(now_ns)
-        grown = cost * 2.0 ** ((now_ns - self._since_ns) / self._half_life_ns)
+        self._growth = 2.0 ** ((now_ns - self._since_ns) / self._half_life_ns)
+        grown = cost * self._growth
         self._attained[flow_id] = max(0.0, self._attained.get(flow_id, 0.0) + grown)
         if flow_id in self._flows:
             self._ready.put(flow_id, self._attained[flow_id])
+
+    def turns(self, lease: Lease, place: int, cost_each: float) -> float:
+        """Return how much more it will have attained than the least, in requests of others."""
+        flow_id = lease.flow.key.flow_id
+        least = self._ready.first()
+        assert least is not None, "who asks is waiting"
+        lead = (self._attained.get(flow_id, 0.0) - least[0]) / self._growth
+        return (lead + place * lease.cost) / cost_each
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Take another half-life: for what fades from now on."""
@@ -313,6 +359,7 @@ class LeastAttainedService:
     def _count_anew(self, now_ns: int) -> None:
         half_lives = (now_ns - self._since_ns) / self._half_life_ns
         self._since_ns = now_ns
+        self._growth = 1.0
         faded = {flow_id: cost * 2.0**-half_lives for flow_id, cost in self._attained.items()}
         largest = nlargest(ACCOUNTS_MAX, faded.items(), key=lambda account: account[1])
         self._attained = {flow_id: cost for flow_id, cost in largest if cost >= 1.0}

@@ -79,7 +79,7 @@ class Stack:
             cost,
         )
         band.queue(lease, self.now_ns)
-        band.admit(lease)
+        band.admit(lease, self.now_ns)
         self.across.admitted(lease, band)
         return lease
 
@@ -98,7 +98,7 @@ class Stack:
     def cancel(self, lease: Lease) -> None:
         """Take a waiting request out."""
         band = self.bands[lease.flow.key.priority]
-        band.remove(lease)
+        band.remove(lease, self.now_ns)
         self.across.removed(lease, band)
 
     def declare_anew(self, priority: int) -> bool:
