@@ -1,5 +1,6 @@
 """Pure. One priority level: its flows, its account and its choice."""
 
+from math import inf
 from typing import final
 
 from flowcontrol.buckets import Buckets
@@ -7,7 +8,7 @@ from flowcontrol.capacity import Capacity
 from flowcontrol.config import BandSettings, ControllerConfig, Fairness
 from flowcontrol.fairness import FairnessPolicy, make_fairness
 from flowcontrol.flow import Flow, Lease
-from flowcontrol.forecast import Places
+from flowcontrol.forecast import Ahead, Places
 from flowcontrol.request import FlowKey
 from flowcontrol.retry import DrainRate
 
@@ -110,29 +111,31 @@ class Band:
         """Return whom a better band displaces first: the newest of the longest backlog."""
         return next(self.backlogs.most().newest_first())
 
-    def ahead(self, lease: Lease, place: int) -> int:
-        """Return about how many go before an admitted request, so many of its own flow with them.
+    def ahead(self, lease: Lease, place: int) -> Ahead:
+        """Return about what goes before an admitted request, so many of its own flow with it.
 
         For one that came last, with global-strict. O(log waiting).
         """
         mine = lease.flow.capacity.requests
         others = self.capacity.requests - mine
         turns = self.fairness.turns(lease, place, self._cost / self.capacity.requests)
-        if turns < others:
-            others = min(others, max(0, round(self._places.before(turns) - min(mine, turns))))
-        return place + others
+        if turns == inf:
+            return Ahead(place + others)
+        others = min(others, max(0, round(self._places.before(turns) - min(mine, turns))))
+        return Ahead(place + others, self._places.overtaking(turns))
 
-    def ahead_now(self, lease: Lease) -> int:
-        """Return how many go before an admitted request, wherever it stands; O(waiting)."""
+    def ahead_now(self, lease: Lease) -> Ahead:
+        """Return what goes before an admitted request, wherever it stands; O(waiting)."""
         if self.settings.fairness is not Fairness.GLOBAL_STRICT:
             return self.ahead(lease, lease.flow.place(lease))
         mine = lease.flow.order_of(lease)
         everybody = (each for flow in self.flows.values() for each in flow.leases())
-        return sum(each.flow.order_of(each) < mine for each in everybody)
+        return Ahead(sum(each.flow.order_of(each) < mine for each in everybody))
 
     def dispatch(self, lease: Lease, now_ns: int) -> None:
         """Move a request from waiting to in flight."""
         self.drain_rate.dispatched(now_ns)
+        self._places.dispatched()
         self.fairness.charge(lease.flow, lease.cost, now_ns)
         lease.flow.in_flight += 1
         self.in_flight += 1

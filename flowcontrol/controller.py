@@ -36,7 +36,7 @@ from flowcontrol.events import (
 )
 from flowcontrol.expiry import Expiry
 from flowcontrol.flow import Lease
-from flowcontrol.forecast import Forecast, forecast
+from flowcontrol.forecast import Ahead, Forecast, forecast
 from flowcontrol.pool import FULL, Endpoint, Pool
 from flowcontrol.reclaim import Reclaimer, needed
 from flowcontrol.request import Outcome, Request
@@ -419,7 +419,7 @@ class FlowController:
         band = self.bands[lease.flow.key.priority]
         return self._forecast(band, band.ahead_now(lease), now_ns)
 
-    def _forecast(self, band: Band, ahead: int, now_ns: int) -> Forecast:
+    def _forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
         above = 0
         for each in self.bands:
             if each is band:

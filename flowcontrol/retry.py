@@ -23,10 +23,9 @@ from math import exp
 from typing import final
 
 _SECOND_NS = 1_000_000_000
-_MEMORY_NS = 15 * _SECOND_NS
-"""Age at which what was seen counts 1/e: long enough to see slow pools, short beside most waits."""
-_GRAIN_NS = _SECOND_NS
-"""How often both are faded; what happened since counts in full."""
+_FADED = exp(-1 / 15)
+"""What is left of both after a second; after 15 it is 1/e. Long enough to see slow pools, short
+beside most waits. What happened within the last second counts in full."""
 _COUNT_MIN = 0.01
 """Faded dispatches below which it is silence: some 70 s after one, twice that after a hundred."""
 
@@ -81,7 +80,8 @@ class DrainRate:
     def ended(self, now_ns: int) -> None:
         """Notice that nothing waits any more; after the last dispatch."""
         if self._is_known:
-            self._pass(now_ns, least_ns=0)
+            self._pass(now_ns)
+            self._time_ns += now_ns - self._at_ns
         self._is_busy = False
 
     def per_second(self, now_ns: int) -> float:
@@ -107,12 +107,13 @@ class DrainRate:
         since_ns = now_ns - self._at_ns if self._is_busy or not self._is_known else 0
         return self._count * _SECOND_NS / max(self._time_ns + since_ns, _SECOND_NS)
 
-    def _pass(self, now_ns: int, least_ns: int = _GRAIN_NS) -> None:
-        """Let both fade, if time counts and so much of it has passed."""
-        passed_ns = now_ns - self._at_ns
-        if passed_ns < least_ns or (self._is_known and not self._is_busy):
+    def _pass(self, now_ns: int) -> None:
+        """Let both fade by whole seconds, if time counts."""
+        seconds = (now_ns - self._at_ns) // _SECOND_NS
+        if seconds <= 0 or (self._is_known and not self._is_busy):
             return
-        faded = exp(-passed_ns / _MEMORY_NS)
+        faded = _FADED**seconds
         self._count *= faded
-        self._time_ns = _MEMORY_NS - (_MEMORY_NS - self._time_ns) * faded
-        self._at_ns = now_ns
+        # Each of these seconds fades by those after it and by itself, like what is counted in it.
+        self._time_ns = self._time_ns * faded + _SECOND_NS * _FADED * (1 - faded) / (1 - _FADED)
+        self._at_ns += seconds * _SECOND_NS
