@@ -1,151 +1,288 @@
 """Pure. The limit on requests in flight, found by watching what comes of it.
 
-Latency alone says little of a language model: it grows with the prompt, with the answer and with
-every neighbour in the batch, long before the engine is full. Two signals do say when it is.
+Latency as such says little of a language model: it grows with the prompt, with the answer, and with
+every neighbour in the batch, long before an engine is full. What tells is how many of the requests
+in flight wait inside the engines, doing nothing but standing before others. By Little's law that is
+(dispatches a second) x (mean wait inside); as a share s of those in flight,
 
-With settlements: the wait inside the engines. What a request's first token took, beyond the least
-it takes for a prompt of that length, is time spent behind others; by Little's law that time, times
-the requests settled a second, is the number that wait inside. This is TCP Vegas' estimate (Brakmo
-and Peterson, 1995), taken on the first token, where it is fair to long answers, and against a floor
-by prompt length, where it is fair to long prompts. The limit is right when few wait inside, enough
-to keep the engines busy: between `_FEW` and `_MANY` of the limit.
+    s = dispatches x mean wait / area under the number in flight
 
-Without: what more in flight is worth. By Little's law n = X R; below the knee more in flight n
-gives more completions a second X, beyond it only longer ones. The elasticity d log X / d log n is
-near 1 below and 0 above; the limit climbs while it is above one half, and steps back when it is
-below.
+over one window. Few must wait, or engines run dry between a departure and the next dispatch; more
+than few is a queue that nobody can reorder. So the limit falls by s - `aim` where s is above
+`many`, rises where s is below `few` and the limit was reached, and else stays.
 
-Both move only on evidence of whole windows, and up only if the limit was reached: a quiet night
-must not raise it. Until the first step back it grows by half a window, as TCP's slow start does.
+It is TCP Vegas' idea (Brakmo and Peterson, 1995), to count what is queued instead of reacting to
+delay; gradient2 and Envoy's adaptive concurrency take the ratio of latencies instead, which here
+compares long answers with short ones, and AIMD waits for errors, which an engine that queues
+without limit never makes. What a wait is is seen in one of two ways.
+
+With settlements: the time to first token, beyond the least that a prompt of that length, or longer,
+took at that endpoint. So it is fair to long prompts, and an answer's length is not in it.
+
+Without: how long requests are in flight, of which only the shortest sixth counts, beyond the least
+that sixth ever took. Whoever waits inside is held up no less for having a short answer, so a queue
+shows there first and most clearly, whatever else is long.
+
+A window judges a cohort: requests dispatched after the limit last moved, of which most must be
+over. Who comes first in a raised limit fills empty places and is not in it. So old evidence moves
+nothing twice. Where the engine picks, each endpoint has a limit of its own, else slow endpoints,
+whose evidence comes late, were judged by that of the fast ones.
+
+Two guards. The least seen may be outdated (a slower model, longer answers): it rises slowly by
+itself, and when the limit has fallen by much and fewer do not wait, it is learnt anew. And when
+settlements cease, completions must do again.
 """
 
 from collections import deque
-from math import log, log2
+from collections.abc import Callable
+from statistics import median
 from typing import NamedTuple, final
 
 from flowcontrol.config import Adaptive
 from flowcontrol.events import LoadObserved, Settled
+from flowcontrol.evidence import Evidence, FirstTokens, Residences
 from flowcontrol.flow import Lease
 from flowcontrol.pool import StageLoad
 
-_FEW, _MANY = 0.08, 0.20
-"""Parts of the limit waiting inside the engines: below, it may rise; above, it falls."""
-_START, _STEP = 1.5, 1.06
-"""Growth a window, before and after the first step back."""
-_PROBE = 1.15
-"""Growth a window where only completions are seen: more, to stand out of their noise."""
-_WINDOW_MIN = 16
-"""Requests in a window, at least."""
-_ELASTICITY = 0.5
+_START, _STEP, _STEP_MIN = 1.5, 1.06, 0.5
+"""Growth a window before the limit first fell, and after; and the least, in requests."""
+_FALL_MOST = 0.5
+"""No window takes more than this part."""
 _REACHED = 0.9
-"""Part of the limit that must have been in flight for a window to be evidence about it."""
-_FAILURES = 0.1
-"""Part of a window that failed, above which the limit falls."""
-_FLOOR_WINDOWS = 64
-"""Windows after which the least first-token time seen is forgotten, in two halves."""
-_MOVES_KEPT = 32
-_SECOND_NS = 1_000_000_000
+"""Part of the limit that must have been in flight for it to rise: a quiet night raises nothing."""
+_TURNED_AWAY, _TURNED_AWAY_FALL = 0.1, 0.8
+"""Part of a cohort that engines refused, from which the limit falls; and to which part."""
+_VAIN_FALL, _VAIN_EFFECT = 0.7, 0.5
+"""Fallen to this part, and the share waiting did not fall by half as much: the least is wrong."""
+_SILENCE_NS, _SILENT_COMPLETIONS = 60_000_000_000, 64
+"""No settlement for so long, while so many requests ended: there is no access log any more."""
+_MOVES_KEPT = 64
 
 
 class Move(NamedTuple):
-    """One change of the limit, and why."""
+    """One change of a limit, and why."""
 
     at_ns: int
+    address: str | None
+    """Whose limit; None: of all endpoints together."""
     before: float
     after: float
     reason: str
 
 
 @final
-class _Floor:
-    """The least time to first token by length of prompt, over the last windows."""
+class _Watched:
+    """One limit, and the cohort by which it is judged. O(cohort) memory, O(log cohort) an event."""
 
-    def __init__(self) -> None:
-        self._least: list[dict[int, int]] = [{}, {}]
+    def __init__(
+        self,
+        limit: float,
+        evidence: Evidence,
+        in_flight: Callable[[], int],
+        moved: Callable[[float, float, str, int], None],
+        now_ns: int,
+    ) -> None:
+        self.limit = limit
+        self.limit_max = limit
+        """Set by whoever knows it."""
+        self.is_starting = True
+        self._evidence = evidence
+        self._count = in_flight
+        self._moved = moved
+        self._fell_from: tuple[float, float] | None = None
+        """Limit and share waiting when it began to fall."""
+        self._begin(now_ns, filling=0)
 
-    def see(self, input_tokens: int, ttft_ns: int) -> int:
-        """Take in one; return the least for prompts of about that length (a factor of 1.4)."""
-        size = round(2 * log2(max(1, input_tokens)))
-        young = self._least[1]
-        young[size] = min(ttft_ns, young.get(size, ttft_ns))
-        return min(young[size], self._least[0].get(size, ttft_ns))
+    def _begin(self, now_ns: int, filling: int) -> None:
+        self._evidence.begin()
+        self._filling = filling
+        """Dispatches still to come that fill empty places."""
+        self._members: dict[int, int] = {}
+        """Requests of the cohort that are not over, by id, and when they were dispatched."""
+        self._joined = self._over = self._turned_away = self._dispatched = 0
+        self._area = self._most = 0
+        self._looked_ns = self._full_ns = now_ns
+        self._in_flight = self._count()
 
-    def age(self) -> None:
-        """Forget the older half."""
-        self._least = [self._least[1], {}]
+    def _look(self, now_ns: int) -> None:
+        self._area += self._in_flight * (now_ns - self._looked_ns)
+        self._looked_ns = now_ns
+        self._in_flight = self._count()
+        self._most = max(self._most, self._in_flight)
+
+    @property
+    def _wanted(self) -> int:
+        return self._evidence.cohort_first if self.is_starting else self._evidence.cohort
+
+    def charged(self, lease: Lease, now_ns: int) -> None:
+        """Count a dispatch, and take it into the cohort.
+
+        What exceeds the cohort is for settlements that never come.
+        """
+        self._look(now_ns)
+        if self._filling:
+            self._filling -= 1
+            self._area = 0
+            return
+        self._dispatched += 1
+        if self._joined < self._wanted + self._dispatched // 8:
+            self._joined += 1
+            if self._joined == self._wanted:
+                self._full_ns = now_ns
+            self._members[lease.request.request_id] = now_ns
+
+    def released(self, lease: Lease, now_ns: int) -> None:
+        """Count a departure."""
+        self._look(now_ns)
+        since_ns = self._members.get(lease.request.request_id)
+        if since_ns is not None and self._evidence.released(now_ns - since_ns):
+            self._end(lease, now_ns)
+
+    def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
+        """Take in what a request really took."""
+        is_member = lease.request.request_id in self._members
+        self._evidence.settled(lease, settled, is_member=is_member)
+        if is_member:
+            self._turned_away += settled.was_turned_away
+            self._look(now_ns)
+            self._end(lease, now_ns)
+
+    def _end(self, lease: Lease, now_ns: int) -> None:
+        del self._members[lease.request.request_id]
+        self._over += 1
+        is_full = self._joined >= self._wanted
+        full_ns = now_ns - self._full_ns if is_full else 0
+        if self._evidence.is_enough(self._over, self._wanted, full_ns):
+            self._judge(now_ns)
+
+    def scale(self, factor: float, reason: str, now_ns: int) -> None:
+        """Follow the number of endpoints."""
+        self.limit_max *= factor
+        self._move(self.limit * factor, reason, now_ns)
+        self._begin(now_ns, filling=0)
+
+    def _judge(self, now_ns: int) -> None:
+        before, wait_ns = self.limit, self._evidence.wait_ns()
+        if self._turned_away >= _TURNED_AWAY * self._over:
+            self.is_starting = False
+            reason = f"{self._turned_away} of {self._over} were turned away"
+            self._move(before * _TURNED_AWAY_FALL, reason, now_ns)
+        elif wait_ns is not None:
+            self._judge_share(wait_ns * self._dispatched / max(1, self._area), now_ns)
+        self._begin(now_ns, filling=max(0, int(self.limit) - int(before)))
+
+    def _judge_share(self, share: float, now_ns: int) -> None:
+        evidence, before = self._evidence, self.limit
+        reason = f"{share:.0%} of those in flight wait inside"
+        low = evidence.aim if self.is_starting else evidence.few
+        if share > evidence.many and self._is_falling_in_vain(share):
+            evidence.learn_anew()
+            self._fell_from = None
+        elif share > evidence.many:
+            self._fell_from = self._fell_from or (before, share)
+            self.is_starting = False
+            self._move(before * max(_FALL_MOST, 1 - (share - evidence.aim)), reason, now_ns)
+        elif share < low and self._most >= _REACHED * int(before):
+            self._fell_from = None
+            factor = _START if self.is_starting else min(_STEP, 1 + evidence.aim - share)
+            self._move(max(before * factor, before + _STEP_MIN), reason, now_ns)
+
+    def _is_falling_in_vain(self, share: float) -> bool:
+        if self._fell_from is None:
+            return False
+        limit, share_before = self._fell_from
+        fallen = 1 - self.limit / limit
+        return self.limit < _VAIN_FALL * limit and share > share_before - _VAIN_EFFECT * fallen
+
+    def _move(self, limit: float, reason: str, now_ns: int) -> None:
+        before, self.limit = self.limit, min(max(1.0, limit), self.limit_max)
+        if self.limit != before:
+            self._moved(before, self.limit, reason, now_ns)
 
 
 @final
 class AdaptiveDetector:
-    """Requests in flight over a limit that finds itself. O(1).
+    """Requests in flight over limits that find themselves. O(1), but where endpoints change."""
 
-    `moves` explains every change of the limit, the latest last.
-    """
+    counts_dispatches = True
+    has_timer = False
 
     def __init__(self, settings: Adaptive, stage: StageLoad, now_ns: int) -> None:
-        self.limit = float(settings.limit_first)
-        """Of the whole stage."""
+        self.settings = settings
+        self.revision = 0
         self.moves: deque[Move] = deque(maxlen=_MOVES_KEPT)
-        self._settings = settings
+        """The latest changes of limits, each with its reason, the last one last."""
         self._stage = stage
-        self._is_starting = True
-        self._endpoints = 0
-        self._floor = _Floor()
-        self._window_count = 0
-        self._has_settlements = False
-        self._previous: tuple[float, float] | None = None
-        """Of the window before, without settlements: mean in flight and completions a second."""
-        self._begin_window(now_ns)
+        self._endpoints: tuple[str, ...] = ()
+        self._is_settled = False
+        self._settled_ns = now_ns
+        self._completed = 0
+        """Since the last settlement."""
+        self._watched: dict[str | None, _Watched] = {}
+        """By address; under None where all endpoints have one limit."""
+
+    @property
+    def limit(self) -> int:
+        """Return how many may be in flight at all endpoints together."""
+        return sum(int(watched.limit) for watched in self._watched.values())
+
+    def limit_of(self, address: str) -> int:
+        """Return how many may be in flight at one endpoint."""
+        own = self._watched.get(address)
+        return int(own.limit) if own else -(-self.limit // len(self._endpoints))
 
     def saturation(self) -> float:
         """Return what is in flight over the limit."""
-        return self._stage.pool().requests / max(1, int(self.limit))
+        return self._stage.pool().requests / self.limit
 
     def endpoint_saturation(self, address: str) -> float:
-        """Return the endpoint's part in flight over its part of the limit."""
+        """Return what is in flight at the endpoint over its limit."""
         load = self._stage.at(address)
-        if load is None:
-            return self.saturation()
-        return load.requests / max(1.0, -(-int(self.limit) // max(1, self._endpoints)))
+        return self.saturation() if load is None else load.requests / self.limit_of(address)
 
     def endpoints_changed(self, now_ns: int) -> None:
-        """Keep the limit of each endpoint: the stage's grows and shrinks with their number."""
-        count = len(self._stage.addresses)
-        if self._endpoints and count:
-            self._move(self.limit * count / self._endpoints, now_ns, f"{count} endpoints")
-        elif count:
-            self.limit = float(self._settings.limit_first * count)
-        self._endpoints = count or self._endpoints
-        self._begin_window(now_ns)
+        """Keep the limit of each endpoint that stays; who is new has what is usual among them."""
+        before, self._endpoints = self._endpoints, tuple(self._stage.addresses)
+        if not before:
+            limit = float(self.settings.limit_first * len(self._endpoints))
+            self._watched = {None: self._watch(None, limit, now_ns)}
+            return
+        shared = self._watched.get(None)
+        if shared is not None and before != self._endpoints:
+            reason = f"{len(before)} endpoints became {len(self._endpoints)}"
+            shared.scale(len(self._endpoints) / len(before), reason, now_ns)
+        self._arrange(now_ns)
 
-    def charged(self, lease: Lease, now_ns: int) -> None:  # noqa: ARG002 - only how many
+    def charged(self, lease: Lease, now_ns: int) -> None:
         """Count the dispatch."""
-        self._observe_in_flight(now_ns)
+        watched = self._watcher_of(lease)
+        assert watched is not None, "what is dispatched goes to an endpoint of the stage"
+        watched.charged(lease, now_ns)
 
-    def released(self, lease: Lease, now_ns: int) -> None:  # noqa: ARG002 - only how many
-        """Count the completion."""
-        self._observe_in_flight(now_ns)
+    def released(self, lease: Lease, now_ns: int) -> None:
+        """Count the departure; many without a settlement mean that there is none to come."""
         self._completed += 1
-        if not self._has_settlements and self._completed >= 2 * self._window_size():
-            self._close_window_of_completions(now_ns)
+        if (
+            self._is_settled
+            and self._completed >= _SILENT_COMPLETIONS
+            and now_ns - self._settled_ns > _SILENCE_NS
+        ):
+            self._go_by_settlements(now_ns, is_so=False)
+        watched = self._watcher_of(lease)
+        if watched is not None:
+            watched.released(lease, now_ns)
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
         """Need no metrics."""
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
-        """Take in a time to first token, or a failure."""
-        self._failed += not settled.is_success
-        self._settled += 1
-        if settled.ttft_ns is not None and settled.is_success:
-            self._has_settlements = True
-            prompt = settled.input_tokens
-            floor_ns = self._floor.see(
-                round(lease.tokens.input) if prompt is None else prompt, settled.ttft_ns
-            )
-            self._inside_ns += settled.ttft_ns - floor_ns
-            self._timed += 1
-        if self._has_settlements and self._settled >= self._window_size():
-            self._close_window_of_settlements(now_ns)
+        """Take in what a request really took; with the first, each endpoint gets its own limit."""
+        self._settled_ns, self._completed = now_ns, 0
+        if settled.ttft_ns is not None and not self._is_settled:
+            self._go_by_settlements(now_ns, is_so=True)
+        watched = self._watcher_of(lease)
+        if watched is not None:
+            watched.settled(lease, settled, now_ns)
 
     def advance(self, now_ns: int) -> None:
         """Not depend on time alone."""
@@ -154,66 +291,59 @@ class AdaptiveDetector:
         """Not depend on time alone."""
         return None
 
-    def _window_size(self) -> int:
-        return max(_WINDOW_MIN, int(self.limit))
+    def _watcher_of(self, lease: Lease) -> _Watched | None:
+        return self._watched.get(None) or self._watched.get(lease.endpoint)
 
-    def _begin_window(self, now_ns: int) -> None:
-        self._since_ns = self._counted_ns = now_ns
-        self._completed = self._settled = self._failed = self._timed = 0
-        self._inside_ns = 0
-        self._most = 0
-        self._area = 0
-        self._last = self._stage.pool().requests
+    def _go_by_settlements(self, now_ns: int, *, is_so: bool) -> None:
+        self._is_settled = is_so
+        shared = self._watched.get(None)
+        if shared is not None:
+            self._watched = {None: self._watch(None, shared.limit, now_ns, like=shared)}
+        self._arrange(now_ns)
 
-    def _observe_in_flight(self, now_ns: int) -> None:
-        self._area += self._last * (now_ns - self._counted_ns)
-        self._counted_ns = now_ns
-        self._last = self._stage.pool().requests
-        self._most = max(self._most, self._last)
+    def _arrange(self, now_ns: int) -> None:
+        """Have a limit for each endpoint where settlements judge and the engine picks; else one."""
+        old = self._watched
+        shared = old.get(None)
+        if self._is_settled and self._stage.at(self._endpoints[0]) is not None:
+            limits = [watched.limit for watched in old.values()]
+            usual = shared.limit / len(self._endpoints) if shared else median(limits)
+            like = next(iter(old.values()))
+            self._watched = {
+                address: old.get(address) or self._watch(address, usual, now_ns, like=like)
+                for address in self._endpoints
+            }
+        elif shared is None:
+            limit = sum(watched.limit for watched in old.values())
+            like = next(iter(old.values()))
+            self._watched = {None: self._watch(None, limit, now_ns, like=like)}
+        self.revision += 1
 
-    def _close_window_of_settlements(self, now_ns: int) -> None:
-        seconds = max(1e-9, (now_ns - self._since_ns) / _SECOND_NS)
-        inside = self._inside_ns / _SECOND_NS / seconds
-        was_reached = self._most >= _REACHED * int(self.limit)
-        if self._failed > _FAILURES * self._settled:
-            self._fall(self.limit * 0.8, now_ns, f"{self._failed} of {self._settled} failed")
-        elif inside > _MANY * self.limit:
-            target = self.limit - inside + _FEW * self.limit
-            self._fall(max(target, self.limit / 2), now_ns, f"{inside:.1f} wait inside the engines")
-        elif was_reached and inside < _FEW * self.limit:
-            self._rise(_STEP, now_ns, f"{inside:.1f} wait inside the engines")
-        self._window_count += 1
-        if self._window_count % (_FLOOR_WINDOWS // 2) == 0:
-            self._floor.age()
-        self._begin_window(now_ns)
+    def inherit(self, before: "AdaptiveDetector", now_ns: int) -> None:
+        """Take over what another knows, that went by other settings."""
+        self.moves, self._endpoints = before.moves, before._endpoints  # noqa: SLF001 - one of us
+        self._is_settled, self._settled_ns = before._is_settled, before._settled_ns  # noqa: SLF001 - as above
+        self._watched = {
+            address: self._watch(address, watched.limit, now_ns, like=watched)
+            for address, watched in before._watched.items()  # noqa: SLF001 - as above
+        }
 
-    def _close_window_of_completions(self, now_ns: int) -> None:
-        elapsed_ns = max(1, now_ns - self._since_ns)
-        in_flight, rate = self._area / elapsed_ns, self._completed / (elapsed_ns / _SECOND_NS)
-        was_reached = self._most >= _REACHED * int(self.limit)
-        before, self._previous = self._previous, (in_flight, rate)
-        if was_reached and (before is None or abs(log(in_flight / before[0])) < log(_PROBE) / 3):
-            self._rise(_PROBE, now_ns, "trying more")
-        elif was_reached and before is not None:
-            elasticity = log(rate / before[1]) / log(in_flight / before[0])
-            reason = f"completions grow {elasticity:.2f} for 1 in flight"
-            if elasticity > _ELASTICITY:
-                self._rise(_PROBE, now_ns, reason)
-            else:
-                self._fall(self.limit / _PROBE, now_ns, reason)
-        self._begin_window(now_ns)
+    def _watch(
+        self, address: str | None, limit: float, now_ns: int, *, like: _Watched | None = None
+    ) -> _Watched:
+        def in_flight() -> int:
+            own = None if address is None else self._stage.at(address)
+            return (own or self._stage.pool()).requests
 
-    def _rise(self, step: float, now_ns: int, reason: str) -> None:
-        factor = _START if self._is_starting else step
-        self._move(max(self.limit + 1, self.limit * factor), now_ns, reason)
+        def moved(before: float, after: float, reason: str, now_ns: int) -> None:
+            self.revision += 1
+            self.moves.append(Move(now_ns, address, before, after, reason))
 
-    def _fall(self, limit: float, now_ns: int, reason: str) -> None:
-        self._is_starting = False
-        self._move(limit, now_ns, reason)
-
-    def _move(self, limit: float, now_ns: int, reason: str) -> None:
-        most = self._settings.limit_max * max(1, len(self._stage.addresses))
-        after = min(max(1.0, limit), float(most))
-        if after != self.limit:
-            self.moves.append(Move(now_ns, self.limit, after, reason))
-            self.limit = after
+        most = float(self.settings.limit_max)
+        if address is None:
+            most *= len(self._endpoints)
+        evidence = FirstTokens() if self._is_settled else Residences()
+        watched = _Watched(min(limit, most), evidence, in_flight, moved, now_ns)
+        watched.limit_max = most
+        watched.is_starting = like is None or like.is_starting
+        return watched

@@ -222,6 +222,9 @@ class ControllerConfig:
     attained_half_life_ns: int = 60_000_000_000
     """For least-attained-service, above 0."""
     reclaim: Reclaim = field(default_factory=Reclaim)
+    forecasts: bool = False
+    """Whether each decision says what wait was expected when it began; doubles what waiting costs.
+    Whoever asks for one request is told in any case."""
     retry_after_max_ns: int = 30_000_000_000
     """Longest Retry-After ever told to a client."""
 

@@ -11,16 +11,15 @@ The life of a request is four states; every move is made here and nowhere else:
 fits is served in order of priority and never refused because of how it was cut into batches.
 """
 
-from collections import defaultdict
 from typing import assert_never, final
 
 from flowcontrol.across import Across
 from flowcontrol.band import Band
 from flowcontrol.bands import Bands
 from flowcontrol.capacity import Capacity
-from flowcontrol.ceilings import ceilings_for
-from flowcontrol.config import ControllerConfig, Role
-from flowcontrol.estimates import TokenEstimator, Tokens, cost
+from flowcontrol.ceilings import ceiling_for, ceilings_for
+from flowcontrol.config import Ceilings, ControllerConfig, Ordering, Role
+from flowcontrol.decisions import Decisions
 from flowcontrol.events import (
     Answered,
     Arrived,
@@ -43,8 +42,7 @@ from flowcontrol.request import Outcome, Request
 from flowcontrol.retry import DrainRate
 from flowcontrol.room import equals_to_displace
 from flowcontrol.saturation import make_detectors
-from flowcontrol.settlement import Unsettled
-from flowcontrol.tally import Tally
+from flowcontrol.settlement import Settlement
 
 _ELSEWHERE_NS = 1_000_000_000
 """Retry-After when this process is going away: another replica, or its successor, is soon there."""
@@ -62,13 +60,11 @@ class FlowController:
         self.capacity = Capacity(config.limits)
         self.bands = Bands(config)
         self.pool = Pool(config.picker, make_detectors(config.detectors))
-        self.unsettled = Unsettled()
-        self.tallies: defaultdict[int, Tally] = defaultdict(Tally)
-        """By priority; as many as priorities were ever declared."""
+        self.settlement = Settlement(config.prices)
+        self.decisions = Decisions(self.bands, self.pool)
         self._drain_rate = DrainRate(now_ns)
         self._across = Across()
         self._expiry = Expiry(config, self.bands)
-        self._estimator = TokenEstimator()
         self._reclaimer = Reclaimer(config.reclaim)
         self._leases: dict[int, Lease] = {}
         """Every live request, waiting or in flight."""
@@ -77,8 +73,13 @@ class FlowController:
         self._arrived_count = 0
         self._ended_count = 0
         self._turn_count = 0
-        """Dispatches and departures: what a duty cycle counts by."""
-        self._decisions: list[Decision] = []
+        """Dispatches, departures and scrapes: what a duty cycle counts by."""
+        self._priorities: list[int] = []
+        """Of the bands, highest first."""
+        self._fixed_ceilings: list[float] | None = None
+        """Of the bands, where they do not depend on anything else."""
+        self.waiting = 0
+        """Requests waiting, newcomers included."""
 
     # Facts
 
@@ -92,18 +93,30 @@ class FlowController:
             case Settled():
                 self._settle(fact, now_ns)
             case Answered(request_id):
-                self._reclaimer.answered(self._leases.get(request_id))
+                if (lease := self._leases.get(request_id)) is not None:
+                    self._reclaimer.answered(lease)
             case LoadObserved():
+                self._turn_count += 1
                 self.pool.observed(fact, now_ns)
+            case _:
+                self._change(fact, now_ns)
+
+    def _change(
+        self,
+        fact: ObjectivesChanged | EndpointsChanged | Reconfigured | DrainBegan,
+        now_ns: int,
+    ) -> None:
+        match fact:
             case ObjectivesChanged(priorities):
                 self.bands.declare(priorities, now_ns)
-                self._across.set_bands(self.bands)
+                self._bands_changed()
             case EndpointsChanged():
                 self._change_endpoints(fact, now_ns)
             case Reconfigured(config):
                 self._reconfigure(config, now_ns)
             case DrainBegan(budget_ns):
-                self._drain_until_ns = self._drain_until_ns or now_ns + budget_ns
+                if self._drain_until_ns is None:
+                    self._drain_until_ns = now_ns + budget_ns
             case _:
                 assert_never(fact)
 
@@ -113,36 +126,27 @@ class FlowController:
         self._arrived_count += 1
         if self._drain_until_ns is not None:
             self._ended_count += 1
-            self.tallies[priority].count(Outcome.REJECTED_DRAINING, 0)
-            self._decisions.append(
-                Decision(
-                    request.request_id,
-                    Outcome.REJECTED_DRAINING,
-                    priority,
-                    request.flow_id,
-                    waited_ns=0,
-                    retry_after_ns=_ELSEWHERE_NS,
-                    saturation=self.pool.saturation(),
-                )
-            )
+            self.decisions.turn_away(request, priority, Outcome.REJECTED_DRAINING, _ELSEWHERE_NS)
             return
         band = self.bands.get(priority)
         if band is None:
             band = self.bands.needed(priority, now_ns)
-            self._across.set_bands(self.bands)
-        tokens = self._estimator.estimate(request)
+            self._bands_changed()
+        tokens, tokens_cost = self.settlement.estimate(request)
         lease = Lease(
             request,
             band.flow(request.flow_id),
             self._arrived_count,
-            arrived_ns=now_ns,
-            budget_from_ns=now_ns,
-            tokens=tokens,
-            cost=cost(tokens, self.config.prices),
+            now_ns,
+            now_ns,
+            tokens,
+            tokens_cost,
         )
-        self._expiry.appoint(lease)
+        if band.settings.ordering is Ordering.EDF:
+            self._expiry.appoint(lease, band)
         self._leases[request.request_id] = lease
         self._newcomers.append(lease)
+        self.waiting += 1
         band.queue(lease, now_ns)
 
     def _leave(self, request_id: int, now_ns: int) -> None:
@@ -157,53 +161,52 @@ class FlowController:
         self._turn_count += 1
         band = self.bands[lease.flow.key.priority]
         self.pool.release(lease, now_ns)
-        self._reclaimer.left(lease)
-        self.tallies[band.priority].completed += 1
+        if self.config.reclaim.is_enabled:
+            self._reclaimer.left(lease)
+        self.decisions.tallies[band.priority].completed += 1
         band.complete(lease)
-        if not lease.is_settled:
-            self.unsettled.keep(lease)
+        self.settlement.ended(lease)
         self._drop_if_done(band)
 
     def _settle(self, settled: Settled, now_ns: int) -> None:
         """Correct what was charged by estimate, once, before or after the request has left."""
-        ended = self.unsettled.take(settled.request_id)
-        lease = self._leases.get(settled.request_id) or ended
-        if lease is None or not lease.is_in_flight or lease.is_settled:
+        news = self.settlement.settle(settled, self._leases.get(settled.request_id))
+        if news is None:
             return
-        lease.is_settled = True
-        guess = lease.tokens
-        true = Tokens(
-            guess.input if settled.input_tokens is None else settled.input_tokens,
-            guess.output if settled.output_tokens is None else settled.output_tokens,
-            settled.cached_tokens or 0,
-        )
-        key = lease.flow.key
-        band = self.bands.get(key.priority)
+        lease, error = news
+        key, band = lease.flow.key, self.bands.get(lease.flow.key.priority)
         if band is not None:
-            error = cost(true, self.config.prices) - lease.cost
             band.fairness.correct(key.flow_id, error, now_ns)
-        self._estimator.learn(lease.request, settled)
         self.pool.settled(lease, settled, now_ns)
 
     def _change_endpoints(self, change: EndpointsChanged, now_ns: int) -> None:
         roles = change.roles
         endpoints = [Endpoint(each, roles.get(each, Role.BOTH)) for each in change.addresses]
         self.pool.set_endpoints(endpoints, now_ns)
-        is_empty = self.pool.is_empty
-        self._expiry.change_regime(self._waiting(), is_empty=is_empty, now_ns=now_ns)
+        self._expiry.change_regime(self._waiting(), now_ns, is_empty=self.pool.is_empty)
 
     def _reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
+        """Go by other settings; whatever waits keeps its place, and accounts stand. O(requests)."""
         self.config = config
         self.capacity.limits = config.limits
+        self.settlement.prices = config.prices
         self.bands.reconfigure(config, now_ns)
-        self._across.set_bands(self.bands)
         self.pool.reconfigure(config.picker, make_detectors(config.detectors), now_ns)
-        self._reclaimer.settings = config.reclaim
         waiting = self._waiting()
         self._expiry.reconfigure(config, waiting, now_ns)
         for lease in waiting:
             if lease.is_admitted:
                 self._across.admitted(lease, self.bands[lease.flow.key.priority])
+        self._bands_changed()
+        self._reclaimer.reconfigure(config.reclaim, self._leases.values())
+
+    def _bands_changed(self) -> None:
+        self._across.set_bands(self.bands)
+        self._priorities = [band.priority for band in self.bands]
+        self._fixed_ceilings = None
+        ceilings = self.config.ceilings
+        if ceilings.policy is not Ceilings.SOFT_REFLECTIVE:
+            self._fixed_ceilings = ceilings_for(ceilings, self._priorities, 0.0, 0)
 
     # Decisions
 
@@ -217,52 +220,70 @@ class FlowController:
         if self._drain_until_ns is not None and now_ns >= self._drain_until_ns:
             for lease in self._waiting():
                 self._end_waiting(lease, Outcome.EVICTED_DRAINED, now_ns, _ELSEWHERE_NS)
-        self._reclaim(now_ns)
+        if self.config.reclaim.is_enabled and self.waiting:
+            self._reclaim(now_ns)
         assert self._arrived_count == len(self._leases) + self._ended_count, "a request was lost"
-        decisions, self._decisions = self._decisions, []
-        return decisions
+        return self.decisions.take()
 
     def next_wakeup_ns(self) -> int | None:
         """Return when `poll` must be called even if nothing happens; None when it need not be."""
         if not self.waiting:
             return None
-        times = [self._expiry.next_due_ns(), self._drain_until_ns, self.pool.next_change_ns()]
-        times.append(self._reclaimer.next_change_ns())
-        if self.pool.saturation() < FULL:  # a gated request may become due for promotion
-            times.append(self._across.next_promotion_ns())
-        return min((time for time in times if time is not None), default=None)
+        first_ns = self._expiry.next_due_ns()
+        others = [self._drain_until_ns, self.pool.next_change_ns()]
+        if self.config.reclaim.is_enabled:
+            others.append(self._reclaimer.next_change_ns())
+        if self._across.is_active and self.pool.saturation() < FULL:
+            others.append(self._across.next_promotion_ns())  # of a request that is gated now
+        for time_ns in others:
+            if time_ns is not None and (first_ns is None or time_ns < first_ns):
+                first_ns = time_ns
+        return first_ns
 
     def _dispatch(self, now_ns: int) -> None:
-        while (lease := self._next(now_ns)) is not None:
-            band = self.bands[lease.flow.key.priority]
-            self.pool.charge(lease, now_ns)
+        """Let go whoever may go: the highest band first, in it whose turn it is.
+
+        A band that is gated with work waiting ends the pass, so that no lower band overtakes it;
+        only a promotion or a share (`across`) goes before the order.
+        """
+        for rank, band in enumerate(self.bands):
+            while band.waiting:
+                saturation = self.pool.saturation()
+                if saturation >= FULL:
+                    return
+                lease = self._across.next_exception(now_ns) if self._across.is_active else None
+                if lease is not None:
+                    self._send(lease, self.bands[lease.flow.key.priority], now_ns)
+                elif saturation < self._ceiling(rank, saturation):
+                    self._send(band.next(), band, now_ns)
+                else:
+                    return
+
+    def _send(self, lease: Lease, band: Band, now_ns: int) -> None:
+        """Dispatch a request."""
+        self.pool.charge(lease, now_ns)
+        if self._across.is_active:
             self._across.dispatched(lease, band, now_ns)
-            self._drain_rate.dispatched(now_ns)
-            band.dispatch(lease, now_ns)
-            self._forget_waiting(lease, band, now_ns)
+        self._drain_rate.dispatched(now_ns)
+        band.dispatch(lease, now_ns)
+        self._forget_waiting(lease, band, now_ns)
+        lease.dispatched_ns = now_ns
+        if self.config.reclaim.is_enabled:
             self._reclaimer.dispatched(lease)
-            self._turn_count += 1
-            self._decide(lease, Outcome.DISPATCHED, now_ns)
+        self._turn_count += 1
+        self.decisions.add(lease, Outcome.DISPATCHED, now_ns)
 
-    def _next(self, now_ns: int) -> Lease | None:
-        """Return who goes now, None when nobody may."""
+    def _ceiling(self, rank: int, saturation: float) -> float:
+        if self._fixed_ceilings is not None:
+            return self._fixed_ceilings[rank]
+        return ceiling_for(
+            self.config.ceilings, self._priorities, rank, saturation, self._turn_count
+        )
+
+    def gates(self) -> list[tuple[Band, float]]:
+        """Return every band, highest first, with the saturation at which it is gated; O(bands)."""
         saturation = self.pool.saturation()
-        if saturation >= FULL:
-            return None
-        exception = self._across.next_exception(now_ns)
-        if exception is not None:
-            return exception
-        for band, ceiling in self.gates(saturation):
-            if band.waiting:  # gated with work waiting: no lower band may overtake
-                return band.next() if saturation < ceiling else None
-        return None
-
-    def gates(self, saturation: float) -> list[tuple[Band, float]]:
-        """Return every band, highest first, with the saturation at which it is gated."""
-        bands = list(self.bands)
-        priorities = [band.priority for band in bands]
-        ceilings = ceilings_for(self.config.ceilings, priorities, saturation, self._turn_count)
-        return list(zip(bands, ceilings, strict=True))
+        return [(band, self._ceiling(rank, saturation)) for rank, band in enumerate(self.bands)]
 
     def _make_room(self, now_ns: int) -> None:
         """Admit, or refuse, each newcomer that was not dispatched.
@@ -270,15 +291,16 @@ class FlowController:
         From the lowest band up, so that whoever can be displaced has itself been admitted before.
         """
         newcomers, self._newcomers = self._newcomers, []
-        if len(newcomers) > 1:
+        if len(newcomers) > 1 and self.waiting:
             newcomers.sort(key=lambda lease: lease.flow.key.priority)
         for lease in newcomers:
             if lease.is_in_flight or lease.request.request_id not in self._leases:
                 continue
+            band = self.bands[lease.flow.key.priority]
+            self._expiry.appoint(lease, band)
             if lease.deadline_ns is not None and lease.deadline_ns <= now_ns:
                 self._end_waiting(lease, self._expiry.outcome, now_ns)  # it came: now or never
                 continue
-            band = self.bands[lease.flow.key.priority]
             if self._has_room(lease, band, now_ns):
                 self._admit(lease, band, now_ns)
             else:
@@ -312,9 +334,11 @@ class FlowController:
         if self.capacity.requests == 1:
             self._drain_rate.began(now_ns)
         self._expiry.admit(lease)
-        self._across.admitted(lease, band)
-        place = lease.flow.capacity.requests - 1  # as if in order of arrival: O(1)
-        lease.expected_wait_ns = self._forecast(band, band.ahead(lease, place), now_ns).wait_ns
+        if self._across.is_active:
+            self._across.admitted(lease, band)
+        if self.config.forecasts:
+            place = lease.flow.capacity.requests - 1  # as if in order of arrival: O(1)
+            lease.expected_wait_ns = self._forecast(band, band.ahead(lease, place), now_ns).wait_ns
 
     def _refuse(self, lease: Lease, band: Band, now_ns: int) -> None:
         """Reject a newcomer; where two limits refuse it, the slower one says when to come back."""
@@ -331,17 +355,15 @@ class FlowController:
 
     def _reclaim(self, now_ns: int) -> None:
         """Tell sheddable requests in flight to end, for better ones that a full pool holds up."""
-        if not self.config.reclaim.is_enabled or self.pool.is_empty:
-            return
+        self._reclaimer.give_up(now_ns)
         saturation = self.pool.saturation()
-        waiting = [(band, ceiling) for band, ceiling in self.gates(saturation) if band.waiting]
-        if not waiting or saturation < waiting[0][1]:
+        band, ceiling = next((band, ceiling) for band, ceiling in self.gates() if band.waiting)
+        if self.pool.is_empty or saturation < ceiling:
             return
-        band, ceiling = waiting[0]
         must_end = needed(self.pool.total.requests, saturation, ceiling, band.waiting)
         for victim in self._reclaimer.victims(must_end, band.priority, now_ns):
             retry_after_ns = self._drain_rate.promise(now_ns, self.config.retry_after_max_ns)
-            self._decide(victim, Outcome.RECLAIMED, now_ns, retry_after_ns)
+            self.decisions.add(victim, Outcome.RECLAIMED, now_ns, retry_after_ns)
 
     def _end_waiting(
         self, lease: Lease, outcome: Outcome, now_ns: int, retry_after_ns: int | None = None
@@ -352,49 +374,25 @@ class FlowController:
         band = self.bands[lease.flow.key.priority]
         band.remove(lease, now_ns)
         self._forget_waiting(lease, band, now_ns)
-        self._decide(lease, outcome, now_ns, retry_after_ns)
+        self.decisions.add(lease, outcome, now_ns, retry_after_ns)
         self._drop_if_done(band)
 
     def _forget_waiting(self, lease: Lease, band: Band, now_ns: int) -> None:
+        self.waiting -= 1
         if lease.is_admitted:
             self.capacity.give_back(lease.request.byte_size)
             if not self.capacity.requests:
                 self._drain_rate.ended(now_ns)
-        self._expiry.remove(lease)
-        self._across.removed(lease, band)
+            self._expiry.remove(lease)
+            if self._across.is_active:
+                self._across.removed(lease, band)
 
     def _drop_if_done(self, band: Band) -> None:
         if not band.is_declared and band.is_idle:
             self.bands.drop_if_done(band)
-            self._across.set_bands(self.bands)
-
-    def _decide(
-        self, lease: Lease, outcome: Outcome, now_ns: int, retry_after_ns: int | None = None
-    ) -> None:
-        key = lease.flow.key
-        waited_ns = now_ns - lease.arrived_ns
-        self.tallies[key.priority].count(outcome, waited_ns)
-        self._decisions.append(
-            Decision(
-                lease.request.request_id,
-                outcome,
-                key.priority,
-                key.flow_id,
-                waited_ns,
-                lease.endpoint,
-                retry_after_ns,
-                self.pool.saturation(),
-                self.bands[key.priority].waiting,
-                lease.expected_wait_ns,
-            )
-        )
+            self._bands_changed()
 
     # What there is to see
-
-    @property
-    def waiting(self) -> int:
-        """Requests waiting, newcomers included."""
-        return sum(band.waiting for band in self.bands)
 
     @property
     def in_flight(self) -> int:
@@ -433,6 +431,7 @@ class FlowController:
         waiting = self._waiting()
         assert all(lease.is_admitted for lease in waiting)
         assert len(waiting) == self.waiting == self.capacity.requests
+        assert self._priorities == [band.priority for band in self.bands]
         assert self.capacity.bytes == sum(lease.request.byte_size for lease in waiting)
         order = [band.priority for band in self.bands]
         assert order == sorted(order, reverse=True)
@@ -443,7 +442,7 @@ class FlowController:
             assert band.is_declared or not band.is_idle, "an undeclared idle band is forgotten"
         assert self.in_flight == sum(band.in_flight for band in self.bands)
         saturation = self.pool.saturation()
-        first = next((gate for gate in self.gates(saturation) if gate[0].waiting), None)
+        first = next((gate for gate in self.gates() if gate[0].waiting), None)
         assert first is None or saturation >= first[1], "work waits beside a free, ungated slot"
 
     def _waiting(self) -> list[Lease]:

@@ -56,6 +56,8 @@ class Settled:
     """From that first byte to the last."""
     is_success: bool = True
     """Whether the model server answered below 400."""
+    was_turned_away: bool = False
+    """Whether it answered that it has no room: 429 or 503."""
 
 
 @final

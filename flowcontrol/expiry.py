@@ -10,11 +10,14 @@ willing to wait counts from the arrival in either regime, and only shortens.
 from collections.abc import Iterable
 from typing import final
 
+from flowcontrol.band import Band
 from flowcontrol.bands import Bands
 from flowcontrol.config import ControllerConfig
 from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
 from flowcontrol.request import Outcome
+
+_NEVER = 1 << 63
 
 
 @final
@@ -32,9 +35,9 @@ class Expiry:
         """What becomes of a request that has waited too long in the regime in force."""
         return Outcome.EVICTED_NO_ENDPOINTS if self._is_empty else Outcome.EVICTED_TTL
 
-    def appoint(self, lease: Lease) -> None:
+    def appoint(self, lease: Lease, band: Band) -> None:
         """Write a newcomer's deadline into its lease."""
-        lease.deadline_ns = self._deadline_ns(lease)
+        lease.deadline_ns = self._deadline_ns(lease, band)
 
     def admit(self, lease: Lease) -> None:
         """Hold a request to its deadline from now on."""
@@ -55,7 +58,7 @@ class Expiry:
         first = self._deadlines.first()
         return None if first is None else first[0]
 
-    def change_regime(self, waiting: Iterable[Lease], *, is_empty: bool, now_ns: int) -> None:
+    def change_regime(self, waiting: Iterable[Lease], now_ns: int, *, is_empty: bool) -> None:
         """Judge what waits by the other budget; after this turn, so that a revived pool serves."""
         if is_empty == self._is_empty:
             return
@@ -73,23 +76,22 @@ class Expiry:
     def judge_anew(self, waiting: Iterable[Lease], now_ns: int) -> None:
         """Find every deadline anew; of nobody who waited before does it come within this turn."""
         for lease in waiting:
-            lease.deadline_ns = self._deadline_ns(lease)
+            band = self._bands[lease.flow.key.priority]
+            lease.deadline_ns = self._deadline_ns(lease, band)
             if lease.is_admitted:
                 if lease.deadline_ns is not None:
                     lease.deadline_ns = max(lease.deadline_ns, now_ns + 1)
                 self._deadlines.discard(lease)
                 self.admit(lease)
-            self._bands[lease.flow.key.priority].move(lease)
+            band.move(lease)
 
-    def _deadline_ns(self, lease: Lease) -> int | None:
-        ttl_ns = self._bands[lease.flow.key.priority].settings.ttl_ns
+    def _deadline_ns(self, lease: Lease, band: Band) -> int | None:
+        ttl_ns, own_ttl_ns = band.settings.ttl_ns, lease.request.ttl_ns
         empty_ttl_ns = self._config.no_endpoint_ttl_ns
         current_ns = empty_ttl_ns if self._is_empty else ttl_ns
-        deadlines = []
-        if current_ns is not None:
-            deadlines.append(lease.budget_from_ns + current_ns)
+        ends_ns = _NEVER if current_ns is None else lease.budget_from_ns + current_ns
         if ttl_ns is not None and empty_ttl_ns is not None:
-            deadlines.append(lease.arrived_ns + ttl_ns + empty_ttl_ns)
-        if lease.request.ttl_ns is not None:
-            deadlines.append(lease.arrived_ns + lease.request.ttl_ns)
-        return min(deadlines, default=None)
+            ends_ns = min(ends_ns, lease.arrived_ns + ttl_ns + empty_ttl_ns)
+        if own_ttl_ns is not None:
+            ends_ns = min(ends_ns, lease.arrived_ns + own_ttl_ns)
+        return None if ends_ns == _NEVER else ends_ns

@@ -38,8 +38,11 @@ class Lease:
     is_in_flight: bool = False
     has_answered: bool = False
     """Whether its first byte has been seen."""
+    is_reclaimed: bool = False
+    """Whether it has been told to end."""
     is_settled: bool = False
     """Whether what it really took is known."""
+    dispatched_ns: int = 0
     endpoint: str | None = None
     expected_wait_ns: int | None = None
     """What its wait was expected to be when it was admitted."""
@@ -76,7 +79,8 @@ class Flow:
         self._new: OrderedDict[int, Lease] = OrderedDict()
         self._ordered: KeyedHeap[Lease, tuple[int, int]] | None = None
         """The same in another order; None with fcfs, where the order of arrival is the order."""
-        self.reorder(ordering)
+        if ordering is not Ordering.FCFS:
+            self._ordered = KeyedHeap()
 
     def __len__(self) -> int:
         return len(self._admitted) + len(self._new)
@@ -93,7 +97,8 @@ class Flow:
     @property
     def oldest(self) -> Lease:
         """The one that arrived first; there must be one."""
-        return next(iter((self._admitted or self._new).values()))
+        waiting = self._admitted or self._new
+        return waiting[next(iter(waiting))]
 
     def newest_first(self) -> Iterator[Lease]:
         """Iterate what has been admitted, who gives up its place first coming first."""

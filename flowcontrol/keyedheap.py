@@ -5,7 +5,7 @@ from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
-Key = TypeVar("Key", int, float, tuple[int, int])
+Key = TypeVar("Key", int, float, tuple[int, int], tuple[float, int])
 
 _STALE_MIN = 64
 """Below this many stale entries a rebuild is not worth its while."""

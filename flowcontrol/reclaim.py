@@ -16,6 +16,7 @@ number told at once is bounded, and each is awaited before the next. One that ne
 up on after a while, and does not block the rest for ever.
 """
 
+from collections.abc import Iterable
 from math import ceil
 from typing import final
 
@@ -40,28 +41,44 @@ class Reclaimer:
     """Knows who may be ended, and who has been told. O(log in flight) a request."""
 
     def __init__(self, settings: Reclaim) -> None:
-        self.settings = settings
+        self._settings = settings
         self._candidates: KeyedHeap[Lease, tuple[int, int]] = KeyedHeap()
         """Sheddable requests in flight: the lowest band first, in it the newest."""
         self._told: dict[Lease, int] = {}
         """Requests told to end and still in flight, with when we give up on each."""
-        self._dispatch_count = 0
+
+    def reconfigure(self, settings: Reclaim, leases: Iterable[Lease]) -> None:
+        """Go by other settings; O(requests)."""
+        self._settings = settings
+        self._candidates = KeyedHeap()
+        for lease in leases:
+            if lease.is_in_flight:
+                self.dispatched(lease)
 
     def dispatched(self, lease: Lease) -> None:
         """Take up a request that is now in flight."""
-        self._dispatch_count += 1
-        if self.settings.is_enabled and lease.flow.key.priority < 0:
-            self._candidates.put(lease, (lease.flow.key.priority, -self._dispatch_count))
+        if lease.flow.key.priority >= 0 or lease.is_reclaimed:
+            return
+        if not (lease.has_answered and self._settings.is_only_before_first_byte):
+            key = (lease.flow.key.priority, -lease.dispatched_ns)
+            self._candidates.put(lease, key)
 
-    def answered(self, lease: Lease | None) -> None:
-        """Note that a request's first byte has been seen; None when it has left already."""
-        if lease is not None and self.settings.is_only_before_first_byte:
+    def answered(self, lease: Lease) -> None:
+        """Note that a request's first byte has been seen."""
+        lease.has_answered = True
+        if self._settings.is_only_before_first_byte:
             self._candidates.discard(lease)
 
     def left(self, lease: Lease) -> None:
         """Let go of a request."""
         self._candidates.discard(lease)
         self._told.pop(lease, None)
+
+    def give_up(self, now_ns: int) -> None:
+        """Wait no longer for those who should have left by now."""
+        for lease, given_up_ns in list(self._told.items()):
+            if given_up_ns <= now_ns:
+                del self._told[lease]
 
     def victims(self, must_end: int, below_priority: int, now_ns: int) -> list[Lease]:
         """Return who is to be ended now, each named once; O(log in flight) each.
@@ -71,17 +88,15 @@ class Reclaimer:
             below_priority: only bands lower than this.
             now_ns: the time.
         """
-        for lease, given_up_ns in list(self._told.items()):
-            if given_up_ns <= now_ns:
-                del self._told[lease]
         chosen: list[Lease] = []
-        room = min(must_end, self.settings.at_once_max) - len(self._told)
+        room = min(must_end, self._settings.at_once_max) - len(self._told)
         while room > len(chosen) and (first := self._candidates.first()) is not None:
             (priority, _newest), lease = first
             if priority >= below_priority:
                 break
             self._candidates.discard(lease)
-            self._told[lease] = now_ns + self.settings.patience_ns
+            self._told[lease] = now_ns + self._settings.patience_ns
+            lease.is_reclaimed = True
             chosen.append(lease)
         return chosen
 

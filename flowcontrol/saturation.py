@@ -7,14 +7,14 @@ utilization: what the endpoints say of themselves, the mean over them of
     max(waiting / waiting_max, kv_usage / kv_usage_max)
 
 A scrape is old when it comes and older until the next: whatever was dispatched since is not in it.
-So every dispatch counts as one waiting request until a scrape of the endpoint it went to shows it
-(a full part of it, while Envoy picks and nobody knows which that is): at most `waiting_max`
-dispatches an endpoint and scrape, however late the scrape (the failure of llm-d-router#2066).
-Absence is never zero: an endpoint never heard of, or not for `stale_after_ns`, counts as its
-staleness setting says.
+So every dispatch counts as one waiting request until it ends, or until a scrape of the endpoint it
+went to shows it (a full part of it, while Envoy picks and nobody knows which that is): at most
+`waiting_max` are sent to an endpoint and not ended between two scrapes, however late the second
+(the failure of llm-d-router#2066). Absence is never zero: an endpoint never heard of, or not for
+`stale_after_ns`, counts as its staleness setting says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import assert_never, final
 
 from flowcontrol.adaptive import AdaptiveDetector
@@ -28,10 +28,14 @@ from flowcontrol.pool import FULL, Detector, DetectorFactory, Load, StageLoad
 
 @final
 class ConcurrencyDetector:
-    """Requests or tokens in flight over their limit at one endpoint, times the endpoints."""
+    """Requests or tokens in flight over their limit at one endpoint, times the endpoints. O(1)."""
+
+    counts_dispatches = False
+    has_timer = False
+    revision = 0
 
     def __init__(self, settings: Concurrency, stage: StageLoad) -> None:
-        self._settings = settings
+        self.settings = settings
         self._stage = stage
 
     def saturation(self) -> float:
@@ -44,12 +48,13 @@ class ConcurrencyDetector:
         return self.saturation() if load is None else self._of(load, 1)
 
     def _of(self, load: Load, endpoints: int) -> float:
-        by_requests = by_tokens = 0.0
-        if self._settings.requests_max is not None:
-            by_requests = load.requests / (endpoints * self._settings.requests_max)
-        if self._settings.tokens_max is not None:
-            by_tokens = load.tokens / (endpoints * self._settings.tokens_max)
-        return max(by_requests, by_tokens)
+        settings = self.settings
+        by_requests = 0.0
+        if settings.requests_max is not None:
+            by_requests = load.requests / (endpoints * settings.requests_max)
+        if settings.tokens_max is None:
+            return by_requests
+        return max(by_requests, load.tokens / (endpoints * settings.tokens_max))
 
     def endpoints_changed(self, now_ns: int) -> None:
         """Need no account of its own."""
@@ -78,89 +83,105 @@ class ConcurrencyDetector:
 class _Reading:
     """What one endpoint last said, and what has happened since."""
 
-    __slots__ = ("base", "dispatched", "is_stale", "seen_total")
+    __slots__ = ("base", "is_stale", "pending", "seen")
 
-    def __init__(self, base: float, seen_total: int, *, is_stale: bool) -> None:
+    def __init__(self, base: float | None, seen: int, *, is_stale: bool) -> None:
         self.base = base
-        """Its own load, in parts of full."""
+        """Its own load, in parts of full; None as long as it was never heard of."""
         self.is_stale = is_stale
-        self.dispatched = 0
-        """To this endpoint since."""
-        self.seen_total = seen_total
-        """Dispatches to the stage when it spoke."""
+        self.pending = 0.0
+        """Dispatched since, and not ended: to it, or while Envoy picks to any."""
+        self.seen = seen
+        """Dispatches, ever, when it spoke."""
 
 
 @final
 class UtilizationDetector:
     """Mean load of the endpoints as scraped, with what was dispatched since.
 
-    O(1) to ask; O(endpoints) when one of them speaks or falls silent.
+    O(1) where the engine picks, else O(endpoints).
     """
 
+    counts_dispatches = True
+    has_timer = True
+
     def __init__(self, settings: Utilization, stage: StageLoad) -> None:
-        self._settings = settings
+        self.settings = settings
+        self.revision = 0
         self._stage = stage
         self._readings: dict[str, _Reading] = {}
         self._silent_at: KeyedHeap[str, int] = KeyedHeap()
         """When each endpoint becomes stale, or staler."""
-        self._total = 0
-        """Dispatches to the stage, ever."""
-        self._base_sum = 0.0
-        self._fallback_count = 0
-        self._seen_sum = 0
-        """Over the endpoints whose dispatches count, of the total when they spoke."""
-        self._counting = 0
-        """How many endpoints that are."""
+        self._dispatched = 0
+        """Ever."""
+        self._numbers: dict[int, int] = {}
+        """Of the dispatches in flight, by request id, in order."""
 
     def saturation(self) -> float:
         """Return the mean load of the endpoints."""
-        count = len(self._readings)
-        since = self._counting * self._total - self._seen_sum
-        pending = since / count / self._settings.waiting_max
-        in_flight = self._stage.pool().requests / (count * self._settings.requests_max)
-        return (self._base_sum + pending + self._fallback_count * in_flight) / count
+        share = 1 / len(self._readings)
+        in_flight = self._stage.pool().requests * share
+        return sum(self._of(each, in_flight, share) for each in self._readings.values()) * share
 
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint; the stage's while Envoy picks."""
         load = self._stage.at(address)
         if load is None:
             return self.saturation()
-        reading = self._readings[address]
-        if reading.is_stale and self._settings.staleness is Staleness.FALLBACK:
-            return load.requests / self._settings.requests_max
-        if reading.is_stale and self._settings.staleness is Staleness.CLOSED:
+        return self._of(self._readings[address], load.requests, 1)
+
+    def _of(self, reading: _Reading, in_flight: float, share: float) -> float:
+        """Return an endpoint's load, `share` being its part of what is dispatched."""
+        staleness = self.settings.staleness
+        if reading.is_stale and staleness is Staleness.FALLBACK:
+            return in_flight / self.settings.requests_max
+        if reading.is_stale and (staleness is Staleness.CLOSED or reading.base is None):
             return FULL
-        return reading.base + reading.dispatched / self._settings.waiting_max
+        assert reading.base is not None, "what was never heard of is stale"
+        return reading.base + reading.pending * share / self.settings.waiting_max
 
     def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - silence begins with a word
         """Keep the readings of those that stay; who is new has not been heard of."""
         addresses = self._stage.addresses
         self._readings = {
-            address: self._readings.get(address) or _Reading(FULL, self._total, is_stale=True)
+            address: self._readings.get(address) or _Reading(None, self._dispatched, is_stale=True)
             for address in addresses
         }
         for address in set(self._silent_at) - set(addresses):
             self._silent_at.discard(address)
-        self._sum_up()
 
     def charged(self, lease: Lease, now_ns: int) -> None:  # noqa: ARG002 - counted, not timed
-        """Count the dispatch until a scrape shows it."""
-        self._total += 1
-        if lease.endpoint in self._readings:
-            self._readings[lease.endpoint].dispatched += 1
+        """Count the dispatch until it ends or a scrape shows it."""
+        self._dispatched += 1
+        self._numbers[lease.request.request_id] = self._dispatched
+        for reading in self._readings_for(lease):
+            reading.pending += 1
 
-    def released(self, lease: Lease, now_ns: int) -> None:
-        """Wait for the scrape that shows it: an end frees a place only when the engine says so."""
+    def released(self, lease: Lease, now_ns: int) -> None:  # noqa: ARG002 - counted, not timed
+        """Count a dispatch that no scrape has shown no longer."""
+        number = self._numbers.pop(lease.request.request_id, 0)
+        for reading in self._readings_for(lease):
+            if number > reading.seen:
+                reading.pending = max(0.0, reading.pending - 1)
+
+    def _readings_for(self, lease: Lease) -> Iterable[_Reading]:
+        if not self._is_picked:
+            return self._readings.values()
+        reading = self._readings.get(lease.endpoint or "")
+        return () if reading is None else (reading,)
+
+    @property
+    def _is_picked(self) -> bool:
+        return self._stage.at(self._stage.addresses[0]) is not None
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
         """Take in a scrape."""
         if load.address not in self._readings:
             return
-        settings = self._settings
+        settings = self.settings
         base = max(load.waiting / settings.waiting_max, load.kv_usage / settings.kv_usage_max)
-        self._readings[load.address] = _Reading(base, self._total, is_stale=False)
+        self._readings[load.address] = _Reading(base, self._dispatched, is_stale=False)
         self._silent_at.put(load.address, now_ns + settings.stale_after_ns)
-        self._sum_up()
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
         """Not be about single requests."""
@@ -169,47 +190,63 @@ class UtilizationDetector:
         """Let readings become stale, and stale ones fade where that is the setting."""
         while (first := self._silent_at.first()) is not None and first[0] <= now_ns:
             due_ns, address = first
+            self.revision += 1
             reading = self._readings[address]
-            if self._settings.staleness is Staleness.DECAY and reading.is_stale:
-                reading.base /= 2
-                reading.dispatched //= 2
-            reading.is_stale = True
-            if self._settings.staleness is Staleness.DECAY and reading.base > _FADED:
-                self._silent_at.put(address, due_ns + self._settings.stale_after_ns)
-            else:
+            if self.settings.staleness is not Staleness.DECAY:
+                reading.is_stale = True
                 self._silent_at.discard(address)
-            self._sum_up()
+                continue
+            passed, rest_ns = divmod(now_ns - due_ns, self.settings.stale_after_ns)
+            halved = 0.5 ** (passed + reading.is_stale)
+            reading.is_stale = True
+            assert reading.base is not None, "it was heard of once"
+            reading.base *= halved
+            reading.pending *= halved
+            self._silent_at.put(address, now_ns - rest_ns + self.settings.stale_after_ns)
 
     def next_change_ns(self) -> int | None:
         """Return when the next endpoint becomes stale, or staler."""
         first = self._silent_at.first()
         return None if first is None else first[0]
 
-    def _sum_up(self) -> None:
-        self._base_sum = 0.0
-        self._fallback_count = self._seen_sum = self._counting = 0
-        for reading in self._readings.values():
-            staleness = self._settings.staleness if reading.is_stale else Staleness.HOLD
-            if staleness is Staleness.CLOSED:
-                self._base_sum += FULL
-            elif staleness is Staleness.FALLBACK:
-                self._fallback_count += 1
-            else:
-                self._base_sum += reading.base
-                self._counting += 1
-                self._seen_sum += reading.seen_total
-
-
-_FADED = 0.01
+    def inherit(self, before: "UtilizationDetector") -> None:
+        """Take over what another knows, that went by other settings."""
+        self._readings = before._readings  # noqa: SLF001 - one of us
+        self._silent_at = before._silent_at  # noqa: SLF001 - as above
+        self._dispatched = before._dispatched  # noqa: SLF001 - as above
+        self._numbers = before._numbers  # noqa: SLF001 - as above
 
 
 def make_detectors(settings: Sequence[DetectorSettings]) -> DetectorFactory:
-    """Return what makes, for each stage of a pool, a new detector of every configured kind."""
+    """Return what makes, for each stage of a pool, a detector of every configured kind.
 
-    def make(stage: StageLoad, now_ns: int) -> list[Detector]:
-        return [_make_detector(each, stage, now_ns) for each in settings]
+    One that is configured as before stays; a new one inherits from one of its kind that does not.
+    """
+
+    def make(stage: StageLoad, now_ns: int, before: Sequence[Detector]) -> list[Detector]:
+        kept = {each.settings: each for each in before}
+        gone = [each for each in before if each.settings not in settings]
+        made: list[Detector] = []
+        for each in settings:
+            if each in kept:
+                made.append(kept.pop(each))
+                continue
+            made.append(_make_detector(each, stage, now_ns))
+            for other in gone:
+                _inherit(made[-1], other, now_ns)
+        return made
 
     return make
+
+
+def _inherit(detector: Detector, other: Detector, now_ns: int) -> None:
+    match detector, other:
+        case UtilizationDetector(), UtilizationDetector():
+            detector.inherit(other)
+        case AdaptiveDetector(), AdaptiveDetector():
+            detector.inherit(other, now_ns)
+        case _:
+            pass
 
 
 def _make_detector(settings: DetectorSettings, stage: StageLoad, now_ns: int) -> Detector:

@@ -25,10 +25,11 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
         in_flight=controller.in_flight,
         is_draining=controller.is_draining,
         bands=tuple(
-            _band_snapshot(band, ceiling, now_ns, flows_max)
-            for band, ceiling in controller.gates(saturation)
+            _band_snapshot(band, ceiling, now_ns, flows_max) for band, ceiling in controller.gates()
         ),
-        totals={priority: tally.totals() for priority, tally in controller.tallies.items()},
+        totals={
+            priority: tally.totals() for priority, tally in controller.decisions.tallies.items()
+        },
         endpoints=tuple(
             EndpointSnapshot(
                 endpoint.address,
@@ -39,8 +40,8 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
         ),
         objectives=dict(controller.bands.objectives),
         unknown_objectives=controller.bands.unknown_objectives,
-        settlements=controller.unsettled.seen,
-        lost_settlements=controller.unsettled.lost,
+        settlements=controller.settlement.seen,
+        lost_settlements=controller.settlement.lost,
     )
 
 

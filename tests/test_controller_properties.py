@@ -35,6 +35,7 @@ from flowcontrol.config import (
     Picker,
 )
 from flowcontrol.controller import FlowController
+from flowcontrol.decisions import Decisions
 from flowcontrol.events import (
     Arrived,
     Decision,
@@ -635,9 +636,9 @@ class ForgetsOwnTtl(FlowController):  # type: ignore[misc]  # planted
 class ForgetfulExpiry(Expiry):  # type: ignore[misc]  # planted
     """Never looks at what a request says of itself."""
 
-    def _deadline_ns(self, lease: Lease) -> int | None:
+    def _deadline_ns(self, lease: Lease, band: Band) -> int | None:
         ttl_ns, lease.request.ttl_ns = lease.request.ttl_ns, None
-        deadline_ns = super()._deadline_ns(lease)
+        deadline_ns = super()._deadline_ns(lease, band)
         lease.request.ttl_ns = ttl_ns
         return deadline_ns
 
@@ -718,6 +719,7 @@ class DisplacesFromTheTop(FlowController):  # type: ignore[misc]  # planted
         super().__init__(config, now_ns)
         self.bands = self.reversible = Reversed(config)
         self._expiry = Expiry(config, self.bands)
+        self.decisions = Decisions(self.bands, self.pool)
 
     def _has_room(self, lease: Lease, band: Band, now_ns: int) -> bool:
         self.reversible.is_reversed = True
@@ -764,6 +766,7 @@ class ServesNewestFirst(FlowController):  # type: ignore[misc]  # planted
         self.bands = OtherBands(config)
         self.bands.band_class = self.band_class
         self._expiry = Expiry(config, self.bands)
+        self.decisions = Decisions(self.bands, self.pool)
 
 
 class OtherBands(Bands):  # type: ignore[misc]  # planted
@@ -830,9 +833,9 @@ class LosesSlots(FlowController):  # type: ignore[misc]  # planted
 class MostLoaded(Pool):  # type: ignore[misc]  # planted
     """Sends a request where the most are in flight."""
 
-    def _best(self) -> str | None:
+    def best(self) -> str | None:
         """Return the fullest endpoint."""
-        best = super()._best()
+        best = super().best()
         return best and max(self._turns, key=lambda address: self.loads[address].requests)
 
 
@@ -842,6 +845,7 @@ class PicksMostLoaded(FlowController):  # type: ignore[misc]  # planted
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
         super().__init__(config, now_ns)
         self.pool = MostLoaded(config.picker, make_detectors(config.detectors))
+        self.decisions = Decisions(self.bands, self.pool)
 
 
 class DecidesTwice(FlowController):  # type: ignore[misc]  # planted

@@ -145,6 +145,7 @@ class World:
             ControllerConfig(
                 detectors=(Concurrency(requests_max=16),),
                 default_settings=BandSettings(fairness=fairness),
+                forecasts=True,
             ),
             0,
         )
