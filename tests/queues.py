@@ -137,6 +137,10 @@ class NaivePolicy:
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Keep no account."""
 
+    def turns(self, lease: Lease, place: int, cost_each: float) -> float:  # noqa: ARG002 - no idea
+        """Say nothing of use."""
+        return 0.0
+
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Take no notice."""
 

@@ -526,6 +526,48 @@ class TestLeastAttainedService:
         assert served(queue, 3) == "cba"
 
 
+class TestTurns:
+    """How many turns the others have before a request, for those who forecast."""
+
+    def test_of_round_robin_are_places_and_the_rest_of_the_line(self) -> None:
+        """One for each of its own before it, and the part of the line that stands before it."""
+        queue = Queue(RoundRobin())
+        queue.run(arrivals("aabbccdd"))
+        line = [queue.policy.turns(queue.flows[each].head, 0, 1.0) for each in "abcd"]
+
+        assert line == [0.0, 0.25, 0.5, 0.75]
+        assert queue.policy.turns(queue.flows["b"].leases()[1], 1, 1.0) == 1.25
+
+        queue.run(dispatches(1))
+        again = [queue.policy.turns(queue.flows[each].head, 0, 1.0) for each in "abcd"]
+        assert again == [0.75, 0.0, 0.25, 0.5]
+
+    def test_of_one_line_are_without_end(self) -> None:
+        """All others go before whoever comes last."""
+        queue = Queue(GlobalStrict())
+
+        assert queue.policy.turns(queue.arrive("a"), 0, 1.0) == inf
+
+    def test_of_weighted_tokens_are_cost_and_lead_over_weight(self) -> None:
+        """In requests of the others: what its own before it cost, and what it owes."""
+        queue = Queue(WeightedTokens({"a": 2.0}))
+        queue.run([*arrivals("aaa", 8), *arrivals("b", 4)])
+        last = queue.flows["a"].leases()[-1]
+        assert queue.policy.turns(last, 2, 4.0) == 2 * 8 / 2.0 / 4
+
+        queue.run(dispatches(1))
+        assert queue.policy.turns(last, 1, 4.0) == (8 / 2.0 + 8 / 2.0) / 4
+
+    def test_of_least_attained_service_are_cost_and_lead(self) -> None:
+        """What it attained more than the least, as of the last charge."""
+        queue = Queue(LeastAttainedService(HALF_LIFE_NS, 0))
+        queue.now_ns = HALF_LIFE_NS
+        queue.run([*arrivals("aaa", 8), *arrivals("b", 4), *dispatches(1)])
+        last = queue.flows["a"].leases()[-1]
+
+        assert queue.policy.turns(last, 1, 4.0) == (8 + 8) / 4
+
+
 class TestMakeFairness:
     """The table of policies."""
 
