@@ -33,6 +33,7 @@ from flowcontrol.config import (
     Picker,
 )
 from flowcontrol.errors import ConfigError
+from server.request_settings import Requests, Settlement
 from server.units import parse_duration, parse_quantity
 from server.yamlfile import read_mapping
 
@@ -258,27 +259,6 @@ class FlowControl(_Section):
         return max(ttls) + self.no_endpoint_ttl
 
 
-class Requests(_Section):
-    """How requests are read."""
-
-    exempt_paths: tuple[str, ...] = (
-        *("/health", "/healthz", "/ping", "/ready", "/version", "/metrics"),
-        *("/v1/models", "/v1/models/*"),
-    )
-    """Paths that pass without queueing and hold no slot: exact, or a prefix that ends in *."""
-    on_internal_fault: Literal["refuse", "continue"] = "refuse"
-    """If the processor itself fails: refuse with 500, or let requests continue ungated."""
-
-    @field_validator("exempt_paths")
-    @classmethod
-    def _are_paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        wrong = [path for path in value if not path.startswith("/") or "*" in path[:-1]]
-        if wrong:
-            rule = "must be paths that begin with / and have * only at the end"
-            raise _rule(rule)
-        return value
-
-
 class Settings(_Section):
     """The whole file."""
 
@@ -296,6 +276,7 @@ class Settings(_Section):
     saturation: Saturation = Saturation()
     flow_control: FlowControl = FlowControl()
     requests: Requests = Requests()
+    settlement: Settlement = Settlement()
 
     @model_validator(mode="after")
     def _picked_by_address(self) -> Self:
@@ -363,10 +344,13 @@ _RULES = {
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
     "finite_number": "must be a whole number",
+    "bool_type": "must be true or false",
     "string_type": "must be text",
     "path_type": "must be text",
     "string_too_short": "must not be empty",
     "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "mapping_type": "must be a mapping",
     "model_type": "must be a mapping",
     "model_attributes_type": "must be a mapping",
     "rule": "{rule}",
@@ -376,7 +360,8 @@ _RULES = {
 
 def _say(error: ErrorDetails) -> str:
     """Put one of pydantic's errors as where, rule, value."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+    loc = error["loc"][:-2] if error["loc"][-1:] == ("[key]",) else error["loc"]
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
     where = str(error["loc"][-1]) if error["type"] == "invalid_key" else "".join(parts).lstrip(".")
     if error["type"] == "missing":
         return f"{where} is required"
