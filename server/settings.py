@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails
 from flowcontrol.config import Role
 from flowcontrol.errors import ConfigError
 from server.engine_settings import Engine
+from server.request_settings import Requests, Settlement
 from server.sections import Section, broken, written
 from server.yamlfile import read_mapping
 
@@ -137,27 +138,6 @@ class Endpoints(Section):
         return {address: Role(role) for address, role in self.roles.items()}
 
 
-class Requests(Section):
-    """How requests are read."""
-
-    exempt_paths: tuple[str, ...] = (
-        *("/health", "/healthz", "/ping", "/ready", "/version", "/metrics"),
-        *("/v1/models", "/v1/models/*"),
-    )
-    """Paths that pass without queueing and hold no slot: exact, or a prefix that ends in *."""
-    on_internal_fault: Literal["refuse", "continue"] = "refuse"
-    """If the processor itself fails: refuse with 500, or let requests continue ungated."""
-
-    @field_validator("exempt_paths")
-    @classmethod
-    def _are_paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        wrong = [path for path in value if not path.startswith("/") or "*" in path[:-1]]
-        if wrong:
-            rule = "must be paths that begin with / and have * only at the end"
-            raise broken(rule)
-        return value
-
-
 class _Surroundings(Section):
     """What the file says of itself, and of the service around the engine."""
 
@@ -176,6 +156,7 @@ class Settings(Engine, _Surroundings):
     """The whole file."""
 
     requests: Requests = Requests()
+    settlement: Settlement = Settlement()
 
     @model_validator(mode="after")
     def _picked_by_address(self) -> Self:
@@ -219,13 +200,15 @@ _RULES = {
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
     "finite_number": "must be a whole number",
+    "bool_type": "must be true or false",
     "string_type": "must be text",
     "path_type": "must be text",
     "string_too_short": "must not be empty",
     "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "mapping_type": "must be a mapping",
     "model_type": "must be a mapping",
     "model_attributes_type": "must be a mapping",
-    "dict_type": "must be a mapping",
     "rule": "{rule}",
 }
 """pydantic's kinds of error in the house's words."""
@@ -234,7 +217,8 @@ _RULES = {
 def _say(error: ErrorDetails) -> str:
     """Put one of pydantic's errors as where, rule, value."""
     # Whether one or several are given, in parentheses, is not a place in the file.
-    places = [part for part in error["loc"] if not str(part).startswith("(")]
+    loc = error["loc"][:-2] if error["loc"][-1:] == ("[key]",) else error["loc"]
+    places = [part for part in loc if not str(part).startswith("(")]
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in places)
     where = str(error["loc"][-1]) if error["type"] == "invalid_key" else "".join(parts).lstrip(".")
     if error["type"] == "missing":

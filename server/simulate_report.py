@@ -99,9 +99,9 @@ def summary(run: Run) -> list[str]:
         calibration = results.calibration(priority)
         if calibration is not None:
             lines.append(
-                f"band {priority}: {calibration.predicted_count} predicted waits, {calibration.close:.0%} of "
-                f"them true within a factor of 2; in the middle it took {calibration.ratio:.2f} "
-                "times what was predicted"
+                f"band {priority}: {calibration.predicted_count} predicted waits, "
+                f"{calibration.close:.0%} of them true within a factor of 2; "
+                f"in the middle it took {calibration.ratio:.2f} times what was predicted"
             )
     return lines
 

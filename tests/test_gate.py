@@ -15,7 +15,8 @@ from flowcontrol.config import Concurrency, ControllerConfig, Limits
 from flowcontrol.errors import NotRunningError
 from flowcontrol.events import Arrived, Decision, DrainBegan, EndpointsChanged, Left
 from flowcontrol.request import Outcome, Request
-from server.classify import ExemptPaths, RequestFacts
+from server.classify import Intake, RequestFacts
+from server.codec import Encoder
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
 
@@ -534,7 +535,7 @@ class TestCancelledStream:
     async def test_the_others_are_settled(self) -> None:
         """It takes no decision with it: its own is received, and all others of its batch."""
         async with house(starts=False) as home:
-            door = ExtProcDoor(home.gate, ExemptPaths(()), continue_on_fault=False)
+            door = ExtProcDoor(home.gate, Intake(), Encoder(), continue_on_fault=False)
             method = door.handler().service(CallDetails())  # type: ignore[arg-type]  # all it reads
             assert method is not None
             process: Any = method.stream_stream

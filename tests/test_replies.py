@@ -117,7 +117,7 @@ class TestTable:
         """A dispatched request goes on, with what the engine knows of it."""
         decision = replace(DECISION, endpoint="10.0.0.5:8000", retry_after_ns=9 * SECOND)
 
-        assert answer(decision, 0.5) == Proceed(10, 5, "10.0.0.5:8000")
+        assert answer(decision, 0.5) == Proceed(1, 10, 5, "10.0.0.5:8000", headroom=1.0)
 
     def test_fail_open(self) -> None:
         """Where the operator chose so, a request goes on ungated when the engine has failed."""
