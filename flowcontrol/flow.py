@@ -36,6 +36,10 @@ class Lease:
     is_admitted: bool = False
     """Whether it counts against the limits. A newcomer does not until it is found to fit."""
     is_in_flight: bool = False
+    is_reclaimable: bool = False
+    """Whether it may be told to end."""
+    is_watched: bool = False
+    """Whether somebody looks out for its first byte."""
     has_answered: bool = False
     """Whether its first byte has been seen."""
     is_reclaimed: bool = False

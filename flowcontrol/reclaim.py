@@ -52,16 +52,20 @@ class Reclaimer:
         self._settings = settings
         self._candidates = KeyedHeap()
         for lease in leases:
-            if lease.is_in_flight:
-                self.dispatched(lease)
+            if lease.is_reclaimable and not lease.is_reclaimed:
+                self._take_up(lease)
 
     def dispatched(self, lease: Lease) -> None:
-        """Take up a request that is now in flight."""
-        if lease.flow.key.priority >= 0 or lease.is_reclaimed:
-            return
-        if not (lease.has_answered and self._settings.is_only_before_first_byte):
-            key = (lease.flow.key.priority, -lease.dispatched_ns)
-            self._candidates.put(lease, key)
+        """Take up a request that is now in flight; what went before was not told of this."""
+        if self._settings.is_enabled and lease.flow.key.priority < 0:
+            lease.is_reclaimable = True
+            lease.is_watched = self._settings.is_only_before_first_byte
+            self._take_up(lease)
+
+    def _take_up(self, lease: Lease) -> None:
+        may_have_answered = lease.has_answered or not lease.is_watched
+        if not (self._settings.is_only_before_first_byte and may_have_answered):
+            self._candidates.put(lease, (lease.flow.key.priority, -lease.dispatched_ns))
 
     def answered(self, lease: Lease) -> None:
         """Note that a request's first byte has been seen."""
