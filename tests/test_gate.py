@@ -348,21 +348,27 @@ class TestRecall:
             assert (await decided(person)).outcome is Outcome.DISPATCHED
             home.gate.leave(person)
 
-    async def test_gone_meanwhile(self) -> None:
+    def test_gone_meanwhile(self) -> None:
         """To be reclaimed and to leave may cross: then it has ended as it would have."""
-        async with house(config=RECLAIMING) as home:
-            home.gate.post(ObjectivesChanged({"batch": -1}))
-            batch = home.gate.park(FACTS._replace(objective="batch"))
-            first = await decided(batch)
-            person = home.gate.park(FACTS)
-            loop = asyncio.get_running_loop()
-            loop.call_soon(home.gate.leave, batch)  # before any news can come from the processor
-            while home.outcomes != {Outcome.DISPATCHED: 1}:
-                await asyncio.sleep(0)
 
-            assert home.requests == [(batch, first)]
-            assert (await decided(person)).outcome is Outcome.DISPATCHED
-            home.gate.leave(person)
+        async def scenario(loop: ListeningLoop) -> None:
+            async with house(config=RECLAIMING, starts=False) as home:
+                home.gate.post(ObjectivesChanged({"batch": -1}))
+                batch = home.gate.park(FACTS._replace(objective="batch"))
+                home.start()
+                loop.block()
+                first = await decided(batch)
+                person = home.gate.park(FACTS)
+                await asyncio.sleep(0)  # the bell rings
+                loop.block()  # the second decision is on its way, and has not been received
+
+                home.gate.leave(batch)
+
+                assert (await decided(person)).outcome is Outcome.DISPATCHED
+                assert home.requests == [(batch, first)]
+                home.gate.leave(person)
+
+        run_listening(scenario)
 
 
 class TestSnapshot:
