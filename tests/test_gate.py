@@ -351,7 +351,10 @@ class TestRecall:
     def test_gone_meanwhile(self) -> None:
         """To be reclaimed and to leave may cross: then it has ended as it would have."""
 
+        faults: list[object] = []
+
         async def scenario(loop: ListeningLoop) -> None:
+            loop.set_exception_handler(lambda _loop, context: faults.append(context))
             async with house(config=RECLAIMING, starts=False) as home:
                 home.gate.post(ObjectivesChanged({"batch": -1}))
                 batch = home.gate.park(FACTS._replace(objective="batch"))
@@ -369,6 +372,8 @@ class TestRecall:
                 home.gate.leave(person)
 
         run_listening(scenario)
+
+        assert faults == []
 
 
 class TestSnapshot:
