@@ -350,7 +350,6 @@ class TestRecall:
 
     def test_gone_meanwhile(self) -> None:
         """To be reclaimed and to leave may cross: then it has ended as it would have."""
-
         faults: list[object] = []
 
         async def scenario(loop: ListeningLoop) -> None:
