@@ -361,7 +361,7 @@ class FlowController:
         if self.pool.is_empty or saturation < ceiling:
             return
         must_end = needed(self.pool.total.requests, saturation, ceiling, band.waiting)
-        for victim in self._reclaimer.victims(must_end, band.priority, now_ns):
+        for victim in self._reclaimer.victims(must_end, band.priority, self.pool, now_ns):
             retry_after_ns = self._drain_rate.promise(now_ns, self.config.retry_after_max_ns)
             self.decisions.add(victim, Outcome.RECLAIMED, now_ns, retry_after_ns)
 

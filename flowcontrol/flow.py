@@ -36,6 +36,8 @@ class Lease:
     is_admitted: bool = False
     """Whether it counts against the limits. A newcomer does not until it is found to fit."""
     is_in_flight: bool = False
+    dispatch_index: int = 0
+    """Position among the dispatches of what may be told to end."""
     is_reclaimable: bool = False
     """Whether it may be told to end."""
     is_watched: bool = False
