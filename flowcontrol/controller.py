@@ -174,9 +174,9 @@ class FlowController:
         if news is None:
             return
         lease, error = news
-        key, band = lease.flow.key, self.bands.get(lease.flow.key.priority)
+        band = self.bands.get(lease.flow.key.priority)
         if band is not None:
-            band.fairness.correct(key.flow_id, error, now_ns)
+            band.fairness.correct(lease.flow.key.flow_id, error, now_ns)
         self.pool.settled(lease, settled, now_ns)
 
     def _change_endpoints(self, change: EndpointsChanged, now_ns: int) -> None:
@@ -184,6 +184,8 @@ class FlowController:
         endpoints = [Endpoint(each, roles.get(each, Role.BOTH)) for each in change.addresses]
         self.pool.set_endpoints(endpoints, now_ns)
         self._expiry.change_regime(self._waiting(), now_ns, is_empty=self.pool.is_empty)
+        if self.config.reclaim.is_enabled:
+            self._reclaimer.reconfigure(self.config.reclaim, self._leases.values())
 
     def _reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Go by other settings; whatever waits keeps its place, and accounts stand. O(requests)."""
