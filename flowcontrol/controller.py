@@ -340,7 +340,7 @@ class FlowController:
             self._across.admitted(lease, band)
         if self.config.forecasts:
             place = lease.flow.capacity.requests - 1  # as if in order of arrival: O(1)
-            lease.expected_wait_ns = self._forecast(band, band.ahead(lease, place), now_ns).wait_ns
+            lease.expected_wait_ns = self.forecast(band, band.ahead(lease, place), now_ns).wait_ns
 
     def _refuse(self, lease: Lease, band: Band, now_ns: int) -> None:
         """Reject a newcomer; where two limits refuse it, the slower one says when to come back."""
@@ -417,14 +417,11 @@ class FlowController:
         if lease is None or lease.is_in_flight:
             return None
         band = self.bands[lease.flow.key.priority]
-        return self._forecast(band, band.ahead_now(lease), now_ns)
+        return self.forecast(band, band.ahead_now(lease), now_ns)
 
-    def _forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
-        above = 0
-        for each in self.bands:
-            if each is band:
-                break
-            above += each.waiting
+    def forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
+        """Return what a request can expect that stands behind so much of its band; O(bands)."""
+        above = sum(each.waiting for each in self.bands if each.priority > band.priority)
         return forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
 
     def check_invariants(self) -> None:
