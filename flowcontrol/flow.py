@@ -72,13 +72,18 @@ class Flow:
     O(1) with fcfs, else O(log waiting). No dead entry is ever kept: what leaves is removed at once.
     """
 
-    __slots__ = ("_admitted", "_new", "_ordered", "capacity", "in_flight", "key", "ordering")
+    __slots__ = (
+        *("_admitted", "_new", "_ordered"),
+        *("capacity", "in_flight", "key", "ordering", "waiting"),
+    )
 
     def __init__(self, key: FlowKey, ordering: Ordering, limits: Limits) -> None:
         self.key = key
         self.ordering = ordering
         self.capacity = Capacity(limits)
         """What has been admitted."""
+        self.waiting = 0
+        """How many wait, newcomers included."""
         self.in_flight = 0
         self._admitted: OrderedDict[int, Lease] = OrderedDict()
         """By request id, in order of arrival; the newcomers came later."""
@@ -89,7 +94,7 @@ class Flow:
             self._ordered = KeyedHeap()
 
     def __len__(self) -> int:
-        return len(self._admitted) + len(self._new)
+        return self.waiting
 
     @property
     def head(self) -> Lease:
@@ -120,6 +125,7 @@ class Flow:
         assert request_id not in self._new, "a request waits once"
         assert request_id not in self._admitted, "a request waits once"
         self._new[request_id] = lease
+        self.waiting += 1
         if self._ordered is not None:
             self._ordered.put(lease, self.order_of(lease))
 
@@ -136,6 +142,7 @@ class Flow:
             self.capacity.give_back(lease.request.byte_size)
         else:
             del self._new[lease.request.request_id]
+        self.waiting -= 1
         if self._ordered is not None:
             self._ordered.discard(lease)
 
