@@ -200,7 +200,7 @@ class TestSnapshotCollector:
         ]
 
     def test_labels(self) -> None:
-        """No label holds what a client says: only what the pool, its stages and bands are called."""
+        """No label holds what a client says: only what pool, stages and bands are called."""
         families = text_string_to_metric_families(rendered(SNAPSHOT))
 
         labels = {name for each in families for sample in each.samples for name in sample.labels}
