@@ -178,6 +178,13 @@ class TestConcurrency:
         gate.become("ab")
         assert gate.loads() == {"a": pytest.approx(2 / 3), "b": pytest.approx(2 / 3)}
 
+    def test_time_changes_nothing(self) -> None:
+        """A count is a count."""
+        gate = Gate(Concurrency(requests_max=3), pool="a")
+        (detector,) = gate.pool.detectors[Role.BOTH]
+        detector.advance(SECOND)
+        assert detector.next_change_ns() is None
+
     def test_double_release_is_an_error(self) -> None:
         """A slot is given back once."""
         gate = Gate(Concurrency(requests_max=3))
