@@ -69,15 +69,29 @@ def check_config(config: Path) -> None:
 @CONFIG_OPTION
 @click.option("--listen", default="0.0.0.0:8080", show_default=True, help="For clients.")
 @click.option("--admin", default="127.0.0.1:9901", show_default=True, help="Envoy's own pages.")
-@click.option("--ext-proc", help="Where Envoy finds the service; listen.extProc if left out.")
+@click.option(
+    "--ext-proc",
+    help="Where Envoy finds the service: either door. Left out: listen.direct, or if off extProc.",
+)
+@click.option("--tls-ca", help="PEM file on Envoy's machine: whom it trusts at direct.tls.")
+@click.option("--tls-certificate", help="PEM file Envoy shows there, for direct.tls.clientCA.")
+@click.option("--tls-key", help="PEM file with the key of --tls-certificate.")
 @click.option(
     "--buffer-limit",
     default="32Mi",
     show_default=True,
     help="Largest request Envoy buffers; must hold the largest prompt.",
 )
-def envoy_config(
-    config: Path, listen: str, admin: str, ext_proc: str | None, buffer_limit: str
+def envoy_config(  # noqa: PLR0913 - an option each
+    *,
+    config: Path,
+    listen: str,
+    admin: str,
+    ext_proc: str | None,
+    tls_ca: str | None,
+    tls_certificate: str | None,
+    tls_key: str | None,
+    buffer_limit: str,
 ) -> None:
     """Write an Envoy configuration that fits this service's configuration."""
     settings = _load(config)
@@ -87,6 +101,7 @@ def envoy_config(
     try:
         from server.envoy_config import (  # noqa: PLC0415 - takes seconds to import
             EnvoyOptions,
+            EnvoyTls,
             bootstrap,
         )
 
@@ -94,6 +109,7 @@ def envoy_config(
             listen=_address("--listen", listen),
             admin=_address("--admin", admin),
             ext_proc=_address("--ext-proc", ext_proc) if ext_proc else None,
+            tls=EnvoyTls(tls_ca, tls_certificate, tls_key) if tls_ca else None,
             buffer_limit_bytes=size,
         )
         click.echo(bootstrap(settings, options), nl=False)

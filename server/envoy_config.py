@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from flowcontrol.errors import FlowControlError
 from server.codec import DESTINATION, SERVICE
-from server.settings import ENVOY_MARGIN_NS, ENVOY_PATIENCE_MAX_NS, Address, Settings
+from server.settings import ENVOY_MARGIN_NS, ENVOY_PATIENCE_MAX_NS, Address, Listen, Settings
 
 try:
     with warnings.catch_warnings():
@@ -41,6 +42,7 @@ try:
             v3 as override_host,
         )
         from envoy_data_plane.envoy.extensions.retry.host.previous_hosts import v3 as previous_hosts
+        from envoy_data_plane.envoy.extensions.transport_sockets.tls import v3 as transport
         from envoy_data_plane.envoy.extensions.upstreams.http import v3 as upstreams
         from envoy_data_plane.envoy.type import v3 as envoy_type
         from envoy_data_plane.envoy.type.metadata import v3 as metadata
@@ -49,7 +51,7 @@ except ModuleNotFoundError as _error:
     _message = f"{_error.name} is missing: pip install 'flowcontrol[envoy]'"
     raise FlowControlError(_message) from _error
 
-__all__ = ["EnvoyOptions", "bootstrap"]
+__all__ = ["EnvoyOptions", "EnvoyTls", "bootstrap"]
 
 CLIENTS: Final = Address("0.0.0.0", 8080)  # noqa: S104 - read, not bound - a gateway's clients are elsewhere
 ADMIN: Final = Address("127.0.0.1", 9901)
@@ -83,6 +85,17 @@ _TCP_KEEPALIVE: Final = core.TcpKeepalive(
 
 
 @dataclass(frozen=True, slots=True)
+class EnvoyTls:
+    """PEM files on Envoy's machine."""
+
+    ca: str
+    """Authorities one of which must have signed the service's certificate."""
+    certificate: str | None = None
+    """Shown to the service, with `key`: for direct.tls.clientCA."""
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EnvoyOptions:
     """What Envoy has to be told and the service's settings do not say."""
 
@@ -91,21 +104,32 @@ class EnvoyOptions:
     admin: Address = ADMIN
     """Envoy's admin interface. It can stop Envoy and is not protected: keep it local."""
     ext_proc: Address | None = None
-    """Where Envoy finds this service. None: at `listen.extProc`, by loopback if that is every
-    interface."""
+    """Where Envoy finds this service. None: at the direct door, or at `listen.extProc` where that
+    is off; by loopback if it listens on every interface."""
+    tls: EnvoyTls | None = None
+    """How Envoy speaks TLS there; needed, and only then, where the direct door does."""
     buffer_limit_bytes: int = 32 * 2**20
     """What Envoy buffers of one request, at most. It must hold the largest prompt: beyond it, Envoy
     does not notice that the client of a parked request has gone."""
 
 
 def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
-    """Return a bootstrap configuration as YAML."""
+    """Return a bootstrap configuration as YAML.
+
+    Raises:
+        FlowControlError: the direct door speaks TLS and the options do not, or the other way round.
+    """
+    is_tls = settings.direct.tls.certificate is not None and settings.listen.direct is not None
+    if is_tls != (options.tls is not None):
+        said = "needs --tls-ca: whom Envoy trusts there" if is_tls else "is needed for --tls-ca"
+        reason = f"direct.tls {said}"
+        raise FlowControlError(reason)
     message = bootstrap_v3.Bootstrap(
         admin=bootstrap_v3.Admin(address=_socket(options.admin)),
         static_resources=bootstrap_v3.BootstrapStaticResources(
             listeners=[_listener(settings, options)],
             clusters=[
-                _service_cluster(options.ext_proc or _reachable(settings.listen.ext_proc)),
+                _service_cluster(options.ext_proc or _reachable(settings.listen), options.tls),
                 _model_cluster(settings),
             ],
         ),
@@ -231,7 +255,7 @@ def _processing_mode() -> ext_proc.ProcessingMode:
     )
 
 
-def _service_cluster(address: Address) -> cluster.Cluster:
+def _service_cluster(address: Address | Path, tls: EnvoyTls | None) -> cluster.Cluster:
     discovery, family = _discovery([address])
     http2 = core.Http2ProtocolOptions(
         max_concurrent_streams=100_000,
@@ -265,7 +289,27 @@ def _service_cluster(address: Address) -> cluster.Cluster:
                 )
             )
         ),
+        transport_socket=_transport_socket(tls) if tls is not None else None,
         load_assignment=_assignment("ext_proc", [address]),
+    )
+
+
+def _transport_socket(tls: EnvoyTls) -> core.TransportSocket:
+    own = []
+    if tls.certificate is not None and tls.key is not None:
+        chain, key = core.DataSource(filename=tls.certificate), core.DataSource(filename=tls.key)
+        own = [transport.TlsCertificate(certificate_chain=chain, private_key=key)]
+    context = transport.UpstreamTlsContext(
+        common_tls_context=transport.CommonTlsContext(
+            tls_certificates=own,
+            alpn_protocols=["h2"],
+            validation_context=transport.CertificateValidationContext(
+                trusted_ca=core.DataSource(filename=tls.ca)
+            ),
+        )
+    )
+    return core.TransportSocket(
+        name="envoy.transport_sockets.tls", typed_config=protobuf.Any.pack(context)
     )
 
 
@@ -334,7 +378,7 @@ def _protocol(options: upstreams.HttpProtocolOptions) -> dict[str, protobuf.Any]
     return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": protobuf.Any.pack(options)}
 
 
-def _assignment(name: str, addresses: Iterable[Address]) -> endpoint.ClusterLoadAssignment:
+def _assignment(name: str, addresses: Iterable[Address | Path]) -> endpoint.ClusterLoadAssignment:
     endpoints = [endpoint.Endpoint(address=_socket(address)) for address in addresses]
     hosts = [endpoint.LbEndpoint(endpoint=each) for each in endpoints]
     localities = [endpoint.LocalityLbEndpoints(lb_endpoints=hosts)] if hosts else []
@@ -342,21 +386,26 @@ def _assignment(name: str, addresses: Iterable[Address]) -> endpoint.ClusterLoad
 
 
 def _discovery(
-    addresses: Iterable[Address],
+    addresses: Iterable[Address | Path],
 ) -> tuple[cluster.ClusterDiscoveryType, cluster.ClusterDnsLookupFamily]:
     discovery, family = cluster.ClusterDiscoveryType, cluster.ClusterDnsLookupFamily
-    if not all(address.is_ip for address in addresses):
+    if not all(isinstance(address, Path) or address.is_ip for address in addresses):
         return discovery.STRICT_DNS, family.V4_PREFERRED
     return discovery.STATIC, family.AUTO
 
 
-def _reachable(address: Address) -> Address:
-    """Return where a listener is found from this machine."""
+def _reachable(listen: Listen) -> Address | Path:
+    """Return where the service's best door is found from this machine."""
+    address = listen.direct or listen.ext_proc
+    if isinstance(address, Path):
+        return address
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host)  # noqa: S104 - read, not bound
     return Address(loopback or address.host, address.port)
 
 
-def _socket(address: Address) -> core.Address:
+def _socket(address: Address | Path) -> core.Address:
+    if isinstance(address, Path):
+        return core.Address(pipe=core.Pipe(path=str(address)))
     return core.Address(
         socket_address=core.SocketAddress(address=address.host, port_value=address.port)
     )

@@ -27,18 +27,17 @@ from flowcontrol.simulation.workload import (
     Window,
     Workload,
 )
+from server.fields import Duration, Section
 from server.scenario_parts import (
     Factor,
     Moment,
     OneOf,
     Positive,
-    Section,
     Span,
     Switch,
     Whole,
     demand,
 )
-from server.settings import Duration
 
 
 def _plain(value: object) -> object:

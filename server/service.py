@@ -16,15 +16,16 @@ from typing import Any, final
 import grpc
 import structlog
 from aiohttp import web
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from flowcontrol.errors import ListenError
 from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
-from server import admin, codec, logs
+from server import admin, codec, health, logs
 from server.classify import ExemptPaths
+from server.direct_calls import Terms
+from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate
 from server.metrics import SnapshotCollector
@@ -56,8 +57,6 @@ GRPC_OPTIONS = (
 
 READY_NAMES = ("", "readiness", codec.SERVICE, admin.SERVICE)
 LIVE_NAME = "liveness"
-_HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-_Status = health_pb2.HealthCheckResponse.ServingStatus
 _log = structlog.get_logger()
 
 
@@ -79,13 +78,22 @@ class Service:
         self._gate = FlowGate(
             settings.controller_config(), ARRIVALS_MAX, logs.request_ended, self._processor_ended
         )
-        self._door = ExtProcDoor(
-            self._gate,
-            ExemptPaths(settings.requests.exempt_paths),
+        self._health = health.Health()
+        terms = Terms(
+            gate=self._gate,
+            exempt=ExemptPaths(settings.requests.exempt_paths),
             continue_on_fault=settings.requests.on_internal_fault == "continue",
             picks=settings.picker != "off",
+            health=self._health.check,
+            limits=settings.direct.http2_limits(),
         )
-        self._health = HealthServicer()
+        self._direct_door = DirectDoor(terms)
+        self._door = ExtProcDoor(
+            self._gate,
+            terms.exempt,
+            continue_on_fault=terms.continue_on_fault,
+            picks=terms.picks,
+        )
         self._grpc_servers: list[grpc.aio.Server] = []
         self._web: web.AppRunner | None = None
 
@@ -142,6 +150,7 @@ class Service:
         budget_ns = self._settings.flow_control.drain_budget
         _log.info("drain_began", cause=cause, budget_ms=budget_ns / 1e6)
         task = asyncio.ensure_future(self._tell_health())
+        task.add_done_callback(lambda _task: self._direct_door.begin_drain())
         task.add_done_callback(lambda _task: self._gate.post(DrainBegan(budget_ns)))
 
     def _processor_ended(self, fault: BaseException | None) -> None:
@@ -158,10 +167,9 @@ class Service:
             loop.default_exception_handler(context)
 
     async def _tell_health(self, *, is_live: bool = True) -> None:
-        ready = _Status.SERVING if self._is_serving else _Status.NOT_SERVING
         for name in READY_NAMES:
-            await self._health.set(name, ready)
-        await self._health.set(LIVE_NAME, _Status.SERVING if is_live else _Status.NOT_SERVING)
+            await self._health.set(name, is_serving=self._is_serving)
+        await self._health.set(LIVE_NAME, is_serving=is_live)
 
     async def _open_doors(self) -> None:
         listen = self._settings.listen
@@ -171,14 +179,16 @@ class Service:
             admin.FlowControlServicer(self._gate, self._settings.pool), main
         )
         probes = grpc.aio.server(options=GRPC_OPTIONS)
-        health = (_HEALTH_SERVICE, reflection.SERVICE_NAME)
-        for server, names in ((main, (codec.SERVICE, admin.SERVICE, *health)), (probes, health)):
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        common = (health.SERVICE, reflection.SERVICE_NAME)
+        for server, names in ((main, (codec.SERVICE, admin.SERVICE, *common)), (probes, common)):
+            health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
             reflection.enable_server_reflection(names, server)
         for server, address in ((main, listen.ext_proc), (probes, listen.health)):
             _bind(server, address)
             self._grpc_servers.append(server)
             await server.start()
+        if listen.direct is not None:
+            await self._direct_door.listen(listen.direct, self._settings.direct.tls.context())
         application = web_application(
             self._metrics,
             is_live=lambda: not self._ended.done() or self._ended.result() is None,
@@ -193,7 +203,8 @@ class Service:
 
     async def _close_doors(self) -> None:
         self._door.close()
-        await asyncio.gather(*(server.stop(CLOSE_GRACE_S) for server in self._grpc_servers))
+        stopping = (server.stop(CLOSE_GRACE_S) for server in self._grpc_servers)
+        await asyncio.gather(self._direct_door.close(CLOSE_GRACE_S), *stopping)
         if self._web is not None:
             await self._web.cleanup()
 

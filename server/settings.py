@@ -7,12 +7,11 @@ import re
 from ipaddress import ip_address
 from pathlib import Path
 from socket import AF_INET6, inet_ntop, inet_pton
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     ValidationError,
@@ -20,8 +19,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.alias_generators import to_camel
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails
 
 from flowcontrol.config import (
     BandSettings,
@@ -33,25 +31,18 @@ from flowcontrol.config import (
     Picker,
 )
 from flowcontrol.errors import ConfigError
-from server.units import parse_duration, parse_quantity
+from server.direct_settings import Direct
+from server.fields import Duration
+from server.fields import Section as _Section
+from server.fields import rule as _rule
+from server.fields import written as _written
+from server.units import parse_quantity
 from server.yamlfile import read_mapping
 
 ENVOY_PATIENCE_MAX_NS = 3_600_000_000_000
 """The longest message_timeout Envoy accepts: no wait can outlast it."""
 ENVOY_MARGIN_NS = 30_000_000_000
 """Envoy waits this much longer than the longest wait we allow: the decision is always ours."""
-
-
-def _rule(text: str) -> PydanticCustomError:
-    return PydanticCustomError("rule", "{rule}", {"rule": text})
-
-
-def _duration(value: object) -> object:
-    duration_ns = parse_duration(value) if isinstance(value, str) else None
-    if duration_ns is None or duration_ns <= 0:
-        rule = "must be a duration above zero such as 500ms, 60s or 5m"
-        raise _rule(rule)
-    return duration_ns
 
 
 def _limit(value: object) -> object:
@@ -65,6 +56,8 @@ def _limit(value: object) -> object:
     return value
 
 
+_SOCKET_PATH_BYTES_MAX = 107
+"""Linux's sun_path, without the byte that ends it."""
 _ADDRESS_RULE = "must be host:port with a port from 1 to 65535, such as 10.0.0.5:8000 or [::1]:8000"
 
 
@@ -107,31 +100,37 @@ def _switched_off(value: object) -> object:
     return "off" if value is False else value  # YAML reads a bare off as false
 
 
-Duration = Annotated[int, BeforeValidator(_duration)]
+def _direct_address(value: object) -> object:
+    if value in {False, "off"}:
+        return None
+    if not isinstance(value, str) or not value.startswith("unix:"):
+        return parse_address(value)
+    path = value.removeprefix("unix:")
+    if not path.startswith("/") or len(path.encode()) > _SOCKET_PATH_BYTES_MAX:
+        rule = f"must be unix: and an absolute path of at most {_SOCKET_PATH_BYTES_MAX} bytes"
+        raise _rule(rule)
+    return Path(path)
+
+
+def _as_written(address: Address | Path | None) -> str:
+    return f"unix:{address}" if isinstance(address, Path) else str(address or "off")
+
+
 Limit = Annotated[int | None, BeforeValidator(_limit)]
 HostPort = Annotated[Address, BeforeValidator(parse_address), PlainSerializer(str)]
-
-
-def _written(default: str, alias: str | None = None) -> Any:
-    """Return a field whose default is given as one would write it in the file."""
-    return Field(default=default, alias=alias)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        alias_generator=to_camel,
-        validate_default=True,
-        use_attribute_docstrings=True,
-    )
+DirectAddress = Annotated[
+    Address | Path | None, BeforeValidator(_direct_address), PlainSerializer(_as_written)
+]
 
 
 class Listen(_Section):
     """Where the service listens, each as host:port."""
 
+    direct: DirectAddress = _written("0.0.0.0:9004")
+    """The direct door, for Envoy's ext_proc streams and health checks alone, at a fraction of the
+    cost: host:port, unix:/path, or off."""
     ext_proc: HostPort = _written("0.0.0.0:9002")
-    """gRPC: Envoy's ext_proc streams, our own API, health and reflection."""
+    """The grpcio door: ext_proc for any client, our own API, health and reflection."""
     health: HostPort = _written("0.0.0.0:9003")
     """gRPC health alone, for probes."""
     http: HostPort = _written("0.0.0.0:9090")
@@ -140,8 +139,10 @@ class Listen(_Section):
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
         ports = [self.ext_proc.port, self.health.port, self.http.port]
+        if isinstance(self.direct, Address):
+            ports.append(self.direct.port)
         if len(set(ports)) != len(ports):
-            rule = "must name three different ports"
+            rule = "must name different ports"
             raise _rule(rule)
         return self
 
@@ -289,6 +290,7 @@ class Settings(_Section):
     pool: str = Field(min_length=1)
     """The one inference pool this process guards; objectives of other pools are ignored."""
     listen: Listen = Listen()
+    direct: Direct = Direct()
     objectives: Objectives
     endpoints: Endpoints
     picker: Annotated[Literal["off", "least-loaded"], BeforeValidator(_switched_off)] = "off"

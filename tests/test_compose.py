@@ -211,7 +211,7 @@ class TestEnvoyFile:
         socket = host["endpoint"]["address"]["socket_address"]
 
         assert socket["address"] in SERVICES
-        assert socket["port_value"] == settings.listen.ext_proc.port
+        assert Address("0.0.0.0", socket["port_value"]) == settings.listen.direct
         assert cluster["type"] == "STRICT_DNS"
 
     def test_is_mounted(self) -> None:

@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 POOL = "llama"
 OBJECTIVES: Mapping[str, int] = {"chat": 10, "batch": -1}
-DOORS = ("grpcio",)
-"""Ways into the service for Envoy's ext_proc streams; every test that starts one runs with each."""
+DOORS = ("direct", "grpcio")
+"""Ways into the service for Envoy's ext_proc streams. Both are open; every test runs with each."""
 Edit = Callable[[dict[str, Any]], None]
 _POLL_S = 0.01
 _START_S = 20.0
@@ -169,8 +169,8 @@ class Stack:
     def __init__(self, spec: Spec, directory: Path) -> None:
         self.spec = spec
         self.directory = directory
-        self.gateway, self.admin, self.ext_proc, self.health, self.http = (
-            Address(HOST, free_port()) for _ in range(5)
+        self.gateway, self.admin, self.direct, self.ext_proc, self.health, self.http = (
+            Address(HOST, free_port()) for _ in range(6)
         )
         self.endpoints = [Address(HOST, free_port()) for _ in range(spec.endpoints)]
         self.objectives = directory / "objectives"
@@ -179,6 +179,11 @@ class Stack:
         self._starts = 0
         self._service: Process | None = None
         self._envoy: Process | None = None
+
+    @property
+    def door(self) -> Address:
+        """Where Envoy finds the service: the one place that has to know doors."""
+        return {"direct": self.direct, "grpcio": self.ext_proc}[self.spec.door]
 
     @property
     def service(self) -> Process:
@@ -273,9 +278,8 @@ class Stack:
         }
 
     def _listen(self) -> dict[str, str]:
-        """Return what opens the door of the spec: the one place that has to know doors."""
-        assert self.spec.door in DOORS
-        ports = {"extProc": self.ext_proc, "health": self.health, "http": self.http}
+        ports = {"direct": self.direct, "extProc": self.ext_proc}
+        ports |= {"health": self.health, "http": self.http}
         return {name: str(address) for name, address in ports.items()}
 
     def _configure_envoy(self) -> None:
@@ -286,7 +290,7 @@ class Stack:
                 "ignore", category=DeprecationWarning, module="envoy_data_plane"
             )
             from server.envoy_config import EnvoyOptions, bootstrap  # noqa: PLC0415 - it warns
-        options = EnvoyOptions(listen=self.gateway, admin=self.admin)
+        options = EnvoyOptions(listen=self.gateway, admin=self.admin, ext_proc=self.door)
         configuration = yaml.safe_load(bootstrap(load_settings(self.config), options))
         if self.spec.edit_envoy is not None:
             self.spec.edit_envoy(configuration)
