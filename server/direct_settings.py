@@ -96,9 +96,7 @@ def _number(smallest: int, largest: int) -> BeforeValidator:
 def _rate(value: object) -> object:
     match = _RATE.fullmatch(str(value))
     if match is None or not int(match[1]):
-        text = (
-            "must be a burst and what is earned after it, as in 100 + 10/s or 100 + 10/s + 2/stream"
-        )
+        text = "must be a burst and what is earned after it, as in 100 + 10/s + 2/stream"
         raise rule(text)
     return Rate(int(match[1]), int(match[2] or 0), int(match[3] or 0))
 

@@ -163,6 +163,8 @@ class Service:
         """End the service when a callback of the gate's fails: what it was doing is half done."""
         if "handle" in context and isinstance(context.get("exception"), Exception):
             self._processor_ended(context["exception"])
+        elif "protocol" in context and isinstance(context.get("exception"), Exception):
+            _log.error("connection_failed", exc_info=context["exception"])  # and is closed
         else:
             loop.default_exception_handler(context)
 

@@ -254,8 +254,10 @@ class TestDockerfile:
         """The ports it names are the defaults."""
         (ports,) = arguments_of("EXPOSE")
         listen = Listen()
+        assert isinstance(listen.direct, Address)
 
         assert [int(port) for port in ports.split()] == [
+            listen.direct.port,
             listen.ext_proc.port,
             listen.health.port,
             listen.http.port,

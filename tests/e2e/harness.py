@@ -102,6 +102,10 @@ class Spec:
     service: Sequence[str] = (str(Path(sys.executable).with_name("flowcontrol")),)
     """The command that is told `serve --config ...`."""
     door: str = DOORS[0]
+    is_socket: bool = False
+    """Whether the direct door is a Unix socket."""
+    pems: Path | None = None
+    """A folder with certificates, for mutual TLS at the direct door: ca, server, envoy; -key."""
 
 
 @final
@@ -169,9 +173,10 @@ class Stack:
     def __init__(self, spec: Spec, directory: Path) -> None:
         self.spec = spec
         self.directory = directory
-        self.gateway, self.admin, self.direct, self.ext_proc, self.health, self.http = (
-            Address(HOST, free_port()) for _ in range(6)
+        self.gateway, self.admin, self.ext_proc, self.health, self.http = (
+            Address(HOST, free_port()) for _ in range(5)
         )
+        self.direct = directory / "door.sock" if spec.is_socket else Address(HOST, free_port())
         self.endpoints = [Address(HOST, free_port()) for _ in range(spec.endpoints)]
         self.objectives = directory / "objectives"
         self.config = directory / "flowcontrol.yaml"
@@ -181,7 +186,7 @@ class Stack:
         self._envoy: Process | None = None
 
     @property
-    def door(self) -> Address:
+    def door(self) -> Address | Path:
         """Where Envoy finds the service: the one place that has to know doors."""
         return {"direct": self.direct, "grpcio": self.ext_proc}[self.spec.door]
 
@@ -275,12 +280,18 @@ class Stack:
             "saturation": {"maxConcurrency": spec.max_concurrency},
             "flowControl": dict(spec.flow_control),
             "requests": dict(spec.requests),
+            "direct": {"tls": self._tls()},
         }
 
+    def _tls(self) -> dict[str, str]:
+        files = {"certificate": "server.pem", "key": "server-key.pem", "clientCA": "ca.pem"}
+        pems = self.spec.pems
+        return {name: str(pems / file) for name, file in files.items()} if pems else {}
+
     def _listen(self) -> dict[str, str]:
-        ports = {"direct": self.direct, "extProc": self.ext_proc}
-        ports |= {"health": self.health, "http": self.http}
-        return {name: str(address) for name, address in ports.items()}
+        direct = f"unix:{self.direct}" if isinstance(self.direct, Path) else str(self.direct)
+        ports = {"extProc": self.ext_proc, "health": self.health, "http": self.http}
+        return {"direct": direct} | {name: str(address) for name, address in ports.items()}
 
     def _configure_envoy(self) -> None:
         """Write the configuration that fits the service's, with the changes of the spec."""
@@ -289,8 +300,22 @@ class Stack:
             warnings.filterwarnings(
                 "ignore", category=DeprecationWarning, module="envoy_data_plane"
             )
-            from server.envoy_config import EnvoyOptions, bootstrap  # noqa: PLC0415 - it warns
-        options = EnvoyOptions(listen=self.gateway, admin=self.admin, ext_proc=self.door)
+            from server.envoy_config import (  # noqa: PLC0415 - it warns
+                EnvoyOptions,
+                EnvoyTls,
+                bootstrap,
+            )
+        files = (
+            [str(self.spec.pems / f"{name}.pem") for name in ("ca", "envoy", "envoy-key")]
+            if self.spec.pems
+            else []
+        )
+        options = EnvoyOptions(
+            listen=self.gateway,
+            admin=self.admin,
+            ext_proc=self.ext_proc if self.spec.door == "grpcio" else None,
+            tls=EnvoyTls(*files) if files else None,
+        )
         configuration = yaml.safe_load(bootstrap(load_settings(self.config), options))
         if self.spec.edit_envoy is not None:
             self.spec.edit_envoy(configuration)
