@@ -75,8 +75,15 @@ class Service:
             asyncio.get_running_loop().create_future()
         )
         self._is_serving = False
+        loop = asyncio.get_running_loop()
+        self._request_log = logs.RequestLog(
+            lambda write: loop.call_later(logs.WRITE_WITHIN_S, write)
+        )
         self._gate = FlowGate(
-            settings.controller_config(), ARRIVALS_MAX, logs.request_ended, self._processor_ended
+            settings.controller_config(),
+            ARRIVALS_MAX,
+            self._request_log.request_ended,
+            self._processor_ended,
         )
         self._health = health.Health()
         terms = Terms(
@@ -132,6 +139,7 @@ class Service:
         await self._tell_health(is_live=fault is None)
         self._gate.join(JOIN_TIMEOUT_S)
         await self._close_doors()
+        self._request_log.write()
         _log.info("service_stopped", exit_status=int(fault is not None))
         return int(fault is not None)
 
