@@ -8,6 +8,7 @@ crash: the processor fails ─▶ every parked request is settled ─▶ all hea
 
 import asyncio
 import contextlib
+import gc
 import signal
 import sys
 from collections.abc import Mapping
@@ -38,6 +39,11 @@ ARRIVALS_MAX = 100_000
 SWITCH_INTERVAL_S = 0.0005
 """How long a Python thread may keep the others waiting. With the interpreter's 5 ms, waking the
 processor while the loop is busy took 8 to 15 ms at the 99th percentile; with this 1.2 ms."""
+GC_THRESHOLDS = (50_000, 10, 100)
+"""Container objects more than before at which garbage is looked for. By default every 700, and all
+of them each time they have grown by a quarter: with 50,000 parked that is 0.3 s in which nothing
+is decided, again and again. What a request leaves behind holds no cycles and needs no collector;
+what does, a client that was cut off for example, waits a while longer."""
 CLOSE_GRACE_S = 1.0
 """For answers already written to reach Envoy before the port closes."""
 JOIN_TIMEOUT_S = 5.0
@@ -111,6 +117,7 @@ class Service:
             ListenError: naming the address; nothing is left running.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        tune_garbage_collection()
         self._gate.start()
         self._change_objectives(self._folder.read())
         addresses = tuple(str(address) for address in self._settings.endpoints.static)
@@ -221,6 +228,13 @@ class Service:
     async def _metrics(self) -> SnapshotCollector:
         snapshot = await self._gate.snapshot()
         return SnapshotCollector(snapshot, self._gate.inbox_refusals, self._folder.error_count)
+
+
+def tune_garbage_collection() -> None:
+    """Look for garbage seldom, and never again at what has been loaded until now."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 def _bind(server: grpc.aio.Server, address: Address) -> None:
