@@ -82,7 +82,12 @@ def check_config(config: Path) -> None:
     show_default=True,
     help="Largest request Envoy buffers; must hold the largest prompt.",
 )
-def envoy_config(  # noqa: PLR0913 - an option each
+@click.option(
+    "--original-dst",
+    is_flag=True,
+    help="Send requests wherever the picker says, also to endpoints that Envoy does not know.",
+)
+def envoy_config(  # noqa: PLR0913 - click's options
     *,
     config: Path,
     listen: str,
@@ -92,6 +97,7 @@ def envoy_config(  # noqa: PLR0913 - an option each
     tls_certificate: str | None,
     tls_key: str | None,
     buffer_limit: str,
+    original_dst: bool,
 ) -> None:
     """Write an Envoy configuration that fits this service's configuration."""
     settings = _load(config)
@@ -111,6 +117,7 @@ def envoy_config(  # noqa: PLR0913 - an option each
             ext_proc=_address("--ext-proc", ext_proc) if ext_proc else None,
             tls=EnvoyTls(tls_ca, tls_certificate, tls_key) if tls_ca else None,
             buffer_limit_bytes=size,
+            original_dst=original_dst,
         )
         click.echo(bootstrap(settings, options), nl=False)
     except ConfigError as error:

@@ -15,8 +15,8 @@ import structlog
 
 from flowcontrol.events import Decision
 from server import codec
-from server.classify import ExemptPaths
-from server.codec import MalformedMessageError, decode, encode
+from server.classify import Intake
+from server.codec import Encoder, MalformedMessageError, decode
 from server.exchange import Exchange, Park, Phase, ProtocolError, Reply
 from server.gate import FlowGate, Parked
 from server.http2 import grpc_framing
@@ -34,12 +34,12 @@ class Terms:
 
     gate: FlowGate
     """Where requests are parked."""
-    exempt: ExemptPaths
-    """Paths that pass ungated."""
-    continue_on_fault: bool
+    intake: Intake = field(default_factory=Intake)
+    """How requests are read."""
+    encoder: Encoder = field(default_factory=Encoder)
+    """How answers are written."""
+    continue_on_fault: bool = False
     """What becomes of requests when the engine has failed."""
-    picks: bool = False
-    """Whether the engine chooses the endpoints."""
     health: Callable[[bytes], bytes | None] = lambda _request: None
     """Answers a health check, None for an unknown service; may raise MalformedMessageError."""
     limits: Http2Limits = field(default_factory=Http2Limits)
@@ -153,7 +153,7 @@ class ProcessCall(Call):
 
     def __init__(self, wire: Wire, stream_id: int) -> None:
         super().__init__(wire, stream_id)
-        self._exchange = Exchange(wire.terms.exempt)
+        self._exchange = Exchange(wire.terms.intake)
         self._parked: Parked | None = None
         self._is_ended = False
         """The client has said everything."""
@@ -186,7 +186,7 @@ class ProcessCall(Call):
 
     def _say(self, reply: Reply) -> None:
         terms = self._wire.terms
-        self._send(encode(reply, picks=terms.picks))
+        self._send(terms.encoder.encode(reply))
         if self._is_ended or terms.is_closing or self._exchange.phase is Phase.OVER:
             self.finish()
 

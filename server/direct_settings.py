@@ -22,8 +22,8 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
-from server.fields import Duration, Section, rule
 from server.http2.limits import RANGES, Http2Limits, Rate
+from server.sections import Duration, Section, broken
 from server.units import format_duration, parse_quantity
 
 _RATE = re.compile(r"(\d{1,9})(?: ?\+ ?(\d{1,9})/s)?(?: ?\+ ?(\d{1,9})/stream)?")
@@ -48,17 +48,17 @@ class DirectTls(Section):
     @model_validator(mode="after")
     def _can_be_used(self) -> Self:
         if (self.certificate is None) != (self.key is None):
-            text = "must have both certificate and key, or neither"
-            raise rule(text)
+            rule = "must have both certificate and key, or neither"
+            raise broken(rule)
         if self.client_ca is not None and self.certificate is None:
-            text = "must have certificate and key where clientCA is set"
-            raise rule(text)
+            rule = "must have certificate and key where clientCA is set"
+            raise broken(rule)
         try:
             self.context()
         except OSError as error:  # ssl.SSLError is one
             reason = error.strerror if not isinstance(error, ssl.SSLError) else error.reason
-            text = f"must name PEM files that belong together, got: {reason or error}"
-            raise rule(text) from error
+            rule = f"must name PEM files that belong together, got: {reason or error}"
+            raise broken(rule) from error
         return self
 
     def context(self) -> ssl.SSLContext | None:
@@ -86,8 +86,8 @@ def _number(smallest: int, largest: int) -> BeforeValidator:
         if isinstance(value, str):
             value = parse_quantity(value)
         if type(value) is not int or not smallest <= value <= largest:
-            text = f"must be a whole number {bound}, such as 500, 20k or 4Mi"
-            raise rule(text)
+            rule = f"must be a whole number {bound}, such as 500, 20k or 4Mi"
+            raise broken(rule)
         return value
 
     return BeforeValidator(read)
@@ -96,8 +96,8 @@ def _number(smallest: int, largest: int) -> BeforeValidator:
 def _rate(value: object) -> object:
     match = _RATE.fullmatch(str(value))
     if match is None or not int(match[1]):
-        text = "must be a burst and what is earned after it, as in 100 + 10/s + 2/stream"
-        raise rule(text)
+        rule = "must be a burst and what is earned after it, as in 100 + 10/s + 2/stream"
+        raise broken(rule)
     return Rate(int(match[1]), int(match[2] or 0), int(match[3] or 0))
 
 

@@ -72,6 +72,7 @@ class RequestLog:
             f', "client_request_id": {_quoted(facts.client_request_id)}'
             f', "flow_id": {_quoted(decision.flow_id)}'
             f', "objective": {_quoted(facts.objective)}'
+            f', "model": {_quoted(facts.model)}'
             f', "priority": {decision.priority}'
             f', "outcome": "{decision.outcome.value}"'
             f', "http_status": {status}'

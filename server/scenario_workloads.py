@@ -27,7 +27,6 @@ from flowcontrol.simulation.workload import (
     Window,
     Workload,
 )
-from server.fields import Duration, Section
 from server.scenario_parts import (
     Factor,
     Moment,
@@ -38,6 +37,7 @@ from server.scenario_parts import (
     Whole,
     demand,
 )
+from server.sections import Duration, Section
 
 
 def _plain(value: object) -> object:

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -21,17 +22,21 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from flowcontrol.errors import ListenError
-from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
+from flowcontrol.events import Decision, DrainBegan, EndpointsChanged, ObjectivesChanged
+from flowcontrol.request import Outcome
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
-from server import admin, codec, health, logs
-from server.classify import ExemptPaths
+from server import admin, codec, health, log_codec, logs
+from server.access_log import AccessLogDoor
+from server.codec import Encoder
 from server.direct_calls import Terms
 from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
-from server.gate import FlowGate
+from server.gate import FlowGate, Parked
 from server.metrics import SnapshotCollector
 from server.objectives import ObjectiveFolder
 from server.settings import Address, Settings
+from server.settlement import Settlement
+from server.settlement_metrics import SettlementCollector
 from server.web import web_application
 
 ARRIVALS_MAX = 100_000
@@ -86,26 +91,34 @@ class Service:
             lambda write: loop.call_later(logs.WRITE_WITHIN_S, write)
         )
         self._gate = FlowGate(
-            settings.controller_config(),
-            ARRIVALS_MAX,
-            self._request_log.request_ended,
-            self._processor_ended,
+            settings.controller_config(), ARRIVALS_MAX, self._request_ended, self._processor_ended
         )
+        self._settlement = Settlement(
+            settings.settlement.lost_after,
+            self._gate.priority_in_flight,
+            self._gate.post,
+            answered=self._gate.pool_view.answered,
+        )
+        self._log_door = AccessLogDoor(self._settlement)
         self._health = health.Health()
         terms = Terms(
             gate=self._gate,
-            exempt=ExemptPaths(settings.requests.exempt_paths),
+            intake=settings.requests.intake(),
+            encoder=Encoder(
+                picks=settings.picker != "off",
+                anywhere=self._gate.pool_view.anywhere,
+                engine_priority=settings.requests.engine(),
+            ),
             continue_on_fault=settings.requests.on_internal_fault == "continue",
-            picks=settings.picker != "off",
             health=self._health.check,
             limits=settings.direct.http2_limits(),
         )
         self._direct_door = DirectDoor(terms)
         self._door = ExtProcDoor(
             self._gate,
-            terms.exempt,
+            terms.intake,
+            terms.encoder,
             continue_on_fault=terms.continue_on_fault,
-            picks=terms.picks,
         )
         self._grpc_servers: list[grpc.aio.Server] = []
         self._web: web.AppRunner | None = None
@@ -120,8 +133,9 @@ class Service:
         tune_garbage_collection()
         self._gate.start()
         self._change_objectives(self._folder.read())
-        addresses = tuple(str(address) for address in self._settings.endpoints.static)
-        self._gate.post(EndpointsChanged(addresses))
+        endpoints = self._settings.endpoints
+        addresses = tuple(str(address) for address in endpoints.static)
+        self._gate.post(EndpointsChanged(addresses, endpoints.role_of()))
         try:
             await self._open_doors()
         except ListenError:
@@ -149,6 +163,12 @@ class Service:
         self._request_log.write()
         _log.info("service_stopped", exit_status=int(fault is not None))
         return int(fault is not None)
+
+    def _request_ended(self, parked: Parked, decision: Decision) -> None:
+        if decision.outcome is Outcome.DISPATCHED and self._settings.settlement.access_log:
+            now_ns = parked.left_ns or parked.decided_ns
+            self._settlement.request_ended(parked.request_id, decision.priority, now_ns)
+        self._request_log.request_ended(parked, decision)
 
     def _change_objectives(self, priorities: Mapping[str, int]) -> None:
         self._gate.post(ObjectivesChanged(priorities))
@@ -191,13 +211,16 @@ class Service:
     async def _open_doors(self) -> None:
         listen = self._settings.listen
         main = grpc.aio.server(options=GRPC_OPTIONS)
-        main.add_generic_rpc_handlers((self._door.handler(),))
+        main.add_generic_rpc_handlers((self._door.handler(), self._log_door.handler()))
         api_grpc.add_FlowControlServicer_to_server(
             admin.FlowControlServicer(self._gate, self._settings.pool), main
         )
         probes = grpc.aio.server(options=GRPC_OPTIONS)
         common = (health.SERVICE, reflection.SERVICE_NAME)
-        for server, names in ((main, (codec.SERVICE, admin.SERVICE, *common)), (probes, common)):
+        for server, names in (
+            (main, (codec.SERVICE, log_codec.SERVICE, admin.SERVICE, *common)),
+            (probes, common),
+        ):
             health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
             reflection.enable_server_reflection(names, server)
         for server, address in ((main, listen.ext_proc), (probes, listen.health)):
@@ -220,6 +243,7 @@ class Service:
 
     async def _close_doors(self) -> None:
         self._door.close()
+        self._log_door.close()
         stopping = (server.stop(CLOSE_GRACE_S) for server in self._grpc_servers)
         await asyncio.gather(self._direct_door.close(CLOSE_GRACE_S), *stopping)
         if self._web is not None:
@@ -227,7 +251,12 @@ class Service:
 
     async def _metrics(self) -> SnapshotCollector:
         snapshot = await self._gate.snapshot()
-        return SnapshotCollector(snapshot, self._gate.inbox_refusals, self._folder.error_count)
+        settled = SettlementCollector(
+            self._settlement, self._gate.pool_view, snapshot, time.monotonic_ns()
+        )
+        return SnapshotCollector(
+            snapshot, self._gate.inbox_refusals, self._folder.error_count, settled.collect()
+        )
 
 
 def tune_garbage_collection() -> None:

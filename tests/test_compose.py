@@ -205,14 +205,16 @@ class TestEnvoyFile:
 
     def test_service_is_found(self, settings: Settings) -> None:
         """Envoy finds the service by its name in Compose, at its port."""
-        (cluster, _) = yaml.safe_load(ENVOY_FILE.read_text())["static_resources"]["clusters"]
-        (locality,) = cluster["load_assignment"]["endpoints"]
-        (host,) = locality["lb_endpoints"]
-        socket = host["endpoint"]["address"]["socket_address"]
+        clusters = yaml.safe_load(ENVOY_FILE.read_text())["static_resources"]["clusters"]
+        ports = (settings.listen.direct, settings.listen.ext_proc)
+        for cluster, address in zip(clusters, ports, strict=False):  # ext_proc, access_log
+            (locality,) = cluster["load_assignment"]["endpoints"]
+            (host,) = locality["lb_endpoints"]
+            socket = host["endpoint"]["address"]["socket_address"]
 
-        assert socket["address"] in SERVICES
-        assert Address("0.0.0.0", socket["port_value"]) == settings.listen.direct
-        assert cluster["type"] == "STRICT_DNS"
+            assert socket["address"] in SERVICES
+            assert Address("0.0.0.0", socket["port_value"]) == address
+            assert cluster["type"] == "STRICT_DNS"
 
     def test_is_mounted(self) -> None:
         """Envoy starts with it."""

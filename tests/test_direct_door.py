@@ -17,12 +17,12 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hpack import Decoder
 
-from flowcontrol.config import ControllerConfig
+from flowcontrol.config import Concurrency, ControllerConfig
 from flowcontrol.errors import ListenError
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
 from server import direct_calls, direct_line
-from server.classify import ExemptPaths
+from server.classify import ExemptPaths, Intake
 from server.direct_calls import HealthCall, ProcessCall, Terms
 from server.direct_door import DirectDoor
 from server.gate import FlowGate, Parked
@@ -49,6 +49,11 @@ def headers_message(path: str = "/v1/completions", **more: str) -> bytes:
     return message
 
 
+def slots(count: int) -> ControllerConfig:
+    """So many slots."""
+    return ControllerConfig(detectors=(Concurrency(requests_max=count),))
+
+
 @final
 class House:
     """A door, its gate and what has become of its requests."""
@@ -61,8 +66,7 @@ class House:
         self.health = Health()
         self.terms = Terms(
             gate=gate,
-            exempt=ExemptPaths(("/health",)),
-            continue_on_fault=False,
+            intake=Intake(exempt=ExemptPaths(("/health",))),
             health=self.health.check,
             limits=limits,
         )
@@ -308,7 +312,7 @@ class TestConversation:
 
     async def test_many_at_once(self) -> None:
         """A thousand requests on one connection are answered, each once."""
-        async with house(config=ControllerConfig(in_flight_max=10)) as home:
+        async with house(config=slots(10)) as home:
             async with grpcio(home.port) as channel:
 
                 async def one(number: int) -> str | None:
@@ -584,7 +588,7 @@ class TestLimits:
     async def test_no_window(self) -> None:
         """A client that asks and admits no answer is cut off before it costs much memory."""
         limits = Http2Limits(queued_bytes_max=100_000)
-        async with house(limits, config=ControllerConfig(in_flight_max=10_000)) as home:
+        async with house(limits, config=slots(10_000)) as home:
             raw = await home.connect(INITIAL_WINDOW_SIZE=0)
             raw.say(*(arrival(2 * number + 1) for number in range(3000)))
             await raw.eof()
@@ -656,7 +660,7 @@ class TestDrain:
 
     async def test_parked_is_answered(self) -> None:
         """A request decided while the door closes is answered, and its stream ends well."""
-        config = ControllerConfig(in_flight_max=1)
+        config = slots(1)
         async with house(config=config) as home, grpcio(home.port) as channel:
             first, second = Stream(channel), Stream(channel)
             await first.say(headers_message())
@@ -688,7 +692,7 @@ class TestDrain:
 
     async def test_connection_lost(self) -> None:
         """A connection that breaks gives up all its requests, waiting and in flight."""
-        async with house(config=ControllerConfig(in_flight_max=1)) as home:
+        async with house(config=slots(1)) as home:
             raw = await home.connect()
             raw.say(*(arrival(2 * number + 1) for number in range(100)))
             await home.until(waiting=99, in_flight=1)

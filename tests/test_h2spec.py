@@ -19,7 +19,6 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from server.classify import ExemptPaths
 from server.direct_calls import Terms
 from server.direct_door import DirectDoor
 from server.http2.connection import Http2Connection
@@ -73,7 +72,7 @@ async def against_core(run: Callable[[int], Awaitable[set[str]]]) -> set[str]:
 async def against_door(run: Callable[[int], Awaitable[set[str]]]) -> set[str]:
     """Run it against the direct door."""
     async with running_gate() as gate:
-        door = DirectDoor(Terms(gate=gate, exempt=ExemptPaths(()), continue_on_fault=False))
+        door = DirectDoor(Terms(gate=gate))
         port = await door.listen(("127.0.0.1", 0))
         try:
             return await run(port)

@@ -38,11 +38,12 @@ import uvloop
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
 from hpack import Encoder
 
-from flowcontrol.config import ControllerConfig, Limits
+from flowcontrol.config import Concurrency, ControllerConfig, Limits
 from flowcontrol.events import EndpointsChanged
 from server import logs
-from server.classify import ExemptPaths
+from server.classify import Intake
 from server.codec import SERVICE
+from server.codec import Encoder as AnswerEncoder
 from server.direct_calls import Terms
 from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
@@ -75,19 +76,20 @@ async def serve(kind: Kind, *, has_pool: bool) -> None:
     """Open one door, say its port and serve until the process is ended."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     logs.configure("info")
-    config = ControllerConfig(limits=Limits(requests_max=None), in_flight_max=1_000_000)
+    config = ControllerConfig(
+        limits=Limits(requests_max=None), detectors=(Concurrency(requests_max=1_000_000),)
+    )
     loop = asyncio.get_running_loop()
     log = logs.RequestLog(lambda write: loop.call_later(logs.WRITE_WITHIN_S, write))
     gate = FlowGate(config, ARRIVALS_MAX, log.request_ended, lambda _fault: None)
     gate.start()
     gate.post(EndpointsChanged(("127.0.0.1:8000",) if has_pool else ()))
-    exempt = ExemptPaths(())
     if kind == "direct":
-        terms = Terms(gate=gate, exempt=exempt, continue_on_fault=False)
+        terms = Terms(gate=gate)
         port = await DirectDoor(terms).listen(("127.0.0.1", 0))
     else:
         server = grpc.aio.server(options=GRPC_OPTIONS)
-        door = ExtProcDoor(gate, exempt, continue_on_fault=False)
+        door = ExtProcDoor(gate, Intake(), AnswerEncoder(), continue_on_fault=False)
         server.add_generic_rpc_handlers((door.handler(),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

@@ -37,11 +37,12 @@ import uvloop
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
 from hpack import Encoder
 
-from flowcontrol.config import ControllerConfig, Limits
+from flowcontrol.config import Concurrency, ControllerConfig, Limits
 from flowcontrol.events import EndpointsChanged
 from server import logs
-from server.classify import ExemptPaths
+from server.classify import Intake
 from server.codec import SERVICE
+from server.codec import Encoder as AnswerEncoder
 from server.direct_calls import Terms
 from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
@@ -64,16 +65,17 @@ async def serve(door: str, slots: int) -> None:
     logs.configure("info")
     loop = asyncio.get_running_loop()
     log = logs.RequestLog(lambda write: loop.call_later(logs.WRITE_WITHIN_S, write))
-    config = ControllerConfig(limits=Limits(requests_max=None), in_flight_max=slots)
+    config = ControllerConfig(
+        limits=Limits(requests_max=None), detectors=(Concurrency(requests_max=slots),)
+    )
     gate = FlowGate(config, ARRIVALS_MAX, log.request_ended, lambda _fault: None)
     gate.start()
-    exempt = ExemptPaths(())
     if door == "direct":
-        terms = Terms(gate=gate, exempt=exempt, continue_on_fault=False)
+        terms = Terms(gate=gate)
         port = await DirectDoor(terms).listen((stage.HOST, 0))
     else:
         server = grpc.aio.server(options=GRPC_OPTIONS)
-        handler = ExtProcDoor(gate, exempt, continue_on_fault=False).handler()
+        handler = ExtProcDoor(gate, Intake(), AnswerEncoder(), continue_on_fault=False).handler()
         server.add_generic_rpc_handlers((handler,))
         port = server.add_insecure_port(f"{stage.HOST}:0")
         await server.start()

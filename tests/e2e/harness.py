@@ -95,8 +95,12 @@ class Spec:
     is_pool_empty: bool = False
     """Whether the service is told of no endpoint at all."""
     picker: str = "off"
+    original_dst: bool = False
+    """Whether Envoy sends requests wherever the picker says, known to it or not."""
     flow_control: Mapping[str, Any] = field(default_factory=dict)
     requests: Mapping[str, Any] = field(default_factory=dict)
+    settlement: Mapping[str, Any] = field(default_factory=dict)
+    log_level: str = "info"
     edit_envoy: Edit | None = None
     """Changes the generated Envoy configuration, parsed, in place."""
     service: Sequence[str] = (str(Path(sys.executable).with_name("flowcontrol")),)
@@ -214,7 +218,8 @@ class Stack:
     async def start_service(self) -> None:
         """Start the service, again perhaps, and wait until it is ready."""
         self._starts += 1
-        command = (*self.spec.service, "serve", "--config", str(self.config))
+        options = ("--config", str(self.config), "--log-level", self.spec.log_level)
+        command = (*self.spec.service, "serve", *options)
         self._service = Process(command, self.directory / f"service-{self._starts}.log")
         if self._starts == 1:
             self._configure_envoy()  # meanwhile
@@ -280,6 +285,7 @@ class Stack:
             "saturation": {"maxConcurrency": spec.max_concurrency},
             "flowControl": dict(spec.flow_control),
             "requests": dict(spec.requests),
+            "settlement": dict(spec.settlement),
             "direct": {"tls": self._tls()},
         }
 
@@ -305,16 +311,14 @@ class Stack:
                 EnvoyTls,
                 bootstrap,
             )
-        files = (
-            [str(self.spec.pems / f"{name}.pem") for name in ("ca", "envoy", "envoy-key")]
-            if self.spec.pems
-            else []
-        )
+        names = ("ca", "envoy", "envoy-key") if self.spec.pems else ()
+        files = [str(self.spec.pems / f"{name}.pem") for name in names if self.spec.pems]
         options = EnvoyOptions(
             listen=self.gateway,
             admin=self.admin,
             ext_proc=self.ext_proc if self.spec.door == "grpcio" else None,
             tls=EnvoyTls(*files) if files else None,
+            original_dst=self.spec.original_dst,
         )
         configuration = yaml.safe_load(bootstrap(load_settings(self.config), options))
         if self.spec.edit_envoy is not None:

@@ -16,9 +16,9 @@ from typing import Any, cast, final
 
 import structlog
 
-from flowcontrol.config import ControllerConfig
+from flowcontrol.config import Concurrency, ControllerConfig
 from flowcontrol.events import DrainBegan
-from server.classify import ExemptPaths, RequestFacts
+from server.classify import ExemptPaths, Intake, RequestFacts
 from server.direct_calls import Terms
 from server.direct_line import Line
 from server.gate import FlowGate
@@ -82,12 +82,12 @@ async def talk(pieces: list[bytes]) -> bytes:
     over = asyncio.Event()
     ended: list[int] = []
     gate = FlowGate(
-        ControllerConfig(in_flight_max=3),
+        ControllerConfig(detectors=(Concurrency(requests_max=3),)),
         20,  # beyond it requests are refused on the spot
         lambda parked, _decision: ended.append(parked.request_id),
         lambda _fault: over.set(),
     )
-    terms = Terms(gate=gate, exempt=ExemptPaths(("/",)), continue_on_fault=False, limits=LIMITS)
+    terms = Terms(gate=gate, intake=Intake(exempt=ExemptPaths(("/",))), limits=LIMITS)
     transport, lines = Transport(), set[Line]()
     line = Line(terms, lines, lambda: None)
     line.connection_made(cast("asyncio.Transport", transport))
