@@ -107,10 +107,9 @@ class Server(stage.Running):
 
     async def until(self, **wanted: int) -> None:
         """Wait until it is in this state."""
-        while {
-            name: count for name, count in (await self.state()).items() if name in wanted
-        } != wanted:
-            await asyncio.sleep(0.002)
+        state: dict[str, int] = {}
+        while {name: state.get(name) for name in wanted} != wanted:
+            state = await self.state()
 
     def open(self) -> None:
         """Give the pool its first endpoint."""

@@ -41,7 +41,8 @@ wrk.path = "/v1/chat/completions"
 wrk.headers["content-type"] = "application/json"
 wrk.headers["x-llm-d-inference-objective"] = "chat"
 wrk.headers["x-llm-d-inference-fairness-id"] = "tenant-a"
-wrk.body = '{{"model": "llama", "messages": [{{"role": "user", "content": "' .. string.rep("x", {size}) .. '"}}]}}'
+local prompt = string.rep("x", {size})
+wrk.body = '{{"model": "llama", "messages": [{{"role": "user", "content": "' .. prompt .. '"}}]}}'
 """
 _UNIT_MS = {"us": 0.001, "ms": 1.0, "s": 1000.0}
 
@@ -138,7 +139,8 @@ def report(load: str, figures: dict[str, list[Figures]]) -> list[str]:
     connections, size = LOADS[load]
     lines = [f"{load}: {connections} connections, {size or 'small'} bytes of prompt"]
     lines.append(
-        f"  {'':12} {'requests/s':>24} {'p50 ms':>22} {'p99 ms':>22} {'processor us':>24} {'Envoy us':>22}"
+        f"  {'':12} {'requests/s':>24} {'p50 ms':>22} {'p99 ms':>22}"
+        f" {'processor us':>24} {'Envoy us':>22}"
     )
     for name, runs in figures.items():
         cells = (
