@@ -197,6 +197,8 @@ def envoy(
     config: Path,
     processor: int | None,
     edit: Callable[[Any], None] | None = None,
+    *,
+    is_bare: bool = False,
 ) -> Iterator[Gateway]:
     """Run Envoy with the configuration the product generates.
 
@@ -206,18 +208,20 @@ def envoy(
         config: the service's configuration.
         processor: port of the external processor; None for Envoy without one.
         edit: changes the configuration in place.
+        is_bare: without what serves flowcontrol alone: reading of bodies, access log.
     """
     listen, admin = (Address(HOST, port) for port in free_ports(2))
     target = Address(HOST, processor or 1)
     options = EnvoyOptions(listen=listen, admin=admin, ext_proc=target)
     content = yaml.safe_load(bootstrap(load_settings(config), options))
     resources = content["static_resources"]
-    if processor is None:
-        manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
-        del manager["http_filters"][0]
-        del resources["clusters"][0]
-    else:
-        del resources["clusters"][0]["health_checks"]  # the C++ processor has no health
+    manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    if is_bare or processor is None:  # no reading of bodies, no access log for settlement
+        needed = ("envoy.filters.http.router", "envoy.filters.http.ext_proc")[: 1 + bool(processor)]
+        manager["http_filters"] = [f for f in manager["http_filters"] if f["name"] in needed]
+        manager["access_log"] = [f for f in manager["access_log"] if "grpc" not in f["name"]]
+    for each in resources["clusters"]:
+        each.pop("health_checks", None)  # the C++ processor has no health
     if edit is not None:
         edit(content)
     path = directory / f"{name}.yaml"

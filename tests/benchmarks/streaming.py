@@ -55,7 +55,9 @@ def main() -> None:
         slots = {"maxConcurrency": 1_000_000}
         gate = enter(stage.service(directory, "gate", endpoints=[port], saturation=slots))
         at_gate = enter(stage.envoy(directory, "envoy-gate", gate.config, gate.direct))
-        at_echo = enter(stage.envoy(directory, "envoy-echo", gate.config, noop_port, full_duplex))
+        at_echo = enter(
+            stage.envoy(directory, "envoy-echo", gate.config, noop_port, full_duplex, is_bare=True)
+        )
         contenders = {
             "direct door": Contender(at_gate, gate.process),
             "FULL_DUPLEX echo": Contender(at_echo, echo),

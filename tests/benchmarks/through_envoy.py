@@ -95,7 +95,11 @@ def contenders(directory: Path) -> Iterator[dict[str, Contender]]:
             name: Contender(
                 enter(
                     stage.envoy(
-                        directory, f"envoy-{name}".replace(" ", "-"), at_direct.config, port
+                        directory,
+                        f"envoy-{name}".replace(" ", "-"),
+                        at_direct.config,
+                        port,
+                        is_bare=name == "C++ no-op",
                     )
                 ),
                 process,
