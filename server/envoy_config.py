@@ -99,7 +99,17 @@ class EnvoyOptions:
 
 
 def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
-    """Return a bootstrap configuration as YAML."""
+    """Return a bootstrap configuration as YAML.
+
+    Raises:
+        FlowControlError: Envoy has no way to learn the endpoints by itself.
+    """
+    if settings.picker == "off" and not settings.endpoints.is_written:
+        reason = (
+            "envoy-config: endpoints from a file, SRV records or Kubernetes are known to this "
+            "service alone: set picker to least-loaded, or let your gateway route to the pool"
+        )
+        raise FlowControlError(reason)
     message = bootstrap_v3.Bootstrap(
         admin=bootstrap_v3.Admin(address=_socket(options.admin)),
         static_resources=bootstrap_v3.BootstrapStaticResources(
@@ -270,7 +280,7 @@ def _service_cluster(address: Address) -> cluster.Cluster:
 
 
 def _model_cluster(settings: Settings) -> cluster.Cluster:
-    discovery, family = _discovery(settings.endpoints.static)
+    discovery, family = _discovery(settings.endpoints.written)
     return cluster.Cluster(
         name="model_servers",
         type=discovery,
@@ -298,7 +308,7 @@ def _model_cluster(settings: Settings) -> cluster.Cluster:
                 ),
             )
         ),
-        load_assignment=_assignment("model_servers", settings.endpoints.static),
+        load_assignment=_assignment("model_servers", settings.endpoints.written),
     )
 
 

@@ -36,6 +36,12 @@ class ExtProcDoor:
         self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
         self._closing = asyncio.get_running_loop().create_future()
 
+    def reconfigure(self, exempt: ExemptPaths, *, continue_on_fault: bool, picks: bool) -> None:
+        """Take other settings, for streams that open or are answered from now on."""
+        self._exempt = exempt
+        self._continue_on_fault = continue_on_fault
+        self._picks = picks
+
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
         """Return what a grpc.aio server takes up."""
         process = grpc.stream_stream_rpc_method_handler(self._process)

@@ -1,6 +1,6 @@
 """Prometheus metrics, rendered from a snapshot: nothing is counted on the way of a request."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import final
 
@@ -17,12 +17,26 @@ from flowcontrol.snapshot import WAIT_BOUNDS_S, BandSnapshot, Snapshot
 
 @final
 class SnapshotCollector(Collector):
-    """Turns one snapshot into metric families; labels are priorities, outcomes and endpoints."""
+    """Turns one snapshot into metric families; labels are priorities, outcomes and endpoints.
 
-    def __init__(self, snapshot: Snapshot, inbox_refusals: int, objective_errors: int) -> None:
+    Args:
+        snapshot: of the engine.
+        inbox_refusals: requests the engine never saw.
+        objective_errors: mistakes met where objectives come from.
+        more: families of other parts of the service.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        inbox_refusals: int,
+        objective_errors: int,
+        more: Iterable[Metric] = (),
+    ) -> None:
         self._snapshot = snapshot
         self._inbox_refusals = inbox_refusals
         self._objective_errors = objective_errors
+        self._more = tuple(more)
 
     def registry(self) -> CollectorRegistry:
         """Return a registry that holds this collector alone."""
@@ -35,6 +49,7 @@ class SnapshotCollector(Collector):
         yield from self._pool()
         yield from self._bands()
         yield from self._totals()
+        yield from self._more
 
     def _pool(self) -> Iterator[Metric]:
         snapshot = self._snapshot
@@ -56,7 +71,7 @@ class SnapshotCollector(Collector):
                 "Requests that named an objective nobody declared.",
                 snapshot.unknown_objectives,
             ),
-            ("objective_errors", "Mistakes met in objective manifests.", self._objective_errors),
+            ("objective_errors", "Mistakes met in objectives.", self._objective_errors),
         ):
             yield CounterMetricFamily(f"flowcontrol_{name}", text, value)
         in_flight = GaugeMetricFamily(

@@ -16,9 +16,10 @@ from flowcontrol.simulation.gates import Engine, ForgetfulGate, OpenGate
 from flowcontrol.simulation.ledger import Slots
 from flowcontrol.simulation.plan import Plan
 from flowcontrol.simulation.pool import Balancer
-from server.scenario_parts import FaultSection, Priorities, Section, Servers, demand
+from server.scenario_parts import FaultSection, Priorities, Servers, demand
 from server.scenario_workloads import WorkloadSection
-from server.settings import Duration, FlowControl, Objectives, Saturation, Settings, problems_of
+from server.sections import Duration, Section
+from server.settings import FlowControl, Objectives, Saturation, Settings, problems_of
 from server.yamlfile import read_mapping
 
 EXTENDS_MAX = 8

@@ -22,11 +22,9 @@ from flowcontrol.simulation.faults import (
 )
 from flowcontrol.simulation.model_server import ModelServerConfig
 from flowcontrol.simulation.pool import ServerSpec
-from server import settings
-from server.settings import Duration
+from server.sections import Duration, Section
 from server.units import format_duration, parse_duration, parse_quantity
 
-Section = settings._Section  # noqa: SLF001 - the strictness of the configuration file
 _DEFAULT = ModelServerConfig()
 
 

@@ -1,6 +1,6 @@
 """Start, drain and crash, on one page.
 
-start: folder read ─▶ processor ─▶ doors open ─▶ health SERVING
+start: processor ─▶ sources known ─▶ doors open ─▶ health SERVING
 drain: SIGTERM ─▶ health NOT_SERVING, liveness stays ─▶ engine drains: refuses arrivals, decides
        what waits within the budget ─▶ streams in flight end politely ─▶ doors close ─▶ exit 0
 crash: the processor fails ─▶ every parked request is settled ─▶ all health NOT_SERVING ─▶ exit 1
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, final
 
 import grpc
@@ -20,16 +20,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from flowcontrol.errors import ListenError
-from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
+from flowcontrol.errors import ConfigError, FlowControlError, ListenError
+from flowcontrol.events import DrainBegan
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from server import admin, codec, logs
+from server.admin_objectives import ObjectiveAccess
 from server.classify import ExemptPaths
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate
 from server.metrics import SnapshotCollector
-from server.objectives import ObjectiveFolder
+from server.reload import Configuration
 from server.settings import Address, Settings
+from server.sources.feed import Feed
+from server.sources.measured import source_metrics
 from server.web import web_application
 
 ARRIVALS_MAX = 100_000
@@ -67,11 +70,11 @@ class Service:
 
     Args:
         settings: as read from the configuration file.
+        path: that file, followed while the service runs.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._folder = ObjectiveFolder(settings.objectives.directory, settings.pool)
+    def __init__(self, settings: Settings, path: Path) -> None:
+        self._configuration = Configuration(settings, path, self._reconfigure)
         self._ended: asyncio.Future[BaseException | None] = (
             asyncio.get_running_loop().create_future()
         )
@@ -85,6 +88,7 @@ class Service:
             continue_on_fault=settings.requests.on_internal_fault == "continue",
             picks=settings.picker != "off",
         )
+        self._feed = Feed(self._gate.post)
         self._health = HealthServicer()
         self._grpc_servers: list[grpc.aio.Server] = []
         self._web: web.AppRunner | None = None
@@ -96,13 +100,13 @@ class Service:
             ListenError: naming the address; nothing is left running.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        settings = self._configuration.settings
         self._gate.start()
-        self._change_objectives(self._folder.read())
-        addresses = tuple(str(address) for address in self._settings.endpoints.static)
-        self._gate.post(EndpointsChanged(addresses))
         try:
+            await self._feed.start(settings)
             await self._open_doors()
-        except ListenError:
+        except FlowControlError:
+            await self._feed.stop()
             self._gate.post(DrainBegan(0))
             await self._ended
             self._gate.join(JOIN_TIMEOUT_S)
@@ -114,12 +118,17 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._drain, number.name)
         await self._tell_health()
-        following = asyncio.create_task(self._folder.follow(self._change_objectives))
+        following = asyncio.create_task(self._configuration.follow())
         following.add_done_callback(self._following_ended)
-        listen = self._settings.listen.model_dump()
-        _log.info("service_started", pool=self._settings.pool, listen=listen)
+        _log.info(
+            "service_started",
+            pool=settings.pool,
+            listen=settings.listen.model_dump(),
+            configuration=self._configuration.hash,
+        )
         fault = await self._ended
         following.cancel()
+        await self._feed.stop()
         self._is_serving = False
         await self._tell_health(is_live=fault is None)
         self._gate.join(JOIN_TIMEOUT_S)
@@ -127,19 +136,34 @@ class Service:
         _log.info("service_stopped", exit_status=int(fault is not None))
         return int(fault is not None)
 
-    def _change_objectives(self, priorities: Mapping[str, int]) -> None:
-        self._gate.post(ObjectivesChanged(priorities))
-        _log.info("objectives_changed", objectives=dict(priorities))
+    async def _reconfigure(self, settings: Settings) -> None:
+        """Put other settings into force, or raise and change nothing."""
+        if settings.controller_config() != self._configuration.settings.controller_config():
+            message = "flowControl, saturation and picker cannot change while the service runs"
+            raise ConfigError([message])
+        await self._feed.apply(settings)
+        self._door.reconfigure(
+            ExemptPaths(settings.requests.exempt_paths),
+            continue_on_fault=settings.requests.on_internal_fault == "continue",
+            picks=settings.picker != "off",
+        )
+
+    def _objective_access(self) -> ObjectiveAccess:
+        def is_open() -> bool:
+            api = self._configuration.settings.objectives.api
+            return api is not None and api.allow == "anyone"
+
+        return ObjectiveAccess(lambda: self._feed.store, is_open, self._feed.problems)
 
     def _following_ended(self, following: asyncio.Task[None]) -> None:
         if not following.cancelled():
-            _log.error("objectives_not_followed", error=repr(following.exception()))
+            _log.error("configuration_not_followed", error=repr(following.exception()))
 
     def _drain(self, cause: str) -> None:
         if not self._is_serving:
             return
         self._is_serving = False
-        budget_ns = self._settings.flow_control.drain_budget
+        budget_ns = self._configuration.settings.flow_control.drain_budget
         _log.info("drain_began", cause=cause, budget_ms=budget_ns / 1e6)
         task = asyncio.ensure_future(self._tell_health())
         task.add_done_callback(lambda _task: self._gate.post(DrainBegan(budget_ns)))
@@ -164,11 +188,14 @@ class Service:
         await self._health.set(LIVE_NAME, _Status.SERVING if is_live else _Status.NOT_SERVING)
 
     async def _open_doors(self) -> None:
-        listen = self._settings.listen
+        listen = self._configuration.settings.listen
         main = grpc.aio.server(options=GRPC_OPTIONS)
         main.add_generic_rpc_handlers((self._door.handler(),))
         api_grpc.add_FlowControlServicer_to_server(
-            admin.FlowControlServicer(self._gate, self._settings.pool), main
+            admin.FlowControlServicer(
+                self._gate, self._configuration.settings.pool, self._objective_access()
+            ),
+            main,
         )
         probes = grpc.aio.server(options=GRPC_OPTIONS)
         health = (_HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -199,7 +226,13 @@ class Service:
 
     async def _metrics(self) -> SnapshotCollector:
         snapshot = await self._gate.snapshot()
-        return SnapshotCollector(snapshot, self._gate.inbox_refusals, self._folder.error_count)
+        errors = self._feed.error_counts().items()
+        return SnapshotCollector(
+            snapshot,
+            self._gate.inbox_refusals,
+            sum(count for name, count in errors if name.startswith("objectives.")),
+            source_metrics(self._feed, self._configuration),
+        )
 
 
 def _bind(server: grpc.aio.Server, address: Address) -> None:

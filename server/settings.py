@@ -3,25 +3,18 @@
 Every model field carries its meaning as a docstring; the README's reference is generated from them.
 """
 
-import re
-from ipaddress import ip_address
 from pathlib import Path
-from socket import AF_INET6, inet_ntop, inet_pton
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    PlainSerializer,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic.alias_generators import to_camel
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails
 
 from flowcontrol.config import (
     BandSettings,
@@ -33,8 +26,22 @@ from flowcontrol.config import (
     Picker,
 )
 from flowcontrol.errors import ConfigError
-from server.units import parse_duration, parse_quantity
+from server.addresses import Address, HostPort, parse_address
+from server.sections import Duration, Limit, Section, broken, switched_off, written
+from server.settings_sources import Endpoints, Given, Kubernetes, Load, Objectives, left_out
 from server.yamlfile import read_mapping
+
+__all__ = [
+    "Address",
+    "Duration",
+    "FlowControl",
+    "Objectives",
+    "Saturation",
+    "Settings",
+    "load_settings",
+    "parse_address",
+    "problems_of",
+]
 
 ENVOY_PATIENCE_MAX_NS = 3_600_000_000_000
 """The longest message_timeout Envoy accepts: no wait can outlast it."""
@@ -42,99 +49,14 @@ ENVOY_MARGIN_NS = 30_000_000_000
 """Envoy waits this much longer than the longest wait we allow: the decision is always ours."""
 
 
-def _rule(text: str) -> PydanticCustomError:
-    return PydanticCustomError("rule", "{rule}", {"rule": text})
-
-
-def _duration(value: object) -> object:
-    duration_ns = parse_duration(value) if isinstance(value, str) else None
-    if duration_ns is None or duration_ns <= 0:
-        rule = "must be a duration above zero such as 500ms, 60s or 5m"
-        raise _rule(rule)
-    return duration_ns
-
-
-def _limit(value: object) -> object:
-    if value == "unlimited":
-        return None
-    if isinstance(value, str):
-        value = parse_quantity(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        rule = "must be a whole number from 0 such as 500, 20k or 4Gi, or the word unlimited"
-        raise _rule(rule)
-    return value
-
-
-_ADDRESS_RULE = "must be host:port with a port from 1 to 65535, such as 10.0.0.5:8000 or [::1]:8000"
-
-
-class Address(NamedTuple):
-    """A host and a port; an IPv6 host stands in brackets when written."""
-
-    host: str
-    port: int
-
-    @property
-    def is_ip(self) -> bool:
-        """Whether the host is an IP address, not a name."""
-        try:
-            ip_address(self.host)
-        except ValueError:
-            return False
-        return True
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-
-def parse_address(value: object) -> Address:
-    """Read host:port, or raise what pydantic reports as a rule."""
-    match = re.fullmatch(r"(?:\[([^\s\[\]]+)\]|([^\s:\[\]/]+)):(\d{1,5})", str(value))
-    if match is None or not 0 < int(match[3]) <= 65535:  # noqa: PLR2004 - the largest port
-        raise _rule(_ADDRESS_RULE)
-    host = match[2]
-    if host is None:
-        address, percent, zone = match[1].partition("%")
-        try:  # in one spelling only: Envoy's
-            host = inet_ntop(AF_INET6, inet_pton(AF_INET6, address)) + percent + zone
-        except OSError as error:
-            raise _rule(_ADDRESS_RULE) from error
-    return Address(host, int(match[3]))
-
-
-def _switched_off(value: object) -> object:
-    return "off" if value is False else value  # YAML reads a bare off as false
-
-
-Duration = Annotated[int, BeforeValidator(_duration)]
-Limit = Annotated[int | None, BeforeValidator(_limit)]
-HostPort = Annotated[Address, BeforeValidator(parse_address), PlainSerializer(str)]
-
-
-def _written(default: str, alias: str | None = None) -> Any:
-    """Return a field whose default is given as one would write it in the file."""
-    return Field(default=default, alias=alias)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        alias_generator=to_camel,
-        validate_default=True,
-        use_attribute_docstrings=True,
-    )
-
-
-class Listen(_Section):
+class Listen(Section):
     """Where the service listens, each as host:port."""
 
-    ext_proc: HostPort = _written("0.0.0.0:9002")
+    ext_proc: HostPort = written("0.0.0.0:9002")
     """gRPC: Envoy's ext_proc streams, our own API, health and reflection."""
-    health: HostPort = _written("0.0.0.0:9003")
+    health: HostPort = written("0.0.0.0:9003")
     """gRPC health alone, for probes."""
-    http: HostPort = _written("0.0.0.0:9090")
+    http: HostPort = written("0.0.0.0:9090")
     """HTTP: /metrics, /healthz, /readyz."""
 
     @model_validator(mode="after")
@@ -142,44 +64,11 @@ class Listen(_Section):
         ports = [self.ext_proc.port, self.health.port, self.http.port]
         if len(set(ports)) != len(ports):
             rule = "must name three different ports"
-            raise _rule(rule)
+            raise broken(rule)
         return self
 
 
-class Objectives(_Section):
-    """Where InferenceObjectives come from."""
-
-    directory: Path
-    """Folder of InferenceObjective manifests (*.yaml, *.yml), followed live.
-    A relative path starts at the configuration file."""
-
-    @field_validator("directory")
-    @classmethod
-    def _is_a_folder(cls, value: Path, info: ValidationInfo) -> Path:
-        directory = (info.context or {}).get("directory", Path()) / value
-        if not directory.is_dir():
-            rule = f"must be a folder, got {str(directory)!r}"
-            raise _rule(rule)
-        return Path(directory)
-
-
-class Endpoints(_Section):
-    """The model servers of the pool."""
-
-    static: tuple[HostPort, ...]
-    """Addresses as host:port. An empty list is an empty pool: everything waits."""
-
-    @field_validator("static")
-    @classmethod
-    def _each_once(cls, value: tuple[Address, ...]) -> tuple[Address, ...]:
-        twice = sorted({str(address) for address in value if value.count(address) > 1})
-        if twice:
-            rule = f"must name each endpoint once, {', '.join(twice)} comes again"
-            raise _rule(rule)
-        return value
-
-
-class Saturation(_Section):
+class Saturation(Section):
     """When the pool is full."""
 
     detector: Literal["concurrency"] = "concurrency"
@@ -188,7 +77,7 @@ class Saturation(_Section):
     """Requests in flight at one endpoint at which it is full. About what the engine batches."""
 
 
-class BandMatch(_Section):
+class BandMatch(Section):
     """Which bands a template is for."""
 
     min_priority: int | None = Field(default=None, strict=True)
@@ -202,18 +91,18 @@ class BandMatch(_Section):
             return self
         if self.min_priority > self.max_priority:
             rule = "must have minPriority <= maxPriority"
-            raise _rule(rule)
+            raise broken(rule)
         return self
 
 
-class Band(_Section):
+class Band(Section):
     """A template: settings for the bands it matches. It creates no band; objectives do."""
 
     match: BandMatch = BandMatch()
     """Which bands; all when left out."""
-    max_requests: Limit = _written("unlimited")
+    max_requests: Limit = written("unlimited")
     """Requests that may wait in such a band. 0: none may wait."""
-    max_bytes: Limit = _written("unlimited")
+    max_bytes: Limit = written("unlimited")
     """Announced bytes that may wait in such a band."""
     request_ttl: Duration | None = Field(default=None, alias="requestTTL")
     """Longest wait in such a band while the pool has endpoints; flowControl.requestTTL if unset."""
@@ -223,18 +112,18 @@ class Band(_Section):
     """Within a flow. fcfs: first come, first served."""
 
 
-class FlowControl(_Section):
+class FlowControl(Section):
     """The queue."""
 
     max_requests: Limit = Field(default=20_000)
     """Requests that may wait in all bands together. 0: none may wait."""
-    max_bytes: Limit = _written("4Gi")
+    max_bytes: Limit = written("4Gi")
     """Announced bytes (content-length) that may wait in all. Envoy holds them, not this service."""
-    request_ttl: Duration = _written("60s", alias="requestTTL")
+    request_ttl: Duration = written("60s", alias="requestTTL")
     """Longest wait while the pool has endpoints. Evicted exactly then, with 429."""
-    no_endpoint_ttl: Duration = _written("300s", alias="noEndpointTTL")
+    no_endpoint_ttl: Duration = written("300s", alias="noEndpointTTL")
     """Longest wait while the pool is empty. Evicted exactly then, with 503."""
-    drain_budget: Duration = _written("30s")
+    drain_budget: Duration = written("30s")
     """After SIGTERM, how long waiting requests may still be dispatched before they get 503."""
     bands: tuple[Band, ...] = ()
     """Templates; the first that matches a band's priority counts."""
@@ -247,7 +136,7 @@ class FlowControl(_Section):
                 f"must keep the longest requestTTL + noEndpointTTL within {seconds}s: "
                 "Envoy gives up on a parked request after at most an hour"
             )
-            raise _rule(rule)
+            raise broken(rule)
         return self
 
     @property
@@ -258,7 +147,7 @@ class FlowControl(_Section):
         return max(ttls) + self.no_endpoint_ttl
 
 
-class Requests(_Section):
+class Requests(Section):
     """How requests are read."""
 
     exempt_paths: tuple[str, ...] = (
@@ -275,11 +164,11 @@ class Requests(_Section):
         wrong = [path for path in value if not path.startswith("/") or "*" in path[:-1]]
         if wrong:
             rule = "must be paths that begin with / and have * only at the end"
-            raise _rule(rule)
+            raise broken(rule)
         return value
 
 
-class Settings(_Section):
+class Settings(Section):
     """The whole file."""
 
     api_version: Literal["flowcontrol/v1alpha1"]
@@ -291,7 +180,9 @@ class Settings(_Section):
     listen: Listen = Listen()
     objectives: Objectives
     endpoints: Endpoints
-    picker: Annotated[Literal["off", "least-loaded"], BeforeValidator(_switched_off)] = "off"
+    load: Annotated[Load | None, Given] = left_out()
+    kubernetes: Kubernetes = Kubernetes()
+    picker: Annotated[Literal["off", "least-loaded"], BeforeValidator(switched_off)] = "off"
     """Who chooses the endpoint. off: Envoy; least-loaded: this service, at dispatch."""
     saturation: Saturation = Saturation()
     flow_control: FlowControl = FlowControl()
@@ -299,13 +190,14 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _picked_by_address(self) -> Self:
-        names = [str(address) for address in self.endpoints.static if not address.is_ip]
+        static = self.endpoints.static or ()
+        names = [str(address) for address in static if not address.is_ip]
         if self.picker != "off" and names:
             rule = (
                 "picker must be off while endpoints.static has host names, as Envoy knows a picked "
                 f"endpoint by its IP address alone, got {', '.join(names)}"
             )
-            raise _rule(rule)
+            raise broken(rule)
         return self
 
     @property
@@ -358,7 +250,11 @@ def problems_of(error: ValidationError) -> list[str]:
 
 _RULES = {
     "literal_error": "must be {expected}",
+    "bool_type": "must be true or false",
     "greater_than_equal": "must be >= {ge}",
+    "less_than_equal": "must be <= {le}",
+    "string_too_long": "must have at most {max_length} characters",
+    "too_long": "must have at most {max_length}, got {actual_length}",
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",

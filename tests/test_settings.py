@@ -21,6 +21,7 @@ from flowcontrol.config import (
 )
 from server.cli import main
 from server.settings import Address, Settings, load_settings, parse_address
+from server.settings_difference import settings_hash
 
 BAD_CONFIGS = sorted((Path(__file__).parent / "bad_config").glob("*.yaml"))
 EXAMPLE = Path(__file__).parents[1] / "envoy" / "flowcontrol.yaml"
@@ -126,7 +127,7 @@ class TestGoodConfig:
         """A good file is confirmed by name, with exit status 0."""
         result = check(config)
 
-        assert result.stdout == f"{config}: ok\n"
+        assert result.stdout == f"{config}: ok, hash {settings_hash(load_settings(config))}\n"
         assert not result.stderr
         assert result.exit_code == 0
 

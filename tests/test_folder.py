@@ -13,7 +13,7 @@ import structlog
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
-from server.objectives import ObjectiveFolder
+from server.sources.folder import ObjectiveFolder
 
 NEW, OLD = "llm-d.ai/v1alpha2", "inference.networking.x-k8s.io/v1alpha2"
 TIMEOUT_S = 3.0
