@@ -233,7 +233,7 @@ class TestGate:
             "response_trailer_mode": "SEND",
         }
         assert addresses_of(cluster_of(configuration, "model_servers")) == list(
-            load_settings(settings_file).endpoints.static
+            load_settings(settings_file).endpoints.written
         )
 
     def test_generated_says_the_same(self) -> None:

@@ -173,6 +173,7 @@ class TestObjectivesDirectory:
 
         settings = load_settings(Path("../etc/flowcontrol.yaml"))
 
+        assert settings.objectives.directory is not None
         assert settings.objectives.directory.samefile(tmp_path / "etc" / "objectives")
 
     def test_absolute(self, tmp_path: Path) -> None:
@@ -352,7 +353,7 @@ class TestExample:
 
         config = settings.controller_config()
         assert settings.pool == "llama"
-        assert len(settings.endpoints.static) == 3
+        assert len(settings.endpoints.written) == 3
         assert settings.objectives.directory == EXAMPLE.parent / "objectives"
         assert config.in_flight_max == 16
         assert config.settings_for(10).limits == Limits(requests_max=5000)

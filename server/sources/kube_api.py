@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self, final
 
 import aiohttp
+import yaml
 
 from flowcontrol.errors import FlowControlError
 from server.settings_sources import Kubernetes
@@ -79,7 +80,7 @@ class KubeApi:
                 )
                 current: Any = loader.current_context
                 namespace = namespace or current["context"].get("namespace")
-        except (config.ConfigException, OSError, TypeError, KeyError) as error:
+        except (config.ConfigException, yaml.YAMLError, OSError, TypeError, KeyError) as error:
             message = f"kubernetes: no usable credentials: {error}"
             raise FlowControlError(message) from error
         return cls(client.ApiClient(configuration), namespace or "default")

@@ -93,6 +93,9 @@ class Reflector:
             except ApiError as error:
                 self._refused(error, changed)
                 wait_s = error.retry_after_s
+            except ValueError as error:
+                self._version = None
+                self._failed(f"no JSON: {error}")
             except UNREACHABLE as error:
                 self._failed(f"{type(error).__name__}: {error}".rstrip(": "))
             await asyncio.sleep(max(self._backoff.next_s(), min(wait_s or 0, RETRY_LONGEST_S)))
