@@ -13,6 +13,7 @@ from server.sources.orca import HEADERS, LENGTH_MAX, LoadReport, read_report
 HEADER = HEADERS[0]
 NAMED = {"kv_cache_usage_perc": 0.4, "num_requests_waiting": 3.0}
 EXPECTED = LoadReport(waiting=3, running=None, kv_usage=0.4, utilization=None)
+VLLM = "named_metrics.kv_cache_usage_perc=0.4, named_metrics.num_requests_waiting=3.0"
 BINARY = base64.b64encode(OrcaLoadReport(named_metrics=NAMED).SerializeToString()).decode()
 JSON = '{"named_metrics": {"kv_cache_usage_perc": 0.4, "num_requests_waiting": 3.0}}'
 
@@ -26,8 +27,7 @@ class TestFormats:
             # vLLM's, character by character
             (
                 HEADER,
-                "TEXT named_metrics.kv_cache_usage_perc=0.4, "
-                "named_metrics.num_requests_waiting=3.0",
+                f"TEXT {VLLM}",
             ),
             (HEADER, f"JSON {JSON}"),
             # Envoy's

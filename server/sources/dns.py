@@ -49,6 +49,9 @@ class _Answer(NamedTuple):
     """How long the answer may be kept; None: it does not say."""
 
 
+_Question = Callable[[aiodns.DNSResolver], Awaitable[_Answer]]
+
+
 @final
 class DnsEndpoints:
     """Resolves names to endpoints. Owner: the loop.
@@ -63,6 +66,7 @@ class DnsEndpoints:
         self.problems: dict[str, str] = {}
         """Those that last got none, by name."""
         self._settings = settings
+        self._servers = [str(address) for address in settings.servers] or None
         self._known: dict[str, frozenset[str]] = {}
         self._asked: set[str] = set()
         self._told: frozenset[str] | None = None
@@ -73,32 +77,29 @@ class DnsEndpoints:
 
         The first time, once every name has been asked and any has answered.
         """
-        resolver = aiodns.DNSResolver(timeout=TIMEOUT_S, tries=TRIES)
-        if self._settings.servers:
-            resolver.nameservers = [str(address) for address in self._settings.servers]
-        questions: dict[str, Callable[[], Awaitable[_Answer]]] = {
-            str(name): partial(self._of_name, resolver, name) for name in self._settings.names
+        questions: dict[str, _Question] = {
+            str(name): partial(self._of_name, name=name) for name in self._settings.names
         }
-        questions |= {name: partial(self._of_srv, resolver, name) for name in self._settings.srv}
-        try:
-            async with asyncio.TaskGroup() as group:
-                for name, ask in questions.items():
-                    group.create_task(self._keep_asking(name, ask, len(questions), changed))
-        finally:
-            await resolver.close()
+        questions |= {name: partial(self._of_srv, name=name) for name in self._settings.srv}
+        async with asyncio.TaskGroup() as group:
+            for name, ask in questions.items():
+                group.create_task(self._keep_asking(name, ask, len(questions), changed))
 
     async def _keep_asking(
         self,
         name: str,
-        ask: Callable[[], Awaitable[_Answer]],
+        ask: _Question,
         question_count: int,
         changed: Callable[[tuple[Endpoint, ...]], None],
     ) -> None:
         interval_s = max(self._settings.interval / 1e9, SOONEST_S)
         backoff = Backoff(SOONEST_S / 2, interval_s, self._chance.random)
         while True:
+            # A new one for every question, at 0.1 ms: each reads the system's configuration anew,
+            # and none has a cache, which would keep an answer as long as it lives.
+            resolver = aiodns.DNSResolver(self._servers, timeout=TIMEOUT_S, tries=TRIES)
             try:
-                answer = await ask()
+                answer = await ask(resolver)
             except aiodns.error.DNSError as error:
                 self.error_count += 1
                 if name not in self.problems:
@@ -112,6 +113,8 @@ class DnsEndpoints:
                 self._known[name] = answer.addresses
                 lives_s = interval_s if answer.lives_s is None else answer.lives_s
                 wait_s = min(interval_s, max(lives_s, SOONEST_S))
+            finally:
+                await resolver.close()
             self._asked.add(name)
             if len(self._asked) == question_count and self._known:
                 self._tell(changed)
