@@ -15,6 +15,7 @@ from flowcontrol.events import LoadObserved
 from server.settings_sources import Load
 from server.sources.health import Health
 from server.sources.scraper import PAGE_BYTES_MAX, Result, Scraper
+from tests.e2e.harness import free_port
 from tests.told import Told, eventually
 
 PAGE = b"vllm:num_requests_waiting 3\nvllm:num_requests_running 8\nvllm:kv_cache_usage_perc 0.5\n"
@@ -218,16 +219,17 @@ class TestBadPages:
 class TestDown:
     """Nobody listens."""
 
-    async def test_down_and_up(self, unused_tcp_port: int) -> None:
+    async def test_down_and_up(self) -> None:
         """Three attempts at which nobody listens take an endpoint out; an answer brings it back."""
-        address = f"127.0.0.1:{unused_tcp_port}"
+        port = free_port()
+        address = f"127.0.0.1:{port}"
         async with asking(address, unreachableAfter=3) as (scraper, _told, changes):
             await eventually(lambda: changes)
             assert changes == [(address, False)]
             assert scraper.results[Result.REFUSED] >= 3
             application = web.Application()
             application.router.add_get("/metrics", failing)
-            async with TestServer(application, port=unused_tcp_port):
+            async with TestServer(application, port=port):
                 await eventually(lambda: len(changes) == 2)
 
         assert changes == [(address, False), (address, True)]
