@@ -93,12 +93,12 @@ class TestObjectives:
         fake.put(NEW, objective("mine", 1, group="inference.networking.k8s.io"))
         fake.put(NEW, objective("other", 2, pool="qwen"))
         fake.put(NEW, objective("service", 3, kind="Service"))
-        fake.put(NEW, objective("foreign", 4, group="example.org"))
+        fake.put(NEW, objective("defaulted", 4, group="llm-d.ai"))  # as the CRD fills it in
         async with followed(kubeconfig) as (source, told):
-            await told.until_equal({"mine": 1})
+            await told.until_equal({"mine": 1, "defaulted": 4})
             await fake.until_asked("GET", NEW, watch="1")
             fake.put(NEW, objective("other", 2, pool="llama"))
-            await told.until_equal({"mine": 1, "other": 2})
+            await told.until_equal({"mine": 1, "defaulted": 4, "other": 2})
 
             assert source.error_count == 0
 

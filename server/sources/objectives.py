@@ -13,7 +13,7 @@ NAME_LENGTH_MAX = 253
 OBJECTIVES_MAX = 10_000
 """More than this many in one place are a mistake."""
 PRIORITY_MAX = 2**31 - 1
-_POOL_GROUPS = ("inference.networking.k8s.io", "inference.networking.x-k8s.io")
+POOL_KIND = "InferencePool"
 
 
 class Objective(NamedTuple):
@@ -29,9 +29,10 @@ class MalformedObjectiveError(Exception):
 
 
 class _PoolRef(BaseModel):
+    """Its group is not looked at: llm-d.ai's CRD fills in llm-d.ai, which has no InferencePool."""
+
     name: str
-    group: str = _POOL_GROUPS[0]
-    kind: str = "InferencePool"
+    kind: str = POOL_KIND
 
 
 class _Spec(BaseModel):
@@ -73,7 +74,7 @@ def read_objective(document: Any, pool: str) -> Objective | None:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise MalformedObjectiveError("; ".join(problems)) from error
     ref = manifest.spec.poolRef
-    if ref.name != pool or ref.kind != "InferencePool" or ref.group not in _POOL_GROUPS:
+    if ref.name != pool or ref.kind != POOL_KIND:
         return None
     return Objective(manifest.metadata.name, manifest.spec.priority, group)
 
