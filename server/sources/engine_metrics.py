@@ -57,22 +57,11 @@ class _Sample(NamedTuple):
 
 Samples = Mapping[str, list[_Sample]]
 """By metric name."""
-_NAMES = (
-    *("vllm:num_requests_waiting", "vllm:num_requests_running"),
-    *("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
-    *("sglang:num_queue_reqs", "sglang:num_running_reqs", "sglang:token_usage"),
-    *("tgi_queue_size", "tgi_batch_current_size"),
-    *("nv_trt_llm_request_metrics", "nv_trt_llm_kv_cache_block_metrics"),
-    "nv_inference_pending_request_count",
-    *("llamacpp:requests_deferred", "llamacpp:requests_processing"),
-    "llamacpp:kv_cache_usage_ratio",
-)
-_LINE = re.compile(
-    rb"^(%b)(?:\{([^\n]*)\})?[ \t]+([^\s]+)" % b"|".join(name.encode() for name in _NAMES),
-    re.MULTILINE,
-)
-"""One pass over the page in C: a page of vLLM's has a thousand lines, of which four matter."""
+_REST = re.compile(rb"(?:\{([^\n]*)\})?[ \t]+([^\s]+)")
+"""What follows the name: labels, perhaps, and the value."""
 _LABEL = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)="((?:[^"\\]|\\.)*)"')
+_SERIES_MAX = 1000
+"""Of one metric; more are not looked at."""
 
 
 def read_load(page: bytes, engine: Engine | None = None) -> EngineLoad | None:
@@ -82,17 +71,36 @@ def read_load(page: bytes, engine: Engine | None = None) -> EngineLoad | None:
         page: Prometheus's text format, or anything else.
         engine: whose page it is; None: whoever's names are found in it.
     """
-    samples: dict[str, list[_Sample]] = {}
-    for name, labels, text in _LINE.findall(page):
-        value = _number(text)
-        if value is not None:
-            said = dict(_LABEL.findall(labels.decode(errors="replace")))
-            samples.setdefault(name.decode(), []).append(_Sample(said, value))
     for each in Engine if engine is None else (engine,):
-        load = _READERS[each](samples)
-        if load is not None:
-            return load
+        names, read = _ENGINES[each]
+        if any(name.encode() in page for name in names[:2]):
+            load = read({name: _series(page, name.encode()) for name in names})
+            if load is not None:
+                return load
     return None
+
+
+def _series(page: bytes, name: bytes) -> list[_Sample]:
+    """Return the series of one metric.
+
+    Found by its name rather than line by line: a page of vLLM's has a thousand lines, of which four
+    matter, and to match each took five times as long.
+    """
+    found: list[_Sample] = []
+    at = page.find(name)
+    for _ in range(_SERIES_MAX):
+        if at < 0:
+            break
+        end = page.find(b"\n", at)
+        end = len(page) if end < 0 else end
+        is_line = at == 0 or page[at - 1 : at] == b"\n"
+        match = _REST.match(page, at + len(name), end) if is_line else None
+        value = _number(match[2]) if match else None
+        if match is not None and value is not None:
+            labels = (match[1] or b"").decode(errors="replace")
+            found.append(_Sample(dict(_LABEL.findall(labels)), value))
+        at = page.find(name, end)
+    return found
 
 
 def _vllm(samples: Samples) -> EngineLoad | None:
@@ -146,13 +154,35 @@ def _llamacpp(samples: Samples) -> EngineLoad | None:
     )
 
 
-_READERS: Mapping[Engine, Callable[[Samples], EngineLoad | None]] = {
-    Engine.VLLM: _vllm,
-    Engine.SGLANG: _sglang,
-    Engine.TGI: _tgi,
-    Engine.TRITON: _triton,
-    Engine.LLAMACPP: _llamacpp,
+_ENGINES: Mapping[Engine, tuple[tuple[str, ...], Callable[[Samples], EngineLoad | None]]] = {
+    Engine.VLLM: (
+        (
+            *("vllm:num_requests_waiting", "vllm:num_requests_running"),
+            *("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
+        ),
+        _vllm,
+    ),
+    Engine.SGLANG: (
+        ("sglang:num_queue_reqs", "sglang:num_running_reqs", "sglang:token_usage"),
+        _sglang,
+    ),
+    Engine.TGI: (("tgi_queue_size", "tgi_batch_current_size"), _tgi),
+    Engine.TRITON: (
+        (
+            *("nv_trt_llm_request_metrics", "nv_inference_pending_request_count"),
+            "nv_trt_llm_kv_cache_block_metrics",
+        ),
+        _triton,
+    ),
+    Engine.LLAMACPP: (
+        (
+            *("llamacpp:requests_deferred", "llamacpp:requests_processing"),
+            "llamacpp:kv_cache_usage_ratio",
+        ),
+        _llamacpp,
+    ),
 }
+"""The names of each engine, and what is made of them; without the first two there is no load."""
 
 
 def _load(waiting: float | None, running: float | None, usage: float | None) -> EngineLoad | None:
