@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, final
 
@@ -20,17 +21,21 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from flowcontrol.errors import ConfigError, FlowControlError, ListenError
-from flowcontrol.events import DrainBegan
+from flowcontrol.errors import FlowControlError, ListenError
+from flowcontrol.events import Decision, DrainBegan, Reconfigured
+from flowcontrol.request import Outcome
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
-from server import admin, codec, logs
+from server import admin, codec, log_codec, logs
+from server.access_log import AccessLogDoor
 from server.admin_objectives import ObjectiveAccess
-from server.classify import ExemptPaths
+from server.codec import Encoder
 from server.ext_proc import ExtProcDoor
-from server.gate import FlowGate
+from server.gate import FlowGate, Parked
 from server.metrics import SnapshotCollector
 from server.reload import Configuration
 from server.settings import Address, Settings
+from server.settlement import Settlement
+from server.settlement_metrics import SettlementCollector
 from server.sources.feed import Feed
 from server.sources.measured import source_metrics
 from server.web import web_application
@@ -80,15 +85,23 @@ class Service:
         )
         self._is_serving = False
         self._gate = FlowGate(
-            settings.controller_config(), ARRIVALS_MAX, logs.request_ended, self._processor_ended
-        )
-        self._door = ExtProcDoor(
-            self._gate,
-            ExemptPaths(settings.requests.exempt_paths),
-            continue_on_fault=settings.requests.on_internal_fault == "continue",
-            picks=settings.picker != "off",
+            settings.controller_config(), ARRIVALS_MAX, self._request_ended, self._processor_ended
         )
         self._feed = Feed(self._gate.post)
+        self._settlement = Settlement(
+            settings.settlement.lost_after,
+            self._gate.priority_in_flight,
+            self._gate.post,
+            answered=self._answered,
+            load_reported=self._feed.load_reported,
+        )
+        self._log_door = AccessLogDoor(self._settlement)
+        self._door = ExtProcDoor(
+            self._gate,
+            settings.requests.intake(),
+            self._encoder(settings),
+            continue_on_fault=settings.requests.on_internal_fault == "continue",
+        )
         self._health = HealthServicer()
         self._grpc_servers: list[grpc.aio.Server] = []
         self._web: web.AppRunner | None = None
@@ -138,14 +151,21 @@ class Service:
 
     async def _reconfigure(self, settings: Settings) -> None:
         """Put other settings into force, or raise and change nothing."""
-        if settings.controller_config() != self._configuration.settings.controller_config():
-            message = "flowControl, saturation and picker cannot change while the service runs"
-            raise ConfigError([message])
+        config = settings.controller_config()
         await self._feed.apply(settings)
+        self._gate.post(Reconfigured(config))
+        self._settlement.lost_after_ns = settings.settlement.lost_after
         self._door.reconfigure(
-            ExemptPaths(settings.requests.exempt_paths),
+            settings.requests.intake(),
+            self._encoder(settings),
             continue_on_fault=settings.requests.on_internal_fault == "continue",
+        )
+
+    def _encoder(self, settings: Settings) -> Encoder:
+        return Encoder(
             picks=settings.picker != "off",
+            anywhere=self._gate.pool_view.anywhere,
+            engine_priority=settings.requests.engine(),
         )
 
     def _objective_access(self) -> ObjectiveAccess:
@@ -154,6 +174,17 @@ class Service:
             return api is not None and api.allow == "anyone"
 
         return ObjectiveAccess(lambda: self._feed.store, is_open, self._feed.problems)
+
+    def _answered(self, endpoint: str, is_failure: bool) -> None:  # noqa: FBT001 - as it is told
+        self._gate.pool_view.answered(endpoint, is_failure)
+        self._feed.outcome(endpoint, time.monotonic(), is_failure=is_failure)
+
+    def _request_ended(self, parked: Parked, decision: Decision) -> None:
+        settlement = self._configuration.settings.settlement
+        if decision.outcome is Outcome.DISPATCHED and settlement.access_log:
+            now_ns = parked.left_ns or parked.decided_ns
+            self._settlement.request_ended(parked.request_id, decision.priority, now_ns)
+        logs.request_ended(parked, decision)
 
     def _following_ended(self, following: asyncio.Task[None]) -> None:
         if not following.cancelled():
@@ -190,7 +221,7 @@ class Service:
     async def _open_doors(self) -> None:
         listen = self._configuration.settings.listen
         main = grpc.aio.server(options=GRPC_OPTIONS)
-        main.add_generic_rpc_handlers((self._door.handler(),))
+        main.add_generic_rpc_handlers((self._door.handler(), self._log_door.handler()))
         api_grpc.add_FlowControlServicer_to_server(
             admin.FlowControlServicer(
                 self._gate, self._configuration.settings.pool, self._objective_access()
@@ -199,7 +230,10 @@ class Service:
         )
         probes = grpc.aio.server(options=GRPC_OPTIONS)
         health = (_HEALTH_SERVICE, reflection.SERVICE_NAME)
-        for server, names in ((main, (codec.SERVICE, admin.SERVICE, *health)), (probes, health)):
+        for server, names in (
+            (main, (codec.SERVICE, log_codec.SERVICE, admin.SERVICE, *health)),
+            (probes, health),
+        ):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             reflection.enable_server_reflection(names, server)
         for server, address in ((main, listen.ext_proc), (probes, listen.health)):
@@ -220,18 +254,22 @@ class Service:
 
     async def _close_doors(self) -> None:
         self._door.close()
+        self._log_door.close()
         await asyncio.gather(*(server.stop(CLOSE_GRACE_S) for server in self._grpc_servers))
         if self._web is not None:
             await self._web.cleanup()
 
     async def _metrics(self) -> SnapshotCollector:
         snapshot = await self._gate.snapshot()
+        settled = SettlementCollector(
+            self._settlement, self._gate.pool_view, snapshot, time.monotonic_ns()
+        )
         errors = self._feed.error_counts().items()
         return SnapshotCollector(
             snapshot,
             self._gate.inbox_refusals,
             sum(count for name, count in errors if name.startswith("objectives.")),
-            source_metrics(self._feed, self._configuration),
+            (*settled.collect(), *source_metrics(self._feed, self._configuration)),
         )
 
 

@@ -8,45 +8,31 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
-from flowcontrol.config import (
-    BandSettings,
-    BandTemplate,
-    ControllerConfig,
-    Fairness,
-    Limits,
-    Ordering,
-    Picker,
-)
+from flowcontrol.config import Utilization
 from flowcontrol.errors import ConfigError
 from server.addresses import Address, HostPort, parse_address
-from server.sections import Duration, Limit, Section, broken, switched_off, written
+from server.engine_settings import Engine
+from server.request_settings import Requests, Settlement
+from server.sections import Section, broken, written
 from server.settings_sources import Endpoints, Given, Kubernetes, Load, Objectives, left_out
 from server.yamlfile import read_mapping
 
 __all__ = [
     "Address",
-    "Duration",
-    "FlowControl",
+    "Endpoints",
+    "Listen",
     "Objectives",
-    "Saturation",
     "Settings",
     "load_settings",
     "parse_address",
     "problems_of",
 ]
-
-ENVOY_PATIENCE_MAX_NS = 3_600_000_000_000
-"""The longest message_timeout Envoy accepts: no wait can outlast it."""
-ENVOY_MARGIN_NS = 30_000_000_000
-"""Envoy waits this much longer than the longest wait we allow: the decision is always ours."""
 
 
 class Listen(Section):
@@ -68,108 +54,8 @@ class Listen(Section):
         return self
 
 
-class Saturation(Section):
-    """When the pool is full."""
-
-    detector: Literal["concurrency"] = "concurrency"
-    """concurrency: requests in flight, counted exactly from the streams Envoy holds open."""
-    max_concurrency: int = Field(default=64, ge=1, strict=True)
-    """Requests in flight at one endpoint at which it is full. About what the engine batches."""
-
-
-class BandMatch(Section):
-    """Which bands a template is for."""
-
-    min_priority: int | None = Field(default=None, strict=True)
-    """Lowest priority, included."""
-    max_priority: int | None = Field(default=None, strict=True)
-    """Highest priority, included."""
-
-    @model_validator(mode="after")
-    def _a_range(self) -> Self:
-        if self.min_priority is None or self.max_priority is None:
-            return self
-        if self.min_priority > self.max_priority:
-            rule = "must have minPriority <= maxPriority"
-            raise broken(rule)
-        return self
-
-
-class Band(Section):
-    """A template: settings for the bands it matches. It creates no band; objectives do."""
-
-    match: BandMatch = BandMatch()
-    """Which bands; all when left out."""
-    max_requests: Limit = written("unlimited")
-    """Requests that may wait in such a band. 0: none may wait."""
-    max_bytes: Limit = written("unlimited")
-    """Announced bytes that may wait in such a band."""
-    request_ttl: Duration | None = Field(default=None, alias="requestTTL")
-    """Longest wait in such a band while the pool has endpoints; flowControl.requestTTL if unset."""
-    fairness: Literal["round-robin", "global-strict"] = "round-robin"
-    """Between flows. round-robin: equal turns; global-strict: first come, first served."""
-    ordering: Literal["fcfs"] = "fcfs"
-    """Within a flow. fcfs: first come, first served."""
-
-
-class FlowControl(Section):
-    """The queue."""
-
-    max_requests: Limit = Field(default=20_000)
-    """Requests that may wait in all bands together. 0: none may wait."""
-    max_bytes: Limit = written("4Gi")
-    """Announced bytes (content-length) that may wait in all. Envoy holds them, not this service."""
-    request_ttl: Duration = written("60s", alias="requestTTL")
-    """Longest wait while the pool has endpoints. Evicted exactly then, with 429."""
-    no_endpoint_ttl: Duration = written("300s", alias="noEndpointTTL")
-    """Longest wait while the pool is empty. Evicted exactly then, with 503."""
-    drain_budget: Duration = written("30s")
-    """After SIGTERM, how long waiting requests may still be dispatched before they get 503."""
-    bands: tuple[Band, ...] = ()
-    """Templates; the first that matches a band's priority counts."""
-
-    @model_validator(mode="after")
-    def _within_envoys_patience(self) -> Self:
-        if self.longest_wait_ns + ENVOY_MARGIN_NS > ENVOY_PATIENCE_MAX_NS:
-            seconds = (ENVOY_PATIENCE_MAX_NS - ENVOY_MARGIN_NS) // 1_000_000_000
-            rule = (
-                f"must keep the longest requestTTL + noEndpointTTL within {seconds}s: "
-                "Envoy gives up on a parked request after at most an hour"
-            )
-            raise broken(rule)
-        return self
-
-    @property
-    def longest_wait_ns(self) -> int:
-        """How long a request can possibly be parked: both budgets, one after the other."""
-        ttls = [self.request_ttl]
-        ttls += [band.request_ttl for band in self.bands if band.request_ttl]
-        return max(ttls) + self.no_endpoint_ttl
-
-
-class Requests(Section):
-    """How requests are read."""
-
-    exempt_paths: tuple[str, ...] = (
-        *("/health", "/healthz", "/ping", "/ready", "/version", "/metrics"),
-        *("/v1/models", "/v1/models/*"),
-    )
-    """Paths that pass without queueing and hold no slot: exact, or a prefix that ends in *."""
-    on_internal_fault: Literal["refuse", "continue"] = "refuse"
-    """If the processor itself fails: refuse with 500, or let requests continue ungated."""
-
-    @field_validator("exempt_paths")
-    @classmethod
-    def _are_paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        wrong = [path for path in value if not path.startswith("/") or "*" in path[:-1]]
-        if wrong:
-            rule = "must be paths that begin with / and have * only at the end"
-            raise broken(rule)
-        return value
-
-
-class Settings(Section):
-    """The whole file."""
+class _Surroundings(Section):
+    """What the file says of itself, and of the service around the engine."""
 
     api_version: Literal["flowcontrol/v1alpha1"]
     """Version of this file's shape."""
@@ -182,11 +68,20 @@ class Settings(Section):
     endpoints: Endpoints
     load: Annotated[Load | None, Given] = left_out()
     kubernetes: Kubernetes = Kubernetes()
-    picker: Annotated[Literal["off", "least-loaded"], BeforeValidator(switched_off)] = "off"
-    """Who chooses the endpoint. off: Envoy; least-loaded: this service, at dispatch."""
-    saturation: Saturation = Saturation()
-    flow_control: FlowControl = FlowControl()
+
+
+class Settings(Engine, _Surroundings):
+    """The whole file."""
+
     requests: Requests = Requests()
+    settlement: Settlement = Settlement()
+
+    @property
+    def scraping(self) -> Load | None:
+        """How endpoints are asked for their load: `load`, or its defaults for a detector's sake."""
+        detectors = self.controller_config().detectors
+        is_needed = any(isinstance(each, Utilization) for each in detectors)
+        return self.load or (Load() if is_needed else None)
 
     @model_validator(mode="after")
     def _picked_by_address(self) -> Self:
@@ -204,30 +99,6 @@ class Settings(Section):
     def longest_wait_ns(self) -> int:
         """How long a request can possibly be parked: both budgets, one after the other."""
         return self.flow_control.longest_wait_ns
-
-    def controller_config(self) -> ControllerConfig:
-        """Return what the engine is to be told."""
-        queue = self.flow_control
-        return ControllerConfig(
-            limits=Limits(requests_max=queue.max_requests, bytes_max=queue.max_bytes),
-            templates=tuple(
-                BandTemplate(
-                    priority_min=band.match.min_priority,
-                    priority_max=band.match.max_priority,
-                    settings=BandSettings(
-                        limits=Limits(requests_max=band.max_requests, bytes_max=band.max_bytes),
-                        ttl_ns=band.request_ttl or queue.request_ttl,
-                        fairness=Fairness(band.fairness),
-                        ordering=Ordering(band.ordering),
-                    ),
-                )
-                for band in queue.bands
-            ),
-            default_settings=BandSettings(ttl_ns=queue.request_ttl),
-            no_endpoint_ttl_ns=queue.no_endpoint_ttl,
-            in_flight_max=self.saturation.max_concurrency,
-            picker=Picker(self.picker),
-        )
 
 
 def load_settings(path: Path) -> Settings:
@@ -263,6 +134,8 @@ _RULES = {
     "path_type": "must be text",
     "string_too_short": "must not be empty",
     "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "mapping_type": "must be a mapping",
     "model_type": "must be a mapping",
     "model_attributes_type": "must be a mapping",
     "rule": "{rule}",
@@ -272,7 +145,10 @@ _RULES = {
 
 def _say(error: ErrorDetails) -> str:
     """Put one of pydantic's errors as where, rule, value."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+    # Whether one or several are given, in parentheses, is not a place in the file.
+    loc = error["loc"][:-2] if error["loc"][-1:] == ("[key]",) else error["loc"]
+    places = [part for part in loc if not str(part).startswith("(")]
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in places)
     where = str(error["loc"][-1]) if error["type"] == "invalid_key" else "".join(parts).lstrip(".")
     if error["type"] == "missing":
         return f"{where} is required"

@@ -49,7 +49,7 @@ def settings_hash(settings: Settings) -> str:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return settings.model_dump(mode="json", by_alias=True)
 
 
 def _leaves(node: Any, where: str) -> Iterator[tuple[str, str]]:
@@ -59,5 +59,5 @@ def _leaves(node: Any, where: str) -> Iterator[tuple[str, str]]:
     elif isinstance(node, list) and any(isinstance(each, dict) for each in node):
         for index, value in enumerate(node):
             yield from _leaves(value, f"{where}[{index}]")
-    else:
+    elif node is not None:
         yield where, json.dumps(node)

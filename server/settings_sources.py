@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from flowcontrol.config import Role
 from server.addresses import Address, HostPort
-from server.roles import Role
 from server.sections import Duration, Section, broken, written
 
 _LABEL_LENGTH_MAX = 63
@@ -37,7 +37,7 @@ def left_out() -> Any:
 def _beside_the_file(value: Path, info: ValidationInfo) -> Path:
     """Return a path that is written relative to the configuration file."""
     directory: Path = (info.context or {}).get("directory", Path())
-    return directory / value
+    return (directory / value).absolute()  # one spelling, wherever one stands: one hash
 
 
 class KubernetesObjectives(Section):

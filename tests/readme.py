@@ -83,6 +83,8 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if default is None:
         return ""
+    if isinstance(default, bool):
+        return f"`{default}`".lower()
     if isinstance(default, tuple):
         return ", ".join(f"`{each}`" for each in default)
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from flowcontrol.config import Role
 from flowcontrol.errors import ConfigError
-from server.roles import Role
 from server.sources.endpoint_file import (
     ENDPOINTS_MAX,
     FILE_BYTES_MAX,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.roles import Role
+from flowcontrol.config import Role
 from server.settings_sources import Kubernetes, KubernetesEndpoints
 from server.sources.endpoints import Endpoint
 from server.sources.kube_api import KubeApi

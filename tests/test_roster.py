@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.roles import Role
+from flowcontrol.config import Role
 from server.sources.endpoints import Endpoint, Roster, role_of_label
 
 A, B, C = Endpoint("10.0.0.5:8000"), Endpoint("10.0.0.6:8000"), Endpoint("10.0.0.7:8000")

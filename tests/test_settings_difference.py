@@ -54,7 +54,7 @@ class TestDifferences:
                 {"flowControl": {"maxRequests": 5, "maxBytes": "unlimited"}},
                 [
                     "flowControl.maxRequests: 20000 -> 5",
-                    "flowControl.maxBytes: 4294967296 -> unset",
+                    'flowControl.maxBytes: 4294967296 -> "unlimited"',
                 ],
             ),
             (
@@ -62,13 +62,19 @@ class TestDifferences:
                 ['endpoints.static: ["127.0.0.1:8000"] -> ["127.0.0.1:8000", "127.0.0.1:8001"]'],
             ),
             (
-                {"flowControl": {"bands": [{"maxRequests": 7}]}},
+                {"flowControl": {"requestTTL": "90s"}},
+                ['flowControl.requestTTL: "60s" -> "90s"'],
+            ),
+            (
+                {"load": {"engine": "ollama"}, "endpoints": {"static": []}},
                 [
-                    "flowControl.bands: [] -> unset",
-                    "flowControl.bands[0].match: unset -> {}",
-                    "flowControl.bands[0].maxRequests: unset -> 7",
-                    'flowControl.bands[0].fairness: unset -> "round-robin"',
-                    'flowControl.bands[0].ordering: unset -> "fcfs"',
+                    'endpoints.static: ["127.0.0.1:8000"] -> []',
+                    'load.engine: unset -> "ollama"',
+                    'load.scheme: unset -> "http"',
+                    'load.interval: unset -> "200ms"',
+                    'load.timeout: unset -> "1s"',
+                    "load.scrapesPerSecondMax: unset -> 100",
+                    "load.unreachableAfter: unset -> 3",
                 ],
             ),
             ({"pool": "qwen"}, ['pool: "llama" -> "qwen" (needs a restart)']),
@@ -84,6 +90,15 @@ class TestDifferences:
 
         assert [*map(str, differences(before, after))] == expected
         assert settings_hash(before) != settings_hash(after)
+
+    def test_bands(self, tmp_path: Path) -> None:
+        """The settings of a template are named by its place in the list."""
+        before = settings(tmp_path, flowControl={"bands": [{"maxRequests": 7}]})
+        after = settings(tmp_path, flowControl={"bands": [{"maxRequests": 8}, {}]})
+
+        first, *rest = map(str, differences(before, after))
+        assert first == "flowControl.bands[0].maxRequests: 7 -> 8"
+        assert all(each.startswith("flowControl.bands[1].") for each in rest)
 
     def test_hash(self, tmp_path: Path) -> None:
         """Twelve hexadecimal digits: as a number they fit into a metric without loss."""

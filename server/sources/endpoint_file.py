@@ -17,9 +17,9 @@ from typing import Any, final
 import structlog
 from pydantic_core import PydanticCustomError
 
+from flowcontrol.config import Role
 from flowcontrol.errors import ConfigError
 from server.addresses import parse_address
-from server.roles import Role
 from server.sources.endpoints import ROLE_LABEL, Endpoint, role_of_label
 from server.sources.watched import LOOK_AGAIN_MS, watch_folder
 from server.yamlfile import read_documents

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, final
 
-from server.roles import Role
+from flowcontrol.config import Role
 
 
 class Endpoint(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol, final
 
 import structlog
 
-from flowcontrol.events import EndpointsChanged, Fact, ObjectivesChanged
-from server.roles import Role
+from flowcontrol.config import Role
+from flowcontrol.events import EndpointsChanged, Fact, LoadObserved, ObjectivesChanged
 from server.settings import Settings
 from server.settings_sources import Load
 from server.sources.backoff import Backoff
@@ -23,6 +23,7 @@ from server.sources.kube_api import KubeApi
 from server.sources.kube_endpoints import KubeEndpoints
 from server.sources.kube_objectives import KubeObjectives
 from server.sources.objective_store import ObjectiveStore
+from server.sources.orca import read_report
 from server.sources.scraper import Scraper
 
 PATIENCE_S = 10.0
@@ -128,6 +129,12 @@ class Feed:
         """Take in what became of a request: whether it ended in 5xx or broke off at the server."""
         self._health.outcome(address, now_s, is_failure=is_failure)
 
+    def load_reported(self, address: str, headers: Mapping[str, str]) -> None:
+        """Take in the load report among the headers of a response, if there is one in full."""
+        report = read_report(headers)
+        if report is not None and report.load is not None:
+            self._post(LoadObserved(address, *report.load))
+
     async def start(self, settings: Settings) -> None:
         """Begin; return when every source has told what it knows, or patience is at its end.
 
@@ -168,7 +175,7 @@ class Feed:
         for name in [*(self._running.keys() - wanted.keys()), *(self._running.keys() & made)]:
             await self._end(name)
         self._roles = settings.endpoints.role_of()
-        await self._change_load(settings.load)
+        await self._change_load(settings.scraping)
         if settings.endpoints.static is None:
             self._roster.forget("endpoints.static")
         else:
@@ -236,7 +243,8 @@ class Feed:
         )
         if present != self._told:
             self._told = present
-            self._post(EndpointsChanged(tuple(each.address for each in present)))
+            roles = {each.address: each.role for each in present if each.role is not Role.BOTH}
+            self._post(EndpointsChanged(tuple(each.address for each in present), roles))
             _log.info("endpoints_changed", endpoints=[each.address for each in present])
 
     def _health_changed(self, address: str, *, is_up: bool) -> None:

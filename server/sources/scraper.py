@@ -171,7 +171,7 @@ class Scraper:
                 self._health.reached(address, now_s)
         self._health.advance(now_s)
         if load is not None:
-            self._observed(_fact(address, load))
+            self._observed(LoadObserved(address, *load))
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -188,7 +188,3 @@ class Scraper:
 
 
 _ENGINES = frozenset(engine.value for engine in Engine)
-
-
-def _fact(address: str, load: EngineLoad) -> LoadObserved:
-    return LoadObserved(address, load.waiting, load.running or 0, load.kv_usage or 0.0)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,44 +41,14 @@ def objectives(snapshot: api.Snapshot) -> dict[str, int]:
     return {objective.name: objective.priority for objective in snapshot.objectives}
 
 
-class Known:
-    """Lets Envoy know every backend of a stack, whatever the service knows of them."""
-
-    def __init__(self) -> None:
-        self._stack: Stack | None = None
-
-    def prepare(self, stack: Stack) -> None:
-        """Note the stack; it knows no endpoint."""
-        self._stack = stack
-        (stack.directory / "endpoints.yaml").write_text("[]")
-
-    def edit(self, configuration: dict[str, Any]) -> None:
-        """Put its backends into Envoy's cluster."""
-        assert self._stack is not None
-        (cluster,) = (
-            each
-            for each in configuration["static_resources"]["clusters"]
-            if each["name"] == "model_servers"
-        )
-        hosts = [
-            {"endpoint": {"address": {"socket_address": {"address": host, "port_value": port}}}}
-            for host, port in self._stack.endpoints
-        ]
-        cluster["load_assignment"] = {
-            "cluster_name": "model_servers",
-            "endpoints": [{"lb_endpoints": hosts}],
-        }
-
-
 def spec(settings: dict[str, Any], endpoints: int = 2) -> Spec:
-    """Backends of one slot each, picked by the service; only Envoy knows them at first."""
-    known = Known()
+    """Backends of one slot each, picked by the service, which at first knows of none."""
     return Spec(
         endpoints=endpoints,
         picker="least-loaded",
+        original_dst=True,
         settings=settings,
-        prepare=known.prepare,
-        edit_envoy=known.edit,
+        prepare=list_endpoints,
     )
 
 
@@ -147,19 +118,13 @@ class TestNames:
         """The addresses of a name are endpoints; while nobody answers for it they stay."""
         async with name_server() as (fake, server):
             fake.address("vllm.test", [])
-            known = Known()
-            wanted = Spec(picker="least-loaded", prepare=known.prepare, edit_envoy=known.edit)
+            dns = {"servers": [str(server)], "interval": "1s"}
 
             def name_it(stack: Stack) -> None:
-                known.prepare(stack)
-                dns = {
-                    "names": [f"vllm.test:{stack.endpoints[0].port}"],
-                    "servers": [str(server)],
-                    "interval": "1s",
-                }
-                wanted.settings["endpoints"] = {"dns": dns}  # type: ignore[index]  # a dict it is
+                dns["names"] = [f"vllm.test:{stack.endpoints[0].port}"]
 
-            gateway = await start(Spec(**{**vars(wanted), "prepare": name_it}))
+            wanted = spec({"endpoints": {"dns": dns}}, endpoints=1)
+            gateway = await start(replace(wanted, prepare=name_it))
             await gateway.call(name="early")
             await gateway.until(waiting=1)
             fake.address("vllm.test", ["127.0.0.1"])
