@@ -16,8 +16,8 @@ delay; gradient2 and Envoy's adaptive concurrency take the ratio of latencies in
 compares long answers with short ones, and AIMD waits for errors, which an engine that queues
 without limit never makes. What a wait is is seen in one of two ways.
 
-With settlements: the time to first token, beyond the least that a prompt of that length, or longer,
-took at that endpoint. So it is fair to long prompts, and an answer's length is not in it.
+With settlements: the time to first token, beyond the least that a prompt of that length takes at
+that endpoint. So it is fair to long prompts, and an answer's length is not in it.
 
 Without: how long requests are in flight, of which only the shortest sixth counts, beyond the least
 that sixth ever took. Whoever waits inside is held up no less for having a short answer, so a queue
@@ -27,6 +27,10 @@ A window judges a cohort: requests dispatched after the limit last moved, of whi
 over. Who comes first in a raised limit fills empty places and is not in it. So old evidence moves
 nothing twice. Where the engine picks, each endpoint has a limit of its own, else slow endpoints,
 whose evidence comes late, were judged by that of the fast ones.
+
+What it does not see is a KV cache that overflows under answers which have begun: whoever is then
+preempted has had the first token. Beside a limit on tokens (several detectors: the fullest counts)
+it need not.
 
 Two guards. The least seen may be outdated (a slower model, longer answers): it rises slowly by
 itself, and when the limit has fallen by much and fewer do not wait, it is learnt anew. And when

@@ -51,14 +51,18 @@ class Evidence(Protocol):
 
 @final
 class FirstTokens:
-    """From settlements: times to first token, against the least by length of prompt."""
+    """From settlements: times to first token, against the least by length of prompt.
+
+    What a length has never shown is taken from others: a longer prompt takes no less, and a shorter
+    one, in proportion, no less either. A prompt is as long as what of it was in no cache.
+    """
 
     few, aim, many = 0.045, 0.08, 0.115
     cohort, cohort_first = 16, 8
     _MOST = 0.75
     """Part of the cohort that must be known: the last would be waited for too long."""
     _FADING = 1.002
-    """How the least grows each window: by an eighth in a minute of short windows."""
+    """How the least grows with each cohort."""
 
     def __init__(self) -> None:
         self._least: dict[int, float] = {}
@@ -85,11 +89,14 @@ class FirstTokens:
             return
         prompt = settled.input_tokens
         prompt = round(lease.tokens.input) if prompt is None else prompt
+        prompt -= settled.cached_tokens or 0
         length = round(2 * log2(max(1, prompt)))
         least = self._least
         least[length] = min(settled.ttft_ns, least.get(length, settled.ttft_ns))
         if is_member:
-            floor_ns = min(ttft_ns for longer, ttft_ns in least.items() if longer >= length)
+            floor_ns = min(
+                ttft_ns * max(1.0, 2 ** ((length - other) / 2)) for other, ttft_ns in least.items()
+            )
             self._waits.append(settled.ttft_ns - floor_ns)
 
     def wait_ns(self) -> float | None:
