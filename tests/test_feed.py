@@ -11,14 +11,17 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from structlog.testing import capture_logs
 
+from flowcontrol.config import Role
 from flowcontrol.errors import FlowControlError
 from flowcontrol.events import EndpointsChanged, Fact, LoadObserved, ObjectivesChanged
 from server.settings import Settings
+from server.settings_sources import Load
 from server.sources import feed as feed_module
 from server.sources.feed import Feed
 from server.sources.folder import ObjectiveFolder
 from server.sources.health import FAILURES_MAX
 from server.sources.objective_store import ObjectiveStore
+from server.sources.orca import HEADERS
 from tests.e2e.harness import free_port
 from tests.kubernetes_api import api_server, kubeconfig_for
 from tests.told import Told, eventually
@@ -190,6 +193,36 @@ class TestApply:
 
             assert feed.store is store
             assert len(told.news) == facts
+
+    async def test_roles(self, tmp_path: Path) -> None:
+        """What an endpoint does comes from its source, unless the settings say otherwise."""
+        file = tmp_path / "endpoints"
+        file.write_text("- {address: '127.0.0.1:1', role: prefill}\n- 127.0.0.1:2\n- 127.0.0.1:3\n")
+        roles = {"127.0.0.1:2": "decode"}
+        first = settings(endpoints={"file": str(file), "roles": roles})
+        async with feeding(first) as (_feed, told):
+            fact = next(fact for fact in told.news if isinstance(fact, EndpointsChanged))
+
+        assert fact.roles == {"127.0.0.1:1": Role.PREFILL, "127.0.0.1:2": Role.DECODE}
+
+    async def test_a_detector_that_needs_load(self) -> None:
+        """Endpoints are asked for their load where a detector goes by it, said or not."""
+        needed = settings(saturation={"detector": "utilization"})
+        assert settings().scraping is None
+        assert needed.scraping == Load()
+        async with feeding(needed) as (feed, _told):
+            assert feed.scraper is not None
+
+    async def test_load_reports(self) -> None:
+        """A load report among the headers of a response is a load; half of one is none."""
+        async with feeding(settings()) as (feed, told):
+            count = len(told.news)
+            feed.load_reported("127.0.0.1:8000", {"content-type": "text/plain"})
+            feed.load_reported("127.0.0.1:8000", {HEADERS[0]: "TEXT kv_cache_usage_perc=0.5"})
+            assert len(told.news) == count
+            feed.load_reported("127.0.0.1:8000", {HEADERS[0]: "TEXT num_requests_waiting=3"})
+
+        assert told.news[-1] == LoadObserved("127.0.0.1:8000", 3, running=None, kv_usage=None)
 
     async def test_load(self) -> None:
         """Scraping begins and ends with its section, and follows the endpoints."""

@@ -14,6 +14,7 @@ from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from server.settings import load_settings
 from server.settings_difference import settings_hash
+from server.sources.health import FAILURES_MAX
 from tests.dns_server import SERVFAIL, name_server
 from tests.e2e.backend import Backend
 from tests.e2e.gateway import Gateway
@@ -295,6 +296,28 @@ class TestLoad:
         assert (one.endpoint, two.endpoint) == (first.address, second.address)
 
 
+class TestOutcomes:
+    """What becomes of requests."""
+
+    async def test_an_endpoint_that_fails(self, start: Start) -> None:
+        """One that fails request after request looks idle; it leaves the pool for a while."""
+        gateway = await start(Spec(endpoints=2, picker="least-loaded"))
+        gateway.expected_complaints |= {"endpoint_down", "endpoint_up"}
+        first, second = gateway.backends
+        callers = []
+        for _ in range(2 * FAILURES_MAX):
+            callers.append(await gateway.call())
+            call = await gateway.next_call()
+            await call.respond(status=500 if call.endpoint == first.address else 200)
+            await gateway.until(in_flight=0)
+        left = await gateway.until_so(lambda now: addresses(now) == {str(second.address)}, SEEN_S)
+        statuses = [await caller.head() for caller in callers]
+
+        assert len(left.endpoints) == 1
+        assert statuses.count(500) >= FAILURES_MAX
+        assert gateway.stack.events("endpoint_down")[0]["endpoint"] == str(first.address)
+
+
 class TestReload:
     """The service's own configuration."""
 
@@ -319,6 +342,27 @@ class TestReload:
 
         assert (exempt.name, status, waited.name) == ("exempt", 200, "before")
         assert hashed == int(settings_hash(load_settings(gateway.stack.config)), 16) != before
+
+    async def test_the_engine(self, start: Start) -> None:
+        """Another limit counts at once for what waits, which keeps its place."""
+        gateway = await start(Spec())
+        _, first = await gateway.occupy()
+        for name in ("second", "third", "fourth"):
+            await gateway.call(name=name)
+        await gateway.until(waiting=3, in_flight=1)
+        gateway.stack.configure(saturation={"maxConcurrency": 3})
+        calls = [first, *[await gateway.next_call() for _ in range(2)]]
+        await gateway.until(waiting=1, in_flight=3)
+        gateway.stack.configure(saturation={"maxConcurrency": 1})
+        await eventually(lambda: len(gateway.stack.events("configuration_changed")) == 2, SEEN_S)
+        for call in calls[:2]:
+            await call.respond()
+        await gateway.until(waiting=1, in_flight=1)
+        await calls[2].respond()
+        last = await gateway.next_call()
+        await last.respond()
+
+        assert [call.name for call in (*calls[1:], last)] == ["second", "third", "fourth"]
 
     async def test_rejected(self, start: Start) -> None:
         """A bad file, or one that needs a restart, leaves what was in force; both are shown."""
