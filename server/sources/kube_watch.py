@@ -25,7 +25,8 @@ WATCH_S = 300
 """How long the server is asked to keep one watch open, give or take a fifth: many who began
 together do not end together."""
 SILENCE_S = 90.0
-"""A bookmark comes about every minute; so long without a byte, and the connection is dead."""
+"""Where anything changes a bookmark comes about every minute. So long without a byte, and the
+connection may be dead: a new watch from the same version costs next to nothing."""
 RETRY_FIRST_S = 0.5
 RETRY_LONGEST_S = 30.0
 ABSENT_TRIES = 3
