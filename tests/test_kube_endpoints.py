@@ -244,6 +244,16 @@ class TestPool:
             fake.failing = None
             await told.until_equal(at("10.0.0.6:8000"))
 
+    async def test_the_old_group_forbidden(self, fake: FakeApiServer, tmp_path: Path) -> None:
+        """Where only the new group's pools are permitted, that is enough."""
+        fake.forbidden.add(("list", OLD_POOLS))
+        fake.put(POOLS, pool())
+        fake.put(PODS, pod("a", "10.0.0.5"))
+        async with followed(tmp_path) as (source, told):
+            await told.until_equal(at("10.0.0.5:8000"))
+
+            assert list(source.problems) == ["inference.networking.x-k8s.io/v1alpha2"]
+
     async def test_forbidden(self, fake: FakeApiServer, tmp_path: Path) -> None:
         """What the service account may not do is shown, with the server's own words."""
         fake.put(POOLS, pool())

@@ -124,6 +124,32 @@ class TestObjectives:
 
             assert source.error_count == 0
 
+    @pytest.mark.parametrize("refused", [NEW, OLD])
+    async def test_one_group_forbidden(
+        self, fake: FakeApiServer, kubeconfig: Path, refused: str
+    ) -> None:
+        """Where only one group is permitted, that is enough; of the other it is shown."""
+        fake.serve(OLD)
+        fake.forbidden |= {("list", refused), ("watch", refused)}
+        permitted = OLD if refused == NEW else NEW
+        fake.put(permitted, objective("chat", 10))
+        async with followed(kubeconfig) as (source, told):
+            await told.until_equal({"chat": 10})
+            assert list(source.problems.values()) == [f'403: cannot list resource at "{refused}"']
+            fake.forbidden.clear()
+            fake.put(refused, objective("batch", -1))
+            await told.until_equal({"chat": 10, "batch": -1})
+
+            assert source.problems == {}
+
+    async def test_both_groups_forbidden(self, fake: FakeApiServer, kubeconfig: Path) -> None:
+        """Where nothing is permitted, nothing is told: that is not the same as no objectives."""
+        fake.forbidden |= {("list", NEW), ("list", OLD)}
+        async with followed(kubeconfig) as (source, told):
+            await eventually(lambda: len(source.problems) == 2)
+
+            assert told.news == []
+
     async def test_a_bad_one(self, fake: FakeApiServer, kubeconfig: Path) -> None:
         """One that no schema has checked does not take the others down; it is counted and said."""
         fake.put(NEW, objective("bad", "high"))

@@ -14,7 +14,13 @@ from server.addresses import Address
 from server.settings_sources import KubernetesEndpoints
 from server.sources.endpoints import ROLE_LABEL, Endpoint, role_of_label
 from server.sources.kube_api import KubeApi, Object
-from server.sources.kube_watch import RETRY_FIRST_S, RETRY_LONGEST_S, SILENCE_S, Reflector
+from server.sources.kube_watch import (
+    RETRY_FIRST_S,
+    RETRY_LONGEST_S,
+    SILENCE_S,
+    Reflector,
+    are_known,
+)
 
 POOL_GROUPS = ("inference.networking.k8s.io/v1", "inference.networking.x-k8s.io/v1alpha2")
 """The API groups an InferencePool is looked for in; the first that has it counts."""
@@ -69,7 +75,7 @@ class KubeEndpoints:
     @property
     def problems(self) -> Mapping[str, str]:
         """What is wrong now, by what it is about."""
-        named = {"pods": self._pods, **{f"pool {i}": each for i, each in enumerate(self._pools)}}
+        named = {"pods": self._pods, **dict(zip(POOL_GROUPS, self._pools, strict=False))}
         return {name: each.problem for name, each in named.items() if each and each.problem}
 
     async def follow(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
@@ -102,7 +108,7 @@ class KubeEndpoints:
         self, group: asyncio.TaskGroup, changed: Callable[[tuple[Endpoint, ...]], None]
     ) -> None:
         """Take the pool's selection, once it is known in which group it is, if any."""
-        if not all(reflector.is_known for reflector in self._pools):
+        if not are_known(self._pools):
             return
         pools = [each.objects[self._pool] for each in self._pools if self._pool in each.objects]
         selection = None

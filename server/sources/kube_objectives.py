@@ -15,7 +15,13 @@ from typing import Any, NoReturn, final
 import structlog
 
 from server.sources.kube_api import UNREACHABLE, ApiError, KubeApi, Object
-from server.sources.kube_watch import RETRY_FIRST_S, RETRY_LONGEST_S, SILENCE_S, Reflector
+from server.sources.kube_watch import (
+    RETRY_FIRST_S,
+    RETRY_LONGEST_S,
+    SILENCE_S,
+    Reflector,
+    are_known,
+)
 from server.sources.objectives import (
     GROUPS,
     KIND,
@@ -54,8 +60,7 @@ class KubeObjectives:
         retry_s: tuple[float, float] = (RETRY_FIRST_S, RETRY_LONGEST_S),
         silence_s: float = SILENCE_S,
     ) -> None:
-        self.problems: dict[str, str] = {}
-        """The mistakes that now stand, by what they are about."""
+        self._malformed: dict[str, str] = {}
         self._api = api
         self._pool = pool
         self._writes_status = writes_status
@@ -77,6 +82,12 @@ class KubeObjectives:
         """Mistakes and failures met since the start."""
         return self._own_errors + sum(each.error_count for each in self._groups.values())
 
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """The mistakes and failures that now stand, by what they are about."""
+        failed = {g: each.problem for g, each in self._groups.items() if each.problem is not None}
+        return {**self._malformed, **failed}
+
     async def follow(self, changed: Callable[[Mapping[str, int]], None]) -> None:
         """Tell the whole set whenever it differs from what was told before, until cancelled."""
         async with asyncio.TaskGroup() as group:
@@ -86,8 +97,8 @@ class KubeObjectives:
                 group.create_task(self._write_statuses())
 
     def _look(self, changed: Callable[[Mapping[str, int]], None]) -> None:
-        """Judge everything anew, once both groups are known."""
-        if not all(reflector.is_known for reflector in self._groups.values()):
+        """Judge everything anew, once both groups are known, or one and the other is refused."""
+        if not are_known(self._groups.values()):
             return
         problems: dict[str, str] = {}
         objectives: list[tuple[Objective, Object]] = []
@@ -119,10 +130,10 @@ class KubeObjectives:
 
     def _complain(self, problems: dict[str, str]) -> None:
         for name, problem in problems.items():
-            if self.problems.get(name) != problem:
+            if self._malformed.get(name) != problem:
                 self._own_errors += 1
                 _log.error("objective_rejected", objective=name, problem=problem)
-        self.problems = problems
+        self._malformed = problems
 
     def _judge(
         self, group: str, item: Object, reason: str, message: str, *, is_accepted: bool

@@ -11,7 +11,7 @@ hour needs no new list. Whatever fails, the copy stays as it was last known.
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
 from http import HTTPStatus
 from typing import NoReturn, final
@@ -65,6 +65,9 @@ class Reflector:
         """Whether it has been listed, or found absent, since the start."""
         self.is_absent = False
         """Whether the server does not know the collection at all."""
+        self.is_refused = False
+        """Whether it has never been known, because that is forbidden. A server forbids what it does
+        not have, too, to those who are not permitted it."""
         self.error_count = 0
         """Failures since the start."""
         self.problem: str | None = None
@@ -80,7 +83,10 @@ class Reflector:
         self._version: str | None = None
 
     async def follow(self, changed: Callable[[], None]) -> NoReturn:
-        """Keep the copy and tell of every change, and once when it is first known; for ever."""
+        """Keep the copy and tell of every change, and once when it is first known; for ever.
+
+        Told, too, is that it is refused from the start.
+        """
         while True:
             wait_s: float | None = None
             try:
@@ -173,6 +179,9 @@ class Reflector:
                 self._absent(changed)
                 return
         self._failed(str(error))
+        if error.status == HTTPStatus.FORBIDDEN and not (self.is_known or self.is_refused):
+            self.is_refused = True
+            changed()
 
     def _absent(self, changed: Callable[[], None]) -> None:
         """Believe that there is no such collection, which may come later."""
@@ -191,6 +200,14 @@ class Reflector:
         self.problem = problem
 
     def _works(self) -> None:
+        self.is_refused = False
         if self.problem is not None:
             self.problem = None
             _log.info("kubernetes_followed_again", path=self._path)
+
+
+def are_known(reflectors: Iterable[Reflector]) -> bool:
+    """Whether copies can be judged together: each is known or refused, and any is known."""
+    copies = tuple(reflectors)
+    is_any = any(each.is_known for each in copies)
+    return is_any and all(each.is_known or each.is_refused for each in copies)
