@@ -284,18 +284,25 @@ class TestStatus:
             fake.forbidden.clear()
             await eventually(lambda: conditions(fake, NEW, "chat"))
 
-    async def test_conflict(self, fake: FakeApiServer, kubeconfig: Path) -> None:
+    async def test_conflict(
+        self, fake: FakeApiServer, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A status of an older version is not forced upon a newer object: that is judged itself."""
-        fake.forbidden.add(("watch", NEW))  # so that the change is not seen in time
+        monkeypatch.setattr(kube_objectives, "FORBIDDEN_PAUSE_S", 0.02)
+        fake.forbidden |= {("watch", NEW), ("patch", NEW)}  # so that the change comes in between
         fake.put(NEW, objective("chat", 10))
         async with followed(kubeconfig, writes_status=True) as (_source, told):
             await told.until_equal({"chat": 10})
+            await fake.until_asked("PATCH", f"{NEW}/chat/status")
             fake.put(NEW, objective("chat", 20))
+            fake.forbidden.discard(("patch", NEW))
+            count = [each.method for each in fake.asked].count("PATCH")
+            await fake.until_asked("PATCH", f"{NEW}/chat/status", count + 1)
+            assert conditions(fake, NEW, "chat") == []
             fake.forbidden.clear()
             await told.until_equal({"chat": 20})
-            await eventually(
-                lambda: (
-                    conditions(fake, NEW, "chat")
-                    and conditions(fake, NEW, "chat")[0]["message"] == "priority 20 in pool llama"
-                )
-            )
+            await eventually(lambda: conditions(fake, NEW, "chat"))
+
+        assert [each["message"] for each in conditions(fake, NEW, "chat")] == [
+            "priority 20 in pool llama"
+        ]
