@@ -318,6 +318,54 @@ class TestOutcomes:
         assert gateway.stack.events("endpoint_down")[0]["endpoint"] == str(first.address)
 
 
+class TestEverything:
+    """All of it at once."""
+
+    async def test_nothing_is_lost(self, start: Start) -> None:
+        """Endpoints, objectives, pages and settings change under load: each request is answered."""
+        wanted = spec(
+            {
+                "endpoints": {"file": "./endpoints.yaml"},
+                "load": {"interval": "20ms", "timeout": "200ms"},
+            },
+            endpoints=3,
+        )
+        gateway = await start(wanted)
+        gateway.expected_complaints |= {"endpoint_not_heard", "objective_rejected"}
+        for backend in gateway.backends:
+            backend.is_answering = True
+            backend.page = PAGE
+        is_over = asyncio.Event()
+        statuses: list[int] = []
+
+        async def come_again(number: int) -> None:
+            while not is_over.is_set():
+                objective = ("chat", "batch", "gold", None)[number % 4]
+                caller = await gateway.call(objective=objective, flow_id=f"tenant-{number % 5}")
+                statuses.append(await caller.head())
+
+        clients = [asyncio.ensure_future(come_again(number)) for number in range(16)]
+        for which in ((0,), (0, 1), (1, 2), (2,), (), (0, 1, 2)):
+            list_endpoints(gateway.stack, *which)
+            expected = {str(gateway.stack.endpoints[index]) for index in which}
+            await gateway.until_so(lambda now, e=expected: addresses(now) == e, SEEN_S)  # type: ignore[misc]  # e is bound here
+            gateway.stack.declare("gold", 10 * len(which) + 5)
+            gateway.backends[0].page = PAGE if len(which) % 2 else b"\0garbage"
+            gateway.stack.write_manifest("bad.yaml", "[" if len(which) % 2 else "")
+            gateway.stack.configure(saturation={"maxConcurrency": 1 + len(which)})
+            seen = len(statuses)
+            if which:
+                await eventually(lambda n=seen: len(statuses) > n + 40, 10.0)  # type: ignore[misc]  # likewise
+        is_over.set()
+        await asyncio.gather(*clients)
+        gateway.stack.remove_manifest("bad.yaml")
+        gateway.stack.remove_manifest("gold.yaml")
+        total = sum(len(backend.calls) for backend in gateway.backends)
+
+        assert set(statuses) == {200}
+        assert len(statuses) == total > 200
+
+
 class TestReload:
     """The service's own configuration."""
 
