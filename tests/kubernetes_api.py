@@ -43,7 +43,9 @@ class FakeApiServer:
         self.asked: list[Asked] = []
         """Every request, in order."""
         self.forbidden: set[tuple[str, str]] = set()
-        """Verbs (list, watch, patch) and paths that answer 403."""
+        """Verbs (list, watch, patch) and paths that are refused."""
+        self.refusal = 403
+        """The status they answer."""
         self.failing: int | None = None
         """A status that every request answers, if any."""
         self.failures_left: int | None = None
@@ -151,7 +153,7 @@ class FakeApiServer:
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._status(401, "Unauthorized")
         if (verb, path) in self.forbidden:
-            return self._status(403, f'cannot {verb} resource at "{path}"')
+            return self._status(self.refusal, f'cannot {verb} resource at "{path}"')
         return None
 
     async def _get(self, request: web.Request) -> web.StreamResponse:

@@ -284,6 +284,20 @@ class TestStatus:
             fake.forbidden.clear()
             await eventually(lambda: conditions(fake, NEW, "chat"))
 
+    async def test_an_outage(self, fake: FakeApiServer, kubeconfig: Path) -> None:
+        """A status that could not be written is written when the server is back; said once."""
+        fake.forbidden.add(("patch", NEW))
+        fake.put(NEW, objective("chat", 10))
+        fake.refusal = 503
+        with capture_logs() as lines:
+            async with followed(kubeconfig, writes_status=True):
+                await fake.until_asked("PATCH", f"{NEW}/chat/status", 4)
+                fake.forbidden.clear()
+                await eventually(lambda: conditions(fake, NEW, "chat"))
+        said = [line["problem"] for line in lines if line["event"] == "status_not_written"]
+        assert len(said) == 1
+        assert said[0].startswith("503: ")
+
     async def test_conflict(
         self, fake: FakeApiServer, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -6,6 +6,7 @@ the change comes by. Where writing is forbidden, that is said once and tried aga
 """
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any, NoReturn, final
 
 import structlog
 
+from server.sources.backoff import Backoff
 from server.sources.kube_api import UNREACHABLE, ApiError, KubeApi, Object
 from server.sources.kube_watch import (
     RETRY_FIRST_S,
@@ -75,7 +77,9 @@ class KubeObjectives:
         """Conditions to write, by path."""
         self._has_unwritten = asyncio.Event()
         self._may_write_from_s = 0.0
-        self._is_forbidden = False
+        self._refused_as: int | None = None
+        """How writing was refused last, until it works again."""
+        self._backoff = Backoff(*retry_s, random.Random().random)  # noqa: S311 - no secret
 
     @property
     def error_count(self) -> int:
@@ -184,14 +188,15 @@ class KubeObjectives:
         except ApiError as error:
             if error.status in {HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND}:
                 return 0.0  # changed or gone meanwhile: that comes by
-            is_forbidden = error.status == HTTPStatus.FORBIDDEN
-            if not (is_forbidden and self._is_forbidden):
+            if error.status != self._refused_as:
                 _log.warning("status_not_written", path=path, problem=str(error))
-            self._is_forbidden = is_forbidden
-            return FORBIDDEN_PAUSE_S if is_forbidden else RETRY_LONGEST_S
+            self._refused_as = error.status
+            is_forbidden = error.status == HTTPStatus.FORBIDDEN
+            return FORBIDDEN_PAUSE_S if is_forbidden else self._backoff.next_s()
         except UNREACHABLE:  # which following the objectives has said already
-            return RETRY_LONGEST_S
-        self._is_forbidden = False
+            return self._backoff.next_s()
+        self._refused_as = None
+        self._backoff.reset()
         return 0.0
 
 

@@ -162,7 +162,11 @@ class TestKubernetes:
             (endpoint,) = gateway.stack.endpoints
             selector = {"matchLabels": {"app": "vllm"}}
             ports = [{"number": endpoint.port}]
-            gateway.expected_complaints |= {"pool_absent", "kubernetes_not_followed"}
+            gateway.expected_complaints |= {
+                "pool_absent",
+                "kubernetes_not_followed",
+                "status_not_written",
+            }
             early = await gateway.call(name="early", objective="chat")
             await gateway.until(waiting=1)
             fake.put(
@@ -191,7 +195,13 @@ class TestKubernetes:
             )
             await third.respond()
             statuses = [await caller.head() for caller in (early, gone, golden)]
-            condition = fake.get(OBJECTIVES, "gold")["status"]["conditions"][0]
+
+            def conditions() -> list[dict[str, str]]:
+                status: dict[str, list[dict[str, str]]]
+                status = fake.get(OBJECTIVES, "gold").get("status", {})
+                return status.get("conditions", [])
+
+            (condition,) = await eventually(conditions, SEEN_S * 4)
 
         assert first.endpoint == endpoint
         assert [second.name, third.name] == ["golden", "while-away"]
