@@ -108,3 +108,5 @@ class Decision:
     """Of the pool, just after the decision."""
     waiting: int = 0
     """Requests waiting in the same band, just after the decision."""
+    fallbacks: tuple[str, ...] = ()
+    """Where to send it if the endpoint cannot be reached, best first."""
