@@ -62,7 +62,7 @@ class EndpointSnapshot:
 
     address: str
     in_flight: int | None
-    in_flight_max: int
+    saturation: float
 
 
 @final
@@ -83,3 +83,7 @@ class Snapshot:
     objectives: Mapping[str, int]
     """Name to priority."""
     unknown_objectives: int
+    settlements: int = 0
+    """Settlements that came."""
+    lost_settlements: int = 0
+    """Requests of which none came in time."""

@@ -14,8 +14,9 @@ from envoy_data_plane.envoy.extensions.retry.host.previous_hosts import v3 as pr
 from envoy_data_plane.envoy.type import v3 as envoy_type
 from envoy_data_plane.google import protobuf
 
+from server.engine_settings import ENVOY_MARGIN_NS, ENVOY_PATIENCE_MAX_NS
 from server.envoy_filters import access_logs, metadata_options, response_headers, with_readers
-from server.settings import ENVOY_MARGIN_NS, ENVOY_PATIENCE_MAX_NS, Settings
+from server.settings import Settings
 
 
 def connection_manager(settings: Settings) -> hcm.HttpConnectionManager:

@@ -353,6 +353,8 @@ async def _refusals(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
     except web.HTTPException as error:
         return _error(error.status, error.text or error.reason)
+    except ConnectionResetError:  # written to a client that has just gone: the news is on its way
+        await _until_disconnected()
 
 
 def _error(status: int, message: str) -> web.Response:

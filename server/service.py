@@ -114,8 +114,9 @@ class Service:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._gate.start()
         self._change_objectives(self._folder.read())
-        addresses = tuple(str(address) for address in self._settings.endpoints.static)
-        self._gate.post(EndpointsChanged(addresses))
+        endpoints = self._settings.endpoints
+        addresses = tuple(str(address) for address in endpoints.static)
+        self._gate.post(EndpointsChanged(addresses, endpoints.role_of()))
         try:
             await self._open_doors()
         except ListenError:

@@ -82,6 +82,12 @@ async def metrics(client: Client) -> dict[str, float]:
     return {name.removesuffix('{model_name="demo"}'): float(value) for name, value in samples}
 
 
+async def until_waiting(client: Client, count: int) -> None:
+    """Return when so many requests wait."""
+    while (await metrics(client))["vllm:num_requests_waiting"] != count:
+        pass
+
+
 class TestAnswers:
     """OpenAI's two APIs."""
 
@@ -315,7 +321,7 @@ class TestFailures:
 class TestDisconnects:
     """A client that leaves frees its place at once."""
 
-    async def test_running_and_waiting(self) -> None:
+    async def test_running_and_waiting(self, caplog: pytest.LogCaptureFixture) -> None:
         """The one place is held for 28 hours, and the queue before us too, until both leave."""
         async with serving(ENDLESS) as client:
             endless = HELLO | {"stream": True, "max_tokens": ENDLESS_TOKENS}
@@ -326,7 +332,9 @@ class TestDisconnects:
             assert values["vllm:num_requests_running"] == 1
             assert values["vllm:num_requests_waiting"] == 1
             mine = asyncio.create_task(post(client, TEXT, {"prompt": "x" * 8, "max_tokens": 1}))
+            await until_waiting(client, 2)
             waiting.close()
+            await until_waiting(client, 1)  # else the running job might go first, and it begin
             running.close()
             await mine
             values = await metrics(client)
@@ -334,6 +342,7 @@ class TestDisconnects:
             assert values["vllm:num_requests_waiting"] == 0
             # The waiting job never began: 4 prompt tokens of the running one, 2 of ours.
             assert values["vllm:prompt_tokens_total"] == 6
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
     async def test_whole_answer(self) -> None:
         """It holds for answers that are not streamed, which have written nothing yet."""
