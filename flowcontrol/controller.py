@@ -11,6 +11,7 @@ The life of a request is four states; every move is made here and nowhere else:
 fits is served in order of priority and never refused because of how it was cut into batches.
 """
 
+from itertools import islice
 from typing import assert_never, final
 
 from flowcontrol.across import Across
@@ -59,7 +60,7 @@ class FlowController:
         self.config = config
         self.capacity = Capacity(config.limits)
         self.bands = Bands(config)
-        self.pool = Pool(config.picker, make_detectors(config.detectors))
+        self.pool = Pool(config.picker, make_detectors(config.detectors), config.fallbacks_max)
         self.settlement = Settlement(config.prices)
         self.decisions = Decisions(self.bands, self.pool)
         self._drain_rate = DrainRate(now_ns)
@@ -192,6 +193,7 @@ class FlowController:
         self.settlement.prices = config.prices
         self.bands.reconfigure(config, now_ns)
         self.pool.reconfigure(config.picker, make_detectors(config.detectors), now_ns)
+        self.pool.fallbacks_max = config.fallbacks_max
         waiting = self._waiting()
         self._expiry.reconfigure(config, waiting, now_ns)
         for lease in waiting:
@@ -216,6 +218,8 @@ class FlowController:
         while (late := self._expiry.first_due(now_ns)) is not None:
             self._end_waiting(late, self._expiry.outcome, now_ns)
         self._dispatch(now_ns)
+        if self.bands.passed_over:
+            self.bands.take_back(now_ns)
         self._make_room(now_ns)
         if self._drain_until_ns is not None and now_ns >= self._drain_until_ns:
             for lease in self._waiting():
@@ -244,18 +248,25 @@ class FlowController:
         """Let go whoever may go: the highest band first, in it whose turn it is.
 
         A band that is gated with work waiting ends the pass, so that no lower band overtakes it;
-        only a promotion or a share (`across`) goes before the order.
+        only a promotion or a share (`across`) goes before the order. A flow whose head may only go
+        to endpoints without room is passed over: what others take is nothing that it could have.
         """
         for rank, band in enumerate(self.bands):
-            while band.waiting:
+            while band.waiting_flows > band.aside:
                 saturation = self.pool.saturation()
                 if saturation >= FULL:
                     return
                 lease = self._across.next_exception(now_ns) if self._across.is_active else None
-                if lease is not None:
+                if lease is not None and lease.flow in self.bands.passed_over:
+                    lease = None
+                if lease is not None and self.pool.has_room_for(lease):
                     self._send(lease, self.bands[lease.flow.key.priority], now_ns)
                 elif saturation < self._ceiling(rank, saturation):
-                    self._send(band.next(), band, now_ns)
+                    lease = band.next()
+                    if lease.request.subset is None or self.pool.has_room_for(lease):
+                        self._send(lease, band, now_ns)
+                    else:
+                        self.bands.pass_over(lease.flow)
                 else:
                     return
 
@@ -301,7 +312,9 @@ class FlowController:
             if lease.deadline_ns is not None and lease.deadline_ns <= now_ns:
                 self._end_waiting(lease, self._expiry.outcome, now_ns)  # it came: now or never
                 continue
-            if self._has_room(lease, band, now_ns):
+            if lease.request.subset is not None and not self.pool.serves(lease):
+                self._end_waiting(lease, Outcome.REJECTED_NO_ENDPOINTS, now_ns)
+            elif self._has_room(lease, band, now_ns):
                 self._admit(lease, band, now_ns)
             else:
                 self._refuse(lease, band, now_ns)
@@ -418,32 +431,20 @@ class FlowController:
         return self._forecast(band, band.ahead_now(lease), now_ns)
 
     def _forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
-        above = 0
-        for each in self.bands:
-            if each is band:
-                break
-            above += each.waiting
+        above = self.bands.waiting_above(band)
         return forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
 
     def check_invariants(self) -> None:
         """Count everything anew and hold it against the accounts; O(requests). For tests."""
         assert not self._newcomers, "newcomers are decided in the turn they came in"
         waiting = self._waiting()
-        assert all(lease.is_admitted for lease in waiting)
         assert len(waiting) == self.waiting == self.capacity.requests
         assert self._priorities == [band.priority for band in self.bands]
         assert self.capacity.bytes == sum(lease.request.byte_size for lease in waiting)
-        order = [band.priority for band in self.bands]
-        assert order == sorted(order, reverse=True)
-        for band in self.bands:
-            mine = [lease for lease in waiting if lease.flow.key.priority == band.priority]
-            assert len(mine) == band.waiting
-            band.check_invariants()
-            assert band.is_declared or not band.is_idle, "an undeclared idle band is forgotten"
+        self.bands.check_invariants(waiting)
         assert self.in_flight == sum(band.in_flight for band in self.bands)
-        saturation = self.pool.saturation()
-        first = next((gate for gate in self.gates() if gate[0].waiting), None)
-        assert first is None or saturation >= first[1], "work waits beside a free, ungated slot"
+        could = (gate for gate in self.gates() if any(map(self.pool.has_room_for, gate[0].heads())))
+        assert all(self.pool.saturation() >= gate[1] for gate in islice(could, 1)), "a free slot"
 
     def _waiting(self) -> list[Lease]:
         return [lease for lease in self._leases.values() if not lease.is_in_flight]
