@@ -188,6 +188,20 @@ class TestNobodysWay:
 
         assert places(house.tell(Left(1))) == [(3, A)]
 
+    @pytest.mark.parametrize("passes", [1, 2])
+    def test_order_of_those_passed_over(self, passes: int) -> None:
+        """However often they are passed over, equal turns stay in their order."""
+        house = House(config(Fairness.ROUND_ROBIN))
+        house.tell(house.arrived(A), house.anybody("g"))
+        house.tell(house.arrived(A, flow_id="p"), house.arrived(A, flow_id="q"))
+        last = 2
+        for _ in range(passes):
+            house.tell(house.anybody("z"))
+            ((last, _),) = places(house.tell(Left(last)))
+
+        assert places(house.tell(Left(1))) == [(3, A)]
+        assert places(house.tell(Left(3))) == [(4, A)]
+
     @pytest.mark.parametrize("fairness", Fairness)
     def test_leaves_while_passed_over(self, fairness: Fairness) -> None:
         """It can go away like any other."""
