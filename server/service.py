@@ -22,11 +22,12 @@ from grpc_reflection.v1alpha import reflection
 
 from flowcontrol.errors import ListenError
 from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
-from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
+from flowcontrol.v1 import flowcontrol_pb2 as api
 from server import admin, codec, logs
 from server.classify import ExemptPaths
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate
+from server.guard import Guard
 from server.metrics import SnapshotCollector
 from server.objectives import ObjectiveFolder
 from server.settings import Address, Settings
@@ -41,7 +42,16 @@ CLOSE_GRACE_S = 1.0
 """For answers already written to reach Envoy before the port closes."""
 JOIN_TIMEOUT_S = 5.0
 
+MESSAGE_BYTES_MAX = 1 << 20
+"""Envoy sends headers of 60 KiB at most unless told otherwise, and batches of access log entries of
+16 KiB; what is larger is not read."""
+METADATA_BYTES_MAX = 16 << 10
+"""Of one gRPC call, as grpc counts."""
+
 GRPC_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
     # grpc-core refuses streams it has not yet accepted: at random above 1000, all above 3000. A
     # burst of parked requests looks just like that.
     ("grpc.server.max_pending_requests", 1_000_000),
@@ -167,22 +177,29 @@ class Service:
         listen = self._settings.listen
         main = grpc.aio.server(options=GRPC_OPTIONS)
         main.add_generic_rpc_handlers((self._door.handler(),))
-        api_grpc.add_FlowControlServicer_to_server(
-            admin.FlowControlServicer(self._gate, self._settings.pool), main
-        )
+        guard = Guard(self._settings.admin.secret())
+        service = api.DESCRIPTOR.services_by_name["FlowControl"]
+        servicer = admin.FlowControlServicer(self._gate, self._settings.pool)
+        main.add_generic_rpc_handlers((guard.handler(service, servicer),))
         probes = grpc.aio.server(options=GRPC_OPTIONS)
         health = (_HEALTH_SERVICE, reflection.SERVICE_NAME)
         for server, names in ((main, (codec.SERVICE, admin.SERVICE, *health)), (probes, health)):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             reflection.enable_server_reflection(names, server)
-        for server, address in ((main, listen.ext_proc), (probes, listen.health)):
-            _bind(server, address)
+        certificates = self._settings.tls.certificates()
+        credentials = certificates and certificates.server_credentials()
+        for server, address, shown in (
+            (main, listen.ext_proc, credentials),
+            (probes, listen.health, None),
+        ):
+            _bind(server, address, shown)
             self._grpc_servers.append(server)
             await server.start()
         application = web_application(
             self._metrics,
             is_live=lambda: not self._ended.done() or self._ended.result() is None,
             is_ready=lambda: self._is_serving,
+            middlewares=(guard.middleware,),
         )
         self._web = web.AppRunner(application, access_log=None)
         await self._web.setup()
@@ -202,8 +219,14 @@ class Service:
         return SnapshotCollector(snapshot, self._gate.inbox_refusals, self._folder.error_count)
 
 
-def _bind(server: grpc.aio.Server, address: Address) -> None:
+def _bind(
+    server: grpc.aio.Server, address: Address, credentials: grpc.ServerCredentials | None
+) -> None:
     with contextlib.suppress(RuntimeError):
-        if server.add_insecure_port(str(address)):
+        if credentials is None:
+            port = server.add_insecure_port(str(address))
+        else:
+            port = server.add_secure_port(str(address), credentials)
+        if port:
             return
     raise ListenError(str(address))

@@ -33,6 +33,8 @@ from flowcontrol.config import (
     Picker,
 )
 from flowcontrol.errors import ConfigError
+from server.guard import Admin
+from server.tls import Tls
 from server.units import parse_duration, parse_quantity
 from server.yamlfile import read_mapping
 
@@ -289,6 +291,8 @@ class Settings(_Section):
     pool: str = Field(min_length=1)
     """The one inference pool this process guards; objectives of other pools are ignored."""
     listen: Listen = Listen()
+    tls: Tls = Tls()
+    admin: Admin = Admin()
     objectives: Objectives
     endpoints: Endpoints
     picker: Annotated[Literal["off", "least-loaded"], BeforeValidator(_switched_off)] = "off"
@@ -306,6 +310,13 @@ class Settings(_Section):
                 f"endpoint by its IP address alone, got {', '.join(names)}"
             )
             raise _rule(rule)
+        return self
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        complaint = self.admin.complaint()
+        if complaint is not None:
+            raise _rule(complaint)
         return self
 
     @property

@@ -1,8 +1,9 @@
 """The HTTP port: /metrics, /healthz, /readyz."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from flowcontrol.errors import NotRunningError
@@ -13,6 +14,7 @@ def web_application(
     collect: Callable[[], Awaitable[SnapshotCollector]],
     is_live: Callable[[], bool],
     is_ready: Callable[[], bool],
+    middlewares: Iterable[Middleware] = (),
 ) -> web.Application:
     """Return the application.
 
@@ -20,6 +22,7 @@ def web_application(
         collect: gathers the metrics; may raise NotRunningError.
         is_live: false once the processor has failed.
         is_ready: false also while draining.
+        middlewares: what stands before the pages, outermost first.
     """
 
     async def metrics(_request: web.Request) -> web.Response:
@@ -40,7 +43,7 @@ def web_application(
 
         return handle
 
-    application = web.Application()
+    application = web.Application(middlewares=middlewares)
     application.router.add_get("/metrics", metrics)
     application.router.add_get("/healthz", health(is_live))
     application.router.add_get("/readyz", health(is_ready))

@@ -1,0 +1,123 @@
+"""What sections of a configuration file are made of: their strictness, their units, their rules.
+
+Every field of a section carries its meaning as a docstring; the README's reference is generated
+from them.
+"""
+
+from math import isfinite
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
+
+from server.units import parse_duration, parse_quantity
+
+
+class Section(BaseModel):
+    """A mapping of the file: settings in camelCase, none unknown, none changed once read."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        alias_generator=to_camel,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+def broken(rule: str) -> PydanticCustomError:
+    """Return the error to raise for a rule that does not hold."""
+    return PydanticCustomError("rule", "{rule}", {"rule": rule})
+
+
+def written(default: object, alias: str | None = None) -> Any:
+    """Return a field whose default is given as one would write it in the file."""
+    return Field(default=default, alias=alias)
+
+
+def switched_off(value: object) -> object:
+    """Read what YAML makes of a bare off."""
+    return "off" if value is False else value
+
+
+def _duration(value: object) -> object:
+    duration_ns = parse_duration(value) if isinstance(value, str) else None
+    if duration_ns is None or duration_ns <= 0:
+        rule = "must be a duration above zero such as 500ms, 60s or 5m"
+        raise broken(rule)
+    return duration_ns
+
+
+def _limit(value: object) -> object:
+    if value == "unlimited":
+        return None
+    if isinstance(value, str):
+        value = parse_quantity(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        rule = "must be a whole number from 0 such as 500, 20k or 4Gi, or the word unlimited"
+        raise broken(rule)
+    return value
+
+
+def _limit_from_1(value: object) -> object:
+    if value == "unlimited":
+        return None
+    if isinstance(value, str):
+        value = parse_quantity(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        rule = "must be a whole number from 1 such as 64 or 20k, or the word unlimited"
+        raise broken(rule)
+    return value
+
+
+def _number(value: object) -> float | None:
+    """Return a plain finite number, None for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and isfinite(value) else None  # type: ignore[arg-type]  # seen
+
+
+def _positive(value: object) -> object:
+    number = _number(value)
+    if number is None or number <= 0:
+        rule = "must be a number above 0"
+        raise broken(rule)
+    return number
+
+
+def _from_0(value: object) -> object:
+    number = _number(value)
+    if number is None or number < 0:
+        rule = "must be a number from 0"
+        raise broken(rule)
+    return number
+
+
+def _share(value: object) -> object:
+    number = _number(value)
+    if number is None or not 0 <= number < 1:
+        rule = "must be a number from 0 to below 1"
+        raise broken(rule)
+    return number
+
+
+def _part(value: object) -> object:
+    number = _number(value)
+    if number is None or not 0 < number <= 1:
+        rule = "must be a number above 0, at most 1"
+        raise broken(rule)
+    return number
+
+
+Duration = Annotated[int, BeforeValidator(_duration)]
+"""Nanoseconds, above zero."""
+Limit = Annotated[int | None, BeforeValidator(_limit)]
+"""From 0; None: unlimited."""
+LimitFrom1 = Annotated[int | None, BeforeValidator(_limit_from_1)]
+"""From 1; None: unlimited."""
+Positive = Annotated[float, BeforeValidator(_positive)]
+From0 = Annotated[float, BeforeValidator(_from_0)]
+Share = Annotated[float, BeforeValidator(_share)]
+"""From 0 to below 1."""
+Part = Annotated[float, BeforeValidator(_part)]
+"""Above 0, at most 1."""
