@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
+from flowcontrol.histogram import HistogramSnapshot
 from flowcontrol.request import Outcome
 
 WAIT_BOUNDS_S = (
@@ -67,6 +68,17 @@ class EndpointSnapshot:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """How the processor keeps up."""
+
+    turns: HistogramSnapshot
+    """What one turn took, from its one reading of the clock to its decisions handed back."""
+    lags: HistogramSnapshot
+    """How long facts had been in the inbox, the oldest of each turn."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The whole engine."""
 
@@ -83,3 +95,5 @@ class Snapshot:
     objectives: Mapping[str, int]
     """Name to priority."""
     unknown_objectives: int
+    pace: Pace | None = None
+    """None: the machine was asked, not its processor."""

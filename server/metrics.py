@@ -1,6 +1,11 @@
-"""Prometheus metrics, rendered from a snapshot: nothing is counted on the way of a request."""
+"""Prometheus metrics, rendered from a snapshot: nothing is counted on the way of a request.
 
-from collections.abc import Callable, Iterator
+No label holds what a client says: priorities come from objectives, endpoints from the pool, the
+rest is fixed. So the number of series is bounded by what operators declare.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from itertools import accumulate
 from typing import final
 
@@ -12,29 +17,58 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from flowcontrol.histogram import HistogramSnapshot
 from flowcontrol.snapshot import WAIT_BOUNDS_S, BandSnapshot, Snapshot
+
+
+def registry_of(collectors: Iterable[Collector]) -> CollectorRegistry:
+    """Return a registry for one scrape."""
+    registry = CollectorRegistry(auto_describe=False)
+    for collector in collectors:
+        registry.register(collector)
+    return registry
+
+
+def buckets_of(histogram: HistogramSnapshot) -> list[tuple[str, float]]:
+    """Return a histogram's cumulated buckets as Prometheus has them."""
+    bounds = [*(str(float(bound)) for bound in histogram.bounds_s), "+Inf"]
+    return list(zip(bounds, accumulate(histogram.counts), strict=True))
 
 
 @final
 class SnapshotCollector(Collector):
-    """Turns one snapshot into metric families; labels are priorities, outcomes and endpoints."""
+    """Turns one snapshot into metric families.
 
-    def __init__(self, snapshot: Snapshot, inbox_refusals: int, objective_errors: int) -> None:
+    Args:
+        snapshot: of the engine.
+        inbox_refusals: requests it never saw.
+        objective_errors: mistakes met in manifests.
+        loop_lag: how late the event loop is.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        inbox_refusals: int,
+        objective_errors: int,
+        loop_lag: HistogramSnapshot | None = None,
+    ) -> None:
         self._snapshot = snapshot
         self._inbox_refusals = inbox_refusals
         self._objective_errors = objective_errors
-
-    def registry(self) -> CollectorRegistry:
-        """Return a registry that holds this collector alone."""
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(self)
-        return registry
+        self._loop_lag = loop_lag
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
+        build = GaugeMetricFamily(
+            "flowcontrol_build_info", "1, with the version.", labels=["version"]
+        )
+        build.add_metric([version("flowcontrol")], 1)
+        yield build
         yield from self._pool()
         yield from self._bands()
         yield from self._totals()
+        yield from self._pace()
 
     def _pool(self) -> Iterator[Metric]:
         snapshot = self._snapshot
@@ -87,6 +121,17 @@ class SnapshotCollector(Collector):
             for band in self._snapshot.bands:
                 family.add_metric([str(band.priority)], value(band))
             yield family
+        limits: tuple[tuple[str, str, Callable[[BandSnapshot], int | None]], ...] = (
+            ("requests_limit", "Requests that may wait, where limited.", lambda b: b.requests_max),
+            ("bytes_limit", "Announced bytes that may wait, where limited.", lambda b: b.bytes_max),
+        )
+        for name, text, limit in limits:
+            family = GaugeMetricFamily(f"flowcontrol_band_{name}", text, labels=["priority"])
+            for band in self._snapshot.bands:
+                most = limit(band)
+                if most is not None:
+                    family.add_metric([str(band.priority)], most)
+            yield family
 
     def _totals(self) -> Iterator[Metric]:
         decided = CounterMetricFamily(
@@ -100,16 +145,36 @@ class SnapshotCollector(Collector):
             "From arrival to decision.",
             labels=["priority", "outcome"],
         )
-        bounds = [*(str(float(bound)) for bound in WAIT_BOUNDS_S), "+Inf"]
         for priority, totals in self._snapshot.totals.items():
             completed.add_metric([str(priority)], totals.completed)
             for outcome, count in totals.outcomes.items():
                 labels = [str(priority), outcome.value]
                 decided.add_metric(labels, count)
-                counts = accumulate(totals.wait_counts[outcome])
-                waits.add_metric(
-                    labels,
-                    buckets=list(zip(bounds, counts, strict=True)),
-                    sum_value=totals.wait_sum_ns[outcome] / 1e9,
-                )
+                counts, sum_ns = totals.wait_counts[outcome], totals.wait_sum_ns[outcome]
+                waited = HistogramSnapshot(WAIT_BOUNDS_S, counts, sum_ns)
+                waits.add_metric(labels, buckets_of(waited), sum_ns / 1e9)
         yield from (decided, completed, waits)
+
+    def _pace(self) -> Iterator[Metric]:
+        pace = self._snapshot.pace
+        for name, text, histogram in (
+            (
+                "processor_turn_seconds",
+                "What one turn of the processor took: facts in, decisions out.",
+                pace and pace.turns,
+            ),
+            (
+                "processor_lag_seconds",
+                "How long the oldest fact of each turn had been in the inbox when it was taken.",
+                pace and pace.lags,
+            ),
+            (
+                "loop_lag_seconds",
+                "How late the event loop ran what was due, looked at four times a second.",
+                self._loop_lag,
+            ),
+        ):
+            if histogram is not None:
+                family = HistogramMetricFamily(f"flowcontrol_{name}", text)
+                family.add_metric([], buckets_of(histogram), histogram.sum_ns / 1e9)
+                yield family

@@ -19,6 +19,8 @@ from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import ProcessCollector
+from prometheus_client.registry import Collector, CollectorRegistry
 
 from flowcontrol.errors import ListenError
 from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
@@ -28,8 +30,10 @@ from server.classify import ExemptPaths
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate
 from server.guard import Guard
-from server.metrics import SnapshotCollector
+from server.loop_lag import LoopLag
+from server.metrics import SnapshotCollector, registry_of
 from server.objectives import ObjectiveFolder
+from server.reference_metrics import ReferenceCollector
 from server.settings import Address, Settings
 from server.web import web_application
 
@@ -64,6 +68,8 @@ GRPC_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
+_PROCESS = ProcessCollector(registry=None)
+"""The process's own CPU time, memory and open files."""
 READY_NAMES = ("", "readiness", codec.SERVICE, admin.SERVICE)
 LIVE_NAME = "liveness"
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -96,6 +102,7 @@ class Service:
             picks=settings.picker != "off",
         )
         self._health = HealthServicer()
+        self._loop_lag = LoopLag()
         self._grpc_servers: list[grpc.aio.Server] = []
         self._web: web.AppRunner | None = None
 
@@ -209,14 +216,27 @@ class Service:
             raise ListenError(str(listen.http)) from error
 
     async def _close_doors(self) -> None:
+        self._loop_lag.stop()
         self._door.close()
         await asyncio.gather(*(server.stop(CLOSE_GRACE_S) for server in self._grpc_servers))
         if self._web is not None:
             await self._web.cleanup()
 
-    async def _metrics(self) -> SnapshotCollector:
+    async def _metrics(self) -> CollectorRegistry:
         snapshot = await self._gate.snapshot()
-        return SnapshotCollector(snapshot, self._gate.inbox_refusals, self._folder.error_count)
+        settings = self._settings
+        collectors: list[Collector] = [
+            SnapshotCollector(
+                snapshot,
+                self._gate.inbox_refusals,
+                self._folder.error_count,
+                self._loop_lag.snapshot(),
+            )
+        ]
+        if settings.metrics.reference_names:
+            limits = settings.controller_config().limits
+            collectors.append(ReferenceCollector(snapshot, settings.pool, limits))
+        return registry_of([*collectors, _PROCESS])
 
 
 def _bind(

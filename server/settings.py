@@ -281,6 +281,14 @@ class Requests(_Section):
         return value
 
 
+class Metrics(_Section):
+    """What /metrics says."""
+
+    reference_names: bool = Field(default=False, strict=True)
+    """Also say what there is under the names of llm-d-router's flow control,
+    llm_d_epp_flow_control_*, for dashboards and KEDA triggers that ask for them."""
+
+
 class Settings(_Section):
     """The whole file."""
 
@@ -300,6 +308,7 @@ class Settings(_Section):
     saturation: Saturation = Saturation()
     flow_control: FlowControl = FlowControl()
     requests: Requests = Requests()
+    metrics: Metrics = Metrics()
 
     @model_validator(mode="after")
     def _picked_by_address(self) -> Self:
@@ -370,6 +379,7 @@ def problems_of(error: ValidationError) -> list[str]:
 _RULES = {
     "literal_error": "must be {expected}",
     "greater_than_equal": "must be >= {ge}",
+    "bool_type": "must be true or false",
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",

@@ -4,14 +4,13 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from flowcontrol.errors import NotRunningError
-from server.metrics import SnapshotCollector
 
 
 def web_application(
-    collect: Callable[[], Awaitable[SnapshotCollector]],
+    collect: Callable[[], Awaitable[CollectorRegistry]],
     is_live: Callable[[], bool],
     is_ready: Callable[[], bool],
     middlewares: Iterable[Middleware] = (),
@@ -28,10 +27,10 @@ def web_application(
     async def metrics(_request: web.Request) -> web.Response:
         """Render the metrics."""
         try:
-            collector = await collect()
+            registry = await collect()
         except NotRunningError as error:
             raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
-        body = generate_latest(collector.registry())
+        body = generate_latest(registry)
         return web.Response(body=body, headers={"content-type": CONTENT_TYPE_LATEST})
 
     def health(is_well: Callable[[], bool]) -> Callable[[web.Request], Awaitable[web.Response]]:

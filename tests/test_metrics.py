@@ -1,11 +1,14 @@
 """Every metric line of a known snapshot, and what Prometheus reads in it."""
 
+from importlib.metadata import version
+
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from flowcontrol.histogram import HistogramSnapshot
 from flowcontrol.request import Outcome
-from flowcontrol.snapshot import BandSnapshot, EndpointSnapshot, Snapshot, Totals
-from server.metrics import SnapshotCollector
+from flowcontrol.snapshot import BandSnapshot, EndpointSnapshot, Pace, Snapshot, Totals
+from server.metrics import SnapshotCollector, registry_of
 
 SECOND = 1_000_000_000
 CHAT = BandSnapshot(
@@ -44,6 +47,7 @@ TOTALS = Totals(
     },
     wait_sum_ns={Outcome.DISPATCHED: 3_250_000_000, Outcome.EVICTED_TTL: 900 * SECOND},
 )
+LAG = HistogramSnapshot((0.001, 0.5), (7, 2, 1), 1_500_000_000)
 SNAPSHOT = Snapshot(
     saturation=0.75,
     waiting=3,
@@ -59,6 +63,10 @@ SNAPSHOT = Snapshot(
     ),
     objectives={"chat": 10},
     unknown_objectives=7,
+    pace=Pace(
+        turns=HistogramSnapshot((0.001,), (5, 1), 3_000_000),
+        lags=HistogramSnapshot((0.001,), (4, 0), 1_000_000),
+    ),
 )
 EMPTY = Snapshot(
     saturation=0.0,
@@ -95,6 +103,8 @@ flowcontrol_band_ceiling{priority="10"} 1.0
 flowcontrol_band_ceiling{priority="-1"} 0.5
 flowcontrol_oldest_wait_seconds{priority="10"} 1.5
 flowcontrol_oldest_wait_seconds{priority="-1"} 0.0
+flowcontrol_band_requests_limit{priority="-1"} 1000.0
+flowcontrol_band_bytes_limit{priority="-1"} 1e+09
 flowcontrol_requests_total{outcome="dispatched",priority="10"} 5.0
 flowcontrol_requests_total{outcome="evicted-ttl",priority="10"} 1.0
 flowcontrol_completed_requests_total{priority="10"} 3.0
@@ -118,12 +128,26 @@ flowcontrol_wait_seconds_bucket{le="600.0",outcome="dispatched",priority="10"} 5
 flowcontrol_wait_seconds_bucket{le="+Inf",outcome="dispatched",priority="10"} 5.0
 flowcontrol_wait_seconds_count{outcome="dispatched",priority="10"} 5.0
 flowcontrol_wait_seconds_sum{outcome="dispatched",priority="10"} 3.25
+flowcontrol_processor_turn_seconds_bucket{le="0.001"} 5.0
+flowcontrol_processor_turn_seconds_bucket{le="+Inf"} 6.0
+flowcontrol_processor_turn_seconds_count 6.0
+flowcontrol_processor_turn_seconds_sum 0.003
+flowcontrol_processor_lag_seconds_bucket{le="0.001"} 4.0
+flowcontrol_processor_lag_seconds_bucket{le="+Inf"} 4.0
+flowcontrol_processor_lag_seconds_count 4.0
+flowcontrol_processor_lag_seconds_sum 0.001
+flowcontrol_loop_lag_seconds_bucket{le="0.001"} 7.0
+flowcontrol_loop_lag_seconds_bucket{le="0.5"} 9.0
+flowcontrol_loop_lag_seconds_bucket{le="+Inf"} 10.0
+flowcontrol_loop_lag_seconds_count 10.0
+flowcontrol_loop_lag_seconds_sum 1.5
 """
 
 
 def rendered(snapshot: Snapshot) -> str:
     """What /metrics would say."""
-    return generate_latest(SnapshotCollector(snapshot, 4, 2).registry()).decode()
+    collector = SnapshotCollector(snapshot, 4, 2, LAG)
+    return generate_latest(registry_of([collector])).decode()
 
 
 def lines(text: str) -> list[str]:
@@ -139,7 +163,9 @@ class TestSnapshotCollector:
         got = lines(rendered(SNAPSHOT))
         evicted = [line for line in got if "wait_seconds" in line and "evicted-ttl" in line]
 
-        assert EXPECTED.splitlines() == [line for line in got if line not in evicted]
+        expected = [f'flowcontrol_build_info{{version="{version("flowcontrol")}"}} 1.0']
+        expected += EXPECTED.splitlines()
+        assert expected == [line for line in got if line not in evicted]
         labels = 'outcome="evicted-ttl",priority="10"'
         assert len(evicted) == 20
         assert all(line.endswith(" 0.0") for line in evicted[:17])
@@ -155,6 +181,7 @@ class TestSnapshotCollector:
 
         kinds = {name.removeprefix("flowcontrol_"): each.type for name, each in families.items()}
         assert kinds == {
+            "build_info": "gauge",
             "saturation": "gauge",
             "draining": "gauge",
             "endpoints": "gauge",
@@ -169,15 +196,22 @@ class TestSnapshotCollector:
             "flows": "gauge",
             "band_ceiling": "gauge",
             "oldest_wait_seconds": "gauge",
+            "band_requests_limit": "gauge",
+            "band_bytes_limit": "gauge",
             "requests": "counter",
             "completed_requests": "counter",
             "wait_seconds": "histogram",
+            "processor_turn_seconds": "histogram",
+            "processor_lag_seconds": "histogram",
+            "loop_lag_seconds": "histogram",
         }
         assert all(each.documentation.endswith(".") for each in families.values())
 
     def test_nothing_yet(self) -> None:
         """An idle pool without bands has its pool metrics, and no series that would be stale."""
-        assert lines(rendered(EMPTY)) == [
+        got = [line for line in lines(rendered(EMPTY)) if "loop_lag" not in line]
+
+        assert got[1:] == [
             "flowcontrol_saturation 0.0",
             "flowcontrol_draining 0.0",
             "flowcontrol_endpoints 0.0",
@@ -188,8 +222,8 @@ class TestSnapshotCollector:
         ]
 
     def test_labels(self) -> None:
-        """No label holds what a client says: only priority, outcome, endpoint and bound."""
+        """No label holds what a client says."""
         families = text_string_to_metric_families(rendered(SNAPSHOT))
 
         labels = {name for each in families for sample in each.samples for name in sample.labels}
-        assert labels == {"priority", "outcome", "endpoint", "le"}
+        assert labels == {"priority", "outcome", "endpoint", "le", "version"}
