@@ -9,7 +9,7 @@ import grpc
 from server.classify import ExemptPaths
 from server.codec import SERVICE, MalformedMessageError, decode, encode
 from server.exchange import Exchange, Message, Park, Phase, ProtocolError
-from server.gate import FlowGate
+from server.gate import FlowGate, Parked, trace_of
 from server.replies import answer
 
 _Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -24,15 +24,23 @@ class ExtProcDoor:
         exempt: paths that pass ungated.
         continue_on_fault: what becomes of requests when the engine has failed.
         picks: whether the engine chooses the endpoints.
+        trace_fields: names of headers that tell of a trace; none while traces are off.
     """
 
     def __init__(
-        self, gate: FlowGate, exempt: ExemptPaths, *, continue_on_fault: bool, picks: bool = False
+        self,
+        gate: FlowGate,
+        exempt: ExemptPaths,
+        *,
+        continue_on_fault: bool,
+        picks: bool = False,
+        trace_fields: tuple[str, ...] = (),
     ) -> None:
         self._gate = gate
         self._exempt = exempt
         self._continue_on_fault = continue_on_fault
         self._picks = picks
+        self._trace_fields = trace_fields
         self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
         self._closing = asyncio.get_running_loop().create_future()
 
@@ -58,15 +66,18 @@ class ExtProcDoor:
                 return
             reply = exchange.receive(first)
             if isinstance(reply, Park):
-                await self._hold(exchange, reply, context)
+                parked = self._gate.park(reply.facts)
+                if self._trace_fields:
+                    said = dict(context.invocation_metadata() or ())
+                    parked.trace = trace_of(self._trace_fields, said, first.headers)
+                await self._hold(exchange, parked, context)
             else:
                 await context.write(encode(reply, picks=self._picks))
         except (ProtocolError, MalformedMessageError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
-    async def _hold(self, exchange: Exchange, park: Park, context: _Context) -> None:
-        """Park the request, answer it, and keep its slot until its stream ends."""
-        parked = self._gate.park(park.facts)
+    async def _hold(self, exchange: Exchange, parked: Parked, context: _Context) -> None:
+        """Answer a parked request, and keep its slot until its stream ends."""
         # Read on while parked: with Envoy's graceful close the end of a request shows only there.
         reading = asyncio.ensure_future(self._read(context))
         try:

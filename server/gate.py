@@ -8,7 +8,7 @@ requests came; per batch of decisions the loop is woken once.
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -34,6 +34,8 @@ class Parked:
     """Resolves exactly once, with the decision; never cancelled, never an exception."""
     decided_ns: int = 0
     left_ns: int | None = None
+    trace: Mapping[str, str] | None = None
+    """Headers that tell of the trace it belongs to; None while traces are off."""
 
 
 @final
@@ -182,3 +184,17 @@ class FlowGate:
             waited_ns=0,
             retry_after_ns=retry_after_ns,
         )
+
+
+def trace_of(
+    fields: tuple[str, ...], metadata: Mapping[str, str | bytes], headers: Mapping[str, str]
+) -> dict[str, str]:
+    """Return what tells of a request's trace.
+
+    Args:
+        fields: names of the headers that do.
+        metadata: of the stream: Envoy's own span, where Envoy traces.
+        headers: of the request: the client's span, where Envoy does not.
+    """
+    said = {name: text for name in fields if isinstance(text := metadata.get(name), str)}
+    return said or {name: headers[name] for name in fields if name in headers}

@@ -11,7 +11,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Mapping
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import grpc
 import structlog
@@ -22,13 +22,13 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from flowcontrol.errors import ListenError
-from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
+from flowcontrol.errors import FlowControlError, ListenError
+from flowcontrol.events import Decision, DrainBegan, EndpointsChanged, ObjectivesChanged
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from server import admin, codec, logs
 from server.classify import ExemptPaths
 from server.ext_proc import ExtProcDoor
-from server.gate import FlowGate
+from server.gate import FlowGate, Parked
 from server.guard import Guard
 from server.loop_lag import LoopLag
 from server.metrics import SnapshotCollector, registry_of
@@ -36,6 +36,9 @@ from server.objectives import ObjectiveFolder
 from server.reference_metrics import ReferenceCollector
 from server.settings import Address, Settings
 from server.web import web_application
+
+if TYPE_CHECKING:
+    from server.otel import Traces
 
 ARRIVALS_MAX = 100_000
 """Arrivals the processor may be behind: about a second of its work."""
@@ -92,14 +95,16 @@ class Service:
             asyncio.get_running_loop().create_future()
         )
         self._is_serving = False
+        self._traces = _traces(settings)
         self._gate = FlowGate(
-            settings.controller_config(), ARRIVALS_MAX, logs.request_ended, self._processor_ended
+            settings.controller_config(), ARRIVALS_MAX, self._request_ended, self._processor_ended
         )
         self._door = ExtProcDoor(
             self._gate,
             ExemptPaths(settings.requests.exempt_paths),
             continue_on_fault=settings.requests.on_internal_fault == "continue",
             picks=settings.picker != "off",
+            trace_fields=() if self._traces is None else self._traces.fields,
         )
         self._health = HealthServicer()
         self._loop_lag = LoopLag()
@@ -161,6 +166,11 @@ class Service:
         task = asyncio.ensure_future(self._tell_health())
         task.add_done_callback(lambda _task: self._gate.post(DrainBegan(budget_ns)))
 
+    def _request_ended(self, parked: Parked, decision: Decision) -> None:
+        logs.request_ended(parked, decision)
+        if self._traces is not None:
+            self._traces.request_ended(parked, decision)
+
     def _processor_ended(self, fault: BaseException | None) -> None:
         if fault is not None:
             _log.critical("processor_failed", exc_info=fault)
@@ -221,6 +231,8 @@ class Service:
         await asyncio.gather(*(server.stop(CLOSE_GRACE_S) for server in self._grpc_servers))
         if self._web is not None:
             await self._web.cleanup()
+        if self._traces is not None:
+            await self._traces.close()
 
     async def _metrics(self) -> CollectorRegistry:
         snapshot = await self._gate.snapshot()
@@ -237,6 +249,17 @@ class Service:
             limits = settings.controller_config().limits
             collectors.append(ReferenceCollector(snapshot, settings.pool, limits))
         return registry_of([*collectors, _PROCESS])
+
+
+def _traces(settings: Settings) -> "Traces | None":
+    if settings.traces.exporter == "off":
+        return None
+    try:
+        from server.otel import Traces  # noqa: PLC0415 - an extra, and slow to import
+    except ModuleNotFoundError as error:
+        message = f"traces.exporter needs {error.name}: pip install 'flowcontrol[otel]'"
+        raise FlowControlError(message) from error
+    return Traces(settings.pool)
 
 
 def _bind(

@@ -289,6 +289,14 @@ class Metrics(_Section):
     llm_d_epp_flow_control_*, for dashboards and KEDA triggers that ask for them."""
 
 
+class Traces(_Section):
+    """OpenTelemetry's traces; needs the extra otel."""
+
+    exporter: Annotated[Literal["off", "otlp"], BeforeValidator(_switched_off)] = "off"
+    """otlp: a span flow_control.wait for each request, sent where OTEL_EXPORTER_OTLP_ENDPOINT says.
+    The other OTEL_* variables count, too."""
+
+
 class Settings(_Section):
     """The whole file."""
 
@@ -309,6 +317,7 @@ class Settings(_Section):
     flow_control: FlowControl = FlowControl()
     requests: Requests = Requests()
     metrics: Metrics = Metrics()
+    traces: Traces = Traces()
 
     @model_validator(mode="after")
     def _picked_by_address(self) -> Self:

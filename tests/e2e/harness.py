@@ -97,6 +97,8 @@ class Spec:
     picker: str = "off"
     flow_control: Mapping[str, Any] = field(default_factory=dict)
     requests: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Other sections of the service's settings."""
     edit_envoy: Edit | None = None
     """Changes the generated Envoy configuration, parsed, in place."""
     service: Sequence[str] = (str(Path(sys.executable).with_name("flowcontrol")),)
@@ -270,6 +272,7 @@ class Stack:
             "saturation": {"maxConcurrency": spec.max_concurrency},
             "flowControl": dict(spec.flow_control),
             "requests": dict(spec.requests),
+            **spec.more,
         }
 
     def _listen(self) -> dict[str, str]:
