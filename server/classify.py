@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, final
 
 from flowcontrol.request import DEFAULT_FLOW_ID
+from server.dialects import Dialect, dialect_of
 from server.units import parse_duration
 
 FLOW_ID_HEADERS = ("x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id")
@@ -30,6 +31,8 @@ class RequestFacts(NamedTuple):
     client_request_id: str
     """x-request-id, for people who read logs; never used as an identity."""
     path: str
+    dialect: Dialect = Dialect.OPENAI
+    """How the client wants to be told of an error."""
 
 
 @final
@@ -48,13 +51,15 @@ def classify(headers: Mapping[str, str]) -> RequestFacts:
     """Read the headers, their names in lower case, of which the first value of each counts."""
     flow_id = _first(headers, FLOW_ID_HEADERS)
     length = headers.get("content-length", "")
+    path = headers.get(":path", "").partition("?")[0]
     return RequestFacts(
         flow_id=flow_id or DEFAULT_FLOW_ID,
         objective=_first(headers, OBJECTIVE_HEADERS) or None,
         byte_size=int(length) if length.isascii() and length.isdigit() and len(length) < 16 else 0,  # noqa: PLR2004 - a petabyte
         ttl_ns=parse_duration(headers.get(TTL_HEADER, "")),
         client_request_id=headers.get("x-request-id", "")[:NAME_LENGTH_MAX],
-        path=headers.get(":path", "").partition("?")[0],
+        path=path,
+        dialect=dialect_of(path, headers.get("content-type", "")),
     )
 
 

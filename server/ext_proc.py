@@ -91,7 +91,12 @@ class ExtProcDoor:
             await asyncio.wait((parked.future,))
             decision = parked.future.result()
             reply = exchange.decide(
-                answer(decision, self._chance.random(), continue_on_fault=self._continue_on_fault)
+                answer(
+                    decision,
+                    self._chance.random(),
+                    parked.facts.dialect,
+                    continue_on_fault=self._continue_on_fault,
+                )
             )
             await context.write(encode(reply, picks=self._picks))
             while exchange.phase is Phase.GOING:
