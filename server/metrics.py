@@ -18,7 +18,10 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from flowcontrol.histogram import HistogramSnapshot
-from flowcontrol.snapshot import WAIT_BOUNDS_S, BandSnapshot, Snapshot
+from flowcontrol.request import Outcome
+from flowcontrol.snapshot import WAIT_BOUNDS_S, BandSnapshot, Snapshot, Totals
+
+_NO_TOTALS = Totals(outcomes={}, completed=0, wait_counts={}, wait_sum_ns={})
 
 
 def registry_of(collectors: Iterable[Collector]) -> CollectorRegistry:
@@ -145,11 +148,15 @@ class SnapshotCollector(Collector):
             "From arrival to decision.",
             labels=["priority", "outcome"],
         )
-        for priority, totals in self._snapshot.totals.items():
+        totals_of = dict.fromkeys((band.priority for band in self._snapshot.bands), _NO_TOTALS)
+        totals_of |= self._snapshot.totals
+        for priority, totals in totals_of.items():
             completed.add_metric([str(priority)], totals.completed)
-            for outcome, count in totals.outcomes.items():
+            for outcome in Outcome:  # those of 0, too: a rate misses a counter's first step
                 labels = [str(priority), outcome.value]
-                decided.add_metric(labels, count)
+                decided.add_metric(labels, totals.outcomes.get(outcome, 0))
+                if outcome not in totals.outcomes:
+                    continue
                 counts, sum_ns = totals.wait_counts[outcome], totals.wait_sum_ns[outcome]
                 waited = HistogramSnapshot(WAIT_BOUNDS_S, counts, sum_ns)
                 waits.add_metric(labels, buckets_of(waited), sum_ns / 1e9)

@@ -142,6 +142,7 @@ flowcontrol_loop_lag_seconds_bucket{le="+Inf"} 10.0
 flowcontrol_loop_lag_seconds_count 10.0
 flowcontrol_loop_lag_seconds_sum 1.5
 """
+NEVER = ("flowcontrol_requests_total", "flowcontrol_completed_requests_total")
 
 
 def rendered(snapshot: Snapshot) -> str:
@@ -160,12 +161,15 @@ class TestSnapshotCollector:
 
     def test_every_line(self) -> None:
         """Every sample is there, in order; counters end in _total, buckets are cumulated."""
-        got = lines(rendered(SNAPSHOT))
+        everything = lines(rendered(SNAPSHOT))
+        zeros = [line for line in everything if line.startswith(NEVER) and line.endswith(" 0.0")]
+        got = [line for line in everything if line not in zeros]
         evicted = [line for line in got if "wait_seconds" in line and "evicted-ttl" in line]
 
         expected = [f'flowcontrol_build_info{{version="{version("flowcontrol")}"}} 1.0']
         expected += EXPECTED.splitlines()
         assert expected == [line for line in got if line not in evicted]
+        assert len(zeros) == 2 * len(Outcome) - 2 + 1
         labels = 'outcome="evicted-ttl",priority="10"'
         assert len(evicted) == 20
         assert all(line.endswith(" 0.0") for line in evicted[:17])
