@@ -1,12 +1,14 @@
 """Pure. One priority level: its flows, its account and its choice."""
 
+from math import inf
 from typing import final
 
 from flowcontrol.buckets import Buckets
 from flowcontrol.capacity import Capacity
-from flowcontrol.config import BandSettings
-from flowcontrol.fairness import make_fairness
+from flowcontrol.config import BandSettings, ControllerConfig, Fairness
+from flowcontrol.fairness import FairnessPolicy, make_fairness
 from flowcontrol.flow import Flow, Lease
+from flowcontrol.forecast import Ahead, Places
 from flowcontrol.request import FlowKey
 from flowcontrol.retry import DrainRate
 
@@ -19,68 +21,126 @@ class Band:
     Every operation costs what the fairness policy costs: O(log flows) at worst.
     """
 
-    def __init__(self, priority: int, settings: BandSettings, now_ns: int) -> None:
+    def __init__(self, priority: int, config: ControllerConfig, now_ns: int) -> None:
         self.priority = priority
-        self.settings = settings
+        self.settings: BandSettings = config.settings_for(priority)
         self.is_declared = True
-        self.capacity = Capacity(settings.limits)
+        self.capacity = Capacity(self.settings.limits)
         self.drain_rate = DrainRate(now_ns)
         self.flows: dict[str, Flow] = {}
         self.waiting = 0
+        self.waiting_flows = 0
+        """How many flows have something waiting."""
         self.in_flight = 0
-        self._fairness = make_fairness(settings.fairness)
-        self._backlogs: Buckets[Flow] = Buckets()
+        self.fairness: FairnessPolicy = make_fairness(self.settings, config, now_ns)
+        self.backlogs: Buckets[Flow] = Buckets()
+        """Flows by how many of them have been admitted."""
+        self._places = Places()
+        """Of what has been admitted."""
+        self._cost = 0.0
+        """Of the same, added up."""
 
     def flow(self, flow_id: str) -> Flow:
         """Return the flow of that name; it begins to exist with its first request."""
         flow = self.flows.get(flow_id)
         if flow is None:
-            flow = self.flows[flow_id] = Flow(FlowKey(self.priority, flow_id))
+            key = FlowKey(self.priority, flow_id)
+            flow = Flow(key, self.settings.ordering, self.settings.flow_limits)
+            self.flows[flow_id] = flow
         return flow
 
-    def queue(self, lease: Lease) -> None:
-        """Let a request wait in its flow."""
+    def queue(self, lease: Lease, now_ns: int) -> None:
+        """Let a newcomer wait in its flow."""
         flow = lease.flow
         flow.push(lease)
         self.waiting += 1
         if len(flow) == 1:
-            self._backlogs.add(flow, 1)
-            self._fairness.enter(flow)
-        else:
-            self._backlogs.increment(flow)
+            self.waiting_flows += 1
+            self.fairness.enter(flow, now_ns)
+        elif flow.head is lease:
+            self.fairness.head_moved(flow)
 
-    def remove(self, lease: Lease) -> None:
-        """Take a waiting request out, and its flow when it was the flow's last."""
+    def remove(self, lease: Lease, now_ns: int) -> None:
+        """Take a waiting request out, and its flow when nothing of it is left."""
         flow = lease.flow
         was_head = flow.head is lease
         flow.remove(lease)
         self.waiting -= 1
         if lease.is_admitted:
             self.capacity.give_back(lease.request.byte_size)
+            self._places.remove(flow.capacity.requests)
+            self._cost -= lease.cost
+            if flow.capacity.requests:
+                self.backlogs.decrement(flow)
+            else:
+                self.backlogs.remove(flow)
+            if not self.capacity.requests:
+                self._cost = 0.0
+                self.drain_rate.ended(now_ns)
         if not flow:
-            self._backlogs.remove(flow)
-            self._fairness.leave(flow)
+            self.waiting_flows -= 1
+            self.fairness.leave(flow)
             self._forget(flow)
-            return
-        self._backlogs.decrement(flow)
-        if was_head:
-            self._fairness.head_moved(flow)
+        elif was_head:
+            self.fairness.head_moved(flow)
+
+    def move(self, lease: Lease) -> None:
+        """Find a waiting request's place in its flow anew, after its deadline has changed."""
+        lease.flow.move(lease)
+        self.fairness.head_moved(lease.flow)
+
+    def admit(self, lease: Lease, now_ns: int) -> None:
+        """Count a newcomer against the limits from now on."""
+        flow = lease.flow
+        flow.admit(lease)
+        self.capacity.take(lease.request.byte_size)
+        self._places.add(flow.capacity.requests - 1)
+        self._cost += lease.cost
+        if self.capacity.requests == 1:
+            self.drain_rate.began(now_ns)
+        if flow.capacity.requests == 1:
+            self.backlogs.add(flow, 1)
+        else:
+            self.backlogs.increment(flow)
 
     def next(self) -> Lease:
         """Return the request whose turn it is; one must wait."""
-        return self._fairness.pick().head
+        return self.fairness.pick().head
 
     def first_to_give_way(self) -> Lease:
-        """Return the request to displace first: the newest of the flow with the longest backlog."""
-        return self._backlogs.most().newest
+        """Return whom a better band displaces first: the newest of the longest backlog."""
+        return next(self.backlogs.most().newest_first())
 
-    def dispatch(self, lease: Lease) -> None:
+    def ahead(self, lease: Lease, place: int) -> Ahead:
+        """Return about what goes before an admitted request, so many of its own flow with it.
+
+        For one that came last, with global-strict. O(log waiting).
+        """
+        mine = lease.flow.capacity.requests
+        others = self.capacity.requests - mine
+        turns = self.fairness.turns(lease, place, self._cost / self.capacity.requests)
+        if turns == inf:
+            return Ahead(place + others)
+        others = min(others, max(0, round(self._places.before(turns) - min(mine, turns))))
+        return Ahead(place + others, self._places.overtaking(turns))
+
+    def ahead_now(self, lease: Lease) -> Ahead:
+        """Return what goes before an admitted request, wherever it stands; O(waiting)."""
+        if self.settings.fairness is not Fairness.GLOBAL_STRICT:
+            return self.ahead(lease, lease.flow.place(lease))
+        mine = lease.flow.order_of(lease)
+        everybody = (each for flow in self.flows.values() for each in flow.leases())
+        return Ahead(sum(each.flow.order_of(each) < mine for each in everybody))
+
+    def dispatch(self, lease: Lease, now_ns: int) -> None:
         """Move a request from waiting to in flight."""
-        self._fairness.charge(lease.flow)
+        self.drain_rate.dispatched(now_ns)
+        self._places.dispatched()
+        self.fairness.charge(lease.flow, lease.cost, now_ns)
         lease.flow.in_flight += 1
         self.in_flight += 1
         lease.is_in_flight = True
-        self.remove(lease)
+        self.remove(lease, now_ns)
 
     def complete(self, lease: Lease) -> None:
         """Let go of a request that was in flight."""
@@ -88,11 +148,50 @@ class Band:
         self.in_flight -= 1
         self._forget(lease.flow)
 
+    def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
+        """Take other settings; what waits keeps its place, and its account. O(waiting)."""
+        old, self.settings = self.settings, config.settings_for(self.priority)
+        self.capacity.limits = self.settings.limits
+        for flow in self.flows.values():
+            flow.capacity.limits = self.settings.flow_limits
+            if flow.ordering is not self.settings.ordering:
+                flow.reorder(self.settings.ordering)
+                if flow:
+                    self.fairness.head_moved(flow)
+        if old.fairness is self.settings.fairness:
+            self.fairness.reconfigure(config, now_ns)
+        else:
+            self._change_fairness(config, now_ns)
+
+    def _change_fairness(self, config: ControllerConfig, now_ns: int) -> None:
+        self.fairness = make_fairness(self.settings, config, now_ns)
+        for flow in sorted((f for f in self.flows.values() if f), key=_arrival_of_oldest):
+            self.fairness.enter(flow, now_ns)
+
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits here and nothing of it is in flight."""
         return not self.flows
 
+    def check_invariants(self) -> None:
+        """Count everything anew and hold it against the accounts; O(waiting). For tests."""
+        flows = self.flows.values()
+        assert self.waiting == self.capacity.requests == sum(map(len, flows))
+        assert self.capacity.bytes == sum(flow.capacity.bytes for flow in flows)
+        assert self.in_flight == sum(flow.in_flight for flow in flows)
+        assert self.waiting_flows == sum(bool(flow) for flow in flows)
+        assert len(self.backlogs) == sum(bool(flow.capacity.requests) for flow in flows)
+        for flow in flows:
+            leases = flow.leases()
+            assert flow.capacity.requests == len(leases)
+            assert not leases or self.backlogs.count(flow) == len(leases)
+            assert flow.capacity.bytes == sum(lease.request.byte_size for lease in leases)
+            assert flow or flow.in_flight, "an idle flow is forgotten"
+
     def _forget(self, flow: Flow) -> None:
         if not flow and not flow.in_flight:
             del self.flows[flow.key.flow_id]
+
+
+def _arrival_of_oldest(flow: Flow) -> int:
+    return flow.oldest.arrival_index

@@ -1,23 +1,31 @@
 """Pure. What the engine can be told to do. Times in nanoseconds, sizes in bytes, None: no limit."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from math import isfinite
 from typing import final
 
 from flowcontrol.errors import ConfigError
 
 
 class Fairness(Enum):
-    """How a band chooses between its flows."""
+    """How a band chooses between its flows; `fairness` derives them."""
 
+    WEIGHTED_TOKENS = "weighted-tokens"
     ROUND_ROBIN = "round-robin"
     GLOBAL_STRICT = "global-strict"
+    LEAST_ATTAINED_SERVICE = "least-attained-service"
 
 
 class Ordering(Enum):
-    """How a flow orders its own requests."""
+    """How a flow orders its own requests; ties go to the earlier arrival."""
 
     FCFS = "fcfs"
+    EDF = "edf"
+    """Earliest deadline first: whoever would be evicted next."""
+    SLO_DEADLINE = "slo-deadline"
+    """Whose first token is due next; those that name no objective last."""
 
 
 class Picker(Enum):
@@ -26,7 +34,42 @@ class Picker(Enum):
     OFF = "off"
     """Envoy does; the engine counts the pool as a whole."""
     LEAST_LOADED = "least-loaded"
-    """The engine does, at the moment of dispatch: the endpoint with the fewest in flight."""
+    """The engine does, at the moment of dispatch: the endpoint with the most room."""
+
+
+class Role(Enum):
+    """What an endpoint does, where prefill and decode run apart."""
+
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Ceilings(Enum):
+    """At which saturation each band is gated; `ceilings` derives them."""
+
+    STATIC = "static"
+    HOLDBACK_BY_RANK = "priority-holdback-rank"
+    HOLDBACK_BY_VALUE = "priority-holdback-value"
+    SOFT_REFLECTIVE = "soft-reflective"
+
+    @property
+    def is_holdback(self) -> bool:
+        """Whether it is one of those with a lowest ceiling."""
+        return self in (Ceilings.HOLDBACK_BY_RANK, Ceilings.HOLDBACK_BY_VALUE)
+
+
+class Staleness(Enum):
+    """What an endpoint counts for whose metrics are too old."""
+
+    HOLD = "hold"
+    """What it last said, and every dispatch since."""
+    DECAY = "decay"
+    """The same, halved at every further staleness limit that passes."""
+    FALLBACK = "fallback"
+    """Its requests in flight over `requests_max`, as the concurrency detector would have it."""
+    CLOSED = "closed"
+    """Full."""
 
 
 @final
@@ -44,10 +87,17 @@ class BandSettings:
     """How one band behaves."""
 
     limits: Limits = field(default_factory=Limits)
+    flow_limits: Limits = field(default_factory=Limits)
+    """Of each of its flows."""
     ttl_ns: int | None = None
     """Longest wait while the pool has endpoints. None: for ever."""
-    fairness: Fairness = Fairness.ROUND_ROBIN
+    fairness: Fairness = Fairness.WEIGHTED_TOKENS
     ordering: Ordering = Ordering.FCFS
+    share_min: float = 0.0
+    """Part of the dispatched cost this band gets while it has work waiting, whatever waits above
+    it: from 0 to below 1, all bands together at most 1."""
+    promote_after_ns: int | None = None
+    """A request that has waited this long goes before all others. None: never."""
 
 
 @final
@@ -68,6 +118,85 @@ class BandTemplate:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPrices:
+    """What a token costs, in units of which only the ratios matter. All from 0; input above 0."""
+
+    input: float = 1.0
+    cached_input: float = 0.1
+    """A prompt token the model server had in its prefix cache."""
+    output: float = 2.0
+    """VTC's choice: generating a token takes about as long as prefilling two."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Concurrency:
+    """Full by requests in flight, tokens in flight, or both: the fuller counts."""
+
+    requests_max: int | None = 64
+    """At one endpoint, at least 1; None: not by requests."""
+    tokens_max: int | None = None
+    """Estimated tokens, prompt and answer, at one endpoint, at least 1; None: not by tokens."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Utilization:
+    """Full by what the endpoints say of themselves."""
+
+    waiting_max: int = 5
+    """Requests queued inside an engine at which it is full, at least 1."""
+    kv_usage_max: float = 0.8
+    """Part of the KV cache in use at which it is full, above 0, at most 1."""
+    stale_after_ns: int = 2_000_000_000
+    """Age at which what an endpoint said is too old, above 0."""
+    staleness: Staleness = Staleness.FALLBACK
+    requests_max: int = 64
+    """At one endpoint, for the fallback, at least 1."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adaptive:
+    """Full by a limit on requests in flight that the engine finds by itself."""
+
+    limit_first: int = 8
+    """At one endpoint, to begin with, at least 1."""
+    limit_max: int = 4096
+    """At one endpoint, never exceeded, at least `limit_first`."""
+
+
+Detector = Concurrency | Utilization | Adaptive
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CeilingSettings:
+    """Which part of the pool each band may fill."""
+
+    policy: Ceilings = Ceilings.STATIC
+    ceiling_max: float = 1.0
+    """Of the highest band, or of all with static: above 0, at most 1."""
+    ceiling_min: float = 0.8
+    """Of the lowest band with holdback: from 0 to below `ceiling_max`."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reclaim:
+    """Ending requests in flight for better ones that wait."""
+
+    is_enabled: bool = False
+    is_only_before_first_byte: bool = True
+    """Leave alone whatever has begun to answer."""
+    at_once_max: int = 2
+    """Ended without having come back yet, at least 1."""
+    patience_ns: int = 10_000_000_000
+    """After this long an ended request that never left counts as lost, above 0."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerConfig:
     """Everything the flow controller is configured by.
 
@@ -83,20 +212,24 @@ class ControllerConfig:
     """For a band that no template matches."""
     no_endpoint_ttl_ns: int | None = None
     """Longest wait while the pool is empty. None: for ever."""
-    in_flight_max: int = 64
-    """Requests in flight at one endpoint at which it is full; at least 1."""
+    detectors: tuple[Detector, ...] = (Concurrency(),)
+    """The fullest counts; at least one."""
+    ceilings: CeilingSettings = field(default_factory=CeilingSettings)
     picker: Picker = Picker.OFF
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of tenants by flow id, above 0; 1.0 for those not named."""
+    prices: TokenPrices = field(default_factory=TokenPrices)
+    attained_half_life_ns: int = 60_000_000_000
+    """For least-attained-service, above 0."""
+    reclaim: Reclaim = field(default_factory=Reclaim)
+    forecasts: bool = False
+    """Whether each decision says what wait was expected when it began; doubles what waiting costs.
+    Whoever asks for one request is told in any case."""
     retry_after_max_ns: int = 30_000_000_000
     """Longest Retry-After ever told to a client."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.in_flight_max < 1:
-            problems.append(f"in_flight_max must be >= 1, got {self.in_flight_max}")
-        if self.retry_after_max_ns < 0:
-            problems.append(f"retry_after_max_ns must be >= 0, got {self.retry_after_max_ns}")
-        if self.no_endpoint_ttl_ns is not None and self.no_endpoint_ttl_ns < 0:
-            problems.append(f"no_endpoint_ttl_ns must be >= 0, got {self.no_endpoint_ttl_ns}")
+        problems = [*_own_problems(self), *_detector_problems(self), *_tenant_problems(self)]
         problems += _limit_problems("limits", self.limits)
         problems += _band_problems("default_settings", self.default_settings)
         for index, template in enumerate(self.templates):
@@ -112,6 +245,101 @@ class ControllerConfig:
         return self.default_settings
 
 
+def _own_problems(config: ControllerConfig) -> list[str]:
+    ceilings, reclaim = config.ceilings, config.reclaim
+    low, high = ceilings.ceiling_min, ceilings.ceiling_max
+    checks = [
+        (
+            "retry_after_max_ns must be >= 0",
+            config.retry_after_max_ns,
+            config.retry_after_max_ns >= 0,
+        ),
+        (
+            "no_endpoint_ttl_ns must be >= 0",
+            config.no_endpoint_ttl_ns,
+            config.no_endpoint_ttl_ns is None or config.no_endpoint_ttl_ns >= 0,
+        ),
+        (
+            "attained_half_life_ns must be > 0",
+            config.attained_half_life_ns,
+            config.attained_half_life_ns > 0,
+        ),
+        ("ceilings.ceiling_max must be > 0 and <= 1", high, 0 < high <= 1),
+        (
+            "ceilings.ceiling_min must be >= 0 and < ceiling_max",
+            low,
+            0 <= low < high or not ceilings.policy.is_holdback,
+        ),
+        ("reclaim.at_once_max must be >= 1", reclaim.at_once_max, reclaim.at_once_max >= 1),
+        ("reclaim.patience_ns must be > 0", reclaim.patience_ns, reclaim.patience_ns > 0),
+    ]
+    return _failed(checks)
+
+
+def _failed(checks: Sequence[tuple[str, object, bool]]) -> list[str]:
+    return [f"{rule}, got {value}" for rule, value, holds in checks if not holds]
+
+
+def _detector_problems(config: ControllerConfig) -> list[str]:
+    problems = [] if config.detectors else ["detectors must name at least one"]
+    for index, detector in enumerate(config.detectors):
+        where = f"detectors[{index}]"
+        match detector:
+            case Concurrency(requests_max=requests_max, tokens_max=tokens_max):
+                checks: list[tuple[str, object, bool]]
+                if requests_max is None and tokens_max is None:
+                    problems.append(f"{where} must limit requests or tokens")
+                checks = [
+                    (f"{where}.{name} must be >= 1", value, value is None or value >= 1)
+                    for name, value in (("requests_max", requests_max), ("tokens_max", tokens_max))
+                ]
+            case Utilization():
+                kv_usage_max = detector.kv_usage_max
+                checks = [
+                    (
+                        f"{where}.waiting_max must be >= 1",
+                        detector.waiting_max,
+                        detector.waiting_max >= 1,
+                    ),
+                    (
+                        f"{where}.kv_usage_max must be > 0 and <= 1",
+                        kv_usage_max,
+                        0 < kv_usage_max <= 1,
+                    ),
+                    (
+                        f"{where}.stale_after_ns must be > 0",
+                        detector.stale_after_ns,
+                        detector.stale_after_ns > 0,
+                    ),
+                    (
+                        f"{where}.requests_max must be >= 1",
+                        detector.requests_max,
+                        detector.requests_max >= 1,
+                    ),
+                ]
+            case Adaptive(limit_first=first, limit_max=most):
+                checks = [
+                    (f"{where}.limit_first must be >= 1", first, first >= 1),
+                    (f"{where}.limit_max must be >= limit_first", most, most >= first),
+                ]
+        problems += _failed(checks)
+    return problems
+
+
+def _tenant_problems(config: ControllerConfig) -> list[str]:
+    prices = config.prices
+    checks: list[tuple[str, object, bool]] = [
+        (f"weights[{flow_id!r}] must be > 0", weight, weight > 0 and isfinite(weight))
+        for flow_id, weight in config.weights.items()
+    ]
+    checks += [
+        ("prices.input must be > 0", prices.input, prices.input > 0),
+        ("prices.cached_input must be >= 0", prices.cached_input, prices.cached_input >= 0),
+        ("prices.output must be >= 0", prices.output, prices.output >= 0),
+    ]
+    return _failed(checks)
+
+
 def _limit_problems(where: str, limits: Limits) -> list[str]:
     pairs = (("requests_max", limits.requests_max), ("bytes_max", limits.bytes_max))
     return [
@@ -123,6 +351,15 @@ def _limit_problems(where: str, limits: Limits) -> list[str]:
 
 def _band_problems(where: str, settings: BandSettings) -> list[str]:
     problems = _limit_problems(f"{where}.limits", settings.limits)
-    if settings.ttl_ns is not None and settings.ttl_ns < 0:
-        problems.append(f"{where}.ttl_ns must be >= 0 or unlimited, got {settings.ttl_ns}")
-    return problems
+    problems += _limit_problems(f"{where}.flow_limits", settings.flow_limits)
+    share, after_ns = settings.share_min, settings.promote_after_ns
+    checks = [
+        (
+            f"{where}.ttl_ns must be >= 0 or unlimited",
+            settings.ttl_ns,
+            settings.ttl_ns is None or settings.ttl_ns >= 0,
+        ),
+        (f"{where}.share_min must be >= 0 and < 1", share, 0 <= share < 1),
+        (f"{where}.promote_after_ns must be >= 0", after_ns, after_ns is None or after_ns >= 0),
+    ]
+    return problems + _failed(checks)

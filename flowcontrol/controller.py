@@ -3,7 +3,7 @@
 The life of a request is four states; every move is made here and nowhere else:
 
     (new) ──Arrived──▶ WAITING ──dispatched──▶ IN FLIGHT ──Left──▶ (gone)
-      │                   │
+      │                   │                        └──reclaimed: told to end, then Left
       └─▶ REJECTED_*      └──deadline │ Left │ displaced │ drained──▶ EVICTED_*
 
 `handle` only takes facts in: a newcomer stands in its flow at once, but is not yet admitted.
@@ -11,13 +11,17 @@ The life of a request is four states; every move is made here and nowhere else:
 fits is served in order of priority and never refused because of how it was cut into batches.
 """
 
-from heapq import nlargest
 from typing import assert_never, final
 
+from flowcontrol.across import Across
 from flowcontrol.band import Band
+from flowcontrol.bands import Bands
 from flowcontrol.capacity import Capacity
-from flowcontrol.config import ControllerConfig
+from flowcontrol.ceilings import ceiling_for, ceilings_for
+from flowcontrol.config import Ceilings, ControllerConfig, Ordering, Role
+from flowcontrol.decisions import Decisions
 from flowcontrol.events import (
+    Answered,
     Arrived,
     Decision,
     DrainBegan,
@@ -26,15 +30,19 @@ from flowcontrol.events import (
     Left,
     LoadObserved,
     ObjectivesChanged,
+    Reconfigured,
     Settled,
 )
-from flowcontrol.flow import Flow, Lease
-from flowcontrol.keyedheap import KeyedHeap
-from flowcontrol.request import DEFAULT_PRIORITY, Outcome, Request
+from flowcontrol.expiry import Expiry
+from flowcontrol.flow import Lease
+from flowcontrol.forecast import Ahead, Forecast, forecast
+from flowcontrol.pool import FULL, Endpoint, Pool
+from flowcontrol.reclaim import Reclaimer, needed
+from flowcontrol.request import Outcome, Request
 from flowcontrol.retry import DrainRate
-from flowcontrol.saturation import FULL, ConcurrencyDetector
-from flowcontrol.snapshot import BandSnapshot, EndpointSnapshot, FlowSnapshot, Snapshot
-from flowcontrol.tally import Tally
+from flowcontrol.room import equals_to_displace
+from flowcontrol.saturation import make_detectors
+from flowcontrol.settlement import Settlement
 
 _ELSEWHERE_NS = 1_000_000_000
 """Retry-After when this process is going away: another replica, or its successor, is soon there."""
@@ -48,42 +56,64 @@ class FlowController:
     """
 
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
-        self._config = config
-        self._capacity = Capacity(config.limits)
+        self.config = config
+        self.capacity = Capacity(config.limits)
+        self.bands = Bands(config)
+        self.pool = Pool(config.picker, make_detectors(config.detectors))
+        self.settlement = Settlement(config.prices)
+        self.decisions = Decisions(self.bands, self.pool)
         self._drain_rate = DrainRate(now_ns)
-        self._detector = ConcurrencyDetector(config.in_flight_max, config.picker)
-        self._bands: dict[int, Band] = {}
-        self._order: list[Band] = []
-        """The bands, highest priority first."""
-        self._objectives: dict[str, int] = {}
-        self._unknown_objectives = 0
+        self._across = Across()
+        self._expiry = Expiry(config, self.bands)
+        self._reclaimer = Reclaimer(config.reclaim)
         self._leases: dict[int, Lease] = {}
         """Every live request, waiting or in flight."""
         self._newcomers: list[Lease] = []
-        self._deadlines: KeyedHeap[Lease] = KeyedHeap()
         self._drain_until_ns: int | None = None
         self._arrived_count = 0
         self._ended_count = 0
-        self._tallies: dict[int, Tally] = {}
-        """By priority; as many as priorities were ever declared."""
-        self._decisions: list[Decision] = []
+        self._turn_count = 0
+        """Dispatches, departures and scrapes: what a duty cycle counts by."""
+        self._priorities: list[int] = []
+        """Of the bands, highest first."""
+        self._fixed_ceilings: list[float] | None = None
+        """Of the bands, where they do not depend on anything else."""
+        self.waiting = 0
+        """Requests waiting, newcomers included."""
 
     # Facts
 
     def handle(self, fact: Fact, now_ns: int) -> None:
-        """Take in one fact; O(log waiting), but O(waiting) when the pool empties or revives."""
+        """Take in one fact; O(log waiting), but O(waiting) when regime or settings change."""
         match fact:
             case Arrived(request):
                 self._arrive(request, now_ns)
             case Left(request_id):
                 self._leave(request_id, now_ns)
+            case Settled():
+                self._settle(fact, now_ns)
+            case Answered(request_id):
+                if (lease := self._leases.get(request_id)) is not None:
+                    self._reclaimer.answered(lease)
+            case LoadObserved():
+                self._turn_count += 1
+                self.pool.observed(fact, now_ns)
+            case _:
+                self._change(fact, now_ns)
+
+    def _change(
+        self,
+        fact: ObjectivesChanged | EndpointsChanged | Reconfigured | DrainBegan,
+        now_ns: int,
+    ) -> None:
+        match fact:
             case ObjectivesChanged(priorities):
-                self._objectives = dict(priorities)
-                self._declare({*self._objectives.values(), DEFAULT_PRIORITY}, now_ns)
-            case EndpointsChanged(addresses):
-                self._change_endpoints(addresses, now_ns)
-            case Settled() | LoadObserved():
-                pass
+                self.bands.declare(priorities, now_ns)
+                self._bands_changed()
+            case EndpointsChanged():
+                self._change_endpoints(fact, now_ns)
+            case Reconfigured(config):
+                self._reconfigure(config, now_ns)
             case DrainBegan(budget_ns):
                 if self._drain_until_ns is None:
                     self._drain_until_ns = now_ns + budget_ns
@@ -92,37 +122,32 @@ class FlowController:
 
     def _arrive(self, request: Request, now_ns: int) -> None:
         assert request.request_id not in self._leases, "a request arrives once"
-        priority = self._priority(request.objective)
+        priority = self.bands.priority_of(request.objective)
         self._arrived_count += 1
         if self._drain_until_ns is not None:
             self._ended_count += 1
-            self._tally(priority).count(Outcome.REJECTED_DRAINING, 0)
-            self._decisions.append(
-                Decision(
-                    request.request_id,
-                    Outcome.REJECTED_DRAINING,
-                    priority,
-                    request.flow_id,
-                    waited_ns=0,
-                    retry_after_ns=_ELSEWHERE_NS,
-                    saturation=self._detector.saturation(),
-                )
-            )
+            self.decisions.turn_away(request, priority, Outcome.REJECTED_DRAINING, _ELSEWHERE_NS)
             return
-        band = self._bands.get(priority) or self._add_band(priority, now_ns)
-        lease = Lease(request, band.flow(request.flow_id), self._arrived_count, now_ns, now_ns)
+        band = self.bands.get(priority)
+        if band is None:
+            band = self.bands.needed(priority, now_ns)
+            self._bands_changed()
+        tokens, tokens_cost = self.settlement.estimate(request)
+        lease = Lease(
+            request,
+            band.flow(request.flow_id),
+            self._arrived_count,
+            now_ns,
+            now_ns,
+            tokens,
+            tokens_cost,
+        )
+        if band.settings.ordering is Ordering.EDF:
+            self._expiry.appoint(lease, band)
         self._leases[request.request_id] = lease
         self._newcomers.append(lease)
-        band.queue(lease)
-
-    def _priority(self, objective: str | None) -> int:
-        if objective is None:
-            return DEFAULT_PRIORITY
-        priority = self._objectives.get(objective)
-        if priority is None:
-            self._unknown_objectives += 1
-            return DEFAULT_PRIORITY
-        return priority
+        self.waiting += 1
+        band.queue(lease, now_ns)
 
     def _leave(self, request_id: int, now_ns: int) -> None:
         lease = self._leases.get(request_id)
@@ -133,93 +158,132 @@ class FlowController:
             return
         del self._leases[request_id]
         self._ended_count += 1
-        band = self._bands[lease.flow.key.priority]
-        self._detector.release(lease.endpoint)
-        self._tally(band.priority).completed += 1
+        self._turn_count += 1
+        band = self.bands[lease.flow.key.priority]
+        self.pool.release(lease, now_ns)
+        if self.config.reclaim.is_enabled:
+            self._reclaimer.left(lease)
+        self.decisions.tallies[band.priority].completed += 1
         band.complete(lease)
+        self.settlement.ended(lease)
         self._drop_if_done(band)
 
-    def _change_endpoints(self, addresses: tuple[str, ...], now_ns: int) -> None:
-        was_empty = self._detector.is_empty
-        self._detector.set_endpoints(addresses)
-        if self._detector.is_empty == was_empty:
+    def _settle(self, settled: Settled, now_ns: int) -> None:
+        """Correct what was charged by estimate, once, before or after the request has left."""
+        news = self.settlement.settle(settled, self._leases.get(settled.request_id))
+        if news is None:
             return
-        for lease in self._leases.values():
-            if lease.is_in_flight:
-                continue
-            if lease.budget_from_ns == lease.arrived_ns:
-                lease.budget_from_ns = now_ns  # once: a flapping pool extends no wait
+        lease, error = news
+        key, band = lease.flow.key, self.bands.get(lease.flow.key.priority)
+        if band is not None:
+            band.fairness.correct(key.flow_id, error, now_ns)
+        self.pool.settled(lease, settled, now_ns)
+
+    def _change_endpoints(self, change: EndpointsChanged, now_ns: int) -> None:
+        roles = change.roles
+        endpoints = [Endpoint(each, roles.get(each, Role.BOTH)) for each in change.addresses]
+        self.pool.set_endpoints(endpoints, now_ns)
+        self._expiry.change_regime(self._waiting(), now_ns, is_empty=self.pool.is_empty)
+
+    def _reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
+        """Go by other settings; whatever waits keeps its place, and accounts stand. O(requests)."""
+        self.config = config
+        self.capacity.limits = config.limits
+        self.settlement.prices = config.prices
+        self.bands.reconfigure(config, now_ns)
+        self.pool.reconfigure(config.picker, make_detectors(config.detectors), now_ns)
+        waiting = self._waiting()
+        self._expiry.reconfigure(config, waiting, now_ns)
+        for lease in waiting:
             if lease.is_admitted:
-                # Judged by its new budget only after this turn: a pool that revives serves first.
-                self._set_deadline(lease, now_ns + 1)
+                self._across.admitted(lease, self.bands[lease.flow.key.priority])
+        self._bands_changed()
+        self._reclaimer.reconfigure(config.reclaim, self._leases.values())
 
-    def _declare(self, priorities: set[int], now_ns: int) -> None:
-        for band in list(self._order):
-            band.is_declared = band.priority in priorities
-            self._drop_if_done(band)
-        for priority in sorted(priorities - {DEFAULT_PRIORITY} - self._bands.keys()):
-            self._add_band(priority, now_ns)
-
-    def _add_band(self, priority: int, now_ns: int) -> Band:
-        band = Band(priority, self._config.settings_for(priority), now_ns)
-        self._bands[priority] = band
-        self._order.append(band)
-        self._order.sort(key=lambda each: -each.priority)
-        return band
-
-    def _drop_if_done(self, band: Band) -> None:
-        if not band.is_declared and band.is_idle:
-            del self._bands[band.priority]
-            self._order.remove(band)
+    def _bands_changed(self) -> None:
+        self._across.set_bands(self.bands)
+        self._priorities = [band.priority for band in self.bands]
+        self._fixed_ceilings = None
+        ceilings = self.config.ceilings
+        if ceilings.policy is not Ceilings.SOFT_REFLECTIVE:
+            self._fixed_ceilings = ceilings_for(ceilings, self._priorities, 0.0, 0)
 
     # Decisions
 
     def poll(self, now_ns: int) -> list[Decision]:
         """Decide all that can be decided now; O(log waiting) per decision."""
-        self._expire(now_ns)
+        self.pool.advance(now_ns)
+        while (late := self._expiry.first_due(now_ns)) is not None:
+            self._end_waiting(late, self._expiry.outcome, now_ns)
         self._dispatch(now_ns)
         self._make_room(now_ns)
         if self._drain_until_ns is not None and now_ns >= self._drain_until_ns:
-            for lease in self._waiting_leases():
+            for lease in self._waiting():
                 self._end_waiting(lease, Outcome.EVICTED_DRAINED, now_ns, _ELSEWHERE_NS)
+        if self.config.reclaim.is_enabled and self.waiting:
+            self._reclaim(now_ns)
         assert self._arrived_count == len(self._leases) + self._ended_count, "a request was lost"
-        decisions, self._decisions = self._decisions, []
-        return decisions
+        return self.decisions.take()
 
     def next_wakeup_ns(self) -> int | None:
         """Return when `poll` must be called even if nothing happens; None when it need not be."""
-        first = self._deadlines.first()
-        deadline_ns = None if first is None else first[0]
-        if self._drain_until_ns is None or not self.waiting:
-            return deadline_ns
-        return (
-            self._drain_until_ns if deadline_ns is None else min(deadline_ns, self._drain_until_ns)
-        )
-
-    def _expire(self, now_ns: int) -> None:
-        while (first := self._deadlines.first()) is not None and first[0] <= now_ns:
-            self._end_waiting(first[1], self._expired, now_ns)
-
-    @property
-    def _expired(self) -> Outcome:
-        is_empty = self._detector.is_empty
-        return Outcome.EVICTED_NO_ENDPOINTS if is_empty else Outcome.EVICTED_TTL
+        if not self.waiting:
+            return None
+        first_ns = self._expiry.next_due_ns()
+        others = [self._drain_until_ns, self.pool.next_change_ns()]
+        if self.config.reclaim.is_enabled:
+            others.append(self._reclaimer.next_change_ns())
+        if self._across.is_active and self.pool.saturation() < FULL:
+            others.append(self._across.next_promotion_ns())  # of a request that is gated now
+        for time_ns in others:
+            if time_ns is not None and (first_ns is None or time_ns < first_ns):
+                first_ns = time_ns
+        return first_ns
 
     def _dispatch(self, now_ns: int) -> None:
-        detector = self._detector
-        for band in self._order:
-            while band.waiting and detector.saturation() < FULL:
-                lease = band.next()
-                lease.endpoint = detector.charge()
-                self._deadlines.discard(lease)
-                if lease.is_admitted:
-                    self._capacity.give_back(lease.request.byte_size)
-                band.dispatch(lease)
-                band.drain_rate.dispatched(now_ns)
-                self._drain_rate.dispatched(now_ns)
-                self._decide(lease, Outcome.DISPATCHED, now_ns)
-            if band.waiting:
-                return  # gated with work waiting: no lower band may overtake
+        """Let go whoever may go: the highest band first, in it whose turn it is.
+
+        A band that is gated with work waiting ends the pass, so that no lower band overtakes it;
+        only a promotion or a share (`across`) goes before the order.
+        """
+        for rank, band in enumerate(self.bands):
+            while band.waiting:
+                saturation = self.pool.saturation()
+                if saturation >= FULL:
+                    return
+                lease = self._across.next_exception(now_ns) if self._across.is_active else None
+                if lease is not None:
+                    self._send(lease, self.bands[lease.flow.key.priority], now_ns)
+                elif saturation < self._ceiling(rank, saturation):
+                    self._send(band.next(), band, now_ns)
+                else:
+                    return
+
+    def _send(self, lease: Lease, band: Band, now_ns: int) -> None:
+        """Dispatch a request."""
+        self.pool.charge(lease, now_ns)
+        if self._across.is_active:
+            self._across.dispatched(lease, band, now_ns)
+        self._drain_rate.dispatched(now_ns)
+        band.dispatch(lease, now_ns)
+        self._forget_waiting(lease, band, now_ns)
+        lease.dispatched_ns = now_ns
+        if self.config.reclaim.is_enabled:
+            self._reclaimer.dispatched(lease)
+        self._turn_count += 1
+        self.decisions.add(lease, Outcome.DISPATCHED, now_ns)
+
+    def _ceiling(self, rank: int, saturation: float) -> float:
+        if self._fixed_ceilings is not None:
+            return self._fixed_ceilings[rank]
+        return ceiling_for(
+            self.config.ceilings, self._priorities, rank, saturation, self._turn_count
+        )
+
+    def gates(self) -> list[tuple[Band, float]]:
+        """Return every band, highest first, with the saturation at which it is gated; O(bands)."""
+        saturation = self.pool.saturation()
+        return [(band, self._ceiling(rank, saturation)) for rank, band in enumerate(self.bands)]
 
     def _make_room(self, now_ns: int) -> None:
         """Admit, or refuse, each newcomer that was not dispatched.
@@ -227,80 +291,79 @@ class FlowController:
         From the lowest band up, so that whoever can be displaced has itself been admitted before.
         """
         newcomers, self._newcomers = self._newcomers, []
-        if len(newcomers) > 1:
+        if len(newcomers) > 1 and self.waiting:
             newcomers.sort(key=lambda lease: lease.flow.key.priority)
         for lease in newcomers:
             if lease.is_in_flight or lease.request.request_id not in self._leases:
                 continue
-            deadline_ns = self._deadline_ns(lease)
-            if deadline_ns is not None and deadline_ns <= now_ns:
-                self._end_waiting(lease, self._expired, now_ns)  # it came to go now or never
+            band = self.bands[lease.flow.key.priority]
+            self._expiry.appoint(lease, band)
+            if lease.deadline_ns is not None and lease.deadline_ns <= now_ns:
+                self._end_waiting(lease, self._expiry.outcome, now_ns)  # it came: now or never
                 continue
-            size = lease.request.byte_size
-            band = self._bands[lease.flow.key.priority]
-            scopes = [] if band.capacity.fits(size) else [band.drain_rate]
-            if not self._capacity.fits(size) and (scopes or not self._displace_for(lease, now_ns)):
-                scopes.append(self._drain_rate)
-            if scopes:
-                self._refuse(lease, scopes, now_ns)
+            if self._has_room(lease, band, now_ns):
+                self._admit(lease, band, now_ns)
             else:
-                self._admit(lease, band)
+                self._refuse(lease, band, now_ns)
 
-    def _displace_for(self, lease: Lease, now_ns: int) -> bool:
-        """Evict waiting work of lower bands until the newcomer fits; nobody, if it never would."""
+    def _has_room(self, lease: Lease, band: Band, now_ns: int) -> bool:
+        """Make room for a newcomer where it has a claim; whether there is."""
         size = lease.request.byte_size
-        lower = [band for band in self._order if band.priority < lease.flow.key.priority]
-        freed_requests = sum(band.capacity.requests for band in lower)
-        freed_bytes = sum(band.capacity.bytes for band in lower)
-        if not freed_requests or not self._capacity.fits(
-            size, freed_requests=freed_requests, freed_bytes=freed_bytes
-        ):
+        is_free = band.capacity.fits(size) and self.capacity.fits(size)
+        if is_free and lease.flow.capacity.fits(size):
+            return True
+        lower = [each for each in self.bands if each.priority < band.priority]
+        victims = equals_to_displace(lease, band, lower, self.capacity)
+        if victims is None:
             return False
-        while not self._capacity.fits(size):
-            while not lower[-1].waiting:
+        for victim in victims:
+            self._displace(victim, band.drain_rate, now_ns)
+        while not self.capacity.fits(size):
+            while not lower[-1].capacity.requests:
                 lower.pop()
-            most_ns = self._config.retry_after_max_ns
-            retry_after_ns = self._drain_rate.promise(now_ns, most_ns)
-            victim = lower[-1].first_to_give_way()
-            self._end_waiting(victim, Outcome.EVICTED_DISPLACED, now_ns, retry_after_ns)
+            self._displace(lower[-1].first_to_give_way(), self._drain_rate, now_ns)
         return True
 
-    def _admit(self, lease: Lease, band: Band) -> None:
-        lease.is_admitted = True
-        band.capacity.take(lease.request.byte_size)
-        self._capacity.take(lease.request.byte_size)
-        self._set_deadline(lease)
+    def _displace(self, victim: Lease, scope: DrainRate, now_ns: int) -> None:
+        retry_after_ns = scope.promise(now_ns, self.config.retry_after_max_ns)
+        self._end_waiting(victim, Outcome.EVICTED_DISPLACED, now_ns, retry_after_ns)
 
-    def _refuse(self, lease: Lease, scopes: list[DrainRate], now_ns: int) -> None:
+    def _admit(self, lease: Lease, band: Band, now_ns: int) -> None:
+        band.admit(lease, now_ns)
+        self.capacity.take(lease.request.byte_size)
+        if self.capacity.requests == 1:
+            self._drain_rate.began(now_ns)
+        self._expiry.admit(lease)
+        if self._across.is_active:
+            self._across.admitted(lease, band)
+        if self.config.forecasts:
+            place = lease.flow.capacity.requests - 1  # as if in order of arrival: O(1)
+            lease.expected_wait_ns = self._forecast(band, band.ahead(lease, place), now_ns).wait_ns
+
+    def _refuse(self, lease: Lease, band: Band, now_ns: int) -> None:
         """Reject a newcomer; where two limits refuse it, the slower one says when to come back."""
-        if self._detector.is_empty:
+        if self.pool.is_empty:
             self._end_waiting(lease, Outcome.REJECTED_NO_ENDPOINTS, now_ns)
             return
-        most_ns = self._config.retry_after_max_ns
+        size, most_ns = lease.request.byte_size, self.config.retry_after_max_ns
+        scopes = [] if self.capacity.fits(size) else [self._drain_rate]
+        if not (band.capacity.fits(size) and lease.flow.capacity.fits(size)):
+            scopes.append(band.drain_rate)
         promises = [scope.promise(now_ns, most_ns) for scope in scopes]
         retry_after_ns = max((each for each in promises if each is not None), default=None)
         self._end_waiting(lease, Outcome.REJECTED_CAPACITY, now_ns, retry_after_ns)
 
-    def _set_deadline(self, lease: Lease, earliest_ns: int = 0) -> None:
-        deadline_ns = self._deadline_ns(lease)
-        if deadline_ns is None:
-            self._deadlines.discard(lease)
-        else:
-            self._deadlines.put(lease, max(deadline_ns, earliest_ns))
-
-    def _deadline_ns(self, lease: Lease) -> int | None:
-        """Return when it will have waited too long: the earliest of all that bounds its wait."""
-        ttl_ns = self._bands[lease.flow.key.priority].settings.ttl_ns
-        empty_ttl_ns = self._config.no_endpoint_ttl_ns
-        current_ns = empty_ttl_ns if self._detector.is_empty else ttl_ns
-        deadlines = []
-        if current_ns is not None:
-            deadlines.append(lease.budget_from_ns + current_ns)
-        if ttl_ns is not None and empty_ttl_ns is not None:
-            deadlines.append(lease.arrived_ns + ttl_ns + empty_ttl_ns)
-        if lease.request.ttl_ns is not None:
-            deadlines.append(lease.arrived_ns + lease.request.ttl_ns)
-        return min(deadlines, default=None)
+    def _reclaim(self, now_ns: int) -> None:
+        """Tell sheddable requests in flight to end, for better ones that a full pool holds up."""
+        self._reclaimer.give_up(now_ns)
+        saturation = self.pool.saturation()
+        band, ceiling = next((band, ceiling) for band, ceiling in self.gates() if band.waiting)
+        if self.pool.is_empty or saturation < ceiling:
+            return
+        must_end = needed(self.pool.total.requests, saturation, ceiling, band.waiting)
+        for victim in self._reclaimer.victims(must_end, band.priority, now_ns):
+            retry_after_ns = self._drain_rate.promise(now_ns, self.config.retry_after_max_ns)
+            self.decisions.add(victim, Outcome.RECLAIMED, now_ns, retry_after_ns)
 
     def _end_waiting(
         self, lease: Lease, outcome: Outcome, now_ns: int, retry_after_ns: int | None = None
@@ -308,118 +371,79 @@ class FlowController:
         """Take a request out of the queue undispatched: the one way there is."""
         del self._leases[lease.request.request_id]
         self._ended_count += 1
-        self._deadlines.discard(lease)
-        band = self._bands[lease.flow.key.priority]
-        if lease.is_admitted:
-            self._capacity.give_back(lease.request.byte_size)
-        band.remove(lease)
-        self._decide(lease, outcome, now_ns, retry_after_ns)
+        band = self.bands[lease.flow.key.priority]
+        band.remove(lease, now_ns)
+        self._forget_waiting(lease, band, now_ns)
+        self.decisions.add(lease, outcome, now_ns, retry_after_ns)
         self._drop_if_done(band)
 
-    def _decide(
-        self, lease: Lease, outcome: Outcome, now_ns: int, retry_after_ns: int | None = None
-    ) -> None:
-        key = lease.flow.key
-        waited_ns = now_ns - lease.arrived_ns
-        self._tally(key.priority).count(outcome, waited_ns)
-        self._decisions.append(
-            Decision(
-                lease.request.request_id,
-                outcome,
-                key.priority,
-                key.flow_id,
-                waited_ns,
-                lease.endpoint,
-                retry_after_ns,
-                self._detector.saturation(),
-                self._bands[key.priority].waiting,
-            )
-        )
+    def _forget_waiting(self, lease: Lease, band: Band, now_ns: int) -> None:
+        self.waiting -= 1
+        if lease.is_admitted:
+            self.capacity.give_back(lease.request.byte_size)
+            if not self.capacity.requests:
+                self._drain_rate.ended(now_ns)
+            self._expiry.remove(lease)
+            if self._across.is_active:
+                self._across.removed(lease, band)
 
-    def _tally(self, priority: int) -> Tally:
-        tally = self._tallies.get(priority)
-        if tally is None:
-            tally = self._tallies[priority] = Tally()
-        return tally
+    def _drop_if_done(self, band: Band) -> None:
+        if not band.is_declared and band.is_idle:
+            self.bands.drop_if_done(band)
+            self._bands_changed()
 
     # What there is to see
 
     @property
-    def waiting(self) -> int:
-        """Requests waiting, newcomers included."""
-        return sum(band.waiting for band in self._order)
+    def in_flight(self) -> int:
+        """Requests dispatched and not ended."""
+        return len(self._leases) - self.waiting
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether arrivals are refused."""
+        return self._drain_until_ns is not None
 
     @property
     def is_drained(self) -> bool:
         """Whether draining has begun and every waiting request is decided."""
-        return self._drain_until_ns is not None and not self.waiting
+        return self.is_draining and not self.waiting
 
-    def snapshot(self, now_ns: int, flows_max: int) -> Snapshot:
-        """Return the state, frozen, with at most so many flows a band; O(bands + flows)."""
-        in_flight_max = self._config.in_flight_max
-        return Snapshot(
-            saturation=self._detector.saturation(),
-            waiting=self.waiting,
-            waiting_bytes=self._capacity.bytes,
-            in_flight=len(self._leases) - self.waiting,
-            is_draining=self._drain_until_ns is not None,
-            bands=tuple(_band_snapshot(band, now_ns, flows_max) for band in self._order),
-            totals={priority: tally.totals() for priority, tally in self._tallies.items()},
-            endpoints=tuple(
-                EndpointSnapshot(address, count, in_flight_max)
-                for address, count in self._detector.in_flight().items()
-            ),
-            objectives=dict(self._objectives),
-            unknown_objectives=self._unknown_objectives,
-        )
+    def expected(self, request_id: int, now_ns: int) -> Forecast | None:
+        """Return what a waiting request can expect, None if it does not wait; O(waiting)."""
+        lease = self._leases.get(request_id)
+        if lease is None or lease.is_in_flight:
+            return None
+        band = self.bands[lease.flow.key.priority]
+        return self._forecast(band, band.ahead_now(lease), now_ns)
+
+    def _forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
+        above = 0
+        for each in self.bands:
+            if each is band:
+                break
+            above += each.waiting
+        return forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
 
     def check_invariants(self) -> None:
         """Count everything anew and hold it against the accounts; O(requests). For tests."""
         assert not self._newcomers, "newcomers are decided in the turn they came in"
-        waiting = self._waiting_leases()
+        waiting = self._waiting()
         assert all(lease.is_admitted for lease in waiting)
-        assert len(waiting) == self.waiting == self._capacity.requests
-        assert self._capacity.bytes == sum(lease.request.byte_size for lease in waiting)
-        assert [band.priority for band in self._order] == sorted(self._bands, reverse=True)
-        for band in self._order:
-            flows = band.flows.values()
+        assert len(waiting) == self.waiting == self.capacity.requests
+        assert self._priorities == [band.priority for band in self.bands]
+        assert self.capacity.bytes == sum(lease.request.byte_size for lease in waiting)
+        order = [band.priority for band in self.bands]
+        assert order == sorted(order, reverse=True)
+        for band in self.bands:
             mine = [lease for lease in waiting if lease.flow.key.priority == band.priority]
-            assert len(mine) == band.waiting == band.capacity.requests == sum(map(len, flows))
-            assert band.capacity.bytes == sum(flow.waiting_bytes for flow in flows)
-            assert band.in_flight == sum(flow.in_flight for flow in flows)
-            assert all(flow or flow.in_flight for flow in flows), "an idle flow is forgotten"
+            assert len(mine) == band.waiting
+            band.check_invariants()
             assert band.is_declared or not band.is_idle, "an undeclared idle band is forgotten"
-        in_flight = sum(band.in_flight for band in self._order)
-        assert in_flight == len(self._leases) - len(waiting)
-        assert not waiting or self._detector.saturation() >= FULL, "work waits beside a free slot"
+        assert self.in_flight == sum(band.in_flight for band in self.bands)
+        saturation = self.pool.saturation()
+        first = next((gate for gate in self.gates() if gate[0].waiting), None)
+        assert first is None or saturation >= first[1], "work waits beside a free, ungated slot"
 
-    def _waiting_leases(self) -> list[Lease]:
+    def _waiting(self) -> list[Lease]:
         return [lease for lease in self._leases.values() if not lease.is_in_flight]
-
-
-def _band_snapshot(band: Band, now_ns: int, flows_max: int) -> BandSnapshot:
-    flows = [_flow_snapshot(flow, now_ns) for flow in band.flows.values()]
-    waits = [flow.oldest_wait_ns for flow in flows if flow.oldest_wait_ns is not None]
-    return BandSnapshot(
-        priority=band.priority,
-        is_declared=band.is_declared,
-        waiting=band.waiting,
-        waiting_bytes=band.capacity.bytes,
-        in_flight=band.in_flight,
-        oldest_wait_ns=max(waits, default=None),
-        ceiling=FULL,
-        requests_max=band.settings.limits.requests_max,
-        bytes_max=band.settings.limits.bytes_max,
-        flow_count=len(flows),
-        flows=tuple(nlargest(flows_max, flows, key=lambda flow: (flow.waiting, flow.in_flight))),
-    )
-
-
-def _flow_snapshot(flow: Flow, now_ns: int) -> FlowSnapshot:
-    return FlowSnapshot(
-        flow_id=flow.key.flow_id,
-        waiting=len(flow),
-        waiting_bytes=flow.waiting_bytes,
-        in_flight=flow.in_flight,
-        oldest_wait_ns=now_ns - flow.head.arrived_ns if flow else None,
-    )

@@ -4,9 +4,10 @@ Facts are plain slots classes, built once and never touched after the hand-over 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
+from flowcontrol.config import ControllerConfig, Role
 from flowcontrol.request import Outcome, Request
 
 
@@ -31,6 +32,14 @@ class Left:
 
 @final
 @dataclass(slots=True)
+class Answered:
+    """The first byte of a response has been seen."""
+
+    request_id: int
+
+
+@final
+@dataclass(slots=True)
 class Settled:
     """What a finished request really took, as Envoy's access log tells; before or after `Left`.
 
@@ -47,6 +56,8 @@ class Settled:
     """From that first byte to the last."""
     is_success: bool = True
     """Whether the model server answered below 400."""
+    was_turned_away: bool = False
+    """Whether it answered that it has no room: 429 or 503."""
 
 
 @final
@@ -76,6 +87,16 @@ class EndpointsChanged:
     """The whole set of endpoints the pool now has, as host:port."""
 
     addresses: tuple[str, ...]
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    """Of those that do not do everything."""
+
+
+@final
+@dataclass(slots=True)
+class Reconfigured:
+    """Other settings, in force from now on for what waits, too."""
+
+    config: ControllerConfig
 
 
 @final
@@ -86,7 +107,17 @@ class DrainBegan:
     budget_ns: int
 
 
-Fact = Arrived | Left | Settled | LoadObserved | ObjectivesChanged | EndpointsChanged | DrainBegan
+Fact = (
+    Arrived
+    | Left
+    | Answered
+    | Settled
+    | LoadObserved
+    | ObjectivesChanged
+    | EndpointsChanged
+    | Reconfigured
+    | DrainBegan
+)
 
 
 @final
@@ -108,3 +139,5 @@ class Decision:
     """Of the pool, just after the decision."""
     waiting: int = 0
     """Requests waiting in the same band, just after the decision."""
+    expected_wait_ns: int | None = None
+    """What the wait was expected to be when it began; None when it was unknown, or never began."""

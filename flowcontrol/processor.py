@@ -16,6 +16,7 @@ from flowcontrol.events import Decision, Fact
 from flowcontrol.histogram import Histogram
 from flowcontrol.inbox import Inbox
 from flowcontrol.snapshot import Pace, Snapshot
+from flowcontrol.view import take_snapshot
 
 _FLOWS_SHOWN_MAX = 1000
 """Flows a published snapshot holds per band; bounds its cost, whoever asks."""
@@ -93,7 +94,7 @@ class FlowProcessor:
         snapshot = None
         if self._is_snapshot_wanted:
             self._is_snapshot_wanted = False  # before it is taken: an ask in between gets another
-            snapshot = controller.snapshot(now_ns, _FLOWS_SHOWN_MAX)
+            snapshot = take_snapshot(controller, now_ns, _FLOWS_SHOWN_MAX)
             snapshot = replace(snapshot, pace=Pace(self._turns.snapshot(), self._lags.snapshot()))
         if decisions or snapshot is not None:
             self._deliver(decisions, snapshot)

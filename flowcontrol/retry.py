@@ -1,4 +1,14 @@
-"""Pure. When should a refused client come back?
+"""Pure. How fast does a queue drain, and when should a refused client come back?
+
+The rate of a scope is what left it by dispatch over the time in which something waited there, both
+fading alike (a ratio of two exponentially weighted sums, so that it is unbiased from the first
+moment on, unlike an average that begins at zero). Time in which nothing waits does not count, and
+neither does what is dispatched then: a burst that finds free slots has drained nothing, and a quiet
+hour is no slow one. So an old rate is kept until the scope is busy again, and then soon outweighed.
+Against an average over every second, this halves the median error of the waits predicted from it.
+
+Until something that waited was dispatched, the rate is not known. Refused clients are then told by
+what was dispatched without waiting: better than nothing, and all there is where nothing may wait.
 
 A full queue gets room at the rate at which it is drained, so the first client refused is told
 1/rate: the contract of llm-d-router#2487. But refusals come in crowds, and room for one is not room
@@ -6,63 +16,104 @@ for all: were everybody told 1/rate, everybody would return at the same moment a
 be refused again. So every refusal here takes the next free place in a schedule that advances 1/rate
 a place (the virtual scheduling form of the leaky bucket, ITU-T I.371), and returning clients come
 at the rate the queue can take them. Kubernetes' API priority and fairness reaches for the same by
-counting dropped requests.
+counting dropped requests. Jitter is the shell's (`server.replies`): there is no chance in here.
 """
 
+from math import exp
 from typing import final
 
 _SECOND_NS = 1_000_000_000
-_FOLD_WEIGHT = 0.3
-"""Share of the latest second in the average: after 6 s of silence an eighth is left."""
-_RATE_MIN = 0.001
-"""Dispatches a second below which it is silence: some 20 s after the last, or 40 s after many."""
+_FADED = exp(-1 / 15)
+"""What is left of both after a second; after 15 it is 1/e. Long enough to see slow pools, short
+beside most waits. What happened within the last second counts in full."""
+_COUNT_MIN = 0.01
+"""Faded dispatches below which it is silence: some 70 s after one, twice that after a hundred."""
 
 
 @final
 class DrainRate:
-    """How fast waiting work leaves one scope by dispatch, and what that promises to the refused.
+    """How fast waiting work leaves one scope by dispatch, and what that promises to the refused."""
 
-    An exponentially weighted average folded once a second of passed time; a busy second under way
-    may raise it before it is folded.
-    """
-
-    __slots__ = ("_average", "_count", "_promised_ns", "_window_from_ns")
+    __slots__ = (
+        "_at_ns",
+        "_began_ns",
+        "_count",
+        "_is_busy",
+        "_is_known",
+        "_promised_ns",
+        "_time_ns",
+    )
 
     def __init__(self, now_ns: int) -> None:
-        self._average = 0.0
-        self._count = 0
-        self._window_from_ns = now_ns
+        self._count = 0.0
+        """Dispatches, faded."""
+        self._time_ns = 0.0
+        """The time they were seen in, faded alike."""
+        self._at_ns = now_ns
+        """Until when both are counted."""
+        self._is_busy = False
+        """Whether something waits."""
+        self._began_ns = now_ns
+        """Since when, if it does."""
+        self._is_known = False
+        """Whether something that waited was dispatched; until then everything counts."""
         self._promised_ns = now_ns
 
+    def began(self, now_ns: int) -> None:
+        """Notice that something waits from now on."""
+        self._is_busy = True
+        self._began_ns = now_ns
+        if self._is_known:
+            self._at_ns = now_ns
+
     def dispatched(self, now_ns: int) -> None:
-        """Count one request that left the queue to be served."""
-        self._fold(now_ns)
-        self._count += 1
+        """Count one request that left to be served."""
+        if self._is_busy and not self._is_known:
+            self._is_known = True
+            self._count = 0.0
+            self._time_ns = now_ns - self._began_ns
+            self._at_ns = now_ns
+        self._pass(now_ns)
+        if self._is_busy or not self._is_known:
+            self._count += 1.0
+
+    def ended(self, now_ns: int) -> None:
+        """Notice that nothing waits any more; after the last dispatch."""
+        if self._is_known:
+            self._pass(now_ns)
+            self._time_ns += now_ns - self._at_ns
+        self._is_busy = False
 
     def per_second(self, now_ns: int) -> float:
-        """Return the dispatches per second, 0.0 when none was seen lately."""
-        self._fold(now_ns)
-        return max(self._average, self._count)
+        """Return the dispatches per second, 0.0 when none was seen lately of what waited."""
+        return self._rate(now_ns) if self._is_known else 0.0
 
     def promise(self, now_ns: int, most_ns: int) -> int | None:
         """Take the next place in the schedule of returns; the time until then, None when unknown.
 
         Never longer than `most_ns`: beyond it the schedule stands still and clients share its end.
         """
-        rate = self.per_second(now_ns)
+        rate = self._rate(now_ns)
         if rate <= 0:
             return None
         promised_ns = max(self._promised_ns, now_ns) + round(_SECOND_NS / rate)
         self._promised_ns = min(promised_ns, now_ns + most_ns)
         return self._promised_ns - now_ns
 
-    def _fold(self, now_ns: int) -> None:
-        windows = (now_ns - self._window_from_ns) // _SECOND_NS
-        if windows <= 0:
+    def _rate(self, now_ns: int) -> float:
+        self._pass(now_ns)
+        if self._count < _COUNT_MIN:
+            return 0.0
+        since_ns = now_ns - self._at_ns if self._is_busy or not self._is_known else 0
+        return self._count * _SECOND_NS / max(self._time_ns + since_ns, _SECOND_NS)
+
+    def _pass(self, now_ns: int) -> None:
+        """Let both fade by whole seconds, if time counts."""
+        seconds = (now_ns - self._at_ns) // _SECOND_NS
+        if seconds <= 0 or (self._is_known and not self._is_busy):
             return
-        self._average += _FOLD_WEIGHT * (self._count - self._average)
-        self._average *= (1 - _FOLD_WEIGHT) ** (windows - 1)
-        if self._average < _RATE_MIN:
-            self._average = 0.0
-        self._count = 0
-        self._window_from_ns += windows * _SECOND_NS
+        faded = _FADED**seconds
+        self._count *= faded
+        # Each of these seconds fades by those after it and by itself, like what is counted in it.
+        self._time_ns = self._time_ns * faded + _SECOND_NS * _FADED * (1 - faded) / (1 - _FADED)
+        self._at_ns += seconds * _SECOND_NS

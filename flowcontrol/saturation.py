@@ -1,75 +1,261 @@
-"""Pure. How full is the pool, and where is there room?"""
+"""Pure. How full is the pool? The detectors that count, or believe what they are told.
 
-from typing import final
+concurrency: requests in flight over how many may be, or tokens, or whichever is fuller. Exact.
 
-from flowcontrol.buckets import Buckets
-from flowcontrol.config import Picker
+utilization: what the endpoints say of themselves, the mean over them of
 
-FULL = 1.0
-"""The saturation at which a pool takes no more."""
+    max(waiting / waiting_max, kv_usage / kv_usage_max)
+
+A scrape is old when it comes and older until the next: whatever was dispatched since is not in it.
+So every dispatch counts as one waiting request until it ends, or until a scrape of the endpoint it
+went to shows it (a full part of it, while Envoy picks and nobody knows which that is): at most
+`waiting_max` are sent to an endpoint and not ended between two scrapes, however late the second
+(the failure of llm-d-router#2066). Absence is never zero: an endpoint never heard of, or not for
+`stale_after_ns`, counts as its staleness setting says.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import assert_never, final
+
+from flowcontrol.adaptive import AdaptiveDetector
+from flowcontrol.config import Adaptive, Concurrency, Staleness, Utilization
+from flowcontrol.config import Detector as DetectorSettings
+from flowcontrol.events import LoadObserved, Settled
+from flowcontrol.flow import Lease
+from flowcontrol.keyedheap import KeyedHeap
+from flowcontrol.pool import FULL, Detector, DetectorFactory, Load, StageLoad
 
 
 @final
 class ConcurrencyDetector:
-    """Counts requests in flight, exactly: each from its dispatch to the end of its stream.
+    """Requests or tokens in flight over their limit at one endpoint, times the endpoints. O(1)."""
 
-    Saturation is what is in flight over what may be, `in_flight_max` at each endpoint; a pool
-    without endpoints is full. When the engine is the picker, requests at endpoints that have left
-    the pool no longer count against those that remain. O(1).
-    """
+    counts_dispatches = False
+    has_timer = False
+    revision = 0
 
-    def __init__(self, in_flight_max: int, picker: Picker) -> None:
-        self.in_flight_max = in_flight_max
-        self._picker = picker
-        self._loads: Buckets[str] = Buckets()
-        self._in_flight = 0
-        """In flight in the pool; with a picker only at present endpoints."""
-        self._departed: dict[str, int] = {}
-        """In flight at endpoints that have left the pool, while there is any."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the pool has no endpoint."""
-        return len(self._loads) == 0
+    def __init__(self, settings: Concurrency, stage: StageLoad) -> None:
+        self.settings = settings
+        self._stage = stage
 
     def saturation(self) -> float:
-        """Return the load of the pool; 1.0 or more is full."""
-        capacity = len(self._loads) * self.in_flight_max
-        return self._in_flight / capacity if capacity else FULL
+        """Return the load of the stage."""
+        return self._of(self._stage.pool(), len(self._stage.addresses))
 
-    def set_endpoints(self, addresses: tuple[str, ...]) -> None:
-        """Replace the pool; an endpoint keeps its count, across an absence too. O(endpoints)."""
-        counts = {address: self._loads.count(address) for address in self._loads}
-        counts |= self._departed
-        self._loads = Buckets()
-        for address in dict.fromkeys(addresses):
-            self._loads.add(address, counts.pop(address, 0))
-        self._departed = {address: count for address, count in counts.items() if count}
-        if self._picker is Picker.LEAST_LOADED:
-            self._in_flight = sum(self._loads.count(address) for address in self._loads)
+    def endpoint_saturation(self, address: str) -> float:
+        """Return the load of one endpoint; the stage's while only that is known."""
+        load = self._stage.at(address)
+        return self.saturation() if load is None else self._of(load, 1)
 
-    def charge(self) -> str | None:
-        """Count a dispatch; return the endpoint it goes to, None when Envoy chooses."""
-        self._in_flight += 1
-        if self._picker is Picker.OFF:
-            return None
-        address = self._loads.fewest()
-        self._loads.increment(address)
-        return address
+    def _of(self, load: Load, endpoints: int) -> float:
+        settings = self.settings
+        by_requests = 0.0
+        if settings.requests_max is not None:
+            by_requests = load.requests / (endpoints * settings.requests_max)
+        if settings.tokens_max is None:
+            return by_requests
+        return max(by_requests, load.tokens / (endpoints * settings.tokens_max))
 
-    def release(self, address: str | None) -> None:
-        """Give back the slot of a request that has ended."""
-        if address is not None and address in self._departed:
-            self._departed[address] -= 1
-            if not self._departed[address]:
-                del self._departed[address]
+    def endpoints_changed(self, now_ns: int) -> None:
+        """Need no account of its own."""
+
+    def charged(self, lease: Lease, now_ns: int) -> None:
+        """Need no account of its own."""
+
+    def released(self, lease: Lease, now_ns: int) -> None:
+        """Need no account of its own."""
+
+    def observed(self, load: LoadObserved, now_ns: int) -> None:
+        """Believe nobody but the count."""
+
+    def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
+        """Need no account of its own."""
+
+    def advance(self, now_ns: int) -> None:
+        """Not depend on time."""
+
+    def next_change_ns(self) -> int | None:
+        """Not depend on time."""
+        return None
+
+
+@final
+class _Reading:
+    """What one endpoint last said, and what has happened since."""
+
+    __slots__ = ("base", "is_stale", "pending", "seen")
+
+    def __init__(self, base: float | None, seen: int, *, is_stale: bool) -> None:
+        self.base = base
+        """Its own load, in parts of full; None as long as it was never heard of."""
+        self.is_stale = is_stale
+        self.pending = 0.0
+        """Dispatched since, and not ended: to it, or while Envoy picks to any."""
+        self.seen = seen
+        """Dispatches, ever, when it spoke."""
+
+
+@final
+class UtilizationDetector:
+    """Mean load of the endpoints as scraped, with what was dispatched since.
+
+    O(1) where the engine picks, else O(endpoints).
+    """
+
+    counts_dispatches = True
+    has_timer = True
+
+    def __init__(self, settings: Utilization, stage: StageLoad) -> None:
+        self.settings = settings
+        self.revision = 0
+        self._stage = stage
+        self._readings: dict[str, _Reading] = {}
+        self._silent_at: KeyedHeap[str, int] = KeyedHeap()
+        """When each endpoint becomes stale, or staler."""
+        self._dispatched = 0
+        """Ever."""
+        self._numbers: dict[int, int] = {}
+        """Of the dispatches in flight, by request id, in order."""
+
+    def saturation(self) -> float:
+        """Return the mean load of the endpoints."""
+        share = 1 / len(self._readings)
+        in_flight = self._stage.pool().requests * share
+        return sum(self._of(each, in_flight, share) for each in self._readings.values()) * share
+
+    def endpoint_saturation(self, address: str) -> float:
+        """Return the load of one endpoint; the stage's while Envoy picks."""
+        load = self._stage.at(address)
+        if load is None:
+            return self.saturation()
+        return self._of(self._readings[address], load.requests, 1)
+
+    def _of(self, reading: _Reading, in_flight: float, share: float) -> float:
+        """Return an endpoint's load, `share` being its part of what is dispatched."""
+        staleness = self.settings.staleness
+        if reading.is_stale and staleness is Staleness.FALLBACK:
+            return in_flight / self.settings.requests_max
+        if reading.is_stale and (staleness is Staleness.CLOSED or reading.base is None):
+            return FULL
+        assert reading.base is not None, "what was never heard of is stale"
+        return reading.base + reading.pending * share / self.settings.waiting_max
+
+    def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - silence begins with a word
+        """Keep the readings of those that stay; who is new has not been heard of."""
+        addresses = self._stage.addresses
+        self._readings = {
+            address: self._readings.get(address) or _Reading(None, self._dispatched, is_stale=True)
+            for address in addresses
+        }
+        for address in set(self._silent_at) - set(addresses):
+            self._silent_at.discard(address)
+
+    def charged(self, lease: Lease, now_ns: int) -> None:  # noqa: ARG002 - counted, not timed
+        """Count the dispatch until it ends or a scrape shows it."""
+        self._dispatched += 1
+        self._numbers[lease.request.request_id] = self._dispatched
+        for reading in self._readings_for(lease):
+            reading.pending += 1
+
+    def released(self, lease: Lease, now_ns: int) -> None:  # noqa: ARG002 - counted, not timed
+        """Count a dispatch that no scrape has shown no longer."""
+        number = self._numbers.pop(lease.request.request_id, 0)
+        for reading in self._readings_for(lease):
+            if number > reading.seen:
+                reading.pending = max(0.0, reading.pending - 1)
+
+    def _readings_for(self, lease: Lease) -> Iterable[_Reading]:
+        if not self._is_picked:
+            return self._readings.values()
+        reading = self._readings.get(lease.endpoint or "")
+        return () if reading is None else (reading,)
+
+    @property
+    def _is_picked(self) -> bool:
+        return self._stage.at(self._stage.addresses[0]) is not None
+
+    def observed(self, load: LoadObserved, now_ns: int) -> None:
+        """Take in a scrape."""
+        if load.address not in self._readings:
             return
-        assert self._in_flight > 0, "released more than was charged"
-        self._in_flight -= 1
-        if address is not None:
-            self._loads.decrement(address)
+        settings = self.settings
+        base = max(load.waiting / settings.waiting_max, load.kv_usage / settings.kv_usage_max)
+        self._readings[load.address] = _Reading(base, self._dispatched, is_stale=False)
+        self._silent_at.put(load.address, now_ns + settings.stale_after_ns)
 
-    def in_flight(self) -> dict[str, int | None]:
-        """Return the count at each present endpoint, None where only the pool's is known."""
-        known = self._picker is Picker.LEAST_LOADED
-        return {a: self._loads.count(a) if known else None for a in self._loads}
+    def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
+        """Not be about single requests."""
+
+    def advance(self, now_ns: int) -> None:
+        """Let readings become stale, and stale ones fade where that is the setting."""
+        while (first := self._silent_at.first()) is not None and first[0] <= now_ns:
+            due_ns, address = first
+            self.revision += 1
+            reading = self._readings[address]
+            if self.settings.staleness is not Staleness.DECAY:
+                reading.is_stale = True
+                self._silent_at.discard(address)
+                continue
+            passed, rest_ns = divmod(now_ns - due_ns, self.settings.stale_after_ns)
+            halved = 0.5 ** (passed + reading.is_stale)
+            reading.is_stale = True
+            assert reading.base is not None, "it was heard of once"
+            reading.base *= halved
+            reading.pending *= halved
+            self._silent_at.put(address, now_ns - rest_ns + self.settings.stale_after_ns)
+
+    def next_change_ns(self) -> int | None:
+        """Return when the next endpoint becomes stale, or staler."""
+        first = self._silent_at.first()
+        return None if first is None else first[0]
+
+    def inherit(self, before: "UtilizationDetector") -> None:
+        """Take over what another knows, that went by other settings."""
+        self._readings = before._readings  # noqa: SLF001 - one of us
+        self._silent_at = before._silent_at  # noqa: SLF001 - as above
+        self._dispatched = before._dispatched  # noqa: SLF001 - as above
+        self._numbers = before._numbers  # noqa: SLF001 - as above
+
+
+def make_detectors(settings: Sequence[DetectorSettings]) -> DetectorFactory:
+    """Return what makes, for each stage of a pool, a detector of every configured kind.
+
+    One that is configured as before stays; a new one inherits from one of its kind that does not.
+    """
+
+    def make(stage: StageLoad, now_ns: int, before: Sequence[Detector]) -> list[Detector]:
+        kept = {each.settings: each for each in before}
+        gone = [each for each in before if each.settings not in settings]
+        made: list[Detector] = []
+        for each in settings:
+            if each in kept:
+                made.append(kept.pop(each))
+                continue
+            made.append(_make_detector(each, stage, now_ns))
+            for other in gone:
+                _inherit(made[-1], other, now_ns)
+        return made
+
+    return make
+
+
+def _inherit(detector: Detector, other: Detector, now_ns: int) -> None:
+    match detector, other:
+        case UtilizationDetector(), UtilizationDetector():
+            detector.inherit(other)
+        case AdaptiveDetector(), AdaptiveDetector():
+            detector.inherit(other, now_ns)
+        case _:
+            pass
+
+
+def _make_detector(settings: DetectorSettings, stage: StageLoad, now_ns: int) -> Detector:
+    match settings:
+        case Concurrency():
+            return ConcurrencyDetector(settings, stage)
+        case Utilization():
+            return UtilizationDetector(settings, stage)
+        case Adaptive():
+            return AdaptiveDetector(settings, stage, now_ns)
+        case _:
+            assert_never(settings)

@@ -63,7 +63,7 @@ class EndpointSnapshot:
 
     address: str
     in_flight: int | None
-    in_flight_max: int
+    saturation: float
 
 
 @final
@@ -95,5 +95,9 @@ class Snapshot:
     objectives: Mapping[str, int]
     """Name to priority."""
     unknown_objectives: int
+    settlements: int = 0
+    """Settlements that came."""
+    lost_settlements: int = 0
+    """Requests of which none came in time."""
     pace: Pace | None = None
     """None: the machine was asked, not its processor."""

@@ -70,7 +70,7 @@ def _to_message(snapshot: Snapshot, pool: str, inbox_refusals: int, flows_max: i
             api.Endpoint(
                 address=endpoint.address,
                 in_flight=endpoint.in_flight,
-                in_flight_max=endpoint.in_flight_max,
+                saturation=endpoint.saturation,
             )
             for endpoint in snapshot.endpoints
         ],

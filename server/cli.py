@@ -76,8 +76,18 @@ def check_config(config: Path) -> None:
     show_default=True,
     help="Largest request Envoy buffers; must hold the largest prompt.",
 )
-def envoy_config(
-    config: Path, listen: str, admin: str, ext_proc: str | None, buffer_limit: str
+@click.option(
+    "--original-dst",
+    is_flag=True,
+    help="Send requests wherever the picker says, also to endpoints that Envoy does not know.",
+)
+def envoy_config(  # noqa: PLR0913, PLR0917 - click's options
+    config: Path,
+    listen: str,
+    admin: str,
+    ext_proc: str | None,
+    buffer_limit: str,
+    original_dst: bool,  # noqa: FBT001 - click's flag
 ) -> None:
     """Write an Envoy configuration that fits this service's configuration."""
     settings = _load(config)
@@ -95,6 +105,7 @@ def envoy_config(
             admin=_address("--admin", admin),
             ext_proc=_address("--ext-proc", ext_proc) if ext_proc else None,
             buffer_limit_bytes=size,
+            original_dst=original_dst,
         )
         click.echo(bootstrap(settings, options), nl=False)
     except ConfigError as error:

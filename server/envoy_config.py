@@ -12,39 +12,33 @@ from typing import Any, Final
 
 import yaml
 
-from flowcontrol.errors import FlowControlError
+from flowcontrol.errors import ConfigError, FlowControlError
 from server.codec import DESTINATION, SERVICE
-from server.settings import ENVOY_MARGIN_NS, ENVOY_PATIENCE_MAX_NS, Address, Settings
+from server.settings import Address, Settings
 
 try:
     with warnings.catch_warnings():
         # Pydantic has deprecated something that envoy-data-plane does as it is imported.
         warnings.simplefilter("ignore", DeprecationWarning)
         from betterproto2 import Casing, Message
-        from envoy_data_plane.envoy.config.accesslog import v3 as accesslog
         from envoy_data_plane.envoy.config.bootstrap import v3 as bootstrap_v3
         from envoy_data_plane.envoy.config.cluster import v3 as cluster
         from envoy_data_plane.envoy.config.core import v3 as core
         from envoy_data_plane.envoy.config.endpoint import v3 as endpoint
         from envoy_data_plane.envoy.config.listener import v3 as listener
-        from envoy_data_plane.envoy.config.route import v3 as route
-        from envoy_data_plane.envoy.extensions.access_loggers.stream import v3 as stream
-        from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as ext_proc
-        from envoy_data_plane.envoy.extensions.filters.http.router import v3 as router
-        from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import (
-            v3 as hcm,
-        )
         from envoy_data_plane.envoy.extensions.load_balancing_policies.least_request import (
             v3 as least_request,
         )
         from envoy_data_plane.envoy.extensions.load_balancing_policies.override_host import (
             v3 as override_host,
         )
-        from envoy_data_plane.envoy.extensions.retry.host.previous_hosts import v3 as previous_hosts
         from envoy_data_plane.envoy.extensions.upstreams.http import v3 as upstreams
         from envoy_data_plane.envoy.type import v3 as envoy_type
         from envoy_data_plane.envoy.type.metadata import v3 as metadata
         from envoy_data_plane.google import protobuf
+
+        from server.envoy_filters import LOG_CLUSTER
+        from server.envoy_manager import connection_manager
 except ModuleNotFoundError as _error:
     _message = f"{_error.name} is missing: pip install 'flowcontrol[envoy]'"
     raise FlowControlError(_message) from _error
@@ -54,16 +48,6 @@ __all__ = ["EnvoyOptions", "bootstrap"]
 CLIENTS: Final = Address("0.0.0.0", 8080)  # noqa: S104 - read, not bound - a gateway's clients are elsewhere
 ADMIN: Final = Address("127.0.0.1", 9901)
 
-_ACCESS_LOG: Final = {
-    "start": "%START_TIME%",
-    "method": "%REQ(:METHOD)%",
-    "path": "%REQ(:PATH)%",
-    "code": "%RESPONSE_CODE%",
-    "details": "%RESPONSE_CODE_DETAILS%",
-    "duration_ms": "%DURATION%",
-    "upstream": "%UPSTREAM_HOST%",
-    "request_id": "%REQ(X-REQUEST-ID)%",
-}
 _NO_LIMITS: Final = cluster.CircuitBreakers(
     thresholds=[
         cluster.CircuitBreakersThresholds(
@@ -73,6 +57,9 @@ _NO_LIMITS: Final = cluster.CircuitBreakers(
             max_retries=1_000_000_000,
         )
     ]
+)
+_PINGS: Final = core.KeepaliveSettings(
+    interval=timedelta(seconds=10), timeout=timedelta(seconds=10)
 )
 _BETTER_SICK_THAN_NONE: Final = cluster.ClusterCommonLbConfig(
     healthy_panic_threshold=envoy_type.Percent(value=1.0), update_merge_window=timedelta(0)
@@ -96,17 +83,29 @@ class EnvoyOptions:
     buffer_limit_bytes: int = 32 * 2**20
     """What Envoy buffers of one request, at most. It must hold the largest prompt: beyond it, Envoy
     does not notice that the client of a parked request has gone."""
+    original_dst: bool = False
+    """Send each request to whatever address the service picks, in place of choosing among
+    endpoints.static: for endpoints that come and go. Needs the picker."""
 
 
 def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
-    """Return a bootstrap configuration as YAML."""
+    """Return a bootstrap configuration as YAML.
+
+    Raises:
+        ConfigError: the options do not fit the settings.
+    """
+    if options.original_dst and settings.picker == "off":
+        rule = "picker must not be off with --original-dst: nobody would choose an address"
+        raise ConfigError([rule])
+    reports = settings.settlement.access_log
     message = bootstrap_v3.Bootstrap(
         admin=bootstrap_v3.Admin(address=_socket(options.admin)),
         static_resources=bootstrap_v3.BootstrapStaticResources(
             listeners=[_listener(settings, options)],
             clusters=[
                 _service_cluster(options.ext_proc or _reachable(settings.listen.ext_proc)),
-                _model_cluster(settings),
+                *([_log_cluster(_log_address(settings, options))] if reports else []),
+                _original_dst_cluster() if options.original_dst else _model_cluster(settings),
             ],
         ),
     )
@@ -127,107 +126,11 @@ def _listener(settings: Settings, options: EnvoyOptions) -> listener.Listener:
                 filters=[
                     listener.Filter(
                         name="envoy.filters.network.http_connection_manager",
-                        typed_config=protobuf.Any.pack(_connection_manager(settings)),
+                        typed_config=protobuf.Any.pack(connection_manager(settings)),
                     )
                 ]
             )
         ],
-    )
-
-
-def _connection_manager(settings: Settings) -> hcm.HttpConnectionManager:
-    return hcm.HttpConnectionManager(
-        stat_prefix="ingress",
-        stream_idle_timeout=_duration(ENVOY_PATIENCE_MAX_NS),
-        request_headers_timeout=timedelta(seconds=10),
-        normalize_path=True,
-        merge_slashes=True,
-        access_log=[
-            accesslog.AccessLog(
-                name="envoy.access_loggers.stdout",
-                typed_config=protobuf.Any.pack(
-                    stream.StdoutAccessLog(
-                        log_format=core.SubstitutionFormatString(
-                            json_format=protobuf.Struct.from_dict(_ACCESS_LOG)
-                        )
-                    )
-                ),
-            )
-        ],
-        route_config=route.RouteConfiguration(
-            name="models",
-            virtual_hosts=[
-                route.VirtualHost(
-                    name="models",
-                    domains=["*"],
-                    routes=[route.Route(match=route.RouteMatch(prefix="/"), route=_route_action())],
-                )
-            ],
-        ),
-        http_filters=[
-            hcm.HttpFilter(
-                name="envoy.filters.http.ext_proc",
-                typed_config=protobuf.Any.pack(_external_processor(settings)),
-            ),
-            hcm.HttpFilter(
-                name="envoy.filters.http.router", typed_config=protobuf.Any.pack(router.Router())
-            ),
-        ],
-    )
-
-
-def _route_action() -> route.RouteAction:
-    return route.RouteAction(
-        cluster="model_servers",
-        timeout=timedelta(0),
-        retry_policy=route.RetryPolicy(
-            retry_on="connect-failure,reset-before-request", num_retries=3
-        ),
-    )
-
-
-def _external_processor(settings: Settings) -> ext_proc.ExternalProcessor:
-    return ext_proc.ExternalProcessor(
-        grpc_service=core.GrpcService(
-            envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name="ext_proc"),
-            retry_policy=_fail_over(),
-        ),
-        failure_mode_allow=False,
-        status_on_error=envoy_type.HttpStatus(code=envoy_type.StatusCode.ServiceUnavailable),
-        message_timeout=_duration(settings.longest_wait_ns + ENVOY_MARGIN_NS),
-        processing_mode=_processing_mode(),
-        metadata_options=ext_proc.MetadataOptions(
-            receiving_namespaces=ext_proc.MetadataOptionsMetadataNamespaces(untyped=["envoy.lb"])
-        ),
-    )
-
-
-def _fail_over() -> core.RetryPolicy:
-    return core.RetryPolicy(
-        retry_on="unavailable,connect-failure,refused-stream,reset",
-        num_retries=8,
-        retry_back_off=core.BackoffStrategy(
-            base_interval=timedelta(seconds=0.5), max_interval=timedelta(seconds=5)
-        ),
-        retry_host_predicate=[
-            core.RetryPolicyRetryHostPredicate(
-                name="envoy.retry_host_predicates.previous_hosts",
-                typed_config=protobuf.Any.pack(previous_hosts.PreviousHostsPredicate()),
-            )
-        ],
-        host_selection_retry_max_attempts=5,
-    )
-
-
-def _processing_mode() -> ext_proc.ProcessingMode:
-    header, body = ext_proc.ProcessingModeHeaderSendMode, ext_proc.ProcessingModeBodySendMode
-    return ext_proc.ProcessingMode(
-        request_header_mode=header.SEND,
-        response_header_mode=header.SKIP,
-        request_body_mode=body.NONE,
-        response_body_mode=body.NONE,
-        request_trailer_mode=header.SKIP,
-        response_trailer_mode=header.SEND,
     )
 
 
@@ -237,9 +140,7 @@ def _service_cluster(address: Address) -> cluster.Cluster:
         max_concurrent_streams=100_000,
         max_outbound_frames=10_000_000,
         max_outbound_control_frames=1_000_000,
-        connection_keepalive=core.KeepaliveSettings(
-            interval=timedelta(seconds=10), timeout=timedelta(seconds=10)
-        ),
+        connection_keepalive=_PINGS,
     )
     return cluster.Cluster(
         name="ext_proc",
@@ -269,6 +170,44 @@ def _service_cluster(address: Address) -> cluster.Cluster:
     )
 
 
+def _log_address(settings: Settings, options: EnvoyOptions) -> Address:
+    """Return where the access log goes: to the grpcio door, beside wherever ext_proc is served."""
+    if options.ext_proc is None:
+        return _reachable(settings.listen.ext_proc)
+    return Address(options.ext_proc.host, settings.listen.ext_proc.port)
+
+
+def _log_cluster(address: Address) -> cluster.Cluster:
+    discovery, family = _discovery([address])
+    return cluster.Cluster(
+        name=LOG_CLUSTER,
+        type=discovery,
+        dns_lookup_family=family,
+        connect_timeout=timedelta(seconds=2),
+        typed_extension_protocol_options=_protocol(
+            upstreams.HttpProtocolOptions(
+                explicit_http_config=upstreams.HttpProtocolOptionsExplicitHttpConfig(
+                    http2_protocol_options=core.Http2ProtocolOptions(connection_keepalive=_PINGS)
+                )
+            )
+        ),
+        load_assignment=_assignment(LOG_CLUSTER, [address]),
+    )
+
+
+def _original_dst_cluster() -> cluster.Cluster:
+    return cluster.Cluster(
+        name="model_servers",
+        type=cluster.ClusterDiscoveryType.ORIGINAL_DST,
+        lb_policy=cluster.ClusterLbPolicy.CLUSTER_PROVIDED,
+        original_dst_lb_config=cluster.ClusterOriginalDstLbConfig(metadata_key=_picked()),
+        connect_timeout=timedelta(seconds=2),
+        circuit_breakers=_NO_LIMITS,
+        upstream_connection_options=cluster.UpstreamConnectionOptions(tcp_keepalive=_TCP_KEEPALIVE),
+        typed_extension_protocol_options=_model_protocol(),
+    )
+
+
 def _model_cluster(settings: Settings) -> cluster.Cluster:
     discovery, family = _discovery(settings.endpoints.static)
     return cluster.Cluster(
@@ -288,17 +227,21 @@ def _model_cluster(settings: Settings) -> cluster.Cluster:
             max_ejection_time=timedelta(seconds=30),
             max_ejection_percent=100,
         ),
-        typed_extension_protocol_options=_protocol(
-            upstreams.HttpProtocolOptions(
-                common_http_protocol_options=core.HttpProtocolOptions(
-                    idle_timeout=timedelta(seconds=4)
-                ),
-                explicit_http_config=upstreams.HttpProtocolOptionsExplicitHttpConfig(
-                    http_protocol_options=core.Http1ProtocolOptions()
-                ),
-            )
-        ),
+        typed_extension_protocol_options=_model_protocol(),
         load_assignment=_assignment("model_servers", settings.endpoints.static),
+    )
+
+
+def _model_protocol() -> dict[str, protobuf.Any]:
+    return _protocol(
+        upstreams.HttpProtocolOptions(
+            common_http_protocol_options=core.HttpProtocolOptions(
+                idle_timeout=timedelta(seconds=4)
+            ),
+            explicit_http_config=upstreams.HttpProtocolOptionsExplicitHttpConfig(
+                http_protocol_options=core.Http1ProtocolOptions()
+            ),
+        )
     )
 
 
@@ -311,15 +254,20 @@ def _load_balancing(settings: Settings) -> cluster.LoadBalancingPolicy:
     )
     if settings.picker == "off":
         return full_scan
-    picked = metadata.MetadataKey(
-        key="envoy.lb", path=[metadata.MetadataKeyPathSegment(key=DESTINATION)]
-    )
+    source = override_host.OverrideHostOverrideHostSource(metadata=_picked())
     return _policy(
         "envoy.load_balancing_policies.override_host",
         override_host.OverrideHost(
-            override_host_sources=[override_host.OverrideHostOverrideHostSource(metadata=picked)],
+            override_host_sources=[source],
             fallback_policy=full_scan,
         ),
+    )
+
+
+def _picked() -> metadata.MetadataKey:
+    """Return where the picked endpoint stands: in metadata, which no client can write."""
+    return metadata.MetadataKey(
+        key="envoy.lb", path=[metadata.MetadataKeyPathSegment(key=DESTINATION)]
     )
 
 
@@ -360,10 +308,6 @@ def _socket(address: Address) -> core.Address:
     return core.Address(
         socket_address=core.SocketAddress(address=address.host, port_value=address.port)
     )
-
-
-def _duration(duration_ns: int) -> timedelta:
-    return timedelta(microseconds=-(-duration_ns // 1000))  # Rounded up: never less than asked.
 
 
 def _readable(node: Any) -> Any:

@@ -6,12 +6,13 @@ at most one more message comes, the trailers of the response, if the model serve
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple, final
 
-from server.classify import ExemptPaths, RequestFacts, classify
+from server.classify import Intake, RequestFacts, classify
 from server.replies import Answer, Exempt, Proceed, Refuse
+from server.rules import Metadata
 
 
 class Phase(Enum):
@@ -41,10 +42,13 @@ class MessageKind(Enum):
 @final
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of Envoy's; `headers` only with request headers, names in lower case."""
+    """One message of Envoy's; all but its kind only with request headers."""
 
     kind: MessageKind
     headers: Mapping[str, str]
+    """Names in lower case."""
+    metadata: Metadata = field(default_factory=dict)
+    """What Envoy's filters found in the request, where Envoy forwards it."""
 
 
 @final
@@ -97,10 +101,10 @@ class Exchange:
     Legal moves are the table above; an illegal one raises `ProtocolError` and changes nothing.
     """
 
-    __slots__ = ("_exempt", "phase")
+    __slots__ = ("_intake", "phase")
 
-    def __init__(self, exempt: ExemptPaths) -> None:
-        self._exempt = exempt
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
         self.phase = Phase.OPENING
 
     def receive(self, message: Message) -> Park | Reply:
@@ -111,8 +115,8 @@ class Exchange:
         self.phase = move.then
         if message.kind is not _H:
             return Acknowledge(message.kind)
-        facts = classify(message.headers)
-        if facts.path in self._exempt:
+        facts = classify(message.headers, message.metadata, self._intake)
+        if facts.path in self._intake.exempt:
             self.phase = Phase.OVER
             return Exempt()
         return Park(facts)

@@ -6,8 +6,8 @@ from typing import Any, final
 
 import grpc
 
-from server.classify import ExemptPaths
-from server.codec import SERVICE, MalformedMessageError, decode, encode
+from server.classify import Intake
+from server.codec import SERVICE, Encoder, MalformedMessageError, decode
 from server.exchange import Exchange, Message, Park, Phase, ProtocolError
 from server.gate import FlowGate, Parked, trace_of
 from server.replies import answer
@@ -21,25 +21,25 @@ class ExtProcDoor:
 
     Args:
         gate: where requests are parked.
-        exempt: paths that pass ungated.
+        intake: how requests are read.
+        encoder: how answers are written.
         continue_on_fault: what becomes of requests when the engine has failed.
-        picks: whether the engine chooses the endpoints.
         trace_fields: names of headers that tell of a trace; none while traces are off.
     """
 
     def __init__(
         self,
         gate: FlowGate,
-        exempt: ExemptPaths,
+        intake: Intake,
+        encoder: Encoder,
         *,
         continue_on_fault: bool,
-        picks: bool = False,
         trace_fields: tuple[str, ...] = (),
     ) -> None:
         self._gate = gate
-        self._exempt = exempt
+        self._intake = intake
+        self._encoder = encoder
         self._continue_on_fault = continue_on_fault
-        self._picks = picks
         self._trace_fields = trace_fields
         self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
         self._closing = asyncio.get_running_loop().create_future()
@@ -59,7 +59,7 @@ class ExtProcDoor:
             self._closing.set_result(None)
 
     async def _process(self, _requests: Any, context: _Context) -> None:
-        exchange = Exchange(self._exempt)
+        exchange = Exchange(self._intake)
         try:
             first = await self._read(context)
             if first is None:
@@ -72,7 +72,7 @@ class ExtProcDoor:
                     parked.trace = trace_of(self._trace_fields, said, first.headers)
                 await self._hold(exchange, parked, context)
             else:
-                await context.write(encode(reply, picks=self._picks))
+                await context.write(self._encoder.encode(reply))
         except (ProtocolError, MalformedMessageError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
@@ -98,7 +98,7 @@ class ExtProcDoor:
                     continue_on_fault=self._continue_on_fault,
                 )
             )
-            await context.write(encode(reply, picks=self._picks))
+            await context.write(self._encoder.encode(reply))
             while exchange.phase is Phase.GOING:
                 await asyncio.wait((reading, self._closing), return_when=asyncio.FIRST_COMPLETED)
                 message = reading.result() if reading.done() else None
@@ -114,7 +114,7 @@ class ExtProcDoor:
     async def _acknowledge(self, exchange: Exchange, message: Message, context: _Context) -> None:
         reply = exchange.receive(message)
         assert not isinstance(reply, Park), "headers come once"
-        await context.write(encode(reply, picks=self._picks))
+        await context.write(self._encoder.encode(reply))
 
     @staticmethod
     async def _read(context: _Context) -> Message | None:

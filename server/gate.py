@@ -21,6 +21,7 @@ from flowcontrol.processor import FlowProcessor
 from flowcontrol.request import DEFAULT_PRIORITY, Outcome, Request
 from flowcontrol.snapshot import Snapshot
 from server.classify import RequestFacts
+from server.pool_view import PoolView
 
 
 @final
@@ -57,6 +58,7 @@ class FlowGate:
         processor_ended: Callable[[BaseException | None], None],
     ) -> None:
         self.inbox_refusals = 0
+        self.pool_view = PoolView()
         self._loop = asyncio.get_running_loop()
         self._request_ended = request_ended
         self._processor_ended = processor_ended
@@ -83,7 +85,17 @@ class FlowGate:
         request_id = next(self._ids)
         parked = Parked(request_id, facts, self._loop.create_future())
         self._parked[request_id] = parked
-        request = Request(request_id, facts.flow_id, facts.objective, facts.byte_size, facts.ttl_ns)
+        request = Request(
+            request_id,
+            facts.flow_id,
+            facts.objective,
+            facts.byte_size,
+            facts.ttl_ns,
+            facts.input_tokens,
+            facts.output_tokens_max,
+            facts.ttft_slo_ns,
+            facts.model,
+        )
         try:
             is_taken = self._inbox.offer(Arrived(request))
         except NotRunningError:
@@ -102,17 +114,25 @@ class FlowGate:
         assert parked.left_ns is None, "a request leaves once"
         parked.left_ns = time.monotonic_ns()
         if not parked.future.done():
-            self.post(Left(parked.request_id))
+            self._put(Left(parked.request_id))
             return
         decision = parked.future.result()
         if decision.outcome is Outcome.DISPATCHED:
-            self.post(Left(parked.request_id))
+            self._put(Left(parked.request_id))
         self._finish(parked, decision)
 
     def post(self, fact: Fact) -> None:
-        """Tell the engine anything but an arrival."""
-        self._inbox.post(fact)
-        self._ring()
+        """Tell the engine anything but an arrival or a departure."""
+        self.pool_view.notice(fact, time.monotonic_ns())
+        self._put(fact)
+
+    def priority_in_flight(self, request_id: int) -> int | None:
+        """Return the priority of a request that is dispatched and not gone; None if it is not."""
+        parked = self._parked.get(request_id)
+        if parked is None or not parked.future.done():
+            return None
+        decision = parked.future.result()
+        return decision.priority if decision.outcome is Outcome.DISPATCHED else None
 
     async def snapshot(self) -> Snapshot:
         """Return the engine's state as of a moment after this call.
@@ -127,6 +147,10 @@ class FlowGate:
             self._snapshot = self._loop.create_future()
             self._processor.want_snapshot()
         return await asyncio.shield(self._snapshot)
+
+    def _put(self, fact: Fact) -> None:
+        self._inbox.post(fact)
+        self._ring()
 
     def _ring(self) -> None:
         if not self._is_bell_due:

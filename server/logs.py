@@ -45,6 +45,7 @@ def request_ended(parked: Parked, decision: Decision) -> None:
         client_request_id=parked.facts.client_request_id,
         flow_id=decision.flow_id,
         objective=parked.facts.objective,
+        model=parked.facts.model,
         priority=decision.priority,
         outcome=decision.outcome.value,
         http_status=None if was_dispatched else REFUSALS[decision.outcome].status,

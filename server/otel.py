@@ -110,6 +110,10 @@ class Traces:
         operation = _OPERATIONS.get(parked.facts.path)
         if operation is not None:
             attributes["gen_ai.operation.name"] = operation
+        if parked.facts.model:
+            attributes["gen_ai.request.model"] = parked.facts.model
+        if parked.facts.output_tokens_max is not None:
+            attributes["gen_ai.request.max_tokens"] = parked.facts.output_tokens_max
         if decision.endpoint is not None:
             host, _, port = decision.endpoint.rpartition(":")
             attributes["server.address"] = host.strip("[]")

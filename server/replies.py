@@ -72,9 +72,29 @@ _BODIES = {
 class Proceed:
     """Let the request go on, to `endpoint` where the engine is the picker."""
 
+    request_id: int
     priority: int
     waited_ns: int
     endpoint: str | None = None
+    fallbacks: tuple[str, ...] = ()
+    """Where to send it if it cannot be sent there, best first."""
+    headroom: float = 0.0
+    """Room left in the pool just after, from 0 to 1."""
+
+
+class EnginePriority(NamedTuple):
+    """How a model server that schedules by priority is told of the band."""
+
+    header: str
+    sign: int
+    """1 where it serves larger numbers first, as we do; -1 where smaller ones."""
+
+
+ENGINE_PRIORITIES = {
+    "vllm": EnginePriority("x-vllm-priority", -1),
+    "sglang": EnginePriority("x-override-priority", 1),
+}
+"""Both let the header overrule the `priority` of the body, which Envoy cannot change unbuffered."""
 
 
 @final
@@ -116,7 +136,13 @@ def answer(
         continue_on_fault: let a request on, ungated, when it was the engine that failed.
     """
     if decision.outcome is Outcome.DISPATCHED:
-        return Proceed(decision.priority, decision.waited_ns, decision.endpoint)
+        return Proceed(
+            decision.request_id,
+            decision.priority,
+            decision.waited_ns,
+            decision.endpoint,
+            headroom=max(0.0, 1.0 - decision.saturation),
+        )
     if decision.outcome is Outcome.INTERNAL and continue_on_fault:
         return Exempt()
     refused = REFUSALS[decision.outcome]

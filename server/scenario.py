@@ -9,24 +9,21 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from flowcontrol.config import ControllerConfig
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import ConfigError
 from flowcontrol.simulation.gates import Engine, ForgetfulGate, OpenGate
-from flowcontrol.simulation.ledger import Slots
+from flowcontrol.simulation.ledger import Slots, slots_of
 from flowcontrol.simulation.plan import Plan
 from flowcontrol.simulation.pool import Balancer
-from server.scenario_parts import FaultSection, Priorities, Section, Servers, demand
+from server.engine_settings import Engine as EngineSettings
+from server.scenario_parts import FaultSection, Priorities, Servers, demand
 from server.scenario_workloads import WorkloadSection
-from server.settings import Duration, FlowControl, Objectives, Saturation, Settings, problems_of
+from server.sections import Duration, Section
+from server.settings import problems_of
 from server.yamlfile import read_mapping
 
 EXTENDS_MAX = 8
 """Files that may extend one another; more are a circle."""
-_QUEUE_SETTINGS = {
-    *("max_requests", "max_bytes", "request_ttl", "no_endpoint_ttl", "drain_budget", "bands"),
-}
-_BAND_SETTINGS = {"match", "max_requests", "max_bytes", "request_ttl", "fairness", "ordering"}
 
 
 def _on_or_off(value: object) -> object:
@@ -52,8 +49,8 @@ class ScrapeSection(Section):
     """How often."""
 
 
-class Scenario(Section):
-    """The whole file."""
+class _Head(Section):
+    """What the file says of itself."""
 
     api_version: Literal["flowcontrol/v1alpha1"]
     """Version of this file's shape."""
@@ -71,16 +68,15 @@ class Scenario(Section):
     decides, but takes what is in flight for longer than forgetsAfter for ended."""
     forgets_after: Duration = Field(default="5m")  # type: ignore[assignment]  # read by its validator
     """For the forgetful gate. 5m: as the reference did (llm-d-router#2295)."""
-    picker: Annotated[Literal["off", "least-loaded"], BeforeValidator(_on_or_off)] = "off"
-    """Who chooses the endpoint. off: Envoy; least-loaded: the engine, at dispatch."""
+
+
+class Scenario(EngineSettings, _Head):
+    """The whole file."""
+
     balancer: Literal["least-request", "round-robin"] = "least-request"
     """How Envoy chooses, when it does."""
     objectives: Priorities = Field(default={})
     """InferenceObjectives: name to priority."""
-    saturation: Saturation = Saturation()
-    """As in the configuration file."""
-    flow_control: FlowControl = FlowControl()
-    """As in the configuration file."""
     settlement: Annotated[SettlementSection | None, BeforeValidator(_off_is_none)] = (
         SettlementSection()
     )
@@ -115,22 +111,6 @@ class Scenario(Section):
                 demand(name in names, rule)
         return self
 
-    def controller_config(self) -> ControllerConfig:
-        """Return what the engine is told; exactly what the service would tell it."""
-        settings = Settings.model_validate(
-            {
-                "apiVersion": self.api_version,
-                "kind": "FlowControlConfig",
-                "pool": "simulated",
-                "objectives": Objectives.model_construct(directory=Path()),
-                "endpoints": {"static": []},
-                "picker": self.picker,
-                "saturation": self.saturation,
-                "flowControl": self.flow_control,
-            }
-        )
-        return settings.controller_config()
-
     def engine(self) -> Engine:
         """Return who decides, new."""
         if self.gate == "off":
@@ -141,21 +121,9 @@ class Scenario(Section):
         return controller
 
     def slots(self) -> Slots | None:
-        """Return what may be in flight, for the ledger.
-
-        None unless the engine just counts requests at each endpoint: a setting that is not known
-        here may gate a band below the full pool.
-        """
-        slots = self.saturation.max_concurrency
-        concurrency = {"detector": "concurrency", "maxConcurrency": slots}
-        queue = self.flow_control
-        is_plain = (
-            self.gate == "on"
-            and self.saturation == Saturation.model_validate(concurrency)
-            and queue.model_fields_set <= _QUEUE_SETTINGS
-            and all(band.model_fields_set <= _BAND_SETTINGS for band in queue.bands)
-        )
-        return Slots(slots, self.picker != "off") if is_plain else None
+        """Return what may be in flight, for the ledger; None, if that is not checked."""
+        has_roles = any(servers.role != "both" for servers in self.servers)
+        return None if self.gate != "on" or has_roles else slots_of(self.controller_config())
 
     def plan(self, trace: Path | None = None) -> Plan:
         """Return what happens.

@@ -1,12 +1,13 @@
 """Parts of a scenario file: its own words for numbers, the model servers, and what goes wrong."""
 
 from math import isfinite
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
+from flowcontrol.config import Role
 from flowcontrol.simulation.faults import (
     ClockJumped,
     DecisionsSlow,
@@ -22,11 +23,9 @@ from flowcontrol.simulation.faults import (
 )
 from flowcontrol.simulation.model_server import ModelServerConfig
 from flowcontrol.simulation.pool import ServerSpec
-from server import settings
-from server.settings import Duration
+from server.sections import Duration, Section
 from server.units import format_duration, parse_duration, parse_quantity
 
-Section = settings._Section  # noqa: SLF001 - the strictness of the configuration file
 _DEFAULT = ModelServerConfig()
 
 
@@ -134,6 +133,8 @@ class Servers(Section):
     """They are called by it and a number: server-0, server-1."""
     count: int = Field(default=1, ge=1)
     """How many."""
+    role: Literal["both", "prefill", "decode"] = "both"
+    """What they do; prefill and decode: requests pass one of each, one after the other."""
     joins_at: Moment = Field(default="0s")  # type: ignore[assignment]  # read by its validator
     """When they join the pool."""
     speed: Positive = 1.0
@@ -176,7 +177,11 @@ class Servers(Section):
         """Return each of them."""
         names = [f"{self.name}-{index}" for index in range(self.count)]
         config = self._config()
-        return [ServerSpec(address=n, config=config, from_ns=self.joins_at) for n in names]
+        role = Role(self.role)
+        return [
+            ServerSpec(address=name, config=config, from_ns=self.joins_at, role=role)
+            for name in names
+        ]
 
 
 class EndpointGoneSection(Span):

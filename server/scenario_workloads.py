@@ -32,13 +32,12 @@ from server.scenario_parts import (
     Moment,
     OneOf,
     Positive,
-    Section,
     Span,
     Switch,
     Whole,
     demand,
 )
-from server.settings import Duration
+from server.sections import Duration, Section
 
 
 def _plain(value: object) -> object:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, final
 
@@ -24,9 +25,11 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from flowcontrol.errors import FlowControlError, ListenError
 from flowcontrol.events import Decision, DrainBegan, EndpointsChanged, ObjectivesChanged
+from flowcontrol.request import Outcome
 from flowcontrol.v1 import flowcontrol_pb2 as api
-from server import admin, codec, logs
-from server.classify import ExemptPaths
+from server import admin, codec, log_codec, logs
+from server.access_log import AccessLogDoor
+from server.codec import Encoder
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
 from server.guard import Guard
@@ -35,6 +38,8 @@ from server.metrics import SnapshotCollector, registry_of
 from server.objectives import ObjectiveFolder
 from server.reference_metrics import ReferenceCollector
 from server.settings import Address, Settings
+from server.settlement import Settlement
+from server.settlement_metrics import SettlementCollector
 from server.web import web_application
 
 if TYPE_CHECKING:
@@ -99,11 +104,22 @@ class Service:
         self._gate = FlowGate(
             settings.controller_config(), ARRIVALS_MAX, self._request_ended, self._processor_ended
         )
+        self._settlement = Settlement(
+            settings.settlement.lost_after,
+            self._gate.priority_in_flight,
+            self._gate.post,
+            answered=self._gate.pool_view.answered,
+        )
+        self._log_door = AccessLogDoor(self._settlement)
         self._door = ExtProcDoor(
             self._gate,
-            ExemptPaths(settings.requests.exempt_paths),
+            settings.requests.intake(),
+            Encoder(
+                picks=settings.picker != "off",
+                anywhere=self._gate.pool_view.anywhere,
+                engine_priority=settings.requests.engine(),
+            ),
             continue_on_fault=settings.requests.on_internal_fault == "continue",
-            picks=settings.picker != "off",
             trace_fields=() if self._traces is None else self._traces.fields,
         )
         self._health = HealthServicer()
@@ -120,8 +136,9 @@ class Service:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._gate.start()
         self._change_objectives(self._folder.read())
-        addresses = tuple(str(address) for address in self._settings.endpoints.static)
-        self._gate.post(EndpointsChanged(addresses))
+        endpoints = self._settings.endpoints
+        addresses = tuple(str(address) for address in endpoints.static)
+        self._gate.post(EndpointsChanged(addresses, endpoints.role_of()))
         try:
             await self._open_doors()
         except ListenError:
@@ -149,6 +166,14 @@ class Service:
         _log.info("service_stopped", exit_status=int(fault is not None))
         return int(fault is not None)
 
+    def _request_ended(self, parked: Parked, decision: Decision) -> None:
+        if decision.outcome is Outcome.DISPATCHED and self._settings.settlement.access_log:
+            now_ns = parked.left_ns or parked.decided_ns
+            self._settlement.request_ended(parked.request_id, decision.priority, now_ns)
+        logs.request_ended(parked, decision)
+        if self._traces is not None:
+            self._traces.request_ended(parked, decision)
+
     def _change_objectives(self, priorities: Mapping[str, int]) -> None:
         self._gate.post(ObjectivesChanged(priorities))
         _log.info("objectives_changed", objectives=dict(priorities))
@@ -165,11 +190,6 @@ class Service:
         _log.info("drain_began", cause=cause, budget_ms=budget_ns / 1e6)
         task = asyncio.ensure_future(self._tell_health())
         task.add_done_callback(lambda _task: self._gate.post(DrainBegan(budget_ns)))
-
-    def _request_ended(self, parked: Parked, decision: Decision) -> None:
-        logs.request_ended(parked, decision)
-        if self._traces is not None:
-            self._traces.request_ended(parked, decision)
 
     def _processor_ended(self, fault: BaseException | None) -> None:
         if fault is not None:
@@ -193,14 +213,17 @@ class Service:
     async def _open_doors(self) -> None:
         listen = self._settings.listen
         main = grpc.aio.server(options=GRPC_OPTIONS)
-        main.add_generic_rpc_handlers((self._door.handler(),))
+        main.add_generic_rpc_handlers((self._door.handler(), self._log_door.handler()))
         guard = Guard(self._settings.admin.secret())
         service = api.DESCRIPTOR.services_by_name["FlowControl"]
         servicer = admin.FlowControlServicer(self._gate, self._settings.pool)
         main.add_generic_rpc_handlers((guard.handler(service, servicer),))
         probes = grpc.aio.server(options=GRPC_OPTIONS)
         health = (_HEALTH_SERVICE, reflection.SERVICE_NAME)
-        for server, names in ((main, (codec.SERVICE, admin.SERVICE, *health)), (probes, health)):
+        for server, names in (
+            (main, (codec.SERVICE, log_codec.SERVICE, admin.SERVICE, *health)),
+            (probes, health),
+        ):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             reflection.enable_server_reflection(names, server)
         certificates = self._settings.tls.certificates()
@@ -228,6 +251,7 @@ class Service:
     async def _close_doors(self) -> None:
         self._loop_lag.stop()
         self._door.close()
+        self._log_door.close()
         await asyncio.gather(*(server.stop(CLOSE_GRACE_S) for server in self._grpc_servers))
         if self._web is not None:
             await self._web.cleanup()
@@ -243,7 +267,10 @@ class Service:
                 self._gate.inbox_refusals,
                 self._folder.error_count,
                 self._loop_lag.snapshot(),
-            )
+            ),
+            SettlementCollector(
+                self._settlement, self._gate.pool_view, snapshot, time.monotonic_ns()
+            ),
         ]
         if settings.metrics.reference_names:
             limits = settings.controller_config().limits

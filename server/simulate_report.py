@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean
 from typing import final
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flowcontrol.simulation.clients import Ending
-from flowcontrol.simulation.results import Figures, Results, percentile
+from flowcontrol.simulation.results import Figures, Results
 
 TENANTS_SHOWN_MAX = 8
 """Of each band, those with the most calls; the rest are in the band's own row."""
@@ -95,14 +95,14 @@ def summary(run: Run) -> list[str]:
         f"{results.ended_ns / _SECOND_NS:.0f} s in {run.cpu_s:.2f} s of CPU, {run.times_real:.0f} "
         f"times faster than real time; transcript {results.digest[:16]}"
     )
-    if results.waited:
-        errors = [each.realised_ns - each.predicted_ns for each in results.waited]
-        sizes = [abs(error) for error in errors]
-        lines.append(
-            f"predicted waits: off by {_seconds(round(median(sizes)))} s in the middle, by at most "
-            f"{_seconds(percentile(sizes, 95))} s for 95 % of {len(sizes)}; "
-            f"on average {fmean(errors) / _SECOND_NS:+.2f} s later than predicted"
-        )
+    for priority in results.priorities:
+        calibration = results.calibration(priority)
+        if calibration is not None:
+            lines.append(
+                f"band {priority}: {calibration.predicted_count} predicted waits, "
+                f"{calibration.close:.0%} of them true within a factor of 2; "
+                f"in the middle it took {calibration.ratio:.2f} times what was predicted"
+            )
     return lines
 
 

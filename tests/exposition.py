@@ -49,7 +49,7 @@ EVERYTHING = Snapshot(
             wait_sum_ns={Outcome.DISPATCHED: 1},
         )
     },
-    endpoints=(EndpointSnapshot("127.0.0.1:8000", 1, 1),),
+    endpoints=(EndpointSnapshot("127.0.0.1:8000", 1, 0.5),),
     objectives={"chat": 0},
     unknown_objectives=0,
     pace=Pace(_SOME, _SOME),

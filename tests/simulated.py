@@ -5,6 +5,7 @@ from random import Random
 from flowcontrol.config import (
     BandSettings,
     BandTemplate,
+    Concurrency,
     ControllerConfig,
     Fairness,
     Limits,
@@ -112,7 +113,8 @@ def make_plan(
 
 def make_controller(**settings: object) -> FlowController:
     """Return an engine that picks; two requests at each endpoint, unless told otherwise."""
-    config = ControllerConfig(**{"in_flight_max": 2, "picker": Picker.LEAST_LOADED, **settings})  # type: ignore[arg-type]  # keywords of a test
+    usual = {"detectors": (Concurrency(requests_max=2),), "picker": Picker.LEAST_LOADED}
+    config = ControllerConfig(**{**usual, **settings})  # type: ignore[arg-type]  # keywords of a test
     return FlowController(config, 0)
 
 
@@ -150,7 +152,7 @@ def random_config(chance: Random) -> ControllerConfig:
         templates=(BandTemplate(priority_max=-1, settings=settings()),),
         default_settings=settings(),
         no_endpoint_ttl_ns=chance.choice([None, SECOND, 30 * SECOND]),
-        in_flight_max=chance.randint(1, 6),
+        detectors=(Concurrency(requests_max=chance.randint(1, 6)),),
         picker=chance.choice(list(Picker)),
     )
 

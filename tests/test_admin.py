@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from flowcontrol.config import (
     BandSettings,
     BandTemplate,
+    Concurrency,
     ControllerConfig,
     Limits,
     Picker,
@@ -126,7 +127,7 @@ class TestGetSnapshot:
                     settings=BandSettings(limits=Limits(requests_max=2, bytes_max=500)),
                 ),
             ),
-            in_flight_max=1,
+            detectors=(Concurrency(requests_max=1),),
             picker=Picker.LEAST_LOADED,
         )
         async with admin(config) as service:
@@ -150,8 +151,8 @@ class TestGetSnapshot:
             ("batch", -1),
             ("chat", 10),
         ]
-        assert [(each.address, each.in_flight, each.in_flight_max) for each in got.endpoints] == [
-            ("10.0.0.5:8000", 1, 1)
+        assert [(each.address, each.in_flight, each.saturation) for each in got.endpoints] == [
+            ("10.0.0.5:8000", 1, 1.0)
         ]
         assert [band.priority for band in got.bands] == [10, 0, -1]
         assert [band.declared for band in got.bands] == [True, True, True]
@@ -184,7 +185,7 @@ class TestGetSnapshot:
             (endpoint,) = (await service.get()).endpoints
 
         assert not endpoint.HasField("in_flight")
-        assert endpoint.in_flight_max == 64
+        assert endpoint.saturation == 0.0
 
     async def test_inbox_refusals(self) -> None:
         """Requests that the engine never saw are counted as well."""

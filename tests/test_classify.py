@@ -5,16 +5,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowcontrol.request import DEFAULT_FLOW_ID
-from server.classify import CONTROL_HEADERS, ExemptPaths, RequestFacts, classify
+from server.classify import CONTROL_HEADERS, ExemptPaths, Intake, RequestFacts, classify
+from server.rules import Fact, Rule
 
 FLOW, FLOW_ALIAS = "x-llm-d-inference-fairness-id", "x-gateway-inference-fairness-id"
 OBJECTIVE, OBJECTIVE_ALIAS = "x-llm-d-inference-objective", "x-gateway-inference-objective"
+SLO, SLO_ALIAS = "x-llm-d-slo-ttft-ms", "x-slo-ttft-ms"
 TTL = "x-llm-d-inference-ttl"
 READ = (
     FLOW,
     FLOW_ALIAS,
     OBJECTIVE,
     OBJECTIVE_ALIAS,
+    SLO,
+    SLO_ALIAS,
     TTL,
     "content-length",
     "x-request-id",
@@ -151,10 +155,123 @@ class TestClassify:
         assert "?" not in facts.path
 
     def test_control_headers(self) -> None:
-        """The headers meant for us, which the model server must not see, are all five."""
-        expected = {FLOW, FLOW_ALIAS, OBJECTIVE, OBJECTIVE_ALIAS, TTL}
+        """The headers meant for us, which the model server must not see, are all seven."""
+        expected = {FLOW, FLOW_ALIAS, OBJECTIVE, OBJECTIVE_ALIAS, SLO, SLO_ALIAS, TTL}
 
         assert expected == set(CONTROL_HEADERS)
+
+
+BODY = "flowcontrol.request"
+HINT, SUBSET = "envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset"
+
+
+class TestMetadata:
+    """What Envoy's filters found."""
+
+    def test_body(self) -> None:
+        """Of the body the model and the most tokens of the answer count."""
+        body = {"model": "llama", "stream": "1", "max_tokens": 512.0, "user": "bob"}
+        facts = classify({}, {BODY: body})
+
+        assert (facts.model, facts.output_tokens_max) == ("llama", 512)
+        assert (facts.flow_id, facts.objective) == ("default-flow", None)
+
+    def test_newer_name_counts(self) -> None:
+        """max_completion_tokens has replaced max_tokens."""
+        body = {"max_tokens": 1.0, "max_completion_tokens": 2.0}
+
+        assert classify({}, {BODY: body}).output_tokens_max == 2
+
+    @pytest.mark.parametrize(
+        "value", [None, "512", -1.0, 1e300, float("nan"), float("inf"), True, [1.0], {"a": 1.0}]
+    )
+    def test_no_count(self, value: object) -> None:
+        """What is no number a request can have is none."""
+        assert classify({}, {BODY: {"max_tokens": value}}).output_tokens_max is None
+
+    @pytest.mark.parametrize(
+        ("hint", "expected"),
+        [
+            (["10.0.0.5:8000", " [::1]:80 "], ("10.0.0.5:8000", "[::1]:80")),
+            ("10.0.0.5:8000, 10.0.0.6:8000", ("10.0.0.5:8000", "10.0.0.6:8000")),
+            ([], ()),
+            ("", ()),
+            (["", 5.0, None], ()),
+            (None, None),
+            (5.0, None),
+        ],
+    )
+    def test_subset(self, hint: object, expected: tuple[str, ...] | None) -> None:
+        """The endpoints a request may go to; an empty list is no endpoint, an absent one any."""
+        assert expected == classify({}, {HINT: {SUBSET: hint}}).subset
+
+    def test_no_subset(self) -> None:
+        """Other metadata restricts nothing."""
+        assert classify({}, {HINT: {"other": ["a:1"]}}).subset is None
+        assert classify({}, {BODY: {}}).subset is None
+
+    @given(
+        st.dictionaries(
+            st.sampled_from([BODY, HINT, "other"]),
+            st.dictionaries(
+                st.sampled_from(["model", "max_tokens", "max_completion_tokens", SUBSET]),
+                st.recursive(
+                    st.none() | st.booleans() | st.floats() | st.text(max_size=300),
+                    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+                    max_leaves=5,
+                ),
+            ),
+        )
+    )
+    def test_any_metadata(self, metadata: dict[str, dict[str, object]]) -> None:
+        """No metadata raises, and what is read of it stays within its bounds."""
+        facts = classify({}, metadata)
+
+        assert len(facts.model) <= 256
+        assert facts.output_tokens_max is None or 0 <= facts.output_tokens_max < 10**15
+        assert facts.subset is None or all(facts.subset)
+
+
+class TestIntake:
+    """How the operator wants requests to be read."""
+
+    SAID = {OBJECTIVE: "chat", FLOW: "tenant", SLO: "250", TTL: "5s"}  # noqa: RUF012 - a table
+
+    def test_slo(self) -> None:
+        """The target for the first token is milliseconds; its older name is understood."""
+        assert classify({SLO: "250"}).ttft_slo_ns == 250_000_000
+        assert classify({SLO_ALIAS: "10"}).ttft_slo_ns == 10_000_000
+        assert classify({SLO: "soon"}).ttft_slo_ns is None
+
+    def test_distrust(self) -> None:
+        """Headers in which a client could promote itself count for nothing; a shorter wait does."""
+        facts = classify(self.SAID, {}, Intake(trusts_headers=False))
+
+        assert (facts.objective, facts.flow_id, facts.ttft_slo_ns) == (None, "default-flow", None)
+        assert facts.ttl_ns == 5_000_000_000
+
+    def test_rules_come_first(self) -> None:
+        """A header counts where no rule has spoken."""
+        facts = classify(self.SAID, {}, Intake(rules=(Rule(objective="batch"),)))
+
+        assert (facts.objective, facts.flow_id) == ("batch", "tenant")
+
+    def test_names_are_cut(self) -> None:
+        """What a rule takes from a fact is bounded like a header."""
+        rule = Rule(objective=Fact(header="x"), flow_id=Fact(header="x"))
+        facts = classify({"x": "é" * 300}, {}, Intake(rules=(rule,)))
+
+        assert (facts.objective, facts.flow_id) == ("é" * 256, "é" * 256)
+
+    def test_input_tokens(self) -> None:
+        """The size of the prompt, from wherever somebody says it."""
+        by_header = Intake(input_tokens=Fact(header="x-tokens"))
+        by_metadata = Intake(input_tokens=Fact(namespace="counter", path=("tokens",)))
+
+        assert classify({"x-tokens": "42"}, {}, by_header).input_tokens == 42
+        assert classify({"x-tokens": "many"}, {}, by_header).input_tokens is None
+        assert classify({}, {"counter": {"tokens": 42.0}}, by_metadata).input_tokens == 42
+        assert classify({"x-tokens": "42"}).input_tokens is None
 
 
 class TestExemptPaths:

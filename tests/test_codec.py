@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.classify import CONTROL_HEADERS
-from server.codec import MalformedMessageError, decode, encode
+from server.codec import INSTANCE, Encoder, MalformedMessageError, decode
 from server.exchange import Acknowledge, Message, MessageKind, Reply
-from server.replies import REFUSALS, Exempt, Proceed, Refuse
+from server.replies import ENGINE_PRIORITIES, REFUSALS, Exempt, Proceed, Refuse
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # it is not up to date with pydantic
@@ -21,6 +21,7 @@ with warnings.catch_warnings():
         HeaderValue,
         HeaderValueOption,
         HeaderValueOptionHeaderAppendAction,
+        Metadata,
     )
     from envoy_data_plane.envoy.service.ext_proc.v3 import (
         BodyResponse,
@@ -35,7 +36,7 @@ with warnings.catch_warnings():
         ProcessingResponse,
         TrailersResponse,
     )
-    from envoy_data_plane.google.protobuf import Struct, Value
+    from envoy_data_plane.google.protobuf import ListValue, NullValue, Struct, Value
 
 OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 
@@ -46,9 +47,9 @@ def request_with(*headers: HeaderValue) -> bytes:
     return bytes(ProcessingRequest(request_headers=http))
 
 
-def parsed(reply: Reply, *, picks: bool = False) -> ProcessingResponse:
+def parsed(reply: Reply, encoder: Encoder | None = None) -> ProcessingResponse:
     """Our reply as the other codec reads it."""
-    return ProcessingResponse.parse(encode(reply, picks=picks))
+    return ProcessingResponse.parse((encoder or Encoder()).encode(reply))
 
 
 def raw(name: str, value: bytes) -> HeaderValueOption:
@@ -100,6 +101,32 @@ class TestDecodeHeaders:
         """A request without a header is a request."""
         assert decode(request_with()).headers == {}
         assert decode(bytes(ProcessingRequest(request_headers=HttpHeaders()))).headers == {}
+
+    def test_metadata(self) -> None:
+        """What Envoy's filters found comes as plain values, namespace by namespace."""
+        text, number = Value(string_value="llama"), Value(number_value=512)
+        nested = Struct(
+            fields={"vip": Value(bool_value=True), "none": Value(null_value=NullValue(0))}
+        )
+        listed = ListValue(values=[text, number, Value(struct_value=nested)])
+        found = {
+            "flowcontrol.request": Struct(fields={"model": text, "max_tokens": number}),
+            "claims": Struct(fields={"all": Value(list_value=listed), "unset": Value()}),
+            "empty": Struct(),
+        }
+        headers = HttpHeaders(headers=HeaderMap(headers=[HeaderValue(key="a", raw_value=b"b")]))
+        request = ProcessingRequest(
+            request_headers=headers, metadata_context=Metadata(filter_metadata=found)
+        )
+
+        message = decode(bytes(request))
+
+        assert message.headers == {"a": "b"}
+        assert message.metadata == {
+            "flowcontrol.request": {"model": "llama", "max_tokens": 512.0},
+            "claims": {"all": ["llama", 512.0, {"vip": True, "none": None}], "unset": None},
+            "empty": {},
+        }
 
     @given(st.dictionaries(st.text(max_size=20), st.binary(max_size=50), max_size=10))
     def test_any_headers(self, headers: dict[str, bytes]) -> None:
@@ -181,10 +208,12 @@ class TestProceed:
                     header_mutation=HeaderMutation(remove_headers=list(CONTROL_HEADERS))
                 )
             ),
-            dynamic_metadata=Struct(fields={"flowcontrol": notes(queue_ms=1234, priority=10)}),
+            dynamic_metadata=Struct(
+                fields={"flowcontrol": notes(7, queue_ms=1234, priority=10, headroom=0.25)}
+            ),
         )
 
-        assert expected == parsed(Proceed(priority=10, waited_ns=1_234_999_999))
+        assert expected == parsed(Proceed(7, 10, 1_234_999_999, headroom=0.25))
 
     def test_with_endpoint(self) -> None:
         """The endpoint chosen stands in the header and, the same, in envoy.lb's metadata."""
@@ -201,13 +230,13 @@ class TestProceed:
             ),
             dynamic_metadata=Struct(
                 fields={
-                    "flowcontrol": notes(queue_ms=0, priority=-1),
+                    "flowcontrol": notes(8, queue_ms=0, priority=-1),
                     "envoy.lb": Value(struct_value=picked),
                 }
             ),
         )
 
-        assert expected == parsed(Proceed(priority=-1, waited_ns=999_999, endpoint=value))
+        assert expected == parsed(Proceed(8, -1, 999_999, endpoint=value))
 
     @pytest.mark.parametrize(
         ("picks", "removed"),
@@ -223,12 +252,68 @@ class TestProceed:
             )
         )
 
-        assert expected == parsed(Exempt(), picks=picks)
+        assert expected == parsed(Exempt(), Encoder(picks=picks))
+
+    def test_exempt_is_sent_somewhere(self) -> None:
+        """With a picker an exempt request goes to any endpoint, as the two places agree."""
+        name, value = "x-gateway-destination-endpoint", "10.0.0.5:8000"
+        response = parsed(Exempt(), Encoder(picks=True, anywhere=lambda: value))
+
+        assert set_headers(response) == {name: value.encode()}
+        picked = Struct(fields={name: Value(string_value=value)})
+        assert response.dynamic_metadata == Struct(fields={"envoy.lb": Value(struct_value=picked)})
+
+    def test_exempt_without_picker(self) -> None:
+        """Without a picker an endpoint is nobody's to name."""
+        response = parsed(Exempt(), Encoder(anywhere=lambda: "10.0.0.5:8000"))
+
+        assert set_headers(response) == {}
+
+    def test_fallbacks(self) -> None:
+        """More endpoints follow the first, as a list, in both places."""
+        name = "x-gateway-destination-endpoint"
+        response = parsed(Proceed(1, 0, 0, "10.0.0.5:80", ("10.0.0.6:80", "10.0.0.7:80")))
+
+        value = "10.0.0.5:80,10.0.0.6:80,10.0.0.7:80"
+        assert set_headers(response) == {name: value.encode()}
+        assert response.dynamic_metadata is not None
+        picked = response.dynamic_metadata.fields["envoy.lb"].struct_value
+        assert picked == Struct(fields={name: Value(string_value=value)})
+
+    @pytest.mark.parametrize(
+        ("engine", "header", "value"),
+        [("vllm", "x-vllm-priority", b"-10"), ("sglang", "x-override-priority", b"10")],
+    )
+    def test_engine_priority(self, engine: str, header: str, value: bytes) -> None:
+        """The model server is told the band in its own sense; on an exempt path nobody tells it."""
+        encoder = Encoder(engine_priority=ENGINE_PRIORITIES[engine])
+
+        assert set_headers(parsed(Proceed(1, 10, 0), encoder)) == {header: value}
+        exempt = parsed(Exempt(), encoder).request_headers
+        assert exempt is not None
+        assert exempt.response is not None
+        assert exempt.response.header_mutation == HeaderMutation(
+            remove_headers=[*CONTROL_HEADERS, header]
+        )
 
 
-def notes(*, queue_ms: float, priority: float) -> Value:
+def set_headers(response: ProcessingResponse) -> dict[str, bytes]:
+    """The headers that a response sets."""
+    assert response.request_headers is not None
+    assert response.request_headers.response is not None
+    mutation = response.request_headers.response.header_mutation
+    options = [] if mutation is None else mutation.set_headers
+    return {each.header.key: each.header.raw_value for each in options if each.header}
+
+
+def notes(request_id: int, *, queue_ms: float, priority: float, headroom: float = 0.0) -> Value:
     """What we note of a request for Envoy's access log."""
-    fields = {"queue_ms": Value(number_value=queue_ms), "priority": Value(number_value=priority)}
+    fields = {
+        "ticket": Value(string_value=f"{INSTANCE}.{request_id}"),
+        "queue_ms": Value(number_value=queue_ms),
+        "priority": Value(number_value=priority),
+        "headroom": Value(number_value=headroom),
+    }
     return Value(struct_value=Struct(fields=fields))
 
 

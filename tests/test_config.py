@@ -7,6 +7,7 @@ import pytest
 from flowcontrol.config import (
     BandSettings,
     BandTemplate,
+    Concurrency,
     ControllerConfig,
     Fairness,
     Limits,
@@ -32,12 +33,12 @@ class TestControllerConfig:
         assert config.default_settings == BandSettings(
             limits=Limits(),
             ttl_ns=None,
-            fairness=Fairness.ROUND_ROBIN,
+            fairness=Fairness.WEIGHTED_TOKENS,
             ordering=Ordering.FCFS,
         )
         assert config.templates == ()
         assert config.no_endpoint_ttl_ns is None
-        assert config.in_flight_max == 64
+        assert config.detectors == (Concurrency(requests_max=64),)
         assert config.picker is Picker.OFF
         assert config.retry_after_max_ns == 30_000_000_000
 
@@ -47,7 +48,7 @@ class TestControllerConfig:
             limits=Limits(requests_max=0, bytes_max=0),
             default_settings=band(ttl_ns=0, requests_max=0),
             no_endpoint_ttl_ns=0,
-            in_flight_max=1,
+            detectors=(Concurrency(requests_max=1),),
             retry_after_max_ns=0,
         )
 
@@ -56,7 +57,10 @@ class TestControllerConfig:
     @pytest.mark.parametrize(
         ("settings", "expected"),
         [
-            ({"in_flight_max": 0}, "in_flight_max must be >= 1, got 0"),
+            (
+                {"detectors": (Concurrency(requests_max=0),)},
+                "detectors[0].requests_max must be >= 1, got 0",
+            ),
             ({"retry_after_max_ns": -1}, "retry_after_max_ns must be >= 0, got -1"),
             ({"no_endpoint_ttl_ns": -1}, "no_endpoint_ttl_ns must be >= 0, got -1"),
             (
@@ -96,10 +100,10 @@ class TestControllerConfig:
     def test_all_problems_are_named_at_once(self) -> None:
         """An operator repairs a file once, not once for each error."""
         with pytest.raises(ConfigError) as raised:
-            ControllerConfig(in_flight_max=-1, limits=Limits(requests_max=-1, bytes_max=-1))
+            ControllerConfig(no_endpoint_ttl_ns=-1, limits=Limits(requests_max=-1, bytes_max=-1))
 
         assert str(raised.value).splitlines() == [
-            "in_flight_max must be >= 1, got -1",
+            "no_endpoint_ttl_ns must be >= 0, got -1",
             "limits.requests_max must be >= 0 or unlimited, got -1",
             "limits.bytes_max must be >= 0 or unlimited, got -1",
         ]
@@ -108,7 +112,7 @@ class TestControllerConfig:
     def test_cannot_be_changed(self) -> None:
         """A configuration is a value; another one is another value."""
         with pytest.raises(FrozenInstanceError):
-            ControllerConfig().in_flight_max = 1  # type: ignore[misc]  # what mypy says, too
+            ControllerConfig().picker = Picker.OFF  # type: ignore[misc]  # what mypy says, too
 
 
 class TestSettingsFor:

@@ -6,7 +6,7 @@ That the checks can fail is shown by controllers with a planted bug.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, product
 from typing import TypeAlias
@@ -23,16 +23,19 @@ from hypothesis.stateful import (
 )
 
 from flowcontrol.band import Band
+from flowcontrol.bands import Bands
 from flowcontrol.capacity import Capacity
 from flowcontrol.config import (
     BandSettings,
     BandTemplate,
+    Concurrency,
     ControllerConfig,
     Fairness,
     Limits,
     Picker,
 )
 from flowcontrol.controller import FlowController
+from flowcontrol.decisions import Decisions
 from flowcontrol.events import (
     Arrived,
     Decision,
@@ -41,10 +44,14 @@ from flowcontrol.events import (
     Left,
     ObjectivesChanged,
 )
+from flowcontrol.expiry import Expiry
 from flowcontrol.flow import Lease
+from flowcontrol.pool import FULL, Pool
 from flowcontrol.request import Outcome, Request
-from flowcontrol.saturation import ConcurrencyDetector
+from flowcontrol.retry import DrainRate
+from flowcontrol.saturation import make_detectors
 from flowcontrol.snapshot import BandSnapshot, Snapshot
+from flowcontrol.view import take_snapshot
 
 SECOND = 1_000_000_000
 OBJECTIVES = {"batch": -1, "chat": 10, "urgent": 20}
@@ -70,6 +77,7 @@ def limits(requests_max: int, bytes_max: int) -> st.SearchStrategy[Limits]:
 band_settings = st.builds(
     BandSettings,
     limits=st.just(Limits()) | limits(requests_max=5, bytes_max=50),
+    flow_limits=st.just(Limits()) | limits(requests_max=3, bytes_max=30),
     ttl_ns=st.none() | seconds(5),
     fairness=st.sampled_from(Fairness),
 )
@@ -79,7 +87,7 @@ configs = st.builds(
     templates=st.tuples(st.builds(BandTemplate, priority_max=st.just(-1), settings=band_settings)),
     default_settings=band_settings,
     no_endpoint_ttl_ns=st.none() | seconds(9),
-    in_flight_max=st.integers(1, 3),
+    detectors=st.integers(1, 3).map(lambda most: (Concurrency(requests_max=most),)),
     picker=st.sampled_from(Picker),
     retry_after_max_ns=seconds(9),
 )
@@ -238,9 +246,9 @@ class ControllerLedger(RuleBasedStateMachine):
         self.check_dispatch_order(decisions, alive)
         self.check_endpoints(decisions)
         self.check_refusals(alive)
-        self.check_displacement(alive)
+        self.check_room(decisions, alive)
         self.check_deadlines(alive)
-        snapshot = self.controller.snapshot(self.now_ns, 10)
+        snapshot = take_snapshot(self.controller, self.now_ns, 10)
         self.check_accounts(snapshot)
         self.check_waiting_counts(decisions, snapshot)
         self.controller.check_invariants()
@@ -312,7 +320,7 @@ class ControllerLedger(RuleBasedStateMachine):
 
     def free_slots(self) -> int:
         """Return how many more requests could be in flight now."""
-        in_flight_max, loads = self.config.in_flight_max, self.loads()
+        in_flight_max, loads = in_flight_max_of(self.config), self.loads()
         if self.config.picker is Picker.LEAST_LOADED:
             return sum(in_flight_max - loads[address] for address in self.endpoints)
         return len(self.endpoints) * in_flight_max - loads[""]
@@ -345,7 +353,7 @@ class ControllerLedger(RuleBasedStateMachine):
             assert all(each.endpoint is None for each in sent)
             assert not sent or self.free_slots() >= 0, "more in flight than there are slots"
             return
-        assert all(load <= self.config.in_flight_max for load in loads.values()), (
+        assert all(load <= in_flight_max_of(self.config) for load in loads.values()), (
             "endpoint overfull"
         )
         loads.subtract(str(each.endpoint) for each in sent)
@@ -356,49 +364,54 @@ class ControllerLedger(RuleBasedStateMachine):
             loads[each.endpoint] += 1
 
     def check_refusals(self, alive: list[Entry]) -> None:
-        """Nobody waits or is refused beside a free slot, or while all that stay would fit."""
+        """Nobody waits or is refused beside a free slot."""
         waiting = [entry for entry in alive if entry.decision is None]
         refused = [entry for entry in alive if entry.ended_as(*REFUSED)]
         if self.free_slots() > 0:
             assert not waiting, "waits beside a free slot"
             assert not refused, "refused beside a free slot"
-        crowd = [
-            entry
-            for entry in alive
-            if entry.decision is None or entry.ended_as(*REFUSED, Outcome.EVICTED_DRAINED)
-        ]
-        fits_in_all = fits(crowd, self.config.limits)
         for entry in refused:
-            own = self.config.settings_for(entry.priority).limits
-            fits_in_band = fits((each for each in crowd if each.priority == entry.priority), own)
-            if entry.ended_as(Outcome.EVICTED_DISPLACED):
-                fits_in_band = True
-            assert not (fits_in_all and fits_in_band), "refused though all would fit"
             assert entry.ended_as(Outcome.REJECTED_NO_ENDPOINTS) <= (not self.endpoints)
 
-    def check_displacement(self, alive: list[Entry]) -> None:
-        """Only a better newcomer displaces, and the right ones give way."""
-        stays = [
-            entry
-            for entry in alive
-            if entry.decision is None or entry.ended_as(Outcome.EVICTED_DRAINED)
-        ]
-        winners = [entry for entry in stays if not entry.has_waited]
-        backlogs = Counter(entry.flow for entry in stays)
-        for victim in alive:
-            if not victim.ended_as(Outcome.EVICTED_DISPLACED):
+    def check_room(self, decisions: list[Decision], alive: list[Entry]) -> None:
+        """Whoever came and was not dispatched is judged anew, one by one, as the rules say.
+
+        From the lowest band up, in order of arrival. What is admitted takes room at once. Ties
+        between flows of equal backlog may be broken either way; all else must be as computed.
+        """
+        never = (Outcome.DISPATCHED, Outcome.EVICTED_CANCELLED, Outcome.REJECTED_DRAINING)
+        gone = (*never, *EXPIRED)
+        room = Room(
+            self.config,
+            [each for each in alive if each.has_waited and not each.ended_as(*gone)],
+        )
+        came = [each for each in alive if not each.has_waited and not each.ended_as(*never)]
+        fates = [each for each in decisions if each.outcome in (*REFUSED, *EXPIRED)]
+        fates = [each for each in fates if not self.is_expiry_of_old(each)]
+        for entry in sorted(came, key=lambda each: each.priority):
+            deadline_ns = self.deadline_ns(entry)
+            if deadline_ns is not None and deadline_ns <= self.now_ns:
+                fate = fates.pop(0) if fates else None
+                is_late = fate is not None and fate.request_id == entry.request.request_id
+                assert is_late, "waits past its deadline"
                 continue
-            assert any(each.priority > victim.priority for each in winners), "displaced for nobody"
-            assert all(each.priority >= victim.priority for each in stays), "not the lowest band"
-            newer = [
-                each
-                for each in stays
-                if each.flow == victim.flow and each.request.request_id > victim.request.request_id
-            ]
-            assert not newer, "displaced before a newer one"
-            for flow, backlog in backlogs.items():
-                if flow[0] == victim.priority:
-                    assert backlog <= backlogs[victim.flow] + 1, "a longer backlog was spared"
+            while not room.fits(entry):
+                fate = fates.pop(0) if fates else None
+                assert fate is not None, "more waits than may"
+                if fate.request_id == entry.request.request_id:
+                    assert not room.has_claim(entry), "refused though it had a claim"
+                    break
+                victim = self.entries[fate.request_id]
+                assert room.has_claim(entry), "displaced in vain"
+                room.check_victim(victim, entry)
+                room.remove(victim)
+            else:
+                room.admitted.append(entry)
+        assert not fates, "refused though it would fit"
+
+    def is_expiry_of_old(self, decision: Decision) -> bool:
+        """Whether it is about a request that waited before and whose time was over."""
+        return decision.outcome in EXPIRED and self.entries[decision.request_id].has_waited
 
     def check_deadlines(self, alive: list[Entry]) -> None:
         """Whoever waited too long is evicted at that moment, nobody else, and nobody later."""
@@ -496,6 +509,86 @@ class ControllerLedger(RuleBasedStateMachine):
             left[decision.priority] += 1
 
 
+class Room:
+    """What has been admitted, judged by brute force: everything is counted anew each time."""
+
+    def __init__(self, config: ControllerConfig, admitted: list[Entry]) -> None:
+        self.config = config
+        self.admitted = admitted
+
+    def remove(self, victim: Entry) -> None:
+        """Let somebody go."""
+        self.admitted = [each for each in self.admitted if each is not victim]
+
+    def of_flow(self, flow: tuple[int, str]) -> list[Entry]:
+        """Return what one flow has here, in order of arrival."""
+        return [each for each in self.admitted if each.flow == flow]
+
+    def fits_band(self, entry: Entry, gone: list[Entry]) -> bool:
+        """Whether the newcomer's band has room, were some gone."""
+        own = self.config.settings_for(entry.priority).limits
+        stays = [
+            each for each in self.admitted if each.priority == entry.priority and each not in gone
+        ]
+        return fits([*stays, entry], own)
+
+    def fits_in_all(self, entry: Entry, gone: list[Entry]) -> bool:
+        """Whether there is room over all bands, were some gone."""
+        stays = [each for each in self.admitted if each not in gone]
+        return fits([*stays, entry], self.config.limits)
+
+    def fits_flow(self, entry: Entry) -> bool:
+        """Whether the newcomer's flow has room; nobody gives way for that."""
+        own = self.config.settings_for(entry.priority).flow_limits
+        return fits([*self.of_flow(entry.flow), entry], own)
+
+    def fits(self, entry: Entry) -> bool:
+        """Whether the newcomer may wait as things are."""
+        fits_both = self.fits_band(entry, []) and self.fits_in_all(entry, [])
+        return fits_both and self.fits_flow(entry)
+
+    def lower(self, entry: Entry) -> list[Entry]:
+        """Return all that waits below a newcomer's band."""
+        return [each for each in self.admitted if each.priority < entry.priority]
+
+    def due(self, entry: Entry) -> list[Entry]:
+        """Return what flows of the newcomer's band have beyond its own flow's backlog."""
+        own = len(self.of_flow(entry.flow)) + 1
+        flows = {each.flow for each in self.admitted if each.priority == entry.priority}
+        return [each for flow in sorted(flows) for each in self.of_flow(flow)[own:]]
+
+    def has_claim(self, entry: Entry) -> bool:
+        """Whether it would fit, were everybody gone that may have to."""
+        gone = [*self.lower(entry), *self.due(entry)]
+        fits_both = self.fits_band(entry, gone) and self.fits_in_all(entry, gone)
+        return fits_both and self.fits_flow(entry)
+
+    def check_victim(self, victim: Entry, entry: Entry) -> None:
+        """Hold who gives way against who should."""
+        assert victim in self.admitted, "displaced though it did not wait"
+        mine = self.of_flow(victim.flow)
+        assert victim is mine[-1], "displaced before a newer one"
+        flows = {each.flow for each in self.admitted if each.priority == victim.priority}
+        longest = max(len(self.of_flow(flow)) for flow in flows)
+        assert len(mine) == longest, "a longer backlog was spared"
+        lower = self.lower(entry)
+        if victim.priority == entry.priority:
+            assert victim in self.due(entry), "displaced for nobody"
+            is_needed = not (self.fits_band(entry, []) and self.fits_in_all(entry, lower))
+            assert is_needed, "displaced though lower bands had room to give"
+        else:
+            assert victim in lower, "displaced for nobody"
+            assert victim.priority == min(each.priority for each in lower), "not the lowest band"
+
+
+def in_flight_max_of(config: ControllerConfig) -> int:
+    """Return how many may be in flight at one endpoint."""
+    (detector,) = config.detectors
+    assert isinstance(detector, Concurrency)
+    assert detector.requests_max is not None
+    return detector.requests_max
+
+
 def fits(entries: Iterable[Entry], most: Limits) -> bool:
     """Whether so many may wait at once."""
     crowd = list(entries)
@@ -519,18 +612,33 @@ TestControllerLedger.settings = settings(max_examples=150, stateful_step_count=5
 class ExpiresLate(FlowController):  # type: ignore[misc]  # planted
     """Evicts one nanosecond after the deadline."""
 
-    def _expire(self, now_ns: int) -> None:
-        first = self._deadlines.first()
-        if first is not None and first[0] < now_ns:
-            super()._expire(now_ns)
+    def __init__(self, config: ControllerConfig, now_ns: int) -> None:
+        super().__init__(config, now_ns)
+        self._expiry = LateExpiry(config, self.bands)
+
+
+class LateExpiry(Expiry):  # type: ignore[misc]  # planted
+    """Finds nobody due at the moment when they are."""
+
+    def first_due(self, now_ns: int) -> Lease | None:
+        """Return who was due a nanosecond ago."""
+        return super().first_due(now_ns - 1)
 
 
 class ForgetsOwnTtl(FlowController):  # type: ignore[misc]  # planted
     """Looks at the band's time to live only."""
 
-    def _deadline_ns(self, lease: Lease) -> int | None:
+    def __init__(self, config: ControllerConfig, now_ns: int) -> None:
+        super().__init__(config, now_ns)
+        self._expiry = ForgetfulExpiry(config, self.bands)
+
+
+class ForgetfulExpiry(Expiry):  # type: ignore[misc]  # planted
+    """Never looks at what a request says of itself."""
+
+    def _deadline_ns(self, lease: Lease, band: Band) -> int | None:
         ttl_ns, lease.request.ttl_ns = lease.request.ttl_ns, None
-        deadline_ns = super()._deadline_ns(lease)
+        deadline_ns = super()._deadline_ns(lease, band)
         lease.request.ttl_ns = ttl_ns
         return deadline_ns
 
@@ -538,10 +646,10 @@ class ForgetsOwnTtl(FlowController):  # type: ignore[misc]  # planted
 class RestartsEveryFlap(FlowController):  # type: ignore[misc]  # planted
     """Begins the budget anew whenever the pool empties or revives."""
 
-    def _change_endpoints(self, addresses: tuple[str, ...], now_ns: int) -> None:
+    def _change_endpoints(self, change: EndpointsChanged, now_ns: int) -> None:
         for lease in self._leases.values():
             lease.budget_from_ns = lease.arrived_ns
-        super()._change_endpoints(addresses, now_ns)
+        super()._change_endpoints(change, now_ns)
 
 
 class OneTooMany(Capacity):  # type: ignore[misc]  # planted
@@ -565,7 +673,7 @@ class AdmitsOneTooMany(FlowController):  # type: ignore[misc]  # planted
 
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
         super().__init__(config, now_ns)
-        self._capacity = OneTooMany(config.limits)
+        self.capacity = OneTooMany(config.limits)
 
 
 class RefusesExactFit(FlowController):  # type: ignore[misc]  # planted
@@ -573,7 +681,7 @@ class RefusesExactFit(FlowController):  # type: ignore[misc]  # planted
 
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
         super().__init__(config, now_ns)
-        self._capacity = NoExactFit(config.limits)
+        self.capacity = NoExactFit(config.limits)
 
 
 class RefusesBeforeDispatch(FlowController):  # type: ignore[misc]  # planted
@@ -585,32 +693,51 @@ class RefusesBeforeDispatch(FlowController):  # type: ignore[misc]  # planted
 
 
 class DisplacesEquals(FlowController):  # type: ignore[misc]  # planted
-    """Takes a place from the newcomer's own band as well."""
+    """Takes a place from the newcomer's own band as well, whose ever it is."""
 
-    def _displace_for(self, lease: Lease, now_ns: int) -> bool:
-        band = self._bands[lease.flow.key.priority]
-        if band.capacity.requests:
+    def _has_room(self, lease: Lease, band: Band, now_ns: int) -> bool:
+        if not self.capacity.fits(lease.request.byte_size) and band.capacity.requests:
             self._end_waiting(band.next(), Outcome.EVICTED_DISPLACED, now_ns)
-        return self._capacity.fits(lease.request.byte_size) or super()._displace_for(lease, now_ns)
+        return super()._has_room(lease, band, now_ns)
+
+
+class Reversed(Bands):  # type: ignore[misc]  # planted
+    """The bands, lowest priority first."""
+
+    is_reversed = False
+
+    def __iter__(self) -> Iterator[Band]:
+        """Iterate the wrong way round."""
+        bands = list(super().__iter__())
+        return iter(bands[::-1] if self.is_reversed else bands)
 
 
 class DisplacesFromTheTop(FlowController):  # type: ignore[misc]  # planted
     """Takes the place of the best of the lower bands."""
 
-    def _displace_for(self, lease: Lease, now_ns: int) -> bool:
-        self._order.reverse()
-        is_possible = super()._displace_for(lease, now_ns)
-        self._order.reverse()
-        return is_possible
+    def __init__(self, config: ControllerConfig, now_ns: int) -> None:
+        super().__init__(config, now_ns)
+        self.bands = self.reversible = Reversed(config)
+        self._expiry = Expiry(config, self.bands)
+        self.decisions = Decisions(self.bands, self.pool)
+
+    def _has_room(self, lease: Lease, band: Band, now_ns: int) -> bool:
+        self.reversible.is_reversed = True
+        has_room = super()._has_room(lease, band, now_ns)
+        self.reversible.is_reversed = False
+        return has_room
 
 
-class ServesLowestFirst(FlowController):  # type: ignore[misc]  # planted
+class ServesLowestFirst(DisplacesFromTheTop):  # type: ignore[misc]  # planted
     """Takes a smaller priority for a better one."""
 
+    def _has_room(self, lease: Lease, band: Band, now_ns: int) -> bool:
+        return super(DisplacesFromTheTop, self)._has_room(lease, band, now_ns)
+
     def _dispatch(self, now_ns: int) -> None:
-        self._order.reverse()
+        self.reversible.is_reversed = True
         super()._dispatch(now_ns)
-        self._order.reverse()
+        self.reversible.is_reversed = False
 
 
 class NewestFirst(Band):  # type: ignore[misc]  # planted
@@ -618,7 +745,7 @@ class NewestFirst(Band):  # type: ignore[misc]  # planted
 
     def next(self) -> Lease:
         """Return the newest of the flow."""
-        return super().next().flow.newest
+        return super().next().flow.leases()[-1]
 
 
 class OldestGivesWay(Band):  # type: ignore[misc]  # planted
@@ -626,7 +753,7 @@ class OldestGivesWay(Band):  # type: ignore[misc]  # planted
 
     def first_to_give_way(self) -> Lease:
         """Return the oldest of the flow with the longest backlog."""
-        return super().first_to_give_way().flow.head
+        return super().first_to_give_way().flow.oldest
 
 
 class ServesNewestFirst(FlowController):  # type: ignore[misc]  # planted
@@ -634,9 +761,22 @@ class ServesNewestFirst(FlowController):  # type: ignore[misc]  # planted
 
     band_class: type[Band] = NewestFirst
 
-    def _add_band(self, priority: int, now_ns: int) -> Band:
-        super()._add_band(priority, now_ns)
-        band = self.band_class(priority, self._config.settings_for(priority), now_ns)
+    def __init__(self, config: ControllerConfig, now_ns: int) -> None:
+        super().__init__(config, now_ns)
+        self.bands = OtherBands(config)
+        self.bands.band_class = self.band_class
+        self._expiry = Expiry(config, self.bands)
+        self.decisions = Decisions(self.bands, self.pool)
+
+
+class OtherBands(Bands):  # type: ignore[misc]  # planted
+    """Makes bands of another kind."""
+
+    band_class: type[Band]
+
+    def _add(self, priority: int, now_ns: int) -> Band:
+        super()._add(priority, now_ns)
+        band = self.band_class(priority, self._config, now_ns)
         self._order = [band if each.priority == priority else each for each in self._order]
         self._bands[priority] = band
         return band
@@ -648,24 +788,55 @@ class DisplacesOldest(ServesNewestFirst):  # type: ignore[misc]  # planted
     band_class = OldestGivesWay
 
 
+class DisplacesInVain(FlowController):  # type: ignore[misc]  # planted
+    """Evicts for a newcomer that is refused all the same."""
+
+    def _has_room(self, lease: Lease, band: Band, now_ns: int) -> bool:
+        has_room = super()._has_room(lease, band, now_ns)
+        if not has_room and band.capacity.requests:
+            self._displace(band.first_to_give_way(), band.drain_rate, now_ns)
+        return has_room
+
+
+class DisplacesInTurns(FlowController):  # type: ignore[misc]  # planted
+    """Lets two flows of one length displace each other for ever."""
+
+    def _has_room(self, lease: Lease, band: Band, now_ns: int) -> bool:
+        flow = lease.flow
+        if not band.capacity.fits(lease.request.byte_size) and band.capacity.requests:
+            victim = band.first_to_give_way()
+            if victim.flow is not flow and len(victim.flow) <= flow.capacity.requests + 1:
+                self._displace(victim, band.drain_rate, now_ns)
+        return super()._has_room(lease, band, now_ns)
+
+
+class LetsOthersPay(FlowController):  # type: ignore[misc]  # planted
+    """Lets the flow pay that has least."""
+
+    def _displace(self, victim: Lease, scope: DrainRate, now_ns: int) -> None:
+        flows = self.bands[victim.flow.key.priority].flows.values()
+        shortest = min((each for each in flows if each.capacity.requests), key=len)
+        super()._displace(next(shortest.newest_first()), scope, now_ns)
+
+
 class LosesSlots(FlowController):  # type: ignore[misc]  # planted
     """Does not give back the slot of a request that has ended."""
 
     def _leave(self, request_id: int, now_ns: int) -> None:
+        lease = self._leases.get(request_id)
         super()._leave(request_id, now_ns)
-        if self._detector.saturation() < 1:
-            self._detector.charge()
+        is_over = lease is not None and lease.is_in_flight and not self.pool.picks
+        if lease is not None and is_over and self.pool.saturation() < FULL:
+            self.pool.charge(lease, now_ns)
 
 
-class MostLoaded(ConcurrencyDetector):  # type: ignore[misc]  # planted
+class MostLoaded(Pool):  # type: ignore[misc]  # planted
     """Sends a request where the most are in flight."""
 
-    def charge(self) -> str | None:
-        """Count a dispatch to the fullest endpoint."""
-        self._in_flight += 1
-        address = self._loads.most()
-        self._loads.increment(address)
-        return address
+    def best(self) -> str | None:
+        """Return the fullest endpoint."""
+        best = super().best()
+        return best and max(self._turns, key=lambda address: self.loads[address].requests)
 
 
 class PicksMostLoaded(FlowController):  # type: ignore[misc]  # planted
@@ -673,8 +844,8 @@ class PicksMostLoaded(FlowController):  # type: ignore[misc]  # planted
 
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
         super().__init__(config, now_ns)
-        if config.picker is Picker.LEAST_LOADED:
-            self._detector = MostLoaded(config.in_flight_max, config.picker)
+        self.pool = MostLoaded(config.picker, make_detectors(config.detectors))
+        self.decisions = Decisions(self.bands, self.pool)
 
 
 class DecidesTwice(FlowController):  # type: ignore[misc]  # planted
@@ -698,11 +869,14 @@ PLANTED = {
     ForgetsOwnTtl: "waits past its deadline|wrong wake-up",
     RestartsEveryFlap: "wrong wake-up|not evicted at its deadline",
     AdmitsOneTooMany: "more waits than may",
-    RefusesExactFit: "refused though all would fit",
-    RefusesBeforeDispatch: "refused beside a free slot|refused though all would fit",
-    DisplacesEquals: "displaced for nobody",
-    DisplacesOldest: "displaced before a newer one|a longer backlog was spared",
+    RefusesExactFit: "refused though",
+    RefusesBeforeDispatch: "refused beside a free slot|refused though",
+    DisplacesEquals: "displaced",
+    DisplacesOldest: "displaced before a newer one",
     DisplacesFromTheTop: "not the lowest band",
+    DisplacesInVain: "displaced in vain",
+    DisplacesInTurns: "displaced for nobody|displaced in vain",
+    LetsOthersPay: "a longer backlog was spared|refused|displaced",
     ServesLowestFirst: "overtook a higher band",
     ServesNewestFirst: "overtook in its own flow",
     LosesSlots: "waits beside a free slot|refused beside a free slot",
@@ -756,7 +930,7 @@ def turns(
         for fact in batch:
             controller.handle(fact, now_ns)
         made = controller.poll(now_ns)
-        if controller.snapshot(now_ns, 0).saturation < 1:
+        if controller.pool.saturation() < 1:
             assert not [each for each in made if each.outcome in REFUSED], "refused in vain"
         decisions += made
     return decisions
@@ -764,7 +938,9 @@ def turns(
 
 def burst(build: type[FlowController] = FlowController) -> tuple[FlowController, list[Fact]]:
     """Return a controller with 64 free slots where 4 may wait, and 16 arrivals."""
-    config = ControllerConfig(limits=Limits(requests_max=4), in_flight_max=64)
+    config = ControllerConfig(
+        limits=Limits(requests_max=4), detectors=(Concurrency(requests_max=64),)
+    )
     controller = build(config, 0)
     controller.handle(EndpointsChanged(("a",)), 0)
     return controller, [Arrived(Request(index)) for index in range(16)]
@@ -831,7 +1007,7 @@ class TestCuts:
         """As many are dispatched as there are slots, in one batch or in many."""
         facts: list[Fact] = [EndpointsChanged(tuple(str(each) for each in range(endpoint_count)))]
         facts += [Arrived(request) for request in requests_of(burst, 0)]
-        expected = min(len(burst), endpoint_count * config.in_flight_max)
+        expected = min(len(burst), endpoint_count * in_flight_max_of(config))
 
         for cut in (sizes, [len(facts)], [1]):
             decisions = turns(FlowController(config, 0), facts, cut, 0)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.classify import ExemptPaths, classify
+from server.classify import ExemptPaths, Intake, classify
 from server.exchange import (
     Acknowledge,
     Exchange,
@@ -17,7 +17,7 @@ from server.exchange import (
 from server.replies import Answer, Exempt, Proceed, Refuse
 
 HEADERS = {":path": "/v1/chat/completions", "x-llm-d-inference-objective": "chat"}
-PROCEED = Proceed(priority=10, waited_ns=5)
+PROCEED = Proceed(request_id=1, priority=10, waited_ns=5)
 REFUSE = Refuse(status=429, reason="rejected-saturated", body=b"{}", grpc_status=8)
 
 OPENS = "the first message must be request_headers"
@@ -61,7 +61,7 @@ def message(kind: MessageKind) -> Message:
 
 def exchange_in(phase: Phase) -> Exchange:
     """A conversation that was led to that phase."""
-    exchange = Exchange(ExemptPaths(()))
+    exchange = Exchange(Intake())
     if phase is not Phase.OPENING:
         exchange.receive(message(MessageKind.REQUEST_HEADERS))
     if phase is Phase.GOING:
@@ -101,7 +101,7 @@ class TestReceive:
 
     def test_exempt_path(self) -> None:
         """An exempt path passes at once, and the conversation is over."""
-        exchange = Exchange(ExemptPaths(("/health",)))
+        exchange = Exchange(Intake(exempt=ExemptPaths(("/health",))))
 
         reply = exchange.receive(Message(MessageKind.REQUEST_HEADERS, {":path": "/health?deep=1"}))
 
@@ -143,7 +143,7 @@ class TestSequences:
     )
     def test_any_order(self, said: list[MessageKind | Answer]) -> None:
         """Whatever is said, the phase follows the table, and one request is parked at most."""
-        exchange = Exchange(ExemptPaths(()))
+        exchange = Exchange(Intake())
         parks = 0
         for each in said:
             before = exchange.phase

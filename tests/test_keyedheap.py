@@ -33,7 +33,7 @@ class TestKeyedHeap:
     @settings(max_examples=150)
     def test_agrees_with_sorting(self, steps: list[tuple[str, str, int]]) -> None:
         """The first is the smallest key; of equal keys, the one put there first."""
-        heap: KeyedHeap[str] = KeyedHeap()
+        heap: KeyedHeap[str, int] = KeyedHeap()
         oracle: dict[str, int] = {}
         for step, item, key in steps:
             oracle.pop(item, None)
@@ -51,7 +51,7 @@ class TestKeyedHeap:
 
     def test_empty_heap_has_no_first(self) -> None:
         """Before anything is put, and after all is discarded."""
-        heap: KeyedHeap[str] = KeyedHeap()
+        heap: KeyedHeap[str, int] = KeyedHeap()
 
         assert heap.first() is None
 
@@ -63,7 +63,7 @@ class TestKeyedHeap:
 
     def test_drains_in_order(self) -> None:
         """Taking the first away again and again sorts."""
-        heap: KeyedHeap[int] = KeyedHeap()
+        heap: KeyedHeap[int, int] = KeyedHeap()
         keys = [(index * 37) % 101 for index in range(101)]
         for key in keys:
             heap.put(key, key)
@@ -76,7 +76,7 @@ class TestKeyedHeap:
 
     def test_moved_item_is_where_it_was_put_last(self) -> None:
         """Later and earlier keys alike replace the old one."""
-        heap: KeyedHeap[str] = KeyedHeap()
+        heap: KeyedHeap[str, int] = KeyedHeap()
         heap.put("a", 5)
         heap.put("b", 6)
         heap.put("a", 7)
@@ -90,7 +90,7 @@ class TestKeyedHeap:
 
     def test_discarding_what_is_not_here_is_nothing(self) -> None:
         """Whoever ends a request need not know whether it had a deadline."""
-        heap: KeyedHeap[str] = KeyedHeap()
+        heap: KeyedHeap[str, int] = KeyedHeap()
         heap.put("a", 1)
         heap.discard("b")
 
@@ -98,7 +98,7 @@ class TestKeyedHeap:
 
     def test_same_item_moved_for_ever_does_not_grow_the_heap(self) -> None:
         """One live item keeps at most twice itself and a constant: what moves leaves no trail."""
-        heap: KeyedHeap[Item] = KeyedHeap()
+        heap: KeyedHeap[Item, int] = KeyedHeap()
         item = Item()
         before = sys.getrefcount(item)
         most = 0
@@ -110,7 +110,7 @@ class TestKeyedHeap:
 
     def test_discarded_items_are_let_go(self) -> None:
         """Of a thousand items that came and went, only a constant number is still referred to."""
-        heap: KeyedHeap[Item] = KeyedHeap()
+        heap: KeyedHeap[Item, int] = KeyedHeap()
         items = [Item() for _ in range(1000)]
         before = sum(map(sys.getrefcount, items))
         for key, item in enumerate(items):

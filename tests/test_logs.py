@@ -23,6 +23,7 @@ FACTS = RequestFacts(
     ttl_ns=5000 * MS,
     client_request_id="e7f1",
     path="/v1/chat/completions",
+    model="llama-70b",
 )
 DISPATCHED = Decision(
     request_id=7,
@@ -69,6 +70,7 @@ class TestRequestEnded:
             "client_request_id": "e7f1",
             "flow_id": "tenant",
             "objective": "chat",
+            "model": "llama-70b",
             "priority": 10,
             "outcome": "dispatched",
             "http_status": None,
@@ -114,7 +116,15 @@ class TestRequestEnded:
         """The line has these keys and no others: no path, no header, no body."""
         assert line_of(DISPATCHED).keys() == {
             *("event", "log_level", "request_id", "client_request_id", "flow_id", "objective"),
-            *("priority", "outcome", "http_status", "waited_ms", "in_flight_ms", "byte_size"),
+            *(
+                "model",
+                "priority",
+                "outcome",
+                "http_status",
+                "waited_ms",
+                "in_flight_ms",
+                "byte_size",
+            ),
             *("saturation", "waiting", "endpoint"),
         }
 

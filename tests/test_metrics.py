@@ -57,9 +57,9 @@ SNAPSHOT = Snapshot(
     bands=(CHAT, BATCH),
     totals={10: TOTALS},
     endpoints=(
-        EndpointSnapshot("10.0.0.5:8000", 2, 64),
-        EndpointSnapshot("[::1]:8000", 0, 64),
-        EndpointSnapshot("10.0.0.6:8000", None, 64),
+        EndpointSnapshot("10.0.0.5:8000", 2, 0.5),
+        EndpointSnapshot("[::1]:8000", 0, 0.0),
+        EndpointSnapshot("10.0.0.6:8000", None, 0.25),
     ),
     objectives={"chat": 10},
     unknown_objectives=7,

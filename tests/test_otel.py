@@ -32,7 +32,8 @@ def parked(trace: dict[str, str] | None = None, path: str = "/v1/chat/completion
     """A request of 100 bytes that was decided just now."""
     headers = {":path": path, "content-length": "100", "x-llm-d-inference-objective": "chat"}
     future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-    return Parked(7, classify(headers), future, time.monotonic_ns(), None, trace)
+    body = {"flowcontrol.request": {"model": "llama", "max_tokens": 64.0}}
+    return Parked(7, classify(headers, body), future, time.monotonic_ns(), None, trace)
 
 
 def decision(outcome: Outcome, endpoint: str | None = None) -> Decision:
@@ -80,6 +81,8 @@ class TestTraces:
             "flow_control.saturation": 0.5,
             "flow_control.request_bytes": 100,
             "gen_ai.operation.name": "chat",
+            "gen_ai.request.model": "llama",
+            "gen_ai.request.max_tokens": 64,
             "server.address": "::1",
             "server.port": 8000,
         }

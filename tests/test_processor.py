@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 
-from flowcontrol.config import BandSettings, ControllerConfig, Limits
+from flowcontrol.config import BandSettings, Concurrency, ControllerConfig, Limits
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import NotRunningError
 from flowcontrol.events import Arrived, Decision, DrainBegan, EndpointsChanged, Left
@@ -47,7 +47,11 @@ class Shop:
         self.inbox_clock = Clock()
         self.inbox = Inbox(arrivals_max=100_000, clock=self.inbox_clock)
         self.controller = FlowController(
-            ControllerConfig(default_settings=BandSettings(ttl_ns=5 * SECOND), in_flight_max=1), 0
+            ControllerConfig(
+                default_settings=BandSettings(ttl_ns=5 * SECOND),
+                detectors=(Concurrency(requests_max=1),),
+            ),
+            0,
         )
         self.deliveries: SimpleQueue[tuple[list[Decision], Snapshot | None]] = SimpleQueue()
         self.ends: SimpleQueue[BaseException | None] = SimpleQueue()
@@ -184,7 +188,9 @@ class TestWakeUp:
     def test_very_far_deadline_is_no_fault(self) -> None:
         """A client may be willing to wait for a thousand years."""
         shop = Shop()
-        shop.controller = FlowController(ControllerConfig(in_flight_max=1), 0)
+        shop.controller = FlowController(
+            ControllerConfig(detectors=(Concurrency(requests_max=1),)), 0
+        )
         processor = FlowProcessor(
             shop.controller, shop.inbox, shop.deliver, shop.ends.put, shop.clock
         )
@@ -365,7 +371,9 @@ class TestManyRequests:
     def test_ten_thousand_are_decided_exactly_once(self) -> None:
         """Four threads of arrivals and departures; no decision is lost, none is doubled."""
         shop = Shop()
-        config = ControllerConfig(limits=Limits(requests_max=50), in_flight_max=10)
+        config = ControllerConfig(
+            limits=Limits(requests_max=50), detectors=(Concurrency(requests_max=10),)
+        )
         shop.controller = FlowController(config, 0)
         processor = FlowProcessor(shop.controller, shop.inbox, shop.deliver, shop.ends.put)
         processor.start()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowcontrol.config import BandSettings, ControllerConfig, Limits
+from flowcontrol.config import BandSettings, Concurrency, ControllerConfig, Limits
 from flowcontrol.controller import FlowController
 from flowcontrol.events import (
     Arrived,
@@ -68,7 +68,7 @@ def play(facts: list[Fact], *, then_s: int) -> list[Decision]:
         limits=Limits(requests_max=2),
         default_settings=BandSettings(ttl_ns=50 * SECOND),
         no_endpoint_ttl_ns=40 * SECOND,
-        in_flight_max=1,
+        detectors=(Concurrency(requests_max=1),),
     )
     controller = FlowController(config, 0)
     decisions = []
@@ -117,7 +117,7 @@ class TestTable:
         """A dispatched request goes on, with what the engine knows of it."""
         decision = replace(DECISION, endpoint="10.0.0.5:8000", retry_after_ns=9 * SECOND)
 
-        assert answer(decision, 0.5) == Proceed(10, 5, "10.0.0.5:8000")
+        assert answer(decision, 0.5) == Proceed(1, 10, 5, "10.0.0.5:8000", headroom=1.0)
 
     def test_fail_open(self) -> None:
         """Where the operator chose so, a request goes on ungated when the engine has failed."""

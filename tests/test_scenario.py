@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flowcontrol.config import BandSettings, Fairness, Limits, Picker
+from flowcontrol.config import BandSettings, Concurrency, Fairness, Limits, Picker
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import ConfigError
 from flowcontrol.simulation.distributions import Exponential, Fixed, Lognormal, Uniform
@@ -105,10 +105,23 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"color": "red"}, ["color is not a known setting"]),
     ({"gate": "ajar"}, ["gate must be 'on', 'off' or 'forgetful', got 'ajar'"]),
     ({"seed": -1}, ["seed must be >= 0, got -1"]),
-    ({"saturation": {"maxConcurrency": 0}}, ["saturation.maxConcurrency must be >= 1, got 0"]),
+    (
+        {"saturation": {"maxConcurrency": 0}},
+        [
+            (
+                "saturation.maxConcurrency must be a whole number from 1 such as 64 or 20k, "
+                "or the word unlimited, got 0"
+            )
+        ],
+    ),
     (
         {"flowControl": {"bands": [{"fairness": "fair"}]}},
-        ["flowControl.bands[0].fairness must be 'round-robin' or 'global-strict', got 'fair'"],
+        [
+            (
+                "flowControl.bands[0].fairness must be 'weighted-tokens', 'round-robin', "
+                "'global-strict' or 'least-attained-service', got 'fair'"
+            )
+        ],
     ),
     (
         {"objectives": {"chat": "high"}},
@@ -295,7 +308,8 @@ class TestMeaning:
             },
         }
         config = load(tmp_path, changes).controller_config()
-        assert (config.picker, config.in_flight_max) == (Picker.LEAST_LOADED, 7)
+        assert config.picker is Picker.LEAST_LOADED
+        assert config.detectors == (Concurrency(requests_max=7),)
         assert config.settings_for(0).ttl_ns == 9 * SECOND
         assert config.settings_for(-3).fairness is Fairness.GLOBAL_STRICT
 

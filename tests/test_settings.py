@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from flowcontrol.config import (
     BandSettings,
     BandTemplate,
+    Concurrency,
     ControllerConfig,
     Fairness,
     Limits,
@@ -196,7 +197,6 @@ class TestDefaults:
         assert listen.health == Address("0.0.0.0", 9003)
         assert listen.http == Address("0.0.0.0", 9090)
         assert settings.picker == "off"
-        assert settings.saturation.detector == "concurrency"
         assert settings.requests.on_internal_fault == "refuse"
         assert settings.flow_control.drain_budget == 30 * SECOND
         assert settings.requests.exempt_paths == (
@@ -212,11 +212,11 @@ class TestDefaults:
             default_settings=BandSettings(
                 limits=Limits(requests_max=None, bytes_max=None),
                 ttl_ns=60 * SECOND,
-                fairness=Fairness.ROUND_ROBIN,
+                fairness=Fairness.WEIGHTED_TOKENS,
                 ordering=Ordering.FCFS,
             ),
             no_endpoint_ttl_ns=300 * SECOND,
-            in_flight_max=64,
+            detectors=(Concurrency(requests_max=64),),
             picker=Picker.OFF,
         )
 
@@ -309,7 +309,7 @@ class TestValues:
             ),
             default_settings=own,
             no_endpoint_ttl_ns=SECOND // 2,
-            in_flight_max=8,
+            detectors=(Concurrency(requests_max=8),),
             picker=Picker.LEAST_LOADED,
         )
 
@@ -353,7 +353,7 @@ class TestExample:
         assert settings.pool == "llama"
         assert len(settings.endpoints.static) == 3
         assert settings.objectives.directory == EXAMPLE.parent / "objectives"
-        assert config.in_flight_max == 16
+        assert config.detectors == (Concurrency(requests_max=16),)
         assert config.settings_for(10).limits == Limits(requests_max=5000)
         assert config.settings_for(0) == config.default_settings
         assert config.settings_for(-1).ttl_ns == 600 * SECOND

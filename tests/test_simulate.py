@@ -1,10 +1,10 @@
 """`flowcontrol simulate`: what is printed, drawn and written."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
 from flowcontrol.simulation.clients import Attempt, Call
 from flowcontrol.simulation.gates import OpenGate
@@ -114,38 +114,47 @@ class TestCompare:
         assert len(list(output.glob("*.transcript.txt"))) == 2
 
 
-@dataclass
-class Predicting:
-    """A decision that told how long it would take."""
-
-    request_id: int = 1
-    outcome: Outcome = Outcome.DISPATCHED
-    priority: int = 0
-    flow_id: str = "a"
-    endpoint: str | None = None
-    retry_after_ns: int | None = None
-    predicted_wait_ns: int = 2_000_000_000
-
-
 class TestReport:
     """What the tables leave out, and add."""
 
     def test_predictions(self) -> None:
-        """Where the engine predicted waits, it is said how far off it was."""
+        """Where the engine predicted waits, it is said how far they came true, band by band."""
         results = run(make_plan(workload(AtOnce(1))))
-        results.waited = [Waited(2_000_000_000, 3_000_000_000)] * 3 + [Waited(2_000_000_000, 0)]
+        results.waited = [Waited(0, 2 * SECOND, 3 * SECOND)] * 3 + [Waited(0, 2 * SECOND, 0)]
         assert summary(Run("a", results, 1.0))[-1] == (
-            "predicted waits: off by 1.00 s in the middle, by at most 2.00 s for 95 % of 4; "
-            "on average +0.25 s later than predicted"
+            "band 0: 4 predicted waits, 75% of them true within a factor of 2; "
+            "in the middle it took 1.50 times what was predicted"
         )
+
+    def test_no_predictions(self) -> None:
+        """Where nobody waited, nothing is said of waits."""
+        results = run(make_plan(workload(AtOnce(1))))
+        assert "predicted" not in "".join(summary(Run("a", results, 1.0)))
 
     def test_prediction_is_kept(self) -> None:
         """A decision that carries a prediction is held against what came of it."""
         results = Results(SECOND)
         call = Call(workload(AtOnce(1)), "a", 1, 1, None, 0)
-        decision = Predicting()
-        results.decided(decision, Attempt(1, call, 0), 3 * SECOND)  # type: ignore[arg-type]  # of an engine to come
-        assert results.waited == [Waited(2 * SECOND, 3 * SECOND)]
+        decision = Decision(
+            1, Outcome.DISPATCHED, 7, "a", waited_ns=3 * SECOND, expected_wait_ns=2 * SECOND
+        )
+        results.decided(decision, Attempt(1, call, 0), 3 * SECOND)
+        assert results.waited == [Waited(7, 2 * SECOND, 3 * SECOND)]
+
+    @pytest.mark.parametrize(
+        ("predicted_ms", "realised_ms", "is_close"),
+        [
+            (1000, 2000, True),
+            (1000, 2001, False),
+            (2001, 1000, False),
+            (0, 200, True),
+            (1, 202, False),
+        ],
+    )
+    def test_close(self, predicted_ms: int, realised_ms: int, is_close: bool) -> None:  # noqa: FBT001 - what is to be
+        """A factor of two either way, or a fifth of a second."""
+        waited = Waited(0, predicted_ms * 1_000_000, realised_ms * 1_000_000)
+        assert waited.is_close is is_close
 
     def test_busiest_tenants(self) -> None:
         """Of many tenants only those with the most calls are shown, by name."""

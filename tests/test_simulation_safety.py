@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from flowcontrol.config import BandSettings, Picker
+from flowcontrol.config import BandSettings, Concurrency
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Decision, EndpointsChanged, Fact, Left
 from flowcontrol.request import Outcome
@@ -19,7 +19,7 @@ from flowcontrol.simulation.clients import Ending
 from flowcontrol.simulation.distributions import Fixed
 from flowcontrol.simulation.faults import EndpointGone
 from flowcontrol.simulation.gates import Engine, ForgetfulGate
-from flowcontrol.simulation.ledger import Ledger, LivenessError, SafetyError, Slots
+from flowcontrol.simulation.ledger import Ledger, LivenessError, SafetyError, Slots, slots_of
 from flowcontrol.simulation.model_server import ModelServer
 from flowcontrol.simulation.results import Results
 from flowcontrol.simulation.workload import AtOnce, ClosedLoop, Independent
@@ -46,7 +46,7 @@ def run_seed(seed: int) -> Results:
     chance = Random(seed)
     config = random_config(chance)
     plan = random_plan(chance)
-    slots = Slots(config.in_flight_max, config.picker is Picker.LEAST_LOADED)
+    slots = slots_of(config)
     world = World(FlowController(config, 0), plan, seed, slots=slots, is_checked=True)
     return world.finish()
 
@@ -148,8 +148,11 @@ class TestWrongEngines:
             (Wrong(changed(outcome=Outcome.RECLAIMED)), "is not in flight"),
             (Deaf(make_controller()), "waits while 1 of 2 slots are taken"),
             (Restless(make_controller()), "polled at 0, and asks to be polled at 0"),
-            (make_controller(in_flight_max=3), "finds no free slot"),
-            (make_controller(in_flight_max=1), "waits while 1 of 2 slots are taken"),
+            (make_controller(detectors=(Concurrency(requests_max=3),)), "finds no free slot"),
+            (
+                make_controller(detectors=(Concurrency(requests_max=1),)),
+                "waits while 1 of 2 slots are taken",
+            ),
             (ForgetfulGate(make_controller(), 30 * MILLISECOND), "finds no free slot"),
         ],
     )

@@ -10,6 +10,7 @@ The engine's accounts of its own are checked by the engine; these are the world'
 from collections import Counter
 from typing import NamedTuple, final
 
+from flowcontrol.config import Ceilings, Concurrency, ControllerConfig, Picker
 from flowcontrol.events import Arrived, Decision, EndpointsChanged, Fact, Left, ObjectivesChanged
 from flowcontrol.request import DEFAULT_PRIORITY, FlowKey, Outcome
 
@@ -31,6 +32,22 @@ class Slots(NamedTuple):
     """At one endpoint."""
     is_picked: bool
     """Whether the engine chooses the endpoint, so that each has slots of its own."""
+
+
+def slots_of(config: ControllerConfig) -> Slots | None:
+    """Return what an engine so configured may have in flight.
+
+    None unless it counts requests at each endpoint, nothing else, and gates no band below that: any
+    other rule leaves slots free on purpose.
+    """
+    detector, *others = config.detectors
+    ceilings = config.ceilings
+    if others or ceilings.policy is not Ceilings.STATIC or ceilings.ceiling_max < 1:
+        return None
+    if not isinstance(detector, Concurrency) or detector.tokens_max is not None:
+        return None
+    assert detector.requests_max is not None, "limits requests or tokens"
+    return Slots(detector.requests_max, config.picker is Picker.LEAST_LOADED)
 
 
 class _Entry(NamedTuple):

@@ -7,6 +7,7 @@ from functools import partial
 from random import Random
 from typing import assert_never, final
 
+from flowcontrol.config import Role
 from flowcontrol.events import LoadObserved
 from flowcontrol.simulation.clock import VirtualClock
 from flowcontrol.simulation.model_server import ModelServer, ModelServerConfig, TokenEvent
@@ -30,6 +31,8 @@ class ServerSpec:
     config: ModelServerConfig = field(default_factory=ModelServerConfig)
     from_ns: int = 0
     """When it first joins the pool."""
+    role: Role = Role.BOTH
+    """Requests pass one that does prefill and one that does decode."""
 
 
 @final

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from math import ceil, inf
+from statistics import fmean, median
 from typing import NamedTuple, final
 
 from flowcontrol.events import Decision
@@ -14,6 +15,8 @@ from flowcontrol.simulation.distributions import Fixed
 from flowcontrol.simulation.workload import ClosedLoop
 
 _SECOND_NS = 1_000_000_000
+_AT_ONCE_NS = 200_000_000
+"""An error nobody feels."""
 
 
 class Sample(NamedTuple):
@@ -29,8 +32,25 @@ class Sample(NamedTuple):
 class Waited(NamedTuple):
     """What an engine said of a wait, and what came of it."""
 
+    priority: int
     predicted_ns: int
     realised_ns: int
+
+    @property
+    def is_close(self) -> bool:
+        """Whether it came true within a factor of two, or nearly at once."""
+        shorter, longer = sorted((self.predicted_ns, self.realised_ns))
+        return longer <= max(2 * shorter, shorter + _AT_ONCE_NS)
+
+
+class Calibration(NamedTuple):
+    """How well the waits of a band were predicted."""
+
+    predicted_count: int
+    ratio: float
+    """In the middle: of what was waited to what was predicted."""
+    close: float
+    """Share that came true within a factor of two, or nearly at once."""
 
 
 @final
@@ -162,9 +182,8 @@ class Results:
         waited_ns = now_ns - attempt.arrived_ns
         if decision.outcome is Outcome.DISPATCHED:
             figures.waits_ns.append(waited_ns)
-            predicted_ns = getattr(decision, "predicted_wait_ns", None)
-            if predicted_ns is not None:
-                self.waited.append(Waited(predicted_ns, waited_ns))
+            if decision.expected_wait_ns is not None:
+                self.waited.append(Waited(decision.priority, decision.expected_wait_ns, waited_ns))
         self.transcript.append(
             f"{now_ns} {decision.request_id} {decision.outcome.value} {decision.priority} "
             f"{decision.flow_id} {waited_ns} {decision.endpoint or '-'} "
@@ -201,6 +220,18 @@ class Results:
             return None
         fair = max_min_shares([figures.tokens_wanted for figures in mine], sum(served))
         return jain_index([got / due for got, due in zip(served, fair, strict=True) if due])
+
+    def calibration(self, priority: int) -> Calibration | None:
+        """Return how well waits of a band were predicted; None where none was.
+
+        Of requests that were dispatched in the end: who was evicted waited longer, nobody knows
+        how long.
+        """
+        mine = [each for each in self.waited if each.priority == priority]
+        if not mine:
+            return None
+        ratios = [each.realised_ns / max(1, each.predicted_ns) for each in mine]
+        return Calibration(len(mine), median(ratios), fmean(each.is_close for each in mine))
 
     def tokens_per_second(self, figures: Figures) -> float:
         """Return the tokens served per second of arrivals."""

@@ -4,6 +4,7 @@ from collections import Counter
 from functools import partial
 from typing import Protocol, assert_never, final
 
+from flowcontrol.config import Role
 from flowcontrol.events import DrainBegan, EndpointsChanged, Fact, ObjectivesChanged
 from flowcontrol.simulation.clock import VirtualClock
 from flowcontrol.simulation.faults import (
@@ -131,7 +132,8 @@ class Stage:
     def _tell_endpoints(self) -> None:
         addresses = self._addresses()
         self._pool.set_known(addresses)
-        self._host.post(EndpointsChanged(addresses))
+        roles = {s.address: s.role for s in self._plan.servers if s.role is not Role.BOTH}
+        self._host.post(EndpointsChanged(addresses, roles))
 
     def _addresses(self) -> tuple[str, ...]:
         """Return what is known as the pool, in the order of the plan."""

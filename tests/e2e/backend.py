@@ -41,9 +41,17 @@ class Call:
         """What the client calls the request (x-request-id)."""
         return self.headers["x-request-id"]
 
-    async def respond(self, body: bytes = b"{}", status: int = 200) -> None:
+    async def respond(
+        self,
+        body: bytes = b"{}",
+        status: int = 200,
+        *,
+        content_type: str = "application/json",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """Send a whole response."""
-        head = f"HTTP/1.1 {status} Scripted\r\nContent-Type: application/json\r\n"
+        head = f"HTTP/1.1 {status} Scripted\r\nContent-Type: {content_type}\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self._writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await self._writer.drain()
         self.over.set()

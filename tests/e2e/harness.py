@@ -95,8 +95,12 @@ class Spec:
     is_pool_empty: bool = False
     """Whether the service is told of no endpoint at all."""
     picker: str = "off"
+    original_dst: bool = False
+    """Whether Envoy sends requests wherever the picker says, known to it or not."""
     flow_control: Mapping[str, Any] = field(default_factory=dict)
     requests: Mapping[str, Any] = field(default_factory=dict)
+    settlement: Mapping[str, Any] = field(default_factory=dict)
+    log_level: str = "info"
     more: Mapping[str, Any] = field(default_factory=dict)
     """Other sections of the service's settings."""
     edit_envoy: Edit | None = None
@@ -206,7 +210,8 @@ class Stack:
     async def start_service(self) -> None:
         """Start the service, again perhaps, and wait until it is ready."""
         self._starts += 1
-        command = (*self.spec.service, "serve", "--config", str(self.config))
+        options = ("--config", str(self.config), "--log-level", self.spec.log_level)
+        command = (*self.spec.service, "serve", *options)
         self._service = Process(command, self.directory / f"service-{self._starts}.log")
         if self._starts == 1:
             self._configure_envoy()  # meanwhile
@@ -272,6 +277,7 @@ class Stack:
             "saturation": {"maxConcurrency": spec.max_concurrency},
             "flowControl": dict(spec.flow_control),
             "requests": dict(spec.requests),
+            "settlement": dict(spec.settlement),
             **spec.more,
         }
 
@@ -289,7 +295,9 @@ class Stack:
                 "ignore", category=DeprecationWarning, module="envoy_data_plane"
             )
             from server.envoy_config import EnvoyOptions, bootstrap  # noqa: PLC0415 - it warns
-        options = EnvoyOptions(listen=self.gateway, admin=self.admin)
+        options = EnvoyOptions(
+            listen=self.gateway, admin=self.admin, original_dst=self.spec.original_dst
+        )
         configuration = yaml.safe_load(bootstrap(load_settings(self.config), options))
         if self.spec.edit_envoy is not None:
             self.spec.edit_envoy(configuration)

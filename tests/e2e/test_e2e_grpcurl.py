@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server import admin, codec
+from server import admin, codec, log_codec
 from server.settings import Address
 from tests.e2e.gateway import FREED_S, Gateway
 
@@ -40,7 +40,10 @@ class TestReflection:
         main = await grpcurl(str(gateway.stack.ext_proc), "list")
         probes = await grpcurl(str(gateway.stack.health), "list")
 
-        assert sorted((codec.SERVICE, admin.SERVICE, HEALTH, REFLECTION)) == main.split()
+        assert (
+            sorted((codec.SERVICE, log_codec.SERVICE, admin.SERVICE, HEALTH, REFLECTION))
+            == main.split()
+        )
         assert probes.split() == [HEALTH, REFLECTION]
 
     async def test_describe(self, gateway: Gateway) -> None:

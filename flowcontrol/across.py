@@ -1,0 +1,117 @@
+"""Pure. Between bands: strict priority, and two exceptions to it with bounds.
+
+Strict: the highest band with work waiting is served; if it is gated, nobody below it is.
+
+Promotion: a request that waited `promote_after_ns` goes before everybody else, promoted ones in the
+order they became due. Its bound: once due, it is dispatched after at most as many dispatches as
+there were requests due before it, whatever arrives above it.
+
+Share: a band with `share_min` s > 0 keeps a credit. While it has work waiting, it earns s times the
+cost of every dispatch that is not a promotion; while its credit is above zero it goes next, higher
+bands first, and pays what it costs. Served in strict order without credit, it neither earns nor
+pays: a quiet night is not held against it. When nothing of it waits any more, credit is gone, so
+that it has no claim to the past when it comes back, but debt stays: else a band that comes with one
+request at a time would pay for none. Shares that sum up to more than 1 are scaled down to 1. (This
+is surplus round robin, after deficit round robin of Shreedhar and Varghese, SIGCOMM 1995, with
+strict priority in the place of the round.)
+
+Its bound. Let C be the largest cost of one request and k the number of bands with shares. Nobody
+pays from nothing, so no debt exceeds C. All credits and debts together never exceed C: without
+credit anywhere, one strict dispatch makes at most C of it; with credit, a dispatch earns all bands
+together no more than its cost, which is paid. So one credit is at most C and the debts of the k - 1
+others: k C. What a band was served is what it earned, less the change of its credit, from at least
+-C to at most k C. Hence over any interval in which it waits without pause, T being the cost of what
+was dispatched but for promotions, it gets
+
+    at least  s T - (k + 1) C
+
+and whoever is next in it goes before (k + 1) C / s of other cost has been dispatched. A band that
+is declared anew begins without debt: within an interval, each that does so adds C. Costs are those
+estimated at dispatch.
+
+Both exceptions ignore the ceilings and need only a pool that is not full: a band that is gated for
+good would otherwise never get what it was promised.
+"""
+
+from collections.abc import Iterable
+from typing import final
+
+from flowcontrol.band import Band
+from flowcontrol.flow import Lease
+from flowcontrol.keyedheap import KeyedHeap
+
+
+@final
+class Across:
+    """The accounts of promotion and share. O(log waiting) a request, O(shares) a dispatch.
+
+    Told of every admission, of every departure from the queue and of every dispatch.
+    """
+
+    def __init__(self) -> None:
+        self.is_active = False
+        """Whether any band has a share or promotes, or did: else nothing here need be called."""
+        self._promotions: KeyedHeap[Lease, int] = KeyedHeap()
+        """Waiting requests of bands that promote, by when they become due."""
+        self._shares: dict[Band, float] = {}
+        """Of the bands that have one, highest first, together at most 1."""
+        self._credits: dict[Band, float] = {}
+        """Of the same bands; below zero is debt."""
+
+    def set_bands(self, bands: Iterable[Band]) -> None:
+        """Take the bands there are, highest first; those that stay keep their credit."""
+        shares: dict[Band, float] = {}
+        self.is_active = bool(self._promotions)
+        for band in bands:
+            if band.settings.share_min > 0:
+                shares[band] = band.settings.share_min
+            if shares or band.settings.promote_after_ns is not None:
+                self.is_active = True
+        scale = max(1.0, sum(shares.values()))
+        self._shares = {band: share / scale for band, share in shares.items()}
+        self._credits = {band: self._credits.get(band, 0.0) for band in shares}
+
+    def admitted(self, lease: Lease, band: Band) -> None:
+        """Take up a request that waits from now on, or whose band has been reconfigured."""
+        after_ns = band.settings.promote_after_ns
+        if after_ns is None:
+            self._promotions.discard(lease)
+        else:
+            self._promotions.put(lease, lease.arrived_ns + after_ns)
+
+    def removed(self, lease: Lease, band: Band) -> None:
+        """Let go of a request that waits no longer."""
+        self._promotions.discard(lease)
+        if not band.waiting and self._credits.get(band, 0.0) > 0:
+            self._credits[band] = 0.0
+
+    def next_exception(self, now_ns: int) -> Lease | None:
+        """Return the request that goes before strict order, if there is one."""
+        promoted = self._promoted(now_ns)
+        if promoted is not None:
+            return promoted
+        for band, credit in self._credits.items():
+            if credit > 0 and band.waiting:
+                return band.next()
+        return None
+
+    def next_promotion_ns(self) -> int | None:
+        """Return when the next request becomes due, or became."""
+        first = self._promotions.first()
+        return None if first is None else first[0]
+
+    def dispatched(self, lease: Lease, served: Band, now_ns: int) -> None:
+        """Earn and pay for one dispatch; call it before the request is `removed`."""
+        if not self._credits:
+            return
+        is_promotion = self._promoted(now_ns) is lease
+        for band, share in self._shares.items():
+            has_credit = self._credits[band] > 0
+            if band.waiting and not is_promotion and (has_credit or band is not served):
+                self._credits[band] += share * lease.cost
+            if has_credit and band is served:
+                self._credits[band] -= lease.cost
+
+    def _promoted(self, now_ns: int) -> Lease | None:
+        first = self._promotions.first()
+        return first[1] if first is not None and first[0] <= now_ns else None

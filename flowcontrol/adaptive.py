@@ -1,0 +1,353 @@
+"""Pure. The limit on requests in flight, found by watching what comes of it.
+
+Latency as such says little of a language model: it grows with the prompt, with the answer, and with
+every neighbour in the batch, long before an engine is full. What tells is how many of the requests
+in flight wait inside the engines, doing nothing but standing before others. By Little's law that is
+(dispatches a second) x (mean wait inside); as a share s of those in flight,
+
+    s = dispatches x mean wait / area under the number in flight
+
+over one window. Few must wait, or engines run dry between a departure and the next dispatch; more
+than few is a queue that nobody can reorder. So the limit falls by s - `aim` where s is above
+`many`, rises where s is below `few` and the limit was reached, and else stays.
+
+It is TCP Vegas' idea (Brakmo and Peterson, 1995), to count what is queued instead of reacting to
+delay; gradient2 and Envoy's adaptive concurrency take the ratio of latencies instead, which here
+compares long answers with short ones, and AIMD waits for errors, which an engine that queues
+without limit never makes. What a wait is is seen in one of two ways.
+
+With settlements: the time to first token, beyond the least that a prompt of that length takes at
+that endpoint. So it is fair to long prompts, and an answer's length is not in it.
+
+Without: how long requests are in flight, of which only the shortest sixth counts, beyond the least
+that sixth ever took. Whoever waits inside is held up no less for having a short answer, so a queue
+shows there first and most clearly, whatever else is long.
+
+A window judges a cohort: requests dispatched after the limit last moved, of which most must be
+over. Who comes first in a raised limit fills empty places and is not in it. So old evidence moves
+nothing twice. Where the engine picks, each endpoint has a limit of its own, else slow endpoints,
+whose evidence comes late, were judged by that of the fast ones.
+
+What it does not see is a KV cache that overflows under answers which have begun: whoever is then
+preempted has had the first token. Beside a limit on tokens (several detectors: the fullest counts)
+it need not.
+
+Two guards. The least seen may be outdated (a slower model, longer answers): it rises slowly by
+itself, and when the limit has fallen by much and fewer do not wait, it is learnt anew. And when
+settlements cease, completions must do again.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from statistics import median
+from typing import NamedTuple, final
+
+from flowcontrol.config import Adaptive
+from flowcontrol.events import LoadObserved, Settled
+from flowcontrol.evidence import Evidence, FirstTokens, Residences
+from flowcontrol.flow import Lease
+from flowcontrol.pool import StageLoad
+
+_START, _STEP, _STEP_MIN = 1.5, 1.06, 0.5
+"""Growth a window before the limit first fell, and after; and the least, in requests."""
+_FALL_MOST = 0.5
+"""No window takes more than this part."""
+_REACHED = 0.9
+"""Part of the limit that must have been in flight for it to rise: a quiet night raises nothing."""
+_TURNED_AWAY, _TURNED_AWAY_FALL = 0.1, 0.8
+"""Part of a cohort that engines refused, from which the limit falls; and to which part."""
+_VAIN_FALL, _VAIN_EFFECT = 0.7, 0.5
+"""Fallen to this part, and the share waiting did not fall by half as much: the least is wrong."""
+_SILENCE_NS, _SILENT_COMPLETIONS = 60_000_000_000, 64
+"""No settlement for so long, while so many requests ended: there is no access log any more."""
+_MOVES_KEPT = 64
+
+
+class Move(NamedTuple):
+    """One change of a limit, and why."""
+
+    at_ns: int
+    address: str | None
+    """Whose limit; None: of all endpoints together."""
+    before: float
+    after: float
+    reason: str
+
+
+@final
+class _Watched:
+    """One limit, and the cohort by which it is judged. O(cohort) memory, O(log cohort) an event."""
+
+    def __init__(
+        self,
+        limit: float,
+        evidence: Evidence,
+        in_flight: Callable[[], int],
+        moved: Callable[[float, float, str, int], None],
+        now_ns: int,
+    ) -> None:
+        self.limit = limit
+        self.limit_max = limit
+        """Set by whoever knows it."""
+        self.is_starting = True
+        self._evidence = evidence
+        self._count = in_flight
+        self._moved = moved
+        self._fell_from: tuple[float, float] | None = None
+        """Limit and share waiting when it began to fall."""
+        self._begin(now_ns, filling=0)
+
+    def _begin(self, now_ns: int, filling: int) -> None:
+        self._evidence.begin()
+        self._filling = filling
+        """Dispatches still to come that fill empty places."""
+        self._members: dict[int, int] = {}
+        """Requests of the cohort that are not over, by id, and when they were dispatched."""
+        self._joined = self._over = self._turned_away = self._dispatched = 0
+        self._area = self._most = 0
+        self._looked_ns = self._full_ns = now_ns
+        self._in_flight = self._count()
+
+    def _look(self, now_ns: int) -> None:
+        self._area += self._in_flight * (now_ns - self._looked_ns)
+        self._looked_ns = now_ns
+        self._in_flight = self._count()
+        self._most = max(self._most, self._in_flight)
+
+    @property
+    def _wanted(self) -> int:
+        return self._evidence.cohort_first if self.is_starting else self._evidence.cohort
+
+    def charged(self, lease: Lease, now_ns: int) -> None:
+        """Count a dispatch, and take it into the cohort.
+
+        What exceeds the cohort is for settlements that never come.
+        """
+        self._look(now_ns)
+        if self._filling:
+            self._filling -= 1
+            self._area = 0
+            return
+        self._dispatched += 1
+        if self._joined < self._wanted + self._dispatched // 8:
+            self._joined += 1
+            if self._joined == self._wanted:
+                self._full_ns = now_ns
+            self._members[lease.request.request_id] = now_ns
+
+    def released(self, lease: Lease, now_ns: int) -> None:
+        """Count a departure."""
+        self._look(now_ns)
+        since_ns = self._members.get(lease.request.request_id)
+        if since_ns is not None and self._evidence.released(now_ns - since_ns):
+            self._end(lease, now_ns)
+
+    def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
+        """Take in what a request really took."""
+        is_member = lease.request.request_id in self._members
+        self._evidence.settled(lease, settled, is_member=is_member)
+        if is_member:
+            self._turned_away += settled.was_turned_away
+            self._look(now_ns)
+            self._end(lease, now_ns)
+
+    def _end(self, lease: Lease, now_ns: int) -> None:
+        del self._members[lease.request.request_id]
+        self._over += 1
+        is_full = self._joined >= self._wanted
+        full_ns = now_ns - self._full_ns if is_full else 0
+        if self._evidence.is_enough(self._over, self._wanted, full_ns):
+            self._judge(now_ns)
+
+    def scale(self, factor: float, reason: str, now_ns: int) -> None:
+        """Follow the number of endpoints."""
+        self.limit_max *= factor
+        self._move(self.limit * factor, reason, now_ns)
+        self._begin(now_ns, filling=0)
+
+    def _judge(self, now_ns: int) -> None:
+        before, wait_ns = self.limit, self._evidence.wait_ns()
+        if self._turned_away >= _TURNED_AWAY * self._over:
+            self.is_starting = False
+            reason = f"{self._turned_away} of {self._over} were turned away"
+            self._move(before * _TURNED_AWAY_FALL, reason, now_ns)
+        elif wait_ns is not None:
+            self._judge_share(wait_ns * self._dispatched / max(1, self._area), now_ns)
+        self._begin(now_ns, filling=max(0, int(self.limit) - int(before)))
+
+    def _judge_share(self, share: float, now_ns: int) -> None:
+        evidence, before = self._evidence, self.limit
+        reason = f"{share:.0%} of those in flight wait inside"
+        low = evidence.aim if self.is_starting else evidence.few
+        if share > evidence.many and self._is_falling_in_vain(share):
+            evidence.learn_anew()
+            self._fell_from = None
+        elif share > evidence.many:
+            self._fell_from = self._fell_from or (before, share)
+            self.is_starting = False
+            self._move(before * max(_FALL_MOST, 1 - (share - evidence.aim)), reason, now_ns)
+        elif share < low and self._most >= _REACHED * int(before):
+            self._fell_from = None
+            factor = _START if self.is_starting else min(_STEP, 1 + evidence.aim - share)
+            self._move(max(before * factor, before + _STEP_MIN), reason, now_ns)
+
+    def _is_falling_in_vain(self, share: float) -> bool:
+        if self._fell_from is None:
+            return False
+        limit, share_before = self._fell_from
+        fallen = 1 - self.limit / limit
+        return self.limit < _VAIN_FALL * limit and share > share_before - _VAIN_EFFECT * fallen
+
+    def _move(self, limit: float, reason: str, now_ns: int) -> None:
+        before, self.limit = self.limit, min(max(1.0, limit), self.limit_max)
+        if self.limit != before:
+            self._moved(before, self.limit, reason, now_ns)
+
+
+@final
+class AdaptiveDetector:
+    """Requests in flight over limits that find themselves. O(1), but where endpoints change."""
+
+    counts_dispatches = True
+    has_timer = False
+
+    def __init__(self, settings: Adaptive, stage: StageLoad, now_ns: int) -> None:
+        self.settings = settings
+        self.revision = 0
+        self.moves: deque[Move] = deque(maxlen=_MOVES_KEPT)
+        """The latest changes of limits, each with its reason, the last one last."""
+        self._stage = stage
+        self._endpoints: tuple[str, ...] = ()
+        self._is_settled = False
+        self._settled_ns = now_ns
+        self._completed = 0
+        """Since the last settlement."""
+        self._watched: dict[str | None, _Watched] = {}
+        """By address; under None where all endpoints have one limit."""
+
+    @property
+    def limit(self) -> int:
+        """Return how many may be in flight at all endpoints together."""
+        return sum(int(watched.limit) for watched in self._watched.values())
+
+    def limit_of(self, address: str) -> int:
+        """Return how many may be in flight at one endpoint."""
+        own = self._watched.get(address)
+        return int(own.limit) if own else -(-self.limit // len(self._endpoints))
+
+    def saturation(self) -> float:
+        """Return what is in flight over the limit."""
+        return self._stage.pool().requests / self.limit
+
+    def endpoint_saturation(self, address: str) -> float:
+        """Return what is in flight at the endpoint over its limit."""
+        load = self._stage.at(address)
+        return self.saturation() if load is None else load.requests / self.limit_of(address)
+
+    def endpoints_changed(self, now_ns: int) -> None:
+        """Keep the limit of each endpoint that stays; who is new has what is usual among them."""
+        before, self._endpoints = self._endpoints, tuple(self._stage.addresses)
+        if not before:
+            limit = float(self.settings.limit_first * len(self._endpoints))
+            self._watched = {None: self._watch(None, limit, now_ns)}
+            return
+        shared = self._watched.get(None)
+        if shared is not None and before != self._endpoints:
+            reason = f"{len(before)} endpoints became {len(self._endpoints)}"
+            shared.scale(len(self._endpoints) / len(before), reason, now_ns)
+        self._arrange(now_ns)
+
+    def charged(self, lease: Lease, now_ns: int) -> None:
+        """Count the dispatch."""
+        watched = self._watcher_of(lease)
+        assert watched is not None, "what is dispatched goes to an endpoint of the stage"
+        watched.charged(lease, now_ns)
+
+    def released(self, lease: Lease, now_ns: int) -> None:
+        """Count the departure; many without a settlement mean that there is none to come."""
+        self._completed += 1
+        if (
+            self._is_settled
+            and self._completed >= _SILENT_COMPLETIONS
+            and now_ns - self._settled_ns > _SILENCE_NS
+        ):
+            self._go_by_settlements(now_ns, is_so=False)
+        watched = self._watcher_of(lease)
+        if watched is not None:
+            watched.released(lease, now_ns)
+
+    def observed(self, load: LoadObserved, now_ns: int) -> None:
+        """Need no metrics."""
+
+    def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
+        """Take in what a request really took; with the first, each endpoint gets its own limit."""
+        self._settled_ns, self._completed = now_ns, 0
+        if settled.ttft_ns is not None and not self._is_settled:
+            self._go_by_settlements(now_ns, is_so=True)
+        watched = self._watcher_of(lease)
+        if watched is not None:
+            watched.settled(lease, settled, now_ns)
+
+    def advance(self, now_ns: int) -> None:
+        """Not depend on time alone."""
+
+    def next_change_ns(self) -> int | None:
+        """Not depend on time alone."""
+        return None
+
+    def _watcher_of(self, lease: Lease) -> _Watched | None:
+        return self._watched.get(None) or self._watched.get(lease.endpoint)
+
+    def _go_by_settlements(self, now_ns: int, *, is_so: bool) -> None:
+        self._is_settled = is_so
+        shared = self._watched.get(None)
+        if shared is not None:
+            self._watched = {None: self._watch(None, shared.limit, now_ns, like=shared)}
+        self._arrange(now_ns)
+
+    def _arrange(self, now_ns: int) -> None:
+        """Have a limit for each endpoint where settlements judge and the engine picks; else one."""
+        old = self._watched
+        shared = old.get(None)
+        if self._is_settled and self._stage.at(self._endpoints[0]) is not None:
+            limits = [watched.limit for watched in old.values()]
+            usual = shared.limit / len(self._endpoints) if shared else median(limits)
+            like = next(iter(old.values()))
+            self._watched = {
+                address: old.get(address) or self._watch(address, usual, now_ns, like=like)
+                for address in self._endpoints
+            }
+        elif shared is None:
+            limit = sum(watched.limit for watched in old.values())
+            like = next(iter(old.values()))
+            self._watched = {None: self._watch(None, limit, now_ns, like=like)}
+        self.revision += 1
+
+    def inherit(self, before: "AdaptiveDetector", now_ns: int) -> None:
+        """Take over what another knows, that went by other settings."""
+        self.moves, self._endpoints = before.moves, before._endpoints  # noqa: SLF001 - one of us
+        self._is_settled, self._settled_ns = before._is_settled, before._settled_ns  # noqa: SLF001 - as above
+        self._watched = {
+            address: self._watch(address, watched.limit, now_ns, like=watched)
+            for address, watched in before._watched.items()  # noqa: SLF001 - as above
+        }
+
+    def _watch(
+        self, address: str | None, limit: float, now_ns: int, *, like: _Watched | None = None
+    ) -> _Watched:
+        def in_flight() -> int:
+            own = None if address is None else self._stage.at(address)
+            return (own or self._stage.pool()).requests
+
+        def moved(before: float, after: float, reason: str, now_ns: int) -> None:
+            self.revision += 1
+            self.moves.append(Move(now_ns, address, before, after, reason))
+
+        most = float(self.settings.limit_max)
+        if address is None:
+            most *= len(self._endpoints)
+        evidence = FirstTokens() if self._is_settled else Residences()
+        watched = _Watched(min(limit, most), evidence, in_flight, moved, now_ns)
+        watched.limit_max = most
+        watched.is_starting = like is None or like.is_starting
+        return watched

@@ -1,0 +1,79 @@
+"""Pure. Which bands there are: those that objectives declare, and 0 when first needed."""
+
+from collections.abc import Iterator, Mapping
+from typing import final
+
+from flowcontrol.band import Band
+from flowcontrol.config import ControllerConfig
+from flowcontrol.request import DEFAULT_PRIORITY
+
+
+@final
+class Bands:
+    """The bands, highest priority first when iterated.
+
+    A band whose last objective is gone drains: nothing new enters, what is in it keeps its place,
+    and it disappears with its last request.
+    """
+
+    def __init__(self, config: ControllerConfig) -> None:
+        self.objectives: dict[str, int] = {}
+        """Name to priority."""
+        self.unknown_objectives = 0
+        """How many requests named an objective that nobody declared."""
+        self._config = config
+        self._bands: dict[int, Band] = {}
+        self._order: list[Band] = []
+
+    def __iter__(self) -> Iterator[Band]:
+        return iter(self._order)
+
+    def __getitem__(self, priority: int) -> Band:
+        return self._bands[priority]
+
+    def get(self, priority: int) -> Band | None:
+        """Return the band of this priority if there is one."""
+        return self._bands.get(priority)
+
+    def priority_of(self, objective: str | None) -> int:
+        """Return the priority an objective means; an unknown one is counted and means 0."""
+        if objective is None:
+            return DEFAULT_PRIORITY
+        priority = self.objectives.get(objective)
+        if priority is None:
+            self.unknown_objectives += 1
+            return DEFAULT_PRIORITY
+        return priority
+
+    def needed(self, priority: int, now_ns: int) -> Band:
+        """Return the band of a priority, made if it is not there yet."""
+        return self._bands.get(priority) or self._add(priority, now_ns)
+
+    def declare(self, objectives: Mapping[str, int], now_ns: int) -> None:
+        """Replace the set of objectives."""
+        self.objectives = dict(objectives)
+        declared = {*self.objectives.values(), DEFAULT_PRIORITY}
+        for band in list(self._order):
+            band.is_declared = band.priority in declared
+            self.drop_if_done(band)
+        for priority in sorted(declared - {DEFAULT_PRIORITY} - self._bands.keys()):
+            self._add(priority, now_ns)
+
+    def drop_if_done(self, band: Band) -> None:
+        """Forget a band that has drained."""
+        if not band.is_declared and band.is_idle:
+            del self._bands[band.priority]
+            self._order.remove(band)
+
+    def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
+        """Let every band take its settings from other templates; O(waiting)."""
+        self._config = config
+        for band in self._order:
+            band.reconfigure(config, now_ns)
+
+    def _add(self, priority: int, now_ns: int) -> Band:
+        band = Band(priority, self._config, now_ns)
+        self._bands[priority] = band
+        self._order.append(band)
+        self._order.sort(key=lambda each: -each.priority)
+        return band

@@ -1,0 +1,67 @@
+"""Pure. Where decisions are written down and counted, each once."""
+
+from collections import defaultdict
+from typing import final
+
+from flowcontrol.bands import Bands
+from flowcontrol.events import Decision
+from flowcontrol.flow import Lease
+from flowcontrol.pool import Pool
+from flowcontrol.request import Outcome, Request
+from flowcontrol.tally import Tally
+
+
+@final
+class Decisions:
+    """What was decided in the turn under way, and the counts of all turns. O(1)."""
+
+    def __init__(self, bands: Bands, pool: Pool) -> None:
+        self.tallies: defaultdict[int, Tally] = defaultdict(Tally)
+        """By priority; as many as priorities were ever declared."""
+        self._bands = bands
+        self._pool = pool
+        self._made: list[Decision] = []
+
+    def add(
+        self, lease: Lease, outcome: Outcome, now_ns: int, retry_after_ns: int | None = None
+    ) -> None:
+        """Write down what becomes of a request; its band still exists."""
+        priority, flow_id = lease.flow.key
+        waited_ns = now_ns - lease.arrived_ns
+        self.tallies[priority].count(outcome, waited_ns)
+        self._made.append(
+            Decision(
+                lease.request.request_id,
+                outcome,
+                priority,
+                flow_id,
+                waited_ns,
+                lease.endpoint,
+                retry_after_ns,
+                self._pool.saturation(),
+                self._bands[priority].waiting,
+                lease.expected_wait_ns,
+            )
+        )
+
+    def turn_away(
+        self, request: Request, priority: int, outcome: Outcome, retry_after_ns: int
+    ) -> None:
+        """Write down that a request does not even come in."""
+        self.tallies[priority].count(outcome, 0)
+        self._made.append(
+            Decision(
+                request.request_id,
+                outcome,
+                priority,
+                request.flow_id,
+                waited_ns=0,
+                retry_after_ns=retry_after_ns,
+                saturation=self._pool.saturation(),
+            )
+        )
+
+    def take(self) -> list[Decision]:
+        """Return what was decided since the last time."""
+        made, self._made = self._made, []
+        return made

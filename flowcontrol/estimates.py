@@ -1,0 +1,114 @@
+"""Pure. How many tokens will a request take? Guessed at arrival, corrected at settlement.
+
+The prompt: what Envoy says, else the announced size, at the bytes a token took before. The answer:
+as long as answers were before, never longer than the client asked for. Before means: what this flow
+got from this model; else what anybody got from it; else a guess for all.
+
+Running means are kept, of answers, of prompts and of their sizes (the ratio of the means, not the
+mean of the ratios: small requests must not outvote large ones). They follow a tenant that changes.
+"""
+
+from collections import OrderedDict
+from typing import NamedTuple, final
+
+from flowcontrol.config import TokenPrices
+from flowcontrol.events import Settled
+from flowcontrol.request import Request
+
+BYTES_PER_TOKEN = 4.0
+OUTPUT_DEFAULT = 128.0
+"""Expected of a model nobody has been answered by yet."""
+_MEMORY = 32
+"""Requests a mean remembers: the first 32 count alike, later ones 1/32 each."""
+_LEARNED_MAX = 10_000
+"""Flows and models remembered; the one longest without news goes first. Ids are the clients'."""
+
+
+class Tokens(NamedTuple):
+    """What a request takes."""
+
+    input: float
+    output: float
+    cached: float = 0.0
+    """Of the input: what the model server had in its prefix cache."""
+
+
+def cost(tokens: Tokens, prices: TokenPrices) -> float:
+    """Return the cost of that many tokens; at least one input token's."""
+    fresh = max(0.0, tokens.input - tokens.cached)
+    total = (
+        prices.input * fresh + prices.cached_input * tokens.cached + prices.output * tokens.output
+    )
+    return max(prices.input, total)
+
+
+@final
+class _Learned:
+    """What requests of one kind took; a count of 0 means nothing is known."""
+
+    __slots__ = ("answers", "bytes", "output", "prompt", "prompts")
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.output = 0.0
+        """Mean tokens of an answer."""
+        self.prompts = 0
+        self.prompt = 0.0
+        """Mean tokens of a prompt."""
+        self.bytes = 0.0
+        """Mean size of the same requests."""
+
+    def learn_output(self, tokens: int) -> None:
+        """Take in the length of one answer."""
+        self.answers = min(self.answers + 1, _MEMORY)
+        self.output += (tokens - self.output) / self.answers
+
+    def learn_prompt(self, tokens: int, byte_size: int) -> None:
+        """Take in the length of one prompt."""
+        self.prompts = min(self.prompts + 1, _MEMORY)
+        self.prompt += (tokens - self.prompt) / self.prompts
+        self.bytes += (byte_size - self.bytes) / self.prompts
+
+
+@final
+class TokenEstimator:
+    """Guesses tokens and learns from what was used. O(1)."""
+
+    def __init__(self) -> None:
+        self._learned: OrderedDict[tuple[str | None, str], _Learned] = OrderedDict()
+        """By flow and model, and by model alone."""
+
+    def estimate(self, request: Request) -> Tokens:
+        """Return what the request will take, as far as can be told now."""
+        per_byte, answer = 1 / BYTES_PER_TOKEN, OUTPUT_DEFAULT
+        if self._learned:
+            for key in ((None, request.model), (request.flow_id, request.model)):
+                learned = self._learned.get(key)
+                if learned is not None and learned.answers:
+                    answer = learned.output
+                if learned is not None and learned.prompts:
+                    per_byte = learned.prompt / learned.bytes
+        prompt: float = request.byte_size * per_byte
+        if request.input_tokens is not None:
+            prompt = request.input_tokens
+        if request.output_tokens_max is not None and request.output_tokens_max < answer:
+            answer = request.output_tokens_max
+        return Tokens(max(1.0, prompt), answer)
+
+    def learn(self, request: Request, settled: Settled) -> None:
+        """Take in what a request took, as far as it is known; nothing from one that failed."""
+        output, prompt = settled.output_tokens, settled.input_tokens
+        is_measured = prompt is not None and request.byte_size > 0
+        if not settled.is_success or (output is None and not is_measured):
+            return
+        for key in ((request.flow_id, request.model), (None, request.model)):
+            learned = self._learned.get(key)
+            if learned is None:
+                learned = self._learned[key] = _Learned()
+            self._learned.move_to_end(key)
+            if output is not None:
+                learned.learn_output(output)
+            if prompt is not None and is_measured:
+                learned.learn_prompt(prompt, request.byte_size)
+        while len(self._learned) > _LEARNED_MAX:
+            self._learned.popitem(last=False)

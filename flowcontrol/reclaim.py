@@ -1,0 +1,105 @@
+"""Pure. Ending requests in flight so that better ones can go: which, and how many.
+
+Only sheddable requests (negative priority) are ended, the lowest band first, in it the newest
+first: least work is lost. And only for requests of a higher band that wait because the pool is full
+for them.
+
+Never more than needed. One request in flight is worth c = saturation / in flight. A band with
+ceiling h is let on while n c < h for n in flight, so at most m + 1 requests fit, m being the
+largest such n. For d of them waiting, at most m + 1 can go, and for that
+
+    min(d, m + 1) - (m + 1) + in flight
+
+must end in all, of which those already told to end, and still in flight, are a part (the pending
+debit). The arithmetic is exact for the concurrency detector and an estimate for the others, so the
+number told at once is bounded, and each is awaited before the next. One that never leaves is given
+up on after a while, and does not block the rest for ever.
+"""
+
+from collections.abc import Iterable
+from math import ceil
+from typing import final
+
+from flowcontrol.config import Reclaim
+from flowcontrol.flow import Lease
+from flowcontrol.keyedheap import KeyedHeap
+
+
+def needed(in_flight: int, saturation: float, ceiling: float, demand: int) -> int:
+    """Return how many requests in flight must end in all, so that as much of the demand can go."""
+    if not in_flight or ceiling <= 0:
+        return 0
+    worth = saturation / in_flight
+    if worth <= 0:
+        return 0
+    fit = ceil(round(ceiling / worth, 9))
+    return max(0, min(demand, fit) - fit + in_flight)
+
+
+@final
+class Reclaimer:
+    """Knows who may be ended, and who has been told. O(log in flight) a request."""
+
+    def __init__(self, settings: Reclaim) -> None:
+        self._settings = settings
+        self._candidates: KeyedHeap[Lease, tuple[int, int]] = KeyedHeap()
+        """Sheddable requests in flight: the lowest band first, in it the newest."""
+        self._told: dict[Lease, int] = {}
+        """Requests told to end and still in flight, with when we give up on each."""
+
+    def reconfigure(self, settings: Reclaim, leases: Iterable[Lease]) -> None:
+        """Go by other settings; O(requests)."""
+        self._settings = settings
+        self._candidates = KeyedHeap()
+        for lease in leases:
+            if lease.is_in_flight:
+                self.dispatched(lease)
+
+    def dispatched(self, lease: Lease) -> None:
+        """Take up a request that is now in flight."""
+        if lease.flow.key.priority >= 0 or lease.is_reclaimed:
+            return
+        if not (lease.has_answered and self._settings.is_only_before_first_byte):
+            key = (lease.flow.key.priority, -lease.dispatched_ns)
+            self._candidates.put(lease, key)
+
+    def answered(self, lease: Lease) -> None:
+        """Note that a request's first byte has been seen."""
+        lease.has_answered = True
+        if self._settings.is_only_before_first_byte:
+            self._candidates.discard(lease)
+
+    def left(self, lease: Lease) -> None:
+        """Let go of a request."""
+        self._candidates.discard(lease)
+        self._told.pop(lease, None)
+
+    def give_up(self, now_ns: int) -> None:
+        """Wait no longer for those who should have left by now."""
+        for lease, given_up_ns in list(self._told.items()):
+            if given_up_ns <= now_ns:
+                del self._told[lease]
+
+    def victims(self, must_end: int, below_priority: int, now_ns: int) -> list[Lease]:
+        """Return who is to be ended now, each named once; O(log in flight) each.
+
+        Args:
+            must_end: in all, as `needed` says; whoever has been told already is part of it.
+            below_priority: only bands lower than this.
+            now_ns: the time.
+        """
+        chosen: list[Lease] = []
+        room = min(must_end, self._settings.at_once_max) - len(self._told)
+        while room > len(chosen) and (first := self._candidates.first()) is not None:
+            (priority, _newest), lease = first
+            if priority >= below_priority:
+                break
+            self._candidates.discard(lease)
+            self._told[lease] = now_ns + self._settings.patience_ns
+            lease.is_reclaimed = True
+            chosen.append(lease)
+        return chosen
+
+    def next_change_ns(self) -> int | None:
+        """Return when we next give up on somebody."""
+        return min(self._told.values(), default=None)

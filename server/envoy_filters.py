@@ -1,0 +1,208 @@
+"""What Envoy reads from bodies, tells us, and reports of finished requests, as typed messages.
+
+For `envoy_config` alone, which imports it late and says what is missing.
+"""
+
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Final
+
+from envoy_data_plane.envoy.config.accesslog import v3 as accesslog
+from envoy_data_plane.envoy.config.core import v3 as core
+from envoy_data_plane.envoy.extensions.access_loggers.grpc import v3 as grpc_log
+from envoy_data_plane.envoy.extensions.access_loggers.stream import v3 as stream
+from envoy_data_plane.envoy.extensions.content_parsers.json import v3 as json_parser
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as ext_proc
+from envoy_data_plane.envoy.extensions.filters.http.json_to_metadata import v3 as json_metadata
+from envoy_data_plane.envoy.extensions.filters.http.sse_to_metadata import v3 as sse_metadata
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
+from envoy_data_plane.envoy.type.matcher import v3 as matcher
+from envoy_data_plane.envoy.type.tracing import v3 as tracing
+from envoy_data_plane.google import protobuf
+
+from server.classify import SUBSET_NAMESPACE
+from server.codec import METADATA_NAMESPACE, TICKET
+from server.log_codec import DURATION_TAGS, LOAD_REPORT_HEADERS, USAGE_NAMESPACE
+from server.rules import BODY_FIELDS, BODY_NAMESPACE
+from server.settings import Settings
+
+LOG_CLUSTER: Final = "access_log"
+_ACCESS_LOG: Final = {
+    "start": "%START_TIME%",
+    "method": "%REQ(:METHOD)%",
+    "path": "%REQ(:PATH)%",
+    "code": "%RESPONSE_CODE%",
+    "details": "%RESPONSE_CODE_DETAILS%",
+    "duration_ms": "%DURATION%",
+    "upstream": "%UPSTREAM_HOST%",
+    "request_id": "%REQ(X-REQUEST-ID)%",
+}
+_RESPONSE_HEADERS: Final = {
+    "queue-duration": ("x-llm-d-flow-queue-duration-ms", "queue_ms"),
+    "headroom": ("x-llm-d-flow-headroom", "headroom"),
+}
+"""Name and the key of our metadata that it shows, by the word in the settings."""
+_JSON: Final = matcher.RegexMatcher(regex="(?i)application/json( *;.*)?")
+"""Without it a charset beside the media type makes a body one that is not read."""
+_EVENT_BYTES_MAX: Final = 65_536
+_NUMBERS: Final = ("max_tokens", "max_completion_tokens")
+_USAGE: Final = (
+    # OpenAI's completions, then its responses and Anthropic's messages.
+    ("input_tokens", ("usage", "prompt_tokens")),
+    ("output_tokens", ("usage", "completion_tokens")),
+    ("cached_tokens", ("usage", "prompt_tokens_details", "cached_tokens")),
+    ("input_tokens", ("usage", "input_tokens")),
+    ("output_tokens", ("usage", "output_tokens")),
+    ("cached_tokens", ("usage", "input_tokens_details", "cached_tokens")),
+)
+_STREAMED_USAGE: Final = (
+    *_USAGE,
+    ("input_tokens", ("message", "usage", "input_tokens")),
+    ("input_tokens", ("response", "usage", "input_tokens")),
+    ("output_tokens", ("response", "usage", "output_tokens")),
+    ("cached_tokens", ("response", "usage", "input_tokens_details", "cached_tokens")),
+)
+
+
+def with_readers(
+    settings: Settings, processor: hcm.HttpFilter, last: hcm.HttpFilter
+) -> list[hcm.HttpFilter]:
+    """Return the chain of filters, with those that read bodies where the settings want them."""
+    reads_requests = settings.requests.read_bodies
+    reads_usage = settings.settlement.access_log and settings.settlement.token_usage
+    filters = [processor, _stream_reader(), last] if reads_usage else [processor, last]
+    if reads_requests or reads_usage:
+        # Before ext_proc, which is to know what the body says.
+        reader = _body_reader(reads_requests=reads_requests, reads_usage=reads_usage)
+        filters.insert(0, reader)
+    return filters
+
+
+def access_logs(settings: Settings) -> list[accesslog.AccessLog]:
+    """Return the log for people, and the one that settles accounts."""
+    log_format = core.SubstitutionFormatString(json_format=protobuf.Struct.from_dict(_ACCESS_LOG))
+    stdout = accesslog.AccessLog(
+        name="envoy.access_loggers.stdout",
+        typed_config=protobuf.Any.pack(stream.StdoutAccessLog(log_format=log_format)),
+    )
+    return [stdout, _settlement_log()] if settings.settlement.access_log else [stdout]
+
+
+def metadata_options(settings: Settings) -> ext_proc.MetadataOptions:
+    """Return which metadata of a request ext_proc is told, and which it may write."""
+    namespaces = ext_proc.MetadataOptionsMetadataNamespaces
+    forwarded = settings.requests.namespaces()
+    if settings.picker != "off":
+        forwarded.append(SUBSET_NAMESPACE)
+    if settings.requests.read_bodies:
+        forwarded.append(BODY_NAMESPACE)
+    return ext_proc.MetadataOptions(
+        forwarding_namespaces=namespaces(untyped=sorted(set(forwarded))) if forwarded else None,
+        receiving_namespaces=namespaces(untyped=["envoy.lb", METADATA_NAMESPACE]),
+    )
+
+
+def response_headers(settings: Settings) -> list[core.HeaderValueOption]:
+    """Return the headers that Envoy makes of our metadata, at no message's cost."""
+    return [_response_header(name) for name in settings.requests.response_headers]
+
+
+def _body_reader(*, reads_requests: bool, reads_usage: bool) -> hcm.HttpFilter:
+    fields = [_rule((n,), BODY_NAMESPACE, n, is_number=n in _NUMBERS) for n in BODY_FIELDS]
+    return hcm.HttpFilter(
+        name="envoy.filters.http.json_to_metadata",
+        typed_config=protobuf.Any.pack(
+            json_metadata.JsonToMetadata(
+                request_rules=_rules(fields) if reads_requests else None,
+                response_rules=_rules(_usage_rules(_USAGE)) if reads_usage else None,
+            )
+        ),
+    )
+
+
+def _stream_reader() -> hcm.HttpFilter:
+    """Return the filter that reads streams of events as they pass."""
+    parser = json_parser.JsonContentParser(
+        rules=[
+            json_parser.JsonContentParserRuleConfig(rule=rule)
+            for rule in _usage_rules(_STREAMED_USAGE)
+        ]
+    )
+    return hcm.HttpFilter(
+        name="envoy.filters.http.sse_to_metadata",
+        typed_config=protobuf.Any.pack(
+            sse_metadata.SseToMetadata(
+                response_rules=sse_metadata.SseToMetadataProcessingRules(
+                    content_parser=core.TypedExtensionConfig(
+                        name="envoy.content_parsers.json",
+                        typed_config=protobuf.Any.pack(parser),
+                    ),
+                    max_event_size=_EVENT_BYTES_MAX,
+                )
+            )
+        ),
+    )
+
+
+def _settlement_log() -> accesslog.AccessLog:
+    has_ticket = accesslog.MetadataFilter(
+        matcher=matcher.MetadataMatcher(
+            filter=METADATA_NAMESPACE,
+            path=[matcher.MetadataMatcherPathSegment(key=TICKET)],
+            value=matcher.ValueMatcher(present_match=True),
+        ),
+        match_if_key_not_found=False,
+    )
+    return accesslog.AccessLog(
+        name="envoy.access_loggers.http_grpc",
+        filter=accesslog.AccessLogFilter(metadata_filter=has_ticket),
+        typed_config=protobuf.Any.pack(
+            grpc_log.HttpGrpcAccessLogConfig(
+                common_config=grpc_log.CommonGrpcAccessLogConfig(
+                    log_name=METADATA_NAMESPACE,
+                    transport_api_version=core.ApiVersion.V3,
+                    grpc_service=core.GrpcService(
+                        envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=LOG_CLUSTER)
+                    ),
+                    buffer_flush_interval=timedelta(seconds=0.2),
+                    custom_tags=[
+                        tracing.CustomTag(tag=tag, value=f"%COMMON_DURATION({points}:us)%")
+                        for tag, points in DURATION_TAGS.items()
+                    ],
+                ),
+                additional_response_headers_to_log=list(LOAD_REPORT_HEADERS),
+            )
+        ),
+    )
+
+
+def _rules(rules: list[json_metadata.JsonToMetadataRule]) -> json_metadata.JsonToMetadataMatchRules:
+    return json_metadata.JsonToMetadataMatchRules(rules=rules, allow_content_types_regex=_JSON)
+
+
+def _usage_rules(
+    usage: Iterable[tuple[str, tuple[str, ...]]],
+) -> list[json_metadata.JsonToMetadataRule]:
+    return [_rule(path, USAGE_NAMESPACE, name, is_number=True) for name, path in usage]
+
+
+def _rule(
+    path: tuple[str, ...], namespace: str, name: str, *, is_number: bool
+) -> json_metadata.JsonToMetadataRule:
+    kinds = json_metadata.JsonToMetadataValueType
+    return json_metadata.JsonToMetadataRule(
+        selectors=[json_metadata.JsonToMetadataSelector(key=key) for key in path],
+        on_present=json_metadata.JsonToMetadataKeyValuePair(
+            metadata_namespace=namespace, key=name, type=kinds.NUMBER if is_number else kinds.STRING
+        ),
+    )
+
+
+def _response_header(name: str) -> core.HeaderValueOption:
+    header, key = _RESPONSE_HEADERS[name]
+    return core.HeaderValueOption(
+        header=core.HeaderValue(
+            key=header, value=f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%"
+        ),
+        append_action=core.HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
+    )

@@ -1,0 +1,128 @@
+"""Prometheus metrics of settlement, rendered when asked for."""
+
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from typing import final
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from flowcontrol.snapshot import Snapshot
+from server.pool_view import PoolView
+from server.settlement import TTFT_BOUNDS_S, Account, Result, Settlement
+
+
+@final
+class SettlementCollector(Collector):
+    """Turns the accounts into metric families; labels are priorities, kinds and endpoints."""
+
+    def __init__(
+        self, settlement: Settlement, pool_view: PoolView, snapshot: Snapshot, now_ns: int
+    ) -> None:
+        self._settlement = settlement
+        self._pool_view = pool_view
+        self._snapshot = snapshot
+        self._now_ns = now_ns
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family."""
+        self._settlement.give_up(self._now_ns)
+        yield from self._log()
+        yield from self._accounts()
+        yield from self._drift()
+
+    def _log(self) -> Iterator[Metric]:
+        settlement = self._settlement
+        for name, text, value in (
+            ("access_log_streams", "Open streams of Envoy's access log.", settlement.streams),
+            (
+                "awaited_settlements",
+                "Ended requests that the access log has not told of yet.",
+                settlement.awaited,
+            ),
+        ):
+            yield GaugeMetricFamily(f"flowcontrol_{name}", text, value)
+        for name, text, value in (
+            (
+                "access_log_streams_opened",
+                "Streams of Envoy's access log: one for each worker, more when they break.",
+                settlement.streams_opened,
+            ),
+            (
+                "lost_settlements",
+                "Requests that ended and were never told of; what they took stays estimated.",
+                settlement.lost,
+            ),
+        ):
+            yield CounterMetricFamily(f"flowcontrol_{name}", text, value)
+        entries = CounterMetricFamily(
+            "flowcontrol_access_log_entries",
+            "Entries of the access log, by what became of them.",
+            labels=["result"],
+        )
+        for result in Result:
+            entries.add_metric([result.value], settlement.results[result])
+        yield entries
+
+    def _accounts(self) -> Iterator[Metric]:
+        counters: tuple[tuple[str, str, str, Callable[[Account], dict[str, int]]], ...] = (
+            ("responses", "Responses by class of status.", "status", lambda a: a.statuses),
+            ("tokens", "Tokens used, as model servers say.", "kind", lambda a: a.tokens),
+            ("body_bytes", "Bytes of bodies.", "direction", lambda a: a.bytes),
+        )
+        for name, text, label, counts in counters:
+            family = CounterMetricFamily(f"flowcontrol_{name}", text, labels=["priority", label])
+            for priority, account in self._settlement.accounts.items():
+                for kind, count in counts(account).items():
+                    family.add_metric([str(priority), kind], count)
+            yield family
+        unmetered = CounterMetricFamily(
+            "flowcontrol_unmetered_responses",
+            "Good responses in which Envoy found no token usage.",
+            labels=["priority"],
+        )
+        ttft = HistogramMetricFamily(
+            "flowcontrol_ttft_seconds",
+            "From the request's leaving for the model server to the first byte of its answer.",
+            labels=["priority"],
+        )
+        bounds = [*(str(float(bound)) for bound in TTFT_BOUNDS_S), "+Inf"]
+        for priority, account in self._settlement.accounts.items():
+            unmetered.add_metric([str(priority)], account.unmetered)
+            counts_up_to = accumulate(account.ttft_counts)
+            ttft.add_metric(
+                [str(priority)],
+                buckets=list(zip(bounds, counts_up_to, strict=True)),
+                sum_value=account.ttft_sum_us / 1e6,
+            )
+        yield from (unmetered, ttft)
+
+    def _drift(self) -> Iterator[Metric]:
+        engine = GaugeMetricFamily(
+            "flowcontrol_engine_requests",
+            "Requests, running and waiting, that an endpoint says it has.",
+            labels=["endpoint"],
+        )
+        for address, count in self._pool_view.engine_requests(self._now_ns).items():
+            engine.add_metric([address], count)
+        answers = CounterMetricFamily(
+            "flowcontrol_endpoint_responses",
+            "Requests that an endpoint was asked last, by whether it failed (5xx, or broke off).",
+            labels=["endpoint", "result"],
+        )
+        for address, counts in self._pool_view.answers.items():
+            for result, count in zip(("success", "failure"), counts, strict=True):
+                answers.add_metric([address, result], count)
+        yield from (engine, answers)
+        drift = self._pool_view.drift(self._snapshot, self._now_ns)
+        if drift is not None:
+            yield GaugeMetricFamily(
+                "flowcontrol_in_flight_drift_requests",
+                "Requests that endpoints say they have, less those we have in flight there.",
+                drift,
+            )

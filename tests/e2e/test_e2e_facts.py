@@ -1,0 +1,237 @@
+"""What is known of a request, whom it is believed, and what the model server and client see of it.
+
+Envoy reads the body; the service is told a few of its fields. Rules turn trusted facts into an
+objective and a flow id; what a client says of itself counts only where the operator lets it.
+"""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Start
+from tests.e2e.gateway import Gateway
+from tests.e2e.harness import Spec
+
+pytestmark = pytest.mark.e2e
+
+JSON = {"content-type": "application/json"}
+CLAIMS = "envoy.filters.http.jwt_authn"
+RULES = [
+    {"match": {"body:service_tier": "flex"}, "objective": "batch"},
+    {
+        "match": {f"metadata:{CLAIMS}:claims:plan": "gold", "body:model": "llama-*"},
+        "objective": "chat",
+    },
+    {"flowIdFrom": f"metadata:{CLAIMS}:claims:org"},
+    {"flowIdFrom": "body:user"},
+    {"match": {"body:stream": True}, "flowId": "streams"},
+]
+SLO = "x-llm-d-slo-ttft-ms"
+DURATION, HEADROOM = "x-llm-d-flow-queue-duration-ms", "x-llm-d-flow-headroom"
+
+
+def verify_claims(configuration: dict[str, Any]) -> None:
+    """Put a filter before ext_proc that finds, in the header x-claims, what a JWT would hold."""
+    code = f"""
+function envoy_on_request(handle)
+  local plan, org = handle:headers():get("x-plan"), handle:headers():get("x-org")
+  if plan or org then
+    handle:streamInfo():dynamicMetadata():set("{CLAIMS}", "claims", {{plan = plan, org = org}})
+  end
+end
+"""
+    lua = {
+        "name": "envoy.filters.http.lua",
+        "typed_config": {
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua",
+            "default_source_code": {"inline_string": code},
+        },
+    }
+    (chain,) = configuration["static_resources"]["listeners"][0]["filter_chains"]
+    chain["filters"][0]["typed_config"]["http_filters"].insert(0, lua)
+
+
+@pytest.fixture(scope="module")
+def spec() -> Spec:
+    """Rules on bodies and claims; a client's own words count after them."""
+    return Spec(
+        max_concurrency=2,
+        requests={
+            "rules": RULES,
+            "enginePriority": "vllm",
+            "responseHeaders": ["queue-duration", "headroom"],
+        },
+        edit_envoy=verify_claims,
+    )
+
+
+async def fate(
+    gateway: Gateway, body: object, *, headers: dict[str, str] | None = None, **request: Any
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """Send a request and answer it; return its canonical line, and what server and client saw."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    caller = await gateway.call(headers=JSON | (headers or {}), body=data, **request)
+    call = await gateway.next_call()
+    await call.respond()
+    reply = await caller.reply()
+    assert call.body == data
+    return await gateway.decided(call.name), dict(call.headers), dict(reply.headers)
+
+
+class TestRules:
+    """Objective and flow id from trusted facts."""
+
+    @pytest.mark.parametrize(
+        ("body", "headers", "priority", "flow_id"),
+        [
+            ({}, {}, 0, "default-flow"),
+            ({"service_tier": "flex"}, {}, -1, "default-flow"),
+            ({"service_tier": "default"}, {}, 0, "default-flow"),
+            ({"service_tier": "flex", "model": "llama-8b"}, {"x-plan": "gold"}, -1, "default-flow"),
+            ({"model": "llama-8b"}, {"x-plan": "gold", "x-org": "acme"}, 10, "acme"),
+            ({"model": "llama-8b"}, {"x-plan": "free", "x-org": "acme"}, 0, "acme"),
+            ({"model": "qwen"}, {"x-plan": "gold"}, 0, "default-flow"),
+            ({"user": "bob", "stream": True}, {}, 0, "bob"),
+            ({"user": 17}, {}, 0, "17"),
+            ({"stream": True}, {}, 0, "streams"),
+            ({"stream": False}, {}, 0, "default-flow"),
+            (b"{no json", {}, 0, "default-flow"),
+            ([{"user": "bob"}], {}, 0, "default-flow"),
+            ({"user": {"name": "bob"}}, {}, 0, "default-flow"),
+        ],
+    )
+    async def test_first_match_wins(
+        self,
+        gateway: Gateway,
+        body: object,
+        headers: dict[str, str],
+        priority: int,
+        flow_id: str,
+    ) -> None:
+        """Each of both is taken from the first rule that matches and says it."""
+        line, _, _ = await fate(gateway, body, headers=headers)
+
+        assert (line["priority"], line["flow_id"]) == (priority, flow_id)
+
+    async def test_rule_before_header(self, gateway: Gateway) -> None:
+        """What the operator made of trusted facts, no header of the client's overrules."""
+        headers = {"x-org": "acme"}
+        body = {"service_tier": "flex"}
+        line, _, _ = await fate(
+            gateway, body, headers=headers, objective="chat", flow_id="somebody-else"
+        )
+
+        assert (line["priority"], line["flow_id"]) == (-1, "acme")
+
+    async def test_header_where_no_rule_speaks(self, gateway: Gateway) -> None:
+        """Where no rule speaks the header counts, unless the operator says otherwise."""
+        line, _, _ = await fate(gateway, {}, objective="chat", flow_id="tenant")
+
+        assert (line["priority"], line["flow_id"]) == (10, "tenant")
+
+    async def test_charset(self, gateway: Gateway) -> None:
+        """A charset beside the media type hides no body from the rules."""
+        headers = {"content-type": "application/json; charset=utf-8"}
+        line, _, _ = await fate(gateway, {"user": "bob", "model": "m"}, headers=headers)
+
+        assert (line["flow_id"], line["model"]) == ("bob", "m")
+
+    async def test_forged_claim(self, gateway: Gateway) -> None:
+        """A header that looks like metadata is none."""
+        line, _, _ = await fate(gateway, {"model": "llama"}, headers={CLAIMS: '{"plan": "gold"}'})
+
+        assert line["priority"] == 0
+
+
+class TestServerAndClient:
+    """What the two ends see."""
+
+    async def test_control_headers_are_removed(self, gateway: Gateway) -> None:
+        """What was meant for us, the model server does not see."""
+        headers = {SLO: "500", "x-slo-ttft-ms": "500", "x-llm-d-inference-ttl": "9s"}
+        _, seen, _ = await fate(gateway, {}, headers=headers, objective="chat", flow_id="tenant")
+
+        assert [name for name in seen if name.startswith(("x-llm-d", "x-gateway", "x-slo"))] == []
+
+    async def test_engine_priority(self, gateway: Gateway) -> None:
+        """The model server is told the band, in its own sense; a client's word is replaced."""
+        _, seen, _ = await fate(gateway, {}, headers={"x-vllm-priority": "-99"}, objective="chat")
+
+        assert seen["x-vllm-priority"] == "-10"
+
+    async def test_engine_priority_on_an_exempt_path(self, gateway: Gateway) -> None:
+        """Where nothing is decided the client's word is taken off."""
+        await gateway.call(
+            "/v1/models", method="GET", body=None, headers={"x-vllm-priority": "-99"}
+        )
+        call = await gateway.next_call()
+        await call.respond()
+
+        assert "x-vllm-priority" not in call.headers
+
+    async def test_response_headers(self, gateway: Gateway) -> None:
+        """The client is told how long it was held, and how full the pool is."""
+        holders = [await gateway.call() for _ in range(2)]
+        calls = [await gateway.next_call() for _ in range(2)]
+        caller = await gateway.call(headers=JSON)
+        await gateway.until(waiting=1)
+        await calls[0].respond()
+        call = await gateway.next_call()
+        await call.respond()
+        reply = await caller.reply()
+        await calls[1].respond()
+        for holder in holders:
+            await holder.reply()
+        line = await gateway.decided(call.name)
+
+        assert int(reply.headers[DURATION]) == int(line["waited_ms"])
+        assert float(reply.headers[HEADROOM]) == 0
+
+    async def test_first_response_has_room(self, gateway: Gateway) -> None:
+        """With one of two slots taken, half of the pool is free."""
+        _, _, headers = await fate(gateway, {})
+
+        assert float(headers[HEADROOM]) == 0.5
+
+    async def test_no_response_headers_elsewhere(self, gateway: Gateway) -> None:
+        """A response that we were not asked about has none of them."""
+        caller = await gateway.call("/v1/models", method="GET", body=None)
+        await (await gateway.next_call()).respond()
+        reply = await caller.reply()
+
+        assert DURATION not in reply.headers
+        assert HEADROOM not in reply.headers
+
+
+class TestBodies:
+    """Envoy holds a JSON body to read it."""
+
+    async def test_large_prompt(self, gateway: Gateway) -> None:
+        """A prompt of megabytes is read, and arrives whole."""
+        line, _, _ = await fate(gateway, {"prompt": "x" * 4_000_000, "model": "large"})
+
+        assert line["model"] == "large"
+        assert line["byte_size"] > 4_000_000
+
+    async def test_too_large(self, gateway: Gateway) -> None:
+        """A JSON body beyond Envoy's buffer is refused before it waits."""
+        body = json.dumps({"prompt": "x" * 33 * 2**20}).encode()
+        caller = await gateway.call(headers=JSON, body=body)
+
+        assert (await caller.reply()).status == 413
+
+
+class TestDistrust:
+    """requests.trustHeaders: false."""
+
+    async def test_client_cannot_promote_itself(self, start: Start) -> None:
+        """Objective and flow id of the client's count for nothing; the rules' do."""
+        rules = [{"match": {"header:x-plan": "gold"}, "objective": "chat"}]
+        gateway = await start(Spec(requests={"trustHeaders": False, "rules": rules}))
+        plain, seen, _ = await fate(gateway, {}, objective="chat", flow_id="another")
+        gold, _, _ = await fate(gateway, {}, headers={"x-plan": "gold"}, objective="batch")
+
+        assert (plain["priority"], plain["flow_id"]) == (0, "default-flow")
+        assert gold["priority"] == 10
+        assert "x-llm-d-inference-objective" not in seen
