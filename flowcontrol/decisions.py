@@ -28,7 +28,7 @@ class Decisions:
         """Write down what becomes of a request; its band still exists."""
         priority, flow_id = lease.flow.key
         waited_ns = now_ns - lease.arrived_ns
-        self.tallies[priority].count(outcome, waited_ns)
+        self.tallies[priority].count(outcome, waited_ns, lease.expected_wait_ns)
         self._made.append(
             Decision(
                 lease.request.request_id,

@@ -1,7 +1,7 @@
 """Pure. The state of the engine at one moment, frozen, for everybody who only wants to look."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from flowcontrol.histogram import HistogramSnapshot
@@ -12,6 +12,8 @@ WAIT_BOUNDS_S = (
     *(1, 2.5, 5, 10, 30, 60, 120, 300, 600),
 )
 """Upper bounds of the wait histogram; the longest is beyond any default time to live."""
+FORECAST_BOUNDS = (0.25, 0.5, 0.8, 1.25, 2.0, 4.0)
+"""Upper bounds of the histogram of real waits over predicted ones."""
 
 
 @final
@@ -54,6 +56,8 @@ class Totals:
     wait_counts: Mapping[Outcome, tuple[int, ...]]
     """How many waited up to each of `WAIT_BOUNDS_S`, and last how many longer; not cumulated."""
     wait_sum_ns: Mapping[Outcome, int]
+    forecasts: HistogramSnapshot | None = None
+    """Real waits over predicted ones, of what was dispatched; a ratio of 1 as a second."""
 
 
 @final
@@ -64,6 +68,30 @@ class EndpointSnapshot:
     address: str
     in_flight: int | None
     saturation: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GoodputSnapshot:
+    """The counts of one objective."""
+
+    results: Mapping[str, int]
+    """By word: good, late, failed."""
+    good_tokens: int
+    """Of the answers that were good, as far as model servers said."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LimitSnapshot:
+    """A limit that finds itself."""
+
+    stage: str
+    """both, prefill or decode."""
+    in_flight_max: int
+    raised: int
+    """How often."""
+    lowered: int
 
 
 @final
@@ -99,5 +127,9 @@ class Snapshot:
     """Settlements that came."""
     lost_settlements: int = 0
     """Requests of which none came in time."""
+    limits: tuple[LimitSnapshot, ...] = ()
+    """Of the adaptive detector, where there is one."""
+    goodput: Mapping[str, GoodputSnapshot] = field(default_factory=dict)
+    """By objective; empty for requests that named none."""
     pace: Pace | None = None
     """None: the machine was asked, not its processor."""

@@ -2,10 +2,17 @@
 
 from heapq import nlargest
 
+from flowcontrol.adaptive import AdaptiveDetector
 from flowcontrol.band import Band
 from flowcontrol.controller import FlowController
 from flowcontrol.flow import Flow
-from flowcontrol.snapshot import BandSnapshot, EndpointSnapshot, FlowSnapshot, Snapshot
+from flowcontrol.snapshot import (
+    BandSnapshot,
+    EndpointSnapshot,
+    FlowSnapshot,
+    LimitSnapshot,
+    Snapshot,
+)
 
 
 def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Snapshot:
@@ -42,6 +49,13 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
         unknown_objectives=controller.bands.unknown_objectives,
         settlements=controller.settlement.seen,
         lost_settlements=controller.settlement.lost,
+        limits=tuple(
+            LimitSnapshot(role.value, detector.limit, detector.raised, detector.lowered)
+            for role, detectors in pool.detectors.items()
+            for detector in detectors
+            if isinstance(detector, AdaptiveDetector)
+        ),
+        goodput=controller.goodput.snapshot(),
     )
 
 

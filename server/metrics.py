@@ -71,6 +71,8 @@ class SnapshotCollector(Collector):
         yield from self._pool()
         yield from self._bands()
         yield from self._totals()
+        yield from self._goodput()
+        yield from self._limits()
         yield from self._pace()
 
     def _pool(self) -> Iterator[Metric]:
@@ -148,6 +150,11 @@ class SnapshotCollector(Collector):
             "From arrival to decision.",
             labels=["priority", "outcome"],
         )
+        ratios = HistogramMetricFamily(
+            "flowcontrol_forecast_ratio",
+            "Wait over what was predicted on arrival, of dispatched requests; 1 is exact.",
+            labels=["priority"],
+        )
         totals_of = dict.fromkeys((band.priority for band in self._snapshot.bands), _NO_TOTALS)
         totals_of |= self._snapshot.totals
         for priority, totals in totals_of.items():
@@ -160,7 +167,45 @@ class SnapshotCollector(Collector):
                 counts, sum_ns = totals.wait_counts[outcome], totals.wait_sum_ns[outcome]
                 waited = HistogramSnapshot(WAIT_BOUNDS_S, counts, sum_ns)
                 waits.add_metric(labels, buckets_of(waited), sum_ns / 1e9)
-        yield from (decided, completed, waits)
+            if totals.forecasts is not None:
+                ratios.add_metric(
+                    [str(priority)], buckets_of(totals.forecasts), totals.forecasts.sum_ns / 1e9
+                )
+        yield from (decided, completed, waits, ratios)
+
+    def _goodput(self) -> Iterator[Metric]:
+        ended = CounterMetricFamily(
+            "flowcontrol_objective_responses",
+            "Dispatched requests by result: good, late for x-llm-d-slo-ttft-ms, or failed.",
+            labels=["objective", "result"],
+        )
+        tokens = CounterMetricFamily(
+            "flowcontrol_objective_good_tokens",
+            "Tokens of good answers, as far as model servers said.",
+            labels=["objective"],
+        )
+        for objective, goodput in self._snapshot.goodput.items():
+            for result, count in goodput.results.items():
+                ended.add_metric([objective, result], count)
+            tokens.add_metric([objective], goodput.good_tokens)
+        yield from (ended, tokens)
+
+    def _limits(self) -> Iterator[Metric]:
+        limit = GaugeMetricFamily(
+            "flowcontrol_in_flight_limit",
+            "Requests in flight that the adaptive detector allows.",
+            labels=["stage"],
+        )
+        moves = CounterMetricFamily(
+            "flowcontrol_limit_moves",
+            "How often that limit moved.",
+            labels=["stage", "direction"],
+        )
+        for each in self._snapshot.limits:
+            limit.add_metric([each.stage], each.in_flight_max)
+            moves.add_metric([each.stage, "up"], each.raised)
+            moves.add_metric([each.stage, "down"], each.lowered)
+        yield from (limit, moves)
 
     def _pace(self) -> Iterator[Metric]:
         pace = self._snapshot.pace

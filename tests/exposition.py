@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 
 from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from flowcontrol.config import Limits
+from flowcontrol.events import EndpointsChanged, LoadObserved
 from flowcontrol.histogram import HistogramSnapshot
 from flowcontrol.request import Outcome
 from flowcontrol.snapshot import (
@@ -12,13 +14,21 @@ from flowcontrol.snapshot import (
     BandSnapshot,
     EndpointSnapshot,
     FlowSnapshot,
+    GoodputSnapshot,
+    LimitSnapshot,
     Pace,
     Snapshot,
     Totals,
 )
+from server.codec import INSTANCE
+from server.log_codec import LogEntry
 from server.metrics import SnapshotCollector, registry_of
+from server.pool_view import PoolView
 from server.reference_metrics import ReferenceCollector
+from server.settlement import Settlement
+from server.settlement_metrics import SettlementCollector
 
+_ENDPOINT = "127.0.0.1:8000"
 _SOME = HistogramSnapshot((0.001,), (1, 0), 1)
 EVERYTHING = Snapshot(
     saturation=0.5,
@@ -47,18 +57,40 @@ EVERYTHING = Snapshot(
             completed=1,
             wait_counts={Outcome.DISPATCHED: (1,) + (0,) * len(WAIT_BOUNDS_S)},
             wait_sum_ns={Outcome.DISPATCHED: 1},
+            forecasts=_SOME,
         )
     },
-    endpoints=(EndpointSnapshot("127.0.0.1:8000", 1, 0.5),),
+    endpoints=(EndpointSnapshot(_ENDPOINT, 1, 0.5),),
     objectives={"chat": 0},
     unknown_objectives=0,
+    limits=(LimitSnapshot("both", 1, 1, 1),),
+    goodput={"chat": GoodputSnapshot({"good": 1, "late": 1, "failed": 1}, 1)},
     pace=Pace(_SOME, _SOME),
 )
 
 
 def own_families() -> list[Metric]:
     """Return those under our own names."""
-    return _families([SnapshotCollector(EVERYTHING, 0, 0, _SOME)])
+    view = PoolView()
+    view.notice(EndpointsChanged((_ENDPOINT,)), 0)
+    view.notice(LoadObserved(_ENDPOINT, waiting=1, running=1, kv_usage=0.5), 0)
+    settlement = Settlement(1, lambda _id: 0, lambda _: None, answered=view.answered)
+    settlement.request_ended(1, 0, now_ns=0)
+    settlement.take(
+        LogEntry(
+            f"{INSTANCE}.1",
+            200,
+            is_success=True,
+            ttft_us=1,
+            input_tokens=1,
+            output_tokens=1,
+            request_bytes=1,
+            response_bytes=1,
+            endpoint=_ENDPOINT,
+        )
+    )
+    settled = SettlementCollector(settlement, view, EVERYTHING, 0)
+    return _families([SnapshotCollector(EVERYTHING, 0, 0, _SOME), settled])
 
 
 def reference_families() -> list[Metric]:
@@ -72,5 +104,5 @@ def sample_names(families: Iterable[Metric]) -> set[str]:
     return {sample.name for family in families for sample in family.samples}
 
 
-def _families(collectors: list[SnapshotCollector] | list[ReferenceCollector]) -> list[Metric]:
+def _families(collectors: Iterable[Collector]) -> list[Metric]:
     return list(registry_of(collectors).collect())

@@ -7,7 +7,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flowcontrol.histogram import HistogramSnapshot
 from flowcontrol.request import Outcome
-from flowcontrol.snapshot import BandSnapshot, EndpointSnapshot, Pace, Snapshot, Totals
+from flowcontrol.snapshot import (
+    BandSnapshot,
+    EndpointSnapshot,
+    GoodputSnapshot,
+    LimitSnapshot,
+    Pace,
+    Snapshot,
+    Totals,
+)
 from server.metrics import SnapshotCollector, registry_of
 
 SECOND = 1_000_000_000
@@ -46,6 +54,7 @@ TOTALS = Totals(
         Outcome.EVICTED_TTL: (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1),
     },
     wait_sum_ns={Outcome.DISPATCHED: 3_250_000_000, Outcome.EVICTED_TTL: 900 * SECOND},
+    forecasts=HistogramSnapshot((0.8, 1.25), (1, 3, 0), 3_800_000_000),
 )
 LAG = HistogramSnapshot((0.001, 0.5), (7, 2, 1), 1_500_000_000)
 SNAPSHOT = Snapshot(
@@ -63,6 +72,8 @@ SNAPSHOT = Snapshot(
     ),
     objectives={"chat": 10},
     unknown_objectives=7,
+    limits=(LimitSnapshot("both", 48, 5, 2),),
+    goodput={"chat": GoodputSnapshot({"good": 3, "late": 1, "failed": 0}, 70)},
     pace=Pace(
         turns=HistogramSnapshot((0.001,), (5, 1), 3_000_000),
         lags=HistogramSnapshot((0.001,), (4, 0), 1_000_000),
@@ -128,6 +139,18 @@ flowcontrol_wait_seconds_bucket{le="600.0",outcome="dispatched",priority="10"} 5
 flowcontrol_wait_seconds_bucket{le="+Inf",outcome="dispatched",priority="10"} 5.0
 flowcontrol_wait_seconds_count{outcome="dispatched",priority="10"} 5.0
 flowcontrol_wait_seconds_sum{outcome="dispatched",priority="10"} 3.25
+flowcontrol_forecast_ratio_bucket{le="0.8",priority="10"} 1.0
+flowcontrol_forecast_ratio_bucket{le="1.25",priority="10"} 4.0
+flowcontrol_forecast_ratio_bucket{le="+Inf",priority="10"} 4.0
+flowcontrol_forecast_ratio_count{priority="10"} 4.0
+flowcontrol_forecast_ratio_sum{priority="10"} 3.8
+flowcontrol_objective_responses_total{objective="chat",result="good"} 3.0
+flowcontrol_objective_responses_total{objective="chat",result="late"} 1.0
+flowcontrol_objective_responses_total{objective="chat",result="failed"} 0.0
+flowcontrol_objective_good_tokens_total{objective="chat"} 70.0
+flowcontrol_in_flight_limit{stage="both"} 48.0
+flowcontrol_limit_moves_total{direction="up",stage="both"} 5.0
+flowcontrol_limit_moves_total{direction="down",stage="both"} 2.0
 flowcontrol_processor_turn_seconds_bucket{le="0.001"} 5.0
 flowcontrol_processor_turn_seconds_bucket{le="+Inf"} 6.0
 flowcontrol_processor_turn_seconds_count 6.0
@@ -205,6 +228,11 @@ class TestSnapshotCollector:
             "requests": "counter",
             "completed_requests": "counter",
             "wait_seconds": "histogram",
+            "forecast_ratio": "histogram",
+            "objective_responses": "counter",
+            "objective_good_tokens": "counter",
+            "in_flight_limit": "gauge",
+            "limit_moves": "counter",
             "processor_turn_seconds": "histogram",
             "processor_lag_seconds": "histogram",
             "loop_lag_seconds": "histogram",
@@ -230,4 +258,7 @@ class TestSnapshotCollector:
         families = text_string_to_metric_families(rendered(SNAPSHOT))
 
         labels = {name for each in families for sample in each.samples for name in sample.labels}
-        assert labels == {"priority", "outcome", "endpoint", "le", "version"}
+        assert labels == {
+            *("priority", "outcome", "endpoint", "le", "version"),
+            *("objective", "result", "stage", "direction"),
+        }
