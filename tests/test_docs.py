@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.settings import load_settings
+from server.settings import Settings, load_settings
 from tests.readme import PAGES, PARTS, ROOT, marks, renewed
 
 DOCS = ROOT / "docs"
@@ -50,7 +50,7 @@ class TestPages:
     @pytest.mark.parametrize(("where", "text"), configurations(), ids=lambda value: value[:20])
     def test_configurations(self, where: str, text: str, tmp_path: Path) -> None:
         """Every whole configuration that is shown is accepted."""
-        if "kubernetes: {}" in text:
+        if "kubernetes: {}" in text and "kubernetes" not in Settings.model_fields:
             pytest.skip("needs a cluster's sources")
         (tmp_path / "objectives").mkdir()
         (tmp_path / "flowcontrol.yaml").write_text(text)
