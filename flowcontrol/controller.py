@@ -36,7 +36,6 @@ from flowcontrol.events import (
 from flowcontrol.expiry import Expiry
 from flowcontrol.flow import Lease
 from flowcontrol.forecast import Ahead, Forecast, forecast
-from flowcontrol.goodput import Goodput
 from flowcontrol.pool import FULL, Endpoint, Pool
 from flowcontrol.reclaim import Reclaimer, needed
 from flowcontrol.request import Outcome, Request
@@ -62,7 +61,6 @@ class FlowController:
         self.bands = Bands(config)
         self.pool = Pool(config.picker, make_detectors(config.detectors))
         self.settlement = Settlement(config.prices)
-        self.goodput = Goodput()
         self.decisions = Decisions(self.bands, self.pool)
         self._drain_rate = DrainRate(now_ns)
         self._across = Across()
@@ -180,9 +178,7 @@ class FlowController:
         if band is not None:
             band.fairness.correct(key.flow_id, error, now_ns)
         self.pool.settled(lease, settled, now_ns)
-        named = lease.request.objective
-        objective = named if named is not None and named in self.bands.objectives else ""
-        self.goodput.count(objective, lease, settled)
+        self.decisions.settled(lease, settled)
 
     def _change_endpoints(self, change: EndpointsChanged, now_ns: int) -> None:
         roles = change.roles

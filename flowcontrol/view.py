@@ -55,7 +55,7 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
             for detector in detectors
             if isinstance(detector, AdaptiveDetector)
         ),
-        goodput=controller.goodput.snapshot(),
+        goodput=controller.decisions.goodput.snapshot(),
     )
 
 
