@@ -11,6 +11,7 @@ The life of a request is four states; every move is made here and nowhere else:
 fits is served in order of priority and never refused because of how it was cut into batches.
 """
 
+from collections.abc import Mapping
 from typing import assert_never, final
 
 from flowcontrol.across import Across
@@ -23,10 +24,12 @@ from flowcontrol.decisions import Decisions
 from flowcontrol.events import (
     Answered,
     Arrived,
+    Change,
     Decision,
     DrainBegan,
     EndpointsChanged,
     Fact,
+    FlowEvicted,
     Left,
     LoadObserved,
     ObjectivesChanged,
@@ -40,7 +43,7 @@ from flowcontrol.pool import FULL, Endpoint, Pool
 from flowcontrol.reclaim import Reclaimer, needed
 from flowcontrol.request import Outcome, Request
 from flowcontrol.retry import DrainRate
-from flowcontrol.room import equals_to_displace
+from flowcontrol.room import equals_to_displace, without_room
 from flowcontrol.saturation import make_detectors
 from flowcontrol.settlement import Settlement
 
@@ -101,11 +104,7 @@ class FlowController:
             case _:
                 self._change(fact, now_ns)
 
-    def _change(
-        self,
-        fact: ObjectivesChanged | EndpointsChanged | Reconfigured | DrainBegan,
-        now_ns: int,
-    ) -> None:
+    def _change(self, fact: Change, now_ns: int) -> None:
         match fact:
             case ObjectivesChanged(priorities):
                 self.bands.declare(priorities, now_ns)
@@ -114,6 +113,9 @@ class FlowController:
                 self._change_endpoints(fact, now_ns)
             case Reconfigured(config):
                 self._reconfigure(config, now_ns)
+            case FlowEvicted(priority, flow_id):
+                for lease in self.bands.waiting_of(priority, flow_id):
+                    self._end_waiting(lease, Outcome.EVICTED_OPERATOR, now_ns)
             case DrainBegan(budget_ns):
                 if self._drain_until_ns is None:
                     self._drain_until_ns = now_ns + budget_ns
@@ -349,6 +351,7 @@ class FlowController:
         scopes = [] if self.capacity.fits(size) else [self._drain_rate]
         if not (band.capacity.fits(size) and lease.flow.capacity.fits(size)):
             scopes.append(band.drain_rate)
+        lease.without_room = without_room(lease, band, self.capacity)
         promises = [scope.promise(now_ns, most_ns) for scope in scopes]
         retry_after_ns = max((each for each in promises if each is not None), default=None)
         self._end_waiting(lease, Outcome.REJECTED_CAPACITY, now_ns, retry_after_ns)
@@ -424,6 +427,11 @@ class FlowController:
                 break
             above += each.waiting
         return forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
+
+    @property
+    def leases(self) -> Mapping[int, Lease]:
+        """Every live request by its id, in the order of arrival; for the owner to read."""
+        return self._leases
 
     def check_invariants(self) -> None:
         """Count everything anew and hold it against the accounts; O(requests). For tests."""

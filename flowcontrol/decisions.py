@@ -41,6 +41,7 @@ class Decisions:
                 self._pool.saturation(),
                 self._bands[priority].waiting,
                 lease.expected_wait_ns,
+                lease.without_room,
             )
         )
 
