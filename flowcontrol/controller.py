@@ -430,10 +430,9 @@ class FlowController:
         waiting = self._waiting()
         assert all(lease.is_admitted for lease in waiting)
         assert len(waiting) == self.waiting == self.capacity.requests
-        assert self._priorities == [band.priority for band in self.bands]
         assert self.capacity.bytes == sum(lease.request.byte_size for lease in waiting)
         order = [band.priority for band in self.bands]
-        assert order == sorted(order, reverse=True)
+        assert order == self._priorities == sorted(order, reverse=True)
         for band in self.bands:
             mine = [lease for lease in waiting if lease.flow.key.priority == band.priority]
             assert len(mine) == band.waiting
