@@ -54,7 +54,7 @@ class Band:
         flow = lease.flow
         flow.push(lease)
         self.waiting += 1
-        if len(flow) == 1:
+        if flow.waiting == 1:
             self.waiting_flows += 1
             self.fairness.enter(flow, now_ns)
         elif flow.head is lease:
@@ -77,7 +77,7 @@ class Band:
             if not self.capacity.requests:
                 self._cost = 0.0
                 self.drain_rate.ended(now_ns)
-        if not flow:
+        if not flow.waiting:
             self.waiting_flows -= 1
             self.fairness.leave(flow)
             self._forget(flow)
@@ -183,13 +183,13 @@ class Band:
         assert len(self.backlogs) == sum(bool(flow.capacity.requests) for flow in flows)
         for flow in flows:
             leases = flow.leases()
-            assert flow.capacity.requests == len(leases)
+            assert flow.capacity.requests == flow.waiting == len(leases)
             assert not leases or self.backlogs.count(flow) == len(leases)
             assert flow.capacity.bytes == sum(lease.request.byte_size for lease in leases)
             assert flow or flow.in_flight, "an idle flow is forgotten"
 
     def _forget(self, flow: Flow) -> None:
-        if not flow and not flow.in_flight:
+        if not flow.waiting and not flow.in_flight:
             del self.flows[flow.key.flow_id]
 
 

@@ -174,9 +174,9 @@ class FlowController:
         if news is None:
             return
         lease, error = news
-        key, band = lease.flow.key, self.bands.get(lease.flow.key.priority)
+        band = self.bands.get(lease.flow.key.priority)
         if band is not None:
-            band.fairness.correct(key.flow_id, error, now_ns)
+            band.fairness.correct(lease.flow.key.flow_id, error, now_ns)
         self.pool.settled(lease, settled, now_ns)
 
     def _change_endpoints(self, change: EndpointsChanged, now_ns: int) -> None:
@@ -184,6 +184,8 @@ class FlowController:
         endpoints = [Endpoint(each, roles.get(each, Role.BOTH)) for each in change.addresses]
         self.pool.set_endpoints(endpoints, now_ns)
         self._expiry.change_regime(self._waiting(), now_ns, is_empty=self.pool.is_empty)
+        if self.config.reclaim.is_enabled:
+            self._reclaimer.reconfigure(self.config.reclaim, self._leases.values())
 
     def _reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Go by other settings; whatever waits keeps its place, and accounts stand. O(requests)."""
@@ -338,7 +340,7 @@ class FlowController:
             self._across.admitted(lease, band)
         if self.config.forecasts:
             place = lease.flow.capacity.requests - 1  # as if in order of arrival: O(1)
-            lease.expected_wait_ns = self._forecast(band, band.ahead(lease, place), now_ns).wait_ns
+            lease.expected_wait_ns = self.forecast(band, band.ahead(lease, place), now_ns).wait_ns
 
     def _refuse(self, lease: Lease, band: Band, now_ns: int) -> None:
         """Reject a newcomer; where two limits refuse it, the slower one says when to come back."""
@@ -361,7 +363,7 @@ class FlowController:
         if self.pool.is_empty or saturation < ceiling:
             return
         must_end = needed(self.pool.total.requests, saturation, ceiling, band.waiting)
-        for victim in self._reclaimer.victims(must_end, band.priority, now_ns):
+        for victim in self._reclaimer.victims(must_end, band.priority, self.pool, now_ns):
             retry_after_ns = self._drain_rate.promise(now_ns, self.config.retry_after_max_ns)
             self.decisions.add(victim, Outcome.RECLAIMED, now_ns, retry_after_ns)
 
@@ -415,14 +417,11 @@ class FlowController:
         if lease is None or lease.is_in_flight:
             return None
         band = self.bands[lease.flow.key.priority]
-        return self._forecast(band, band.ahead_now(lease), now_ns)
+        return self.forecast(band, band.ahead_now(lease), now_ns)
 
-    def _forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
-        above = 0
-        for each in self.bands:
-            if each is band:
-                break
-            above += each.waiting
+    def forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
+        """Return what a request can expect that stands behind so much of its band; O(bands)."""
+        above = sum(each.waiting for each in self.bands if each.priority > band.priority)
         return forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
 
     def check_invariants(self) -> None:
@@ -431,10 +430,9 @@ class FlowController:
         waiting = self._waiting()
         assert all(lease.is_admitted for lease in waiting)
         assert len(waiting) == self.waiting == self.capacity.requests
-        assert self._priorities == [band.priority for band in self.bands]
         assert self.capacity.bytes == sum(lease.request.byte_size for lease in waiting)
         order = [band.priority for band in self.bands]
-        assert order == sorted(order, reverse=True)
+        assert order == self._priorities == sorted(order, reverse=True)
         for band in self.bands:
             mine = [lease for lease in waiting if lease.flow.key.priority == band.priority]
             assert len(mine) == band.waiting

@@ -27,7 +27,7 @@ class Decisions:
     ) -> None:
         """Write down what becomes of a request; its band still exists."""
         priority, flow_id = lease.flow.key
-        waited_ns = now_ns - lease.arrived_ns
+        waited_ns = (lease.dispatched_ns if lease.is_in_flight else now_ns) - lease.arrived_ns
         self.tallies[priority].count(outcome, waited_ns)
         self._made.append(
             Decision(
@@ -40,6 +40,8 @@ class Decisions:
                 retry_after_ns,
                 self._pool.saturation(),
                 self._bands[priority].waiting,
+                lease.is_reclaimable,
+                lease.is_watched,
                 lease.expected_wait_ns,
             )
         )

@@ -139,5 +139,9 @@ class Decision:
     """Of the pool, just after the decision."""
     waiting: int = 0
     """Requests waiting in the same band, just after the decision."""
+    is_reclaimable: bool = False
+    """Whether a second decision may follow: to end what is dispatched with this one."""
+    awaits_answer: bool = False
+    """Whether the engine wants to be told of the first byte (`Answered`)."""
     expected_wait_ns: int | None = None
     """What the wait was expected to be when it began; None when it was unknown, or never began."""

@@ -36,6 +36,12 @@ class Lease:
     is_admitted: bool = False
     """Whether it counts against the limits. A newcomer does not until it is found to fit."""
     is_in_flight: bool = False
+    dispatch_index: int = 0
+    """Position among the dispatches of what may be told to end."""
+    is_reclaimable: bool = False
+    """Whether it may be told to end."""
+    is_watched: bool = False
+    """Whether somebody looks out for its first byte."""
     has_answered: bool = False
     """Whether its first byte has been seen."""
     is_reclaimed: bool = False
@@ -66,13 +72,18 @@ class Flow:
     O(1) with fcfs, else O(log waiting). No dead entry is ever kept: what leaves is removed at once.
     """
 
-    __slots__ = ("_admitted", "_new", "_ordered", "capacity", "in_flight", "key", "ordering")
+    __slots__ = (
+        *("_admitted", "_new", "_ordered"),
+        *("capacity", "in_flight", "key", "ordering", "waiting"),
+    )
 
     def __init__(self, key: FlowKey, ordering: Ordering, limits: Limits) -> None:
         self.key = key
         self.ordering = ordering
         self.capacity = Capacity(limits)
         """What has been admitted."""
+        self.waiting = 0
+        """How many wait, newcomers included."""
         self.in_flight = 0
         self._admitted: OrderedDict[int, Lease] = OrderedDict()
         """By request id, in order of arrival; the newcomers came later."""
@@ -83,7 +94,7 @@ class Flow:
             self._ordered = KeyedHeap()
 
     def __len__(self) -> int:
-        return len(self._admitted) + len(self._new)
+        return self.waiting
 
     @property
     def head(self) -> Lease:
@@ -114,6 +125,7 @@ class Flow:
         assert request_id not in self._new, "a request waits once"
         assert request_id not in self._admitted, "a request waits once"
         self._new[request_id] = lease
+        self.waiting += 1
         if self._ordered is not None:
             self._ordered.put(lease, self.order_of(lease))
 
@@ -130,6 +142,7 @@ class Flow:
             self.capacity.give_back(lease.request.byte_size)
         else:
             del self._new[lease.request.request_id]
+        self.waiting -= 1
         if self._ordered is not None:
             self._ordered.discard(lease)
 

@@ -205,7 +205,8 @@ class Pool:
                 return FULL
             # Somebody has room, whatever the sum has become by rounding.
             load = min(self._load_sum / len(self._rooms), _ALMOST_FULL)
-        for detector in self._asked:
+        # While some are still where Envoy sent them, the pool is counted as a whole as well.
+        for detector in self._all if self._unplaced.requests else self._asked:
             saturation = detector.saturation()
             load = max(load, saturation)
         return load
@@ -301,6 +302,10 @@ class Pool:
         for detector in self._counting:
             detector.released(lease, now_ns)
         self._changed(address)
+
+    def counts(self, lease: Lease) -> bool:
+        """Whether a request in flight holds a slot of the pool as it is now."""
+        return lease.endpoint is None or lease.endpoint in self._turns
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
         """Take in what an endpoint says of itself; nothing, if it has left."""

@@ -23,6 +23,7 @@ from typing import final
 from flowcontrol.config import Reclaim
 from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
+from flowcontrol.pool import Pool
 
 
 def needed(in_flight: int, saturation: float, ceiling: float, demand: int) -> int:
@@ -46,22 +47,32 @@ class Reclaimer:
         """Sheddable requests in flight: the lowest band first, in it the newest."""
         self._told: dict[Lease, int] = {}
         """Requests told to end and still in flight, with when we give up on each."""
+        self._dispatch_count = 0
 
     def reconfigure(self, settings: Reclaim, leases: Iterable[Lease]) -> None:
         """Go by other settings; O(requests)."""
         self._settings = settings
         self._candidates = KeyedHeap()
+        if not settings.is_enabled:
+            self._told.clear()
+            return
         for lease in leases:
-            if lease.is_in_flight:
-                self.dispatched(lease)
+            if lease.is_reclaimable and not lease.is_reclaimed:
+                self._take_up(lease)
 
     def dispatched(self, lease: Lease) -> None:
-        """Take up a request that is now in flight."""
-        if lease.flow.key.priority >= 0 or lease.is_reclaimed:
-            return
-        if not (lease.has_answered and self._settings.is_only_before_first_byte):
-            key = (lease.flow.key.priority, -lease.dispatched_ns)
-            self._candidates.put(lease, key)
+        """Take up a request that is now in flight; what went before was not told of this."""
+        if self._settings.is_enabled and lease.flow.key.priority < 0:
+            self._dispatch_count += 1
+            lease.dispatch_index = self._dispatch_count
+            lease.is_reclaimable = True
+            lease.is_watched = self._settings.is_only_before_first_byte
+            self._take_up(lease)
+
+    def _take_up(self, lease: Lease) -> None:
+        may_have_answered = lease.has_answered or not lease.is_watched
+        if not (self._settings.is_only_before_first_byte and may_have_answered):
+            self._candidates.put(lease, (lease.flow.key.priority, -lease.dispatch_index))
 
     def answered(self, lease: Lease) -> None:
         """Note that a request's first byte has been seen."""
@@ -80,12 +91,13 @@ class Reclaimer:
             if given_up_ns <= now_ns:
                 del self._told[lease]
 
-    def victims(self, must_end: int, below_priority: int, now_ns: int) -> list[Lease]:
+    def victims(self, must_end: int, below_priority: int, pool: Pool, now_ns: int) -> list[Lease]:
         """Return who is to be ended now, each named once; O(log in flight) each.
 
         Args:
             must_end: in all, as `needed` says; whoever has been told already is part of it.
             below_priority: only bands lower than this.
+            pool: only what holds a slot of it.
             now_ns: the time.
         """
         chosen: list[Lease] = []
@@ -95,6 +107,8 @@ class Reclaimer:
             if priority >= below_priority:
                 break
             self._candidates.discard(lease)
+            if not pool.counts(lease):
+                continue
             self._told[lease] = now_ns + self._settings.patience_ns
             lease.is_reclaimed = True
             chosen.append(lease)

@@ -41,6 +41,8 @@ class BandSnapshot:
     bytes_max: int | None
     flow_count: int
     flows: tuple[FlowSnapshot, ...]
+    expected_wait_ns: int | None = None
+    """What one more request would wait, behind all that wait here and above; None when unknown."""
 
 
 @final
@@ -67,6 +69,35 @@ class EndpointSnapshot:
 
 @final
 @dataclass(frozen=True, slots=True)
+class MoveSnapshot:
+    """One change of a limit that the engine finds by itself."""
+
+    ago_ns: int
+    address: str | None
+    """Whose limit; None: of all endpoints of the stage together."""
+    before: float
+    after: float
+    reason: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class DetectorSnapshot:
+    """What one detector makes of one stage of the pool."""
+
+    stage: str
+    """both, prefill or decode."""
+    kind: str
+    """concurrency, utilization or adaptive."""
+    saturation: float
+    requests_limit: int | None
+    """Requests in flight at which the stage is full, where the detector goes by such a number."""
+    moves: tuple[MoveSnapshot, ...] = ()
+    """The latest changes of that number, the newest last."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The whole engine."""
 
@@ -87,3 +118,6 @@ class Snapshot:
     """Settlements that came."""
     lost_settlements: int = 0
     """Requests of which none came in time."""
+    awaited_settlements: int = 0
+    """Ended requests of which one may still come."""
+    detectors: tuple[DetectorSnapshot, ...] = ()

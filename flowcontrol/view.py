@@ -1,11 +1,23 @@
 """Pure. Takes the snapshots that everybody who only wants to look is given."""
 
+from dataclasses import replace
 from heapq import nlargest
 
+from flowcontrol.adaptive import AdaptiveDetector
 from flowcontrol.band import Band
+from flowcontrol.config import Concurrency, Role
 from flowcontrol.controller import FlowController
 from flowcontrol.flow import Flow
-from flowcontrol.snapshot import BandSnapshot, EndpointSnapshot, FlowSnapshot, Snapshot
+from flowcontrol.forecast import Ahead
+from flowcontrol.pool import Detector, Pool
+from flowcontrol.snapshot import (
+    BandSnapshot,
+    DetectorSnapshot,
+    EndpointSnapshot,
+    FlowSnapshot,
+    MoveSnapshot,
+    Snapshot,
+)
 
 
 def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Snapshot:
@@ -25,7 +37,11 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
         in_flight=controller.in_flight,
         is_draining=controller.is_draining,
         bands=tuple(
-            _band_snapshot(band, ceiling, now_ns, flows_max) for band, ceiling in controller.gates()
+            replace(
+                _band_snapshot(band, ceiling, now_ns, flows_max),
+                expected_wait_ns=controller.forecast(band, Ahead(band.waiting), now_ns).wait_ns,
+            )
+            for band, ceiling in controller.gates()
         ),
         totals={
             priority: tally.totals() for priority, tally in controller.decisions.tallies.items()
@@ -42,7 +58,36 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
         unknown_objectives=controller.bands.unknown_objectives,
         settlements=controller.settlement.seen,
         lost_settlements=controller.settlement.lost,
+        awaited_settlements=controller.settlement.awaited,
+        detectors=detector_snapshots(pool, now_ns),
     )
+
+
+def detector_snapshots(pool: Pool, now_ns: int) -> tuple[DetectorSnapshot, ...]:
+    """Return what each detector makes of each stage that has endpoints."""
+    return tuple(
+        _detector_snapshot(role, len(stage.addresses), detector, now_ns)
+        for role, stage in pool.stages.items()
+        if stage.addresses
+        for detector in pool.detectors[role]
+    )
+
+
+def _detector_snapshot(
+    role: Role, endpoints: int, detector: Detector, now_ns: int
+) -> DetectorSnapshot:
+    settings, limit = detector.settings, None
+    moves: tuple[MoveSnapshot, ...] = ()
+    if isinstance(detector, AdaptiveDetector):
+        limit = detector.limit
+        moves = tuple(
+            MoveSnapshot(now_ns - each.at_ns, each.address, each.before, each.after, each.reason)
+            for each in detector.moves
+        )
+    elif isinstance(settings, Concurrency) and settings.requests_max is not None:
+        limit = settings.requests_max * endpoints
+    kind = type(settings).__name__.lower()
+    return DetectorSnapshot(role.value, kind, detector.saturation(), limit, moves)
 
 
 def _band_snapshot(band: Band, ceiling: float, now_ns: int, flows_max: int) -> BandSnapshot:

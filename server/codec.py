@@ -9,6 +9,7 @@ from secrets import token_hex
 from typing import Any, Final, final
 
 from envoy.config.core.v3 import base_pb2
+from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
 from google.protobuf.struct_pb2 import Struct, Value
 
@@ -28,6 +29,11 @@ INSTANCE: Final = token_hex(4)
 one, has let go, and counters begin at 1 in each."""
 
 _NO_HEADERS: dict[str, str] = {}
+_AWAITS_ANSWER = processing_mode_pb2.ProcessingMode(
+    response_header_mode=processing_mode_pb2.ProcessingMode.SEND,
+    response_trailer_mode=processing_mode_pb2.ProcessingMode.SEND,
+)
+"""For one request: the headers of its response are sent to us, too; all else as configured."""
 
 
 class MalformedMessageError(Exception):
@@ -127,6 +133,8 @@ class Encoder:
         if self._engine_priority is not None:
             name, sign = self._engine_priority
             _set_header(mutation.set_headers.add(), name, str(sign * reply.priority))
+        if reply.awaits_answer:
+            response.mode_override.CopyFrom(_AWAITS_ANSWER)
         if reply.endpoint is not None:
             _send_to(response, ",".join((reply.endpoint, *reply.fallbacks)))
         return _serialized(response)

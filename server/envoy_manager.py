@@ -72,6 +72,7 @@ def _external_processor(settings: Settings) -> ext_proc.ExternalProcessor:
         status_on_error=envoy_type.HttpStatus(code=envoy_type.StatusCode.ServiceUnavailable),
         message_timeout=_duration(settings.longest_wait_ns + ENVOY_MARGIN_NS),
         processing_mode=_processing_mode(),
+        allow_mode_override=True,
         metadata_options=metadata_options(settings),
     )
 

@@ -121,6 +121,12 @@ class Exchange:
             return Exempt()
         return Park(facts)
 
+    def recall(self, refusal: Refuse) -> Reply:
+        """Take the decision that ends a request in flight; return it as the reply to be sent."""
+        assert self.phase is Phase.GOING, "only a request in flight is recalled"
+        self.phase = Phase.OVER
+        return refusal
+
     def decide(self, answer: Answer) -> Reply:
         """Take the decision about the parked request; return it as the reply that is owed."""
         assert self.phase is Phase.PARKED, "only a parked request is decided"

@@ -8,9 +8,9 @@ import grpc
 
 from server.classify import Intake
 from server.codec import SERVICE, Encoder, MalformedMessageError, decode
-from server.exchange import Exchange, Message, Park, Phase, ProtocolError
+from server.exchange import Exchange, Message, MessageKind, Park, Phase, ProtocolError
 from server.gate import FlowGate
-from server.replies import answer
+from server.replies import answer, refusal
 
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -84,10 +84,19 @@ class ExtProcDoor:
             )
             await context.write(self._encoder.encode(reply))
             while exchange.phase is Phase.GOING:
-                await asyncio.wait((reading, self._closing), return_when=asyncio.FIRST_COMPLETED)
+                news = [reading, self._closing]
+                if parked.recall is not None:
+                    news.append(parked.recall)
+                await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
+                if parked.recall is not None and parked.recall.done():
+                    reply = exchange.recall(refusal(parked.recall.result(), self._chance.random()))
+                    await context.write(self._encoder.encode(reply))
+                    return
                 message = reading.result() if reading.done() else None
                 if message is None:
                     return
+                if message.kind is MessageKind.RESPONSE_HEADERS:
+                    self._gate.answered(parked)
                 reading = asyncio.ensure_future(self._read(context))
                 await self._acknowledge(exchange, message, context)
         finally:

@@ -15,7 +15,7 @@ from typing import final
 from flowcontrol.config import ControllerConfig
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import NotRunningError
-from flowcontrol.events import Arrived, Decision, Fact, Left
+from flowcontrol.events import Answered, Arrived, Decision, Fact, Left
 from flowcontrol.inbox import Inbox
 from flowcontrol.processor import FlowProcessor
 from flowcontrol.request import DEFAULT_PRIORITY, Outcome, Request
@@ -35,6 +35,9 @@ class Parked:
     """Resolves exactly once, with the decision; never cancelled, never an exception."""
     decided_ns: int = 0
     left_ns: int | None = None
+    recall: asyncio.Future[Decision] | None = None
+    """Resolves with a second decision, if one comes: to end the request in flight. None where none
+    can come."""
 
 
 @final
@@ -119,6 +122,10 @@ class FlowGate:
             self._put(Left(parked.request_id))
         self._finish(parked, decision)
 
+    def answered(self, parked: Parked) -> None:
+        """Note that the first byte of the request's response has been seen."""
+        self._put(Answered(parked.request_id))
+
     def post(self, fact: Fact) -> None:
         """Tell the engine anything but an arrival or a departure."""
         self.pool_view.notice(fact, time.monotonic_ns())
@@ -171,14 +178,27 @@ class FlowGate:
 
     def _settle(self, decision: Decision) -> None:
         """Resolve a request's future: the one place where that is done."""
+        if decision.outcome is Outcome.RECLAIMED:
+            self._recall(decision)
+            return
         parked = self._parked[decision.request_id]
         parked.decided_ns = time.monotonic_ns()
+        if decision.is_reclaimable:
+            parked.recall = self._loop.create_future()
         parked.future.set_result(decision)
         if parked.left_ns is not None:
             self._finish(parked, decision)
 
+    def _recall(self, decision: Decision) -> None:
+        parked = self._parked.get(decision.request_id)
+        if parked is not None:  # else it has ended meanwhile: what was wanted of it
+            assert parked.recall is not None, "only what is reclaimable is reclaimed"
+            parked.recall.set_result(decision)
+
     def _finish(self, parked: Parked, decision: Decision) -> None:
         del self._parked[parked.request_id]
+        if parked.recall is not None and parked.recall.done():
+            decision = parked.recall.result()
         self._request_ended(parked, decision)
 
     def _ended(self, fault: BaseException | None) -> None:

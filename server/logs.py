@@ -35,10 +35,14 @@ def configure(level: str) -> None:
     )
 
 
+_DISPATCHED = (Outcome.DISPATCHED, Outcome.RECLAIMED)
+
+
 def request_ended(parked: Parked, decision: Decision) -> None:
     """Write the canonical line of a request that is decided and gone."""
+    refused = REFUSALS.get(decision.outcome)
     left_ns = parked.left_ns or parked.decided_ns
-    was_dispatched = decision.outcome is Outcome.DISPATCHED
+    was_dispatched = decision.outcome in _DISPATCHED
     _log.info(
         "request_decided",
         request_id=parked.request_id,
@@ -48,7 +52,7 @@ def request_ended(parked: Parked, decision: Decision) -> None:
         model=parked.facts.model,
         priority=decision.priority,
         outcome=decision.outcome.value,
-        http_status=None if was_dispatched else REFUSALS[decision.outcome].status,
+        http_status=None if refused is None else refused.status,
         waited_ms=_ms(decision.waited_ns),
         in_flight_ms=_ms(max(0, left_ns - parked.decided_ns)) if was_dispatched else 0.0,
         byte_size=parked.facts.byte_size,

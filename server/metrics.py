@@ -47,6 +47,7 @@ class SnapshotCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
         yield from self._pool()
+        yield from self._detectors()
         yield from self._bands()
         yield from self._totals()
         yield from self._more
@@ -83,6 +84,30 @@ class SnapshotCollector(Collector):
             if endpoint.in_flight is not None:
                 in_flight.add_metric([endpoint.address], endpoint.in_flight)
         yield in_flight
+
+    def _detectors(self) -> Iterator[Metric]:
+        labels = ["stage", "detector"]
+        load = GaugeMetricFamily(
+            "flowcontrol_detector_saturation", "Load of a stage; 1.0 is full.", labels=labels
+        )
+        limit = GaugeMetricFamily(
+            "flowcontrol_detector_requests_limit",
+            "Requests in flight at which a stage is full; with adaptive, as found so far.",
+            labels=labels,
+        )
+        for each in self._snapshot.detectors:
+            load.add_metric([each.stage, each.kind], each.saturation)
+            if each.requests_limit is not None:
+                limit.add_metric([each.stage, each.kind], each.requests_limit)
+        wait = GaugeMetricFamily(
+            "flowcontrol_expected_wait_seconds",
+            "What one more request would wait; not there while that is unknown.",
+            labels=["priority"],
+        )
+        for band in self._snapshot.bands:
+            if band.expected_wait_ns is not None:
+                wait.add_metric([str(band.priority)], band.expected_wait_ns / 1e9)
+        yield from (load, limit, wait)
 
     def _bands(self) -> Iterator[Metric]:
         gauges: tuple[tuple[str, str, Callable[[BandSnapshot], float]], ...] = (

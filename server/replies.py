@@ -76,6 +76,8 @@ class Proceed:
     """Where to send it if it cannot be sent there, best first."""
     headroom: float = 0.0
     """Room left in the pool just after, from 0 to 1."""
+    awaits_answer: bool = False
+    """Whether we want to be told when the response begins."""
 
 
 class EnginePriority(NamedTuple):
@@ -130,9 +132,20 @@ def answer(decision: Decision, chance: float, *, continue_on_fault: bool = False
             decision.waited_ns,
             decision.endpoint,
             headroom=max(0.0, 1.0 - decision.saturation),
+            awaits_answer=decision.awaits_answer,
         )
     if decision.outcome is Outcome.INTERNAL and continue_on_fault:
         return Exempt()
+    return refusal(decision, chance)
+
+
+def refusal(decision: Decision, chance: float) -> Refuse:
+    """Put any other decision than to dispatch into words for Envoy.
+
+    Args:
+        decision: of the engine, or of the gate when the engine has failed.
+        chance: from 0 to 1, as for `answer`.
+    """
     refused = REFUSALS[decision.outcome]
     return Refuse(
         refused.status,

@@ -164,6 +164,15 @@ class OnOffSection(Section):
     off: Duration
     """How long they stay away."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, value: object) -> object:
+        """Read what YAML makes of a bare on or off."""
+        if not isinstance(value, dict):
+            return value
+        words = {True: "on", False: "off"}
+        return {words[k] if isinstance(k, bool) else k: v for k, v in value.items()}
+
 
 class PoissonSection(Section):
     """People who know nothing of each other; they come whatever the servers do."""

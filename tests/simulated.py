@@ -3,13 +3,22 @@
 from random import Random
 
 from flowcontrol.config import (
+    Adaptive,
     BandSettings,
     BandTemplate,
+    Ceilings,
+    CeilingSettings,
     Concurrency,
     ControllerConfig,
+    Detector,
     Fairness,
     Limits,
+    Ordering,
     Picker,
+    Reclaim,
+    Role,
+    Staleness,
+    Utilization,
 )
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Decision, Fact
@@ -140,8 +149,12 @@ def random_config(chance: Random) -> ControllerConfig:
     def settings() -> BandSettings:
         return BandSettings(
             limits=Limits(requests_max=chance.choice([None, 0, 3, 50])),
+            flow_limits=Limits(requests_max=chance.choice([None, None, 2, 20])),
             ttl_ns=chance.choice([None, SECOND // 2, 5 * SECOND, 60 * SECOND]),
             fairness=chance.choice(list(Fairness)),
+            ordering=chance.choice(list(Ordering)),
+            share_min=chance.choice([0.0, 0.0, 0.1, 0.4]),
+            promote_after_ns=chance.choice([None, None, SECOND]),
         )
 
     return ControllerConfig(
@@ -152,15 +165,40 @@ def random_config(chance: Random) -> ControllerConfig:
         templates=(BandTemplate(priority_max=-1, settings=settings()),),
         default_settings=settings(),
         no_endpoint_ttl_ns=chance.choice([None, SECOND, 30 * SECOND]),
-        detectors=(Concurrency(requests_max=chance.randint(1, 6)),),
+        detectors=_random_detectors(chance),
+        ceilings=CeilingSettings(
+            policy=chance.choice([Ceilings.STATIC, *Ceilings]), ceiling_min=chance.uniform(0.1, 0.9)
+        ),
         picker=chance.choice(list(Picker)),
+        weights=chance.choice([{}, {"a": 3.0, "b": 0.5}]),
+        reclaim=Reclaim(
+            is_enabled=chance.random() < 0.5,
+            is_only_before_first_byte=chance.random() < 0.5,
+            at_once_max=chance.randint(1, 3),
+        ),
+        forecasts=chance.random() < 0.5,
     )
+
+
+def _random_detectors(chance: Random) -> tuple[Detector, ...]:
+    """Return detectors that let everything through in the end, if there are scrapes."""
+    counted = Concurrency(requests_max=chance.randint(1, 6))
+    others: list[Detector] = [
+        Concurrency(requests_max=None, tokens_max=chance.choice([50, 500])),
+        Concurrency(requests_max=chance.randint(1, 6), tokens_max=500),
+        Utilization(waiting_max=chance.randint(1, 5), staleness=chance.choice(list(Staleness))),
+        Adaptive(limit_first=chance.randint(1, 8)),
+    ]
+    if chance.random() < 0.4:
+        return (counted,)
+    return tuple(chance.sample([counted, *others], chance.randint(1, 3)))
 
 
 def random_plan(chance: Random) -> Plan:
     """Return a plan in which about everything may happen, for half a minute."""
     duration_ns = 30 * SECOND
     server_count = chance.randint(1, 4)
+    is_plain = chance.random() < 0.7
     specs = tuple(
         ServerSpec(
             address=f"s{n}",
@@ -171,6 +209,7 @@ def random_plan(chance: Random) -> Plan:
                 step_base_ns=chance.choice([5, 20]) * MILLISECOND,
             ),
             from_ns=chance.choice([0, 0, 0, 8 * SECOND]),
+            role=Role.BOTH if is_plain else chance.choice(list(Role)),
         )
         for n in range(server_count)
     )
@@ -182,7 +221,7 @@ def random_plan(chance: Random) -> Plan:
         faults=tuple(_random_fault(chance, server_count) for _ in range(chance.randint(0, 6))),
         balancer=chance.choice(list(Balancer)),
         settlement_delay_ns=chance.choice([None, 0, SECOND]),
-        scrape_interval_ns=chance.choice([None, SECOND]),
+        scrape_interval_ns=chance.choice([SECOND // 2, SECOND]),
     )
 
 

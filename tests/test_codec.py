@@ -23,6 +23,10 @@ with warnings.catch_warnings():
         HeaderValueOptionHeaderAppendAction,
         Metadata,
     )
+    from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
+        ProcessingMode,
+        ProcessingModeHeaderSendMode,
+    )
     from envoy_data_plane.envoy.service.ext_proc.v3 import (
         BodyResponse,
         CommonResponse,
@@ -237,6 +241,17 @@ class TestProceed:
         )
 
         assert expected == parsed(Proceed(8, -1, 999_999, endpoint=value))
+
+    def test_awaits_answer(self) -> None:
+        """Of one request the response headers are asked for; of others nothing is said."""
+        asked = parsed(Proceed(7, -1, 0, awaits_answer=True)).mode_override
+        silent = parsed(Proceed(7, -1, 0)).mode_override
+
+        assert silent is None
+        assert asked == ProcessingMode(
+            response_header_mode=ProcessingModeHeaderSendMode.SEND,
+            response_trailer_mode=ProcessingModeHeaderSendMode.SEND,
+        )
 
     @pytest.mark.parametrize(
         ("picks", "removed"),

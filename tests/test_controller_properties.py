@@ -33,17 +33,24 @@ from flowcontrol.config import (
     Fairness,
     Limits,
     Picker,
+    Reclaim,
+    Role,
 )
 from flowcontrol.controller import FlowController
 from flowcontrol.decisions import Decisions
 from flowcontrol.events import (
+    Answered,
     Arrived,
     Decision,
     DrainBegan,
     EndpointsChanged,
     Left,
+    LoadObserved,
     ObjectivesChanged,
+    Reconfigured,
+    Settled,
 )
+from flowcontrol.events import Fact as AnyFact
 from flowcontrol.expiry import Expiry
 from flowcontrol.flow import Lease
 from flowcontrol.pool import FULL, Pool
@@ -54,7 +61,7 @@ from flowcontrol.snapshot import BandSnapshot, Snapshot
 from flowcontrol.view import take_snapshot
 
 SECOND = 1_000_000_000
-OBJECTIVES = {"batch": -1, "chat": 10, "urgent": 20}
+OBJECTIVES = {"scraps": -2, "batch": -1, "chat": 10, "urgent": 20}
 ELSEWHERE_NS = SECOND
 EXPIRED = (Outcome.EVICTED_TTL, Outcome.EVICTED_NO_ENDPOINTS)
 REFUSED = (Outcome.REJECTED_CAPACITY, Outcome.REJECTED_NO_ENDPOINTS, Outcome.EVICTED_DISPLACED)
@@ -90,6 +97,15 @@ configs = st.builds(
     detectors=st.integers(1, 3).map(lambda most: (Concurrency(requests_max=most),)),
     picker=st.sampled_from(Picker),
     retry_after_max_ns=seconds(9),
+    weights=st.just({}) | st.just({"a": 3.0, "b": 0.5}),
+    reclaim=st.just(Reclaim())
+    | st.builds(
+        Reclaim,
+        is_enabled=st.just(value=True),
+        is_only_before_first_byte=st.booleans(),
+        at_once_max=st.integers(1, 3),
+        patience_ns=st.integers(1, 4).map(lambda count: count * SECOND),
+    ),
 )
 arrivals = st.sampled_from(
     tuple(
@@ -120,6 +136,13 @@ class Entry:
     """Whether it was left waiting by a poll."""
     has_left: bool = False
     decision: Decision | None = None
+    is_watched: bool = False
+    """Whether it was dispatched while the engine wanted to be told of its first byte."""
+    is_reclaimable: bool = False
+    has_answered: bool = False
+    dispatch_index: int = 0
+    told_until_ns: int | None = None
+    """When the engine stops to wait for it, since it was told to end."""
 
     @property
     def flow(self) -> tuple[int, str]:
@@ -148,6 +171,10 @@ class ControllerLedger(RuleBasedStateMachine):
         self.objectives: dict[str, int] = {}
         self.unknown_objectives = 0
         self.endpoints: tuple[str, ...] = ()
+        self.roles: dict[str, Role] = {}
+        self.dispatched = 0
+        self.is_overfull = False
+        """Whether limits may be exceeded, since they were lowered while requests waited."""
         self.drain_until_ns: int | None = None
         self.is_sound = False
         """Whether the last poll passed all checks."""
@@ -189,12 +216,69 @@ class ControllerLedger(RuleBasedStateMachine):
             entry.has_left = True
             self.controller.handle(Left(entry.request.request_id), self.now_ns)
 
+    @rule(
+        objective=st.sampled_from(["batch", "scraps"]),
+        batch=st.integers(1, 5),
+        answered=st.sampled_from([None, None, 0, 1, 2]),
+        persons=st.integers(1, 4),
+    )
+    def hold_up(self, objective: str, batch: int, answered: int | None, persons: int) -> None:
+        """Let sheddable work fill the pool, begin to answer perhaps, and better work come."""
+        self.arrive([(objective, "a", 0, None)] * batch)
+        self.poll()
+        in_flight = [entry for entry in self.entries.values() if entry.is_in_flight]
+        if answered is not None and in_flight:
+            self.answer(in_flight[-1 - answered % len(in_flight)].request.request_id)
+        self.arrive([("chat", "b", 0, None)] * persons)
+        self.poll()
+
+    @precondition(lambda self: self.entries)
+    @rule(index=st.integers(0, 99))
+    def answer(self, index: int) -> None:
+        """See the first byte of a response, where somebody looks for it."""
+        entry = self.entries[index % len(self.entries)]
+        if entry.is_in_flight and entry.is_watched:
+            entry.has_answered = True
+            self.controller.handle(Answered(entry.request.request_id), self.now_ns)
+
+    @rule(index=st.integers(0, 99), tokens=st.integers(0, 5000), is_success=st.booleans())
+    def settle(self, index: int, tokens: int, *, is_success: bool) -> None:
+        """Say what some request took: before or after it left, again, or though it never went."""
+        settled = Settled(index, tokens, tokens // 2, tokens, is_success=is_success)
+        self.controller.handle(settled, self.now_ns)
+
+    @rule(index=st.integers(0, 3), waiting=st.integers(0, 9))
+    def observe(self, index: int, waiting: int) -> None:
+        """Hear an endpoint, or one that is not there, speak of its load; nobody believes it."""
+        load = LoadObserved(f"10.0.0.{index}:8000", waiting, 1, 0.5)
+        self.controller.handle(load, self.now_ns)
+
+    @rule(config=configs)
+    def reconfigure(self, config: ControllerConfig) -> None:
+        """Go by other settings: whatever waits keeps its place."""
+        self.config = config
+        self.controller.handle(Reconfigured(config), self.now_ns)
+        self.is_overfull = True
+        for entry in self.undecided():
+            if entry.has_waited:
+                entry.spared_until_ns = self.now_ns + 1
+        if not config.reclaim.is_enabled:
+            for entry in self.entries.values():
+                if entry.told_until_ns is not None:
+                    entry.told_until_ns = 0  # no longer waited for, and never told again
+
+    @rule(count=st.integers(0, 3), roles=st.lists(st.sampled_from(Role), min_size=3, max_size=3))
+    def change_roles(self, count: int, roles: list[Role]) -> None:
+        """Let prefill and decode run apart."""
+        self.change_endpoints(count, roles)
+
     @rule(count=st.integers(0, 3))
-    def change_endpoints(self, count: int) -> None:
+    def change_endpoints(self, count: int, roles: list[Role] | None = None) -> None:
         """Grow, shrink or empty the pool."""
         was_empty = not self.endpoints
         self.endpoints = tuple(f"10.0.0.{index}:8000" for index in range(count))
-        self.controller.handle(EndpointsChanged(self.endpoints), self.now_ns)
+        self.roles = dict(zip(self.endpoints, roles or [Role.BOTH] * 3, strict=False))
+        self.controller.handle(EndpointsChanged(self.endpoints, self.roles), self.now_ns)
         if was_empty == (not self.endpoints):
             return
         for entry in self.undecided():
@@ -243,6 +327,7 @@ class ControllerLedger(RuleBasedStateMachine):
         decisions = self.controller.poll(self.now_ns)
         for decision in decisions:
             self.enter(decision)
+        decisions = self.check_reclaim(decisions)
         self.check_dispatch_order(decisions, alive)
         self.check_endpoints(decisions)
         self.check_refusals(alive)
@@ -280,9 +365,19 @@ class ControllerLedger(RuleBasedStateMachine):
     def enter(self, decision: Decision) -> None:
         """Enter one decision, which must be the first, and true in itself."""
         entry = self.entries[decision.request_id]
+        if decision.outcome is Outcome.RECLAIMED:
+            return
         assert entry.decision is None, "decided twice"
         entry.decision = decision
         assert decision.waited_ns == self.now_ns - entry.arrived_ns
+        if decision.outcome is Outcome.DISPATCHED:
+            reclaim = self.config.reclaim
+            self.dispatched += 1
+            entry.dispatch_index = self.dispatched
+            entry.is_reclaimable = reclaim.is_enabled and entry.priority < 0
+            entry.is_watched = entry.is_reclaimable and reclaim.is_only_before_first_byte
+        assert decision.is_reclaimable == entry.is_reclaimable
+        assert decision.awaits_answer == entry.is_watched
         assert (decision.priority, decision.flow_id) == entry.flow
         if decision.outcome is Outcome.EVICTED_CANCELLED:
             assert entry.has_left
@@ -318,12 +413,41 @@ class ControllerLedger(RuleBasedStateMachine):
             if entry.is_in_flight and entry.decision is not None
         )
 
+    def stage(self, role: Role) -> list[str]:
+        """Return the endpoints that do this part of the work."""
+        return [each for each in self.endpoints if self.roles[each] in (role, Role.BOTH)]
+
+    def total_in_flight(self) -> int:
+        """Return what is in flight, but for what was sent to endpoints that have left."""
+        loads = self.loads()
+        return loads[""] + sum(loads[each] for each in self.endpoints)
+
+    def slots(self) -> int:
+        """Return how many may be in flight at once, wherever they go."""
+        in_flight_max = in_flight_max_of(self.config)
+        stages = [len(self.stage(role)) for role in (Role.PREFILL, Role.DECODE)]
+        return in_flight_max * min([each for each in stages if each], default=0)
+
     def free_slots(self) -> int:
         """Return how many more requests could be in flight now."""
         in_flight_max, loads = in_flight_max_of(self.config), self.loads()
-        if self.config.picker is Picker.LEAST_LOADED:
-            return sum(in_flight_max - loads[address] for address in self.endpoints)
-        return len(self.endpoints) * in_flight_max - loads[""]
+        free = self.slots() - self.total_in_flight()
+        if self.config.picker is Picker.OFF:
+            return free
+        picked = self.stage(Role.DECODE)
+        free_there = sum(max(0, in_flight_max - loads[address]) for address in picked)
+        if self.stage(Role.PREFILL) != picked or loads[""]:
+            return min(free_there, max(0, self.prefill_free()))
+        return free_there
+
+    def prefill_free(self) -> int:
+        """Return the free slots of the pool as a whole, where the picker does not know places."""
+        in_flight_max = in_flight_max_of(self.config)
+        stages = [self.stage(Role.PREFILL)]
+        if self.loads()[""]:
+            stages.append(self.stage(Role.DECODE))
+        free = [len(each) * in_flight_max - self.total_in_flight() for each in stages if each]
+        return min(free, default=in_flight_max * 99)
 
     # The rules
 
@@ -353,15 +477,71 @@ class ControllerLedger(RuleBasedStateMachine):
             assert all(each.endpoint is None for each in sent)
             assert not sent or self.free_slots() >= 0, "more in flight than there are slots"
             return
-        assert all(load <= in_flight_max_of(self.config) for load in loads.values()), (
-            "endpoint overfull"
-        )
+        if sent and loads[""]:
+            assert self.total_in_flight() <= self.slots(), "more in flight than there are slots"
+        most = in_flight_max_of(self.config)
+        assert all(loads[str(each.endpoint)] <= most for each in sent), "endpoint overfull"
         loads.subtract(str(each.endpoint) for each in sent)
+        picked = self.stage(Role.DECODE)
         for each in sent:
-            fewest = min(loads[address] for address in self.endpoints)
-            assert each.endpoint in self.endpoints, "sent to an endpoint that is not there"
+            assert each.endpoint in picked, "sent to an endpoint that is not there"
+            fewest = min(loads[address] for address in picked)
             assert loads[each.endpoint] == fewest, "sent to an endpoint that is not least loaded"
             loads[each.endpoint] += 1
+
+    def check_reclaim(self, decisions: list[Decision]) -> list[Decision]:
+        """Hold requests told to end against need, rank and promise; return the other decisions."""
+        told = [each for each in decisions if each.outcome is Outcome.RECLAIMED]
+        reclaim = self.config.reclaim
+        assert not told or reclaim.is_enabled, "reclaimed though that is off"
+        for entry in self.entries.values():
+            if entry.told_until_ns is not None and entry.told_until_ns <= self.now_ns:
+                entry.told_until_ns = 0  # given up on
+        pending = [e for e in self.entries.values() if e.told_until_ns and e.is_in_flight]
+        waiting = self.undecided()
+        top = max((each.priority for each in waiting), default=0)
+        demand = sum(each.priority == top for each in waiting)
+        slots, total = self.slots(), self.total_in_flight()
+        must_end = max(0, min(demand, slots) - slots + total) if waiting else 0
+        for decision in told:
+            entry = self.entries[decision.request_id]
+            assert entry.is_in_flight, "reclaimed though not in flight"
+            assert entry.told_until_ns is None, "told to end twice"
+            assert entry in self.may_end(top), "not to be reclaimed"
+            ranks = [(each.priority, -each.dispatch_index) for each in self.may_end(top)]
+            assert (entry.priority, -entry.dispatch_index) == min(ranks), (
+                "not the newest of the low"
+            )
+            entry.told_until_ns = self.now_ns + reclaim.patience_ns
+            pending.append(entry)
+        if told:
+            assert len(pending) <= reclaim.at_once_max, "too many at once"
+            assert len(pending) <= must_end, "more than needed"
+        elif reclaim.is_enabled and self.endpoints and self.config.picker is Picker.OFF:
+            idle = not pending and must_end and self.may_end(top)
+            assert not idle, "held up beside what may be ended"
+        return [each for each in decisions if each.outcome is not Outcome.RECLAIMED]
+
+    def holds_slot(self, entry: Entry) -> bool:
+        """Whether it is in flight at an endpoint that is there, or Envoy knows where."""
+        endpoint = entry.decision.endpoint if entry.decision is not None else None
+        return endpoint is None or endpoint in self.endpoints
+
+    def may_end(self, below: int) -> list[Entry]:
+        """Return what may be told to end for a band."""
+        reclaim = self.config.reclaim
+        return [
+            entry
+            for entry in self.entries.values()
+            if entry.is_in_flight
+            and entry.is_reclaimable
+            and entry.told_until_ns is None
+            and entry.priority < below
+            and self.holds_slot(entry)
+            and not (
+                reclaim.is_only_before_first_byte and (entry.has_answered or not entry.is_watched)
+            )
+        ]
 
     def check_refusals(self, alive: list[Entry]) -> None:
         """Nobody waits or is refused beside a free slot."""
@@ -431,7 +611,15 @@ class ControllerLedger(RuleBasedStateMachine):
         if waiting and self.drain_until_ns is not None:
             assert self.now_ns < self.drain_until_ns, "waits past the end of the drain"
             ends.append(self.drain_until_ns)
-        assert self.controller.next_wakeup_ns() == min(ends, default=None), "wrong wake-up"
+        times = [entry.told_until_ns for entry in self.entries.values()]
+        told = [each for each in times if each is not None and each > 0]
+        if waiting and self.config.reclaim.is_enabled:
+            ends += told
+        wakeup_ns = self.controller.next_wakeup_ns()
+        if told:  # some of them have left, or are at endpoints that have
+            assert wakeup_ns is None or wakeup_ns >= min(ends, default=0), "wrong wake-up"
+        else:
+            assert wakeup_ns == min(ends, default=None), "wrong wake-up"
 
     def check_bound(self, entry: Entry) -> None:
         """However the pool flaps, nobody waits longer than both budgets together.
@@ -455,10 +643,11 @@ class ControllerLedger(RuleBasedStateMachine):
         self.check_totals(snapshot)
         assert snapshot.unknown_objectives == self.unknown_objectives
         assert snapshot.objectives == self.objectives
-        assert fits(waiting, self.config.limits), "more waits than may"
+        assert self.is_overfull or fits(waiting, self.config.limits), "more waits than may"
         for band in snapshot.bands:
             mine = [entry for entry in waiting if entry.priority == band.priority]
-            assert fits(mine, self.config.settings_for(band.priority).limits), "band overfull"
+            own = self.config.settings_for(band.priority).limits
+            assert self.is_overfull or fits(mine, own), "band overfull"
             assert (band.waiting, band.waiting_bytes) == (len(mine), size_of(mine))
             self.check_flows(band, mine)
         live = {entry.priority for entry in entries if entry.decision is None or entry.is_in_flight}
@@ -469,7 +658,7 @@ class ControllerLedger(RuleBasedStateMachine):
         assert self.controller.is_drained == is_over
 
     def check_totals(self, snapshot: Snapshot) -> None:
-        """The totals are those of the decisions in the ledger."""
+        """The totals are those of the decisions in the ledger; reclaims are counted beside."""
         counts: Counter[tuple[int, Outcome]] = Counter()
         waits_ns: Counter[tuple[int, Outcome]] = Counter()
         for entry in self.entries.values():
@@ -480,11 +669,13 @@ class ControllerLedger(RuleBasedStateMachine):
             (priority, outcome): count
             for priority, totals in snapshot.totals.items()
             for outcome, count in totals.outcomes.items()
+            if outcome is not Outcome.RECLAIMED
         }
         assert waits_ns == {
             (priority, outcome): sum_ns
             for priority, totals in snapshot.totals.items()
             for outcome, sum_ns in totals.wait_sum_ns.items()
+            if outcome is not Outcome.RECLAIMED
         }
 
     def check_flows(self, band: BandSnapshot, waiting: list[Entry]) -> None:
@@ -857,6 +1048,32 @@ class DecidesTwice(FlowController):  # type: ignore[misc]  # planted
         return decisions + [each for each in decisions if each.outcome in REFUSED]
 
 
+class ForgetsTheDebit(FlowController):  # type: ignore[misc]  # planted
+    """Tells the next to end as if nobody had been told."""
+
+    def _reclaim(self, now_ns: int) -> None:
+        self._reclaimer.give_up(now_ns + 99 * SECOND)
+        super()._reclaim(now_ns)
+
+
+class EndsWhatHasAnswered(FlowController):  # type: ignore[misc]  # planted
+    """Does not hear that an answer has begun."""
+
+    def handle(self, fact: AnyFact, now_ns: int) -> None:
+        """Take in any other fact."""
+        if not isinstance(fact, Answered):
+            super().handle(fact, now_ns)
+
+
+class KeepsOldLimits(FlowController):  # type: ignore[misc]  # planted
+    """Goes by the limits it began with."""
+
+    def _reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
+        limits = self.capacity.limits
+        super()._reconfigure(config, now_ns)
+        self.capacity.limits = limits
+
+
 class KeepsEmptyBands(FlowController):  # type: ignore[misc]  # planted
     """Lets a removed band outlive its last request."""
 
@@ -867,8 +1084,8 @@ class KeepsEmptyBands(FlowController):  # type: ignore[misc]  # planted
 PLANTED = {
     ExpiresLate: "waits past its deadline|wrong wake-up",
     ForgetsOwnTtl: "waits past its deadline|wrong wake-up",
-    RestartsEveryFlap: "wrong wake-up|not evicted at its deadline",
-    AdmitsOneTooMany: "more waits than may",
+    RestartsEveryFlap: "wrong wake-up|not evicted at its deadline|waits past its deadline",
+    AdmitsOneTooMany: "more waits than may|displaced in vain",
     RefusesExactFit: "refused though",
     RefusesBeforeDispatch: "refused beside a free slot|refused though",
     DisplacesEquals: "displaced",
@@ -882,6 +1099,9 @@ PLANTED = {
     LosesSlots: "waits beside a free slot|refused beside a free slot",
     PicksMostLoaded: "sent to an endpoint that is not least loaded|endpoint overfull",
     DecidesTwice: "decided twice",
+    ForgetsTheDebit: "more than needed|too many at once",
+    EndsWhatHasAnswered: "not to be reclaimed|not the newest",
+    KeepsOldLimits: "refused though|displaced in vain|more waits than may",
     KeepsEmptyBands: "outlived its last request",
 }
 """Each planted bug, and what the ledger says when it finds it."""

@@ -225,6 +225,7 @@ class TestGate:
         gate = filter_of(configuration)
 
         assert gate["failure_mode_allow"] is False
+        assert gate["allow_mode_override"] is True
         assert gate["processing_mode"] == {
             "request_header_mode": "SEND",
             "request_body_mode": "NONE",

@@ -133,6 +133,26 @@ class TestDecide:
         assert exchange.phase is phase
 
 
+class TestRecall:
+    """What the engine says later."""
+
+    def test_in_flight(self) -> None:
+        """A request in flight is refused after all, and its conversation is over."""
+        exchange = exchange_in(Phase.GOING)
+
+        assert exchange.recall(REFUSE) is REFUSE
+        assert exchange.phase is Phase.OVER
+
+    @pytest.mark.parametrize("phase", [Phase.OPENING, Phase.PARKED, Phase.OVER])
+    def test_only_in_flight(self, phase: Phase) -> None:
+        """To recall what is not in flight is our own mistake, and changes nothing."""
+        exchange = exchange_in(phase)
+
+        with pytest.raises(AssertionError, match="only a request in flight is recalled"):
+            exchange.recall(REFUSE)
+        assert exchange.phase is phase
+
+
 class TestSequences:
     """Any conversation, to the end."""
 

@@ -11,9 +11,16 @@ from typing import Any, TypeVarTuple, final
 import grpc
 import pytest
 
-from flowcontrol.config import Concurrency, ControllerConfig, Limits
+from flowcontrol.config import Concurrency, ControllerConfig, Limits, Reclaim
 from flowcontrol.errors import NotRunningError
-from flowcontrol.events import Arrived, Decision, DrainBegan, EndpointsChanged, Left
+from flowcontrol.events import (
+    Arrived,
+    Decision,
+    DrainBegan,
+    EndpointsChanged,
+    Left,
+    ObjectivesChanged,
+)
 from flowcontrol.request import Outcome, Request
 from server.classify import Intake, RequestFacts
 from server.codec import Encoder
@@ -293,6 +300,79 @@ class TestLeave:
 
             with pytest.raises(AssertionError, match="a request leaves once"):
                 home.gate.leave(parked)
+
+
+RECLAIMING = ControllerConfig(
+    detectors=(Concurrency(requests_max=1),), reclaim=Reclaim(is_enabled=True)
+)
+
+
+class TestRecall:
+    """A request in flight is to end for a better one."""
+
+    async def test_second_decision(self) -> None:
+        """The batch request is told so; when it has left, the line says what became of it."""
+        async with house(config=RECLAIMING) as home:
+            home.gate.post(ObjectivesChanged({"batch": -1}))
+            batch = home.gate.park(FACTS._replace(objective="batch"))
+            first = await decided(batch)
+            assert batch.recall is not None
+            person = home.gate.park(FACTS)
+            second = await asyncio.wait_for(asyncio.shield(batch.recall), TIMEOUT_S)
+
+            assert (first.outcome, first.awaits_answer) == (Outcome.DISPATCHED, True)
+            assert second.outcome is Outcome.RECLAIMED
+            assert not person.future.done()
+
+            home.gate.leave(batch)
+
+            assert home.requests == [(batch, second)]
+            assert (await decided(person)).outcome is Outcome.DISPATCHED
+            assert person.recall is None
+            home.gate.leave(person)
+
+    async def test_begun_answer(self) -> None:
+        """What has begun to answer is let alone."""
+        async with house(config=RECLAIMING) as home:
+            home.gate.post(ObjectivesChanged({"batch": -1}))
+            batch = home.gate.park(FACTS._replace(objective="batch"))
+            await decided(batch)
+            home.gate.answered(batch)
+            person = home.gate.park(FACTS)
+            await home.gate.snapshot()
+
+            assert batch.recall is not None
+            assert not batch.recall.done()
+
+            home.gate.leave(batch)
+            assert (await decided(person)).outcome is Outcome.DISPATCHED
+            home.gate.leave(person)
+
+    def test_gone_meanwhile(self) -> None:
+        """To be reclaimed and to leave may cross: then it has ended as it would have."""
+        faults: list[object] = []
+
+        async def scenario(loop: ListeningLoop) -> None:
+            loop.set_exception_handler(lambda _loop, context: faults.append(context))
+            async with house(config=RECLAIMING, starts=False) as home:
+                home.gate.post(ObjectivesChanged({"batch": -1}))
+                batch = home.gate.park(FACTS._replace(objective="batch"))
+                home.start()
+                loop.block()
+                first = await decided(batch)
+                person = home.gate.park(FACTS)
+                await asyncio.sleep(0)  # the bell rings
+                loop.block()  # the second decision is on its way, and has not been received
+
+                home.gate.leave(batch)
+
+                assert (await decided(person)).outcome is Outcome.DISPATCHED
+                assert home.requests == [(batch, first)]
+                home.gate.leave(person)
+
+        run_listening(scenario)
+
+        assert faults == []
 
 
 class TestSnapshot:

@@ -95,7 +95,6 @@ class TestRequestEnded:
             (Outcome.EVICTED_DISPLACED, 429),
             (Outcome.EVICTED_CANCELLED, 499),
             (Outcome.EVICTED_DRAINED, 503),
-            (Outcome.RECLAIMED, 429),
             (Outcome.INTERNAL, 500),
         ],
     )
@@ -107,6 +106,13 @@ class TestRequestEnded:
         assert line["http_status"] == status
         assert line["in_flight_ms"] == 0.0
         assert line["endpoint"] is None
+
+    def test_reclaimed(self) -> None:
+        """A request that was ended in flight has both: the status, and how long it was there."""
+        line = line_of(replace(DISPATCHED, outcome=Outcome.RECLAIMED))
+
+        assert (line["outcome"], line["http_status"]) == ("reclaimed", 429)
+        assert line["in_flight_ms"] == line_of(DISPATCHED)["in_flight_ms"] > 0
 
     def test_left_before_the_news(self) -> None:
         """A request that left while its dispatch crossed was in flight for no time."""

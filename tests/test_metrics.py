@@ -4,7 +4,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flowcontrol.request import Outcome
-from flowcontrol.snapshot import BandSnapshot, EndpointSnapshot, Snapshot, Totals
+from flowcontrol.snapshot import BandSnapshot, DetectorSnapshot, EndpointSnapshot, Snapshot, Totals
 from server.metrics import SnapshotCollector
 
 SECOND = 1_000_000_000
@@ -20,6 +20,7 @@ CHAT = BandSnapshot(
     bytes_max=None,
     flow_count=2,
     flows=(),
+    expected_wait_ns=2_500_000_000,
 )
 BATCH = BandSnapshot(
     priority=-1,
@@ -59,6 +60,10 @@ SNAPSHOT = Snapshot(
     ),
     objectives={"chat": 10},
     unknown_objectives=7,
+    detectors=(
+        DetectorSnapshot("prefill", "adaptive", 0.5, 12),
+        DetectorSnapshot("decode", "utilization", 0.75, None),
+    ),
 )
 EMPTY = Snapshot(
     saturation=0.0,
@@ -83,6 +88,10 @@ flowcontrol_unknown_objectives_total 7.0
 flowcontrol_objective_errors_total 2.0
 flowcontrol_endpoint_in_flight_requests{endpoint="10.0.0.5:8000"} 2.0
 flowcontrol_endpoint_in_flight_requests{endpoint="[::1]:8000"} 0.0
+flowcontrol_detector_saturation{detector="adaptive",stage="prefill"} 0.5
+flowcontrol_detector_saturation{detector="utilization",stage="decode"} 0.75
+flowcontrol_detector_requests_limit{detector="adaptive",stage="prefill"} 12.0
+flowcontrol_expected_wait_seconds{priority="10"} 2.5
 flowcontrol_waiting_requests{priority="10"} 3.0
 flowcontrol_waiting_requests{priority="-1"} 0.0
 flowcontrol_waiting_bytes{priority="10"} 4096.0
@@ -163,6 +172,9 @@ class TestSnapshotCollector:
             "unknown_objectives": "counter",
             "objective_errors": "counter",
             "endpoint_in_flight_requests": "gauge",
+            "detector_saturation": "gauge",
+            "detector_requests_limit": "gauge",
+            "expected_wait_seconds": "gauge",
             "waiting_requests": "gauge",
             "waiting_bytes": "gauge",
             "in_flight_requests": "gauge",
@@ -188,8 +200,8 @@ class TestSnapshotCollector:
         ]
 
     def test_labels(self) -> None:
-        """No label holds what a client says: only priority, outcome, endpoint and bound."""
+        """No label holds what a client says: only what pool, stages and bands are called."""
         families = text_string_to_metric_families(rendered(SNAPSHOT))
 
         labels = {name for each in families for sample in each.samples for name in sample.labels}
-        assert labels == {"priority", "outcome", "endpoint", "le"}
+        assert labels == {"priority", "outcome", "endpoint", "le", "stage", "detector"}

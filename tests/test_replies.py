@@ -119,6 +119,14 @@ class TestTable:
 
         assert answer(decision, 0.5) == Proceed(1, 10, 5, "10.0.0.5:8000", headroom=1.0)
 
+    def test_awaits_answer(self) -> None:
+        """Whether we want to be told of the first byte is handed on."""
+        decision = replace(DECISION, outcome=Outcome.DISPATCHED, awaits_answer=True)
+        proceed = answer(decision, 0.5)
+
+        assert isinstance(proceed, Proceed)
+        assert proceed.awaits_answer
+
     def test_fail_open(self) -> None:
         """Where the operator chose so, a request goes on ungated when the engine has failed."""
         decision = replace(DECISION, outcome=Outcome.INTERNAL)

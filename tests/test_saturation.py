@@ -51,7 +51,7 @@ class Gate:
     def send(self, tokens: float = 10) -> str | None:
         """Dispatch one, and return where it went."""
         self.number += 1
-        lease = Lease(Request(self.number), FLOW, self.number, 0, 0, Tokens(tokens, 0), 1.0, tokens)
+        lease = Lease(Request(self.number), FLOW, self.number, 0, 0, Tokens(tokens, 0), 1.0)
         self.pool.charge(lease, self.now_ns)
         self.in_flight.append(lease)
         return lease.endpoint
@@ -177,6 +177,13 @@ class TestConcurrency:
         assert gate.pool.saturation() == pytest.approx(2 / 3)
         gate.become("ab")
         assert gate.loads() == {"a": pytest.approx(2 / 3), "b": pytest.approx(2 / 3)}
+
+    def test_time_changes_nothing(self) -> None:
+        """A count is a count."""
+        gate = Gate(Concurrency(requests_max=3), pool="a")
+        (detector,) = gate.pool.detectors[Role.BOTH]
+        detector.advance(SECOND)
+        assert detector.next_change_ns() is None
 
     def test_double_release_is_an_error(self) -> None:
         """A slot is given back once."""

@@ -11,9 +11,10 @@ from random import Random
 
 import pytest
 
-from flowcontrol.config import BandSettings, Concurrency
+from flowcontrol.config import BandSettings, Concurrency, Role
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Decision, EndpointsChanged, Fact, Left
+from flowcontrol.pool import Pool
 from flowcontrol.request import Outcome
 from flowcontrol.simulation.clients import Ending
 from flowcontrol.simulation.distributions import Fixed
@@ -46,7 +47,8 @@ def run_seed(seed: int) -> Results:
     chance = Random(seed)
     config = random_config(chance)
     plan = random_plan(chance)
-    slots = slots_of(config)
+    has_roles = any(spec.role is not Role.BOTH for spec in plan.servers)
+    slots = None if has_roles else slots_of(config)
     world = World(FlowController(config, 0), plan, seed, slots=slots, is_checked=True)
     return world.finish()
 
@@ -62,7 +64,8 @@ class TestRandomWorlds:
 
         for figures in results.tenants.values():
             assert figures.call_count == sum(figures.endings.values())
-        ids = [line.split()[1] for line in results.transcript]
+        lines = [line.split() for line in results.transcript]
+        ids = [number for _, number, outcome, *_ in lines if outcome != Outcome.RECLAIMED.value]
         assert len(set(ids)) == len(ids)
 
     @pytest.mark.slow
@@ -72,7 +75,7 @@ class TestRandomWorlds:
             *Ending,
             *(Outcome.DISPATCHED, Outcome.REJECTED_CAPACITY, Outcome.REJECTED_NO_ENDPOINTS),
             *(Outcome.EVICTED_TTL, Outcome.EVICTED_NO_ENDPOINTS, Outcome.EVICTED_CANCELLED),
-            *(Outcome.EVICTED_DISPLACED, Outcome.REJECTED_DRAINING),
+            *(Outcome.EVICTED_DISPLACED, Outcome.REJECTED_DRAINING, Outcome.RECLAIMED),
         }
         for seed in reversed(SEEDS):
             for figures in run_seed(seed).tenants.values():
@@ -164,6 +167,19 @@ class TestWrongEngines:
     def test_the_right_one_passes(self) -> None:
         """The same plan and slots find nothing wrong with the engine itself."""
         assert run(PLAN, slots=PICKED).transcript
+
+    @pytest.mark.parametrize(
+        ("says", "message"),
+        [(0.0, "finds no free slot"), (1.0, "waits while 0 of 2 slots are taken")],
+    )
+    def test_wrong_detector(
+        self, says: float, message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A pool that always has room, or never, is not believed."""
+        monkeypatch.setattr(Pool, "saturation", lambda _: says)
+        monkeypatch.setattr(Pool, "best", lambda _: "s0")
+        with pytest.raises(SafetyError, match=message):
+            World(make_controller(), PLAN, 1, slots=PICKED).finish()
 
     def test_uneven(self) -> None:
         """Two at one endpoint and none at the other are a slot too many there."""

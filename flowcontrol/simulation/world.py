@@ -15,7 +15,7 @@ from functools import partial
 from random import Random
 from typing import final
 
-from flowcontrol.events import Arrived, Decision, Fact, Left, ObjectivesChanged, Settled
+from flowcontrol.events import Answered, Arrived, Decision, Fact, Left, ObjectivesChanged, Settled
 from flowcontrol.request import DEFAULT_PRIORITY, Outcome, Request
 from flowcontrol.simulation.clients import Attempt, Call, Clients
 from flowcontrol.simulation.clock import VirtualClock
@@ -294,6 +294,8 @@ class World:
         call = attempt.call
         if event.token_index == 0:
             attempt.first_token_ns = call.first_token_ns = event.at_ns
+            if call.priority < 0:  # of sheddable requests alone Envoy is asked to tell
+                self._facts.append(Answered(attempt.request_id))
         if event.is_last:
             self._close(attempt, is_whole=True)
             self._clients[call.workload.name].answered(call)

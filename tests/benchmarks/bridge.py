@@ -24,7 +24,7 @@ import sys
 import time
 
 import uvloop
-from matrix import Cell, cells, machine, measure_all, print_all, traffic
+from matrix import Cell, begin, measure_all, print_all, traffic
 
 from flowcontrol.config import Fairness, Ordering
 from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
@@ -84,22 +84,8 @@ class Run:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument(
-        "--fairness", default="weighted-tokens", choices=[each.value for each in Fairness]
-    )
-    parser.add_argument("--ordering", default="fcfs", choices=[each.value for each in Ordering])
-    parser.add_argument("--cells", default="", help="only those whose row contains this")
-    options = parser.parse_args()
+    options, chosen = begin("gate, inbox, thread and futures", __doc__, 10_000)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    print(machine())
-    print(
-        f"gate, inbox, thread and futures, {options.fairness}, {options.ordering}: "
-        f"{options.requests} requests a cell, {options.rounds} rounds"
-    )
-    chosen = [cell for cell in cells() if options.cells in str(cell)]
     cpu: dict[Cell, list[float]] = {cell: [] for cell in chosen}
 
     def measure(cell: Cell) -> float:

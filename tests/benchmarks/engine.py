@@ -22,7 +22,7 @@ import statistics
 import time
 import tracemalloc
 
-from matrix import Cell, cells, machine, measure_all, print_all, traffic
+from matrix import Cell, begin, measure_all, print_all, traffic
 
 from flowcontrol.config import Fairness, Ordering
 from flowcontrol.controller import FlowController
@@ -152,21 +152,7 @@ def memory(options: argparse.Namespace) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument(
-        "--fairness", default="weighted-tokens", choices=[each.value for each in Fairness]
-    )
-    parser.add_argument("--ordering", default="fcfs", choices=[each.value for each in Ordering])
-    parser.add_argument("--cells", default="", help="only those whose row contains this")
-    options = parser.parse_args()
-    print(machine())
-    print(
-        f"engine alone, {options.fairness}, {options.ordering}: "
-        f"{options.requests} requests a cell, {options.rounds} rounds"
-    )
-    chosen = [cell for cell in cells() if options.cells in str(cell)]
+    options, chosen = begin("engine alone", __doc__, 20_000)
     results = measure_all(
         chosen, options.rounds, lambda cell: Bench(cell, options).per_request(options.requests)
     )

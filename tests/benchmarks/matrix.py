@@ -6,6 +6,7 @@ at a time. Flows are drawn by Zipf's law (exponent 1.1), so that one is hot; flo
 i modulo the bands; sizes lie between 100 B and 9 KB, scattered by Knuth's multiplier.
 """
 
+import argparse
 import os
 import platform
 import statistics
@@ -75,6 +76,25 @@ def cells() -> Iterator[Cell]:
         most = _FREE_CALLERS_MAX if cell.limit == 0 else None
         if (most is None and cell.callers > cell.limit) or (most and cell.callers <= most):
             yield cell
+
+
+def begin(what: str, description: str, requests: int) -> tuple[argparse.Namespace, list[Cell]]:
+    """Read the command line and print the heading; return the options and the cells chosen."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=requests)
+    parser.add_argument(
+        "--fairness", default="weighted-tokens", choices=[each.value for each in Fairness]
+    )
+    parser.add_argument("--ordering", default="fcfs", choices=[each.value for each in Ordering])
+    parser.add_argument("--cells", default="", help="only those whose row contains this")
+    options = parser.parse_args()
+    print(machine())
+    print(
+        f"{what}, {options.fairness}, {options.ordering}: "
+        f"{options.requests} requests a cell, {options.rounds} rounds"
+    )
+    return options, [cell for cell in cells() if options.cells in str(cell)]
 
 
 def traffic(cell: Cell, count: int) -> list[Traffic]:

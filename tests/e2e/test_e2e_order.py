@@ -14,8 +14,8 @@ DESTINATION = "x-gateway-destination-endpoint"
 
 @pytest.fixture(scope="module")
 def spec() -> Spec:
-    """One slot; Envoy balances by itself."""
-    return Spec(max_concurrency=1)
+    """One slot; Envoy balances by itself; turns that no late settlement can shift."""
+    return Spec(max_concurrency=1, flow_control={"bands": [{"fairness": "round-robin"}]})
 
 
 async def served(gateway: Gateway, first: Call, count: int) -> list[str]:
