@@ -91,7 +91,7 @@ class Across:
         if promoted is not None:
             return promoted
         for band, credit in self._credits.items():
-            if credit > 0 and band.waiting:
+            if credit > 0 and band.is_ready:
                 return band.next()
         return None
 

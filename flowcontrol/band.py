@@ -32,6 +32,8 @@ class Band:
         self.waiting_flows = 0
         """How many flows have something waiting."""
         self.in_flight = 0
+        self.aside = 0
+        """How many of these are set aside in the turn under way."""
         self.fairness: FairnessPolicy = make_fairness(self.settings, config, now_ns)
         self.backlogs: Buckets[Flow] = Buckets()
         """Flows by how many of them have been admitted."""
@@ -104,8 +106,27 @@ class Band:
             self.backlogs.increment(flow)
 
     def next(self) -> Lease:
-        """Return the request whose turn it is; one must wait."""
+        """Return the request whose turn it is; one must wait in a flow not set aside."""
         return self.fairness.pick().head
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether anything waits in a flow that is not set aside."""
+        return self.waiting_flows > self.aside
+
+    def set_aside(self, flow: Flow) -> None:
+        """Pass a flow over, until it is taken back: no endpoint its head may go to has room."""
+        self.fairness.leave(flow)
+        self.aside += 1
+
+    def take_back(self, flow: Flow, now_ns: int) -> None:
+        """Take up again a flow that was set aside; its turn has not passed."""
+        self.fairness.take_back(flow, now_ns)
+        self.aside -= 1
+
+    def heads(self) -> list[Lease]:
+        """Return the head of every flow with something waiting; O(flows)."""
+        return [flow.head for flow in self.flows.values() if flow]
 
     def first_to_give_way(self) -> Lease:
         """Return whom a better band displaces first: the newest of the longest backlog."""

@@ -145,3 +145,5 @@ class Decision:
     """Whether the engine wants to be told of the first byte (`Answered`)."""
     expected_wait_ns: int | None = None
     """What the wait was expected to be when it began; None when it was unknown, or never began."""
+    fallbacks: tuple[str, ...] = ()
+    """Where to send it if the endpoint cannot be reached, best first."""

@@ -50,6 +50,7 @@ class Lease:
     """Whether what it really took is known."""
     dispatched_ns: int = 0
     endpoint: str | None = None
+    fallbacks: tuple[str, ...] = ()
     expected_wait_ns: int | None = None
     """What its wait was expected to be when it was admitted."""
 

@@ -41,6 +41,8 @@ class Request:
     """When its first token is due, from arrival."""
     model: str = ""
     """Names what is alike in output length."""
+    subset: tuple[str, ...] | None = None
+    """Endpoints it may go to, where the engine picks; None: any."""
 
 
 class Outcome(Enum):

@@ -97,6 +97,9 @@ def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
     if options.original_dst and settings.picker == "off":
         rule = "picker must not be off with --original-dst: nobody would choose an address"
         raise ConfigError([rule])
+    if options.original_dst and settings.picker_fallbacks:
+        rule = f"pickerFallbacks must be 0 with --original-dst, got {settings.picker_fallbacks}"
+        raise ConfigError([rule])
     reports = settings.settlement.access_log
     message = bootstrap_v3.Bootstrap(
         admin=bootstrap_v3.Admin(address=_socket(options.admin)),

@@ -92,10 +92,11 @@ class FlowGate:
             facts.objective,
             facts.byte_size,
             facts.ttl_ns,
-            facts.input_tokens,
-            facts.output_tokens_max,
-            facts.ttft_slo_ns,
-            facts.model,
+            input_tokens=facts.input_tokens,
+            output_tokens_max=facts.output_tokens_max,
+            ttft_slo_ns=facts.ttft_slo_ns,
+            model=facts.model,
+            subset=facts.subset,
         )
         try:
             is_taken = self._inbox.offer(Arrived(request))

@@ -35,6 +35,9 @@ _FAULTS = (
 )
 """Flags of a response that the model server failed to give, whatever its status."""
 _CLIENT_ERROR, _SERVER_ERROR = 400, 500
+_NO_ROOM = frozenset({429, 503})
+_BY_UPSTREAM = "via_upstream"
+"""Envoy's word for a response that it did not make itself."""
 
 
 class LogEntry(NamedTuple):
@@ -47,6 +50,8 @@ class LogEntry(NamedTuple):
     """Whether it was answered below 400 and in full, unless it was the client who went away."""
     is_failure: bool = False
     """Whether the model server is to blame: 5xx, or it broke off."""
+    was_turned_away: bool = False
+    """Whether the model server answered that it has no room: 429 or 503, and not Envoy for it."""
     ttft_us: int | None = None
     generation_us: int | None = None
     parked_us: int | None = None
@@ -97,6 +102,7 @@ def _entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> LogEntry:
         status=status,
         is_success=status < _CLIENT_ERROR and not is_faulty,
         is_failure=status >= _SERVER_ERROR or is_faulty,
+        was_turned_away=status in _NO_ROOM and response.response_code_details == _BY_UPSTREAM,
         ttft_us=times.get("ttft_us"),
         generation_us=times.get("generation_us"),
         parked_us=times.get("parked_us"),

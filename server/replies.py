@@ -131,6 +131,7 @@ def answer(decision: Decision, chance: float, *, continue_on_fault: bool = False
             decision.priority,
             decision.waited_ns,
             decision.endpoint,
+            decision.fallbacks,
             headroom=max(0.0, 1.0 - decision.saturation),
             awaits_answer=decision.awaits_answer,
         )

@@ -370,6 +370,13 @@ class TestPicker:
         with pytest.raises(ConfigError, match=f"^{rule}$"):
             bootstrap(settings_with(), EnvoyOptions(original_dst=True))
 
+    def test_original_dst_takes_one_address(self) -> None:
+        """Such a cluster knows no list of addresses."""
+        settings = settings_with(picker="least-loaded", pickerFallbacks=2)
+        rule = "pickerFallbacks must be 0 with --original-dst, got 2"
+        with pytest.raises(ConfigError, match=f"^{rule}$"):
+            bootstrap(settings, EnvoyOptions(original_dst=True))
+
     def test_subset_is_forwarded(self) -> None:
         """With a picker the service is told which endpoints a request may go to."""
         forwarded = the_only(

@@ -158,6 +158,22 @@ class TestSuccess:
         assert (found.is_success, found.is_failure) == (is_success, is_failure)
 
     @pytest.mark.parametrize(
+        ("status", "details", "expected"),
+        [
+            *((429, "via_upstream", True), (503, "via_upstream", True)),
+            *((503, "upstream_reset_before_response_started{connection_failure}", False),),
+            *((500, "via_upstream", False), (200, "via_upstream", False), (429, "", False)),
+        ],
+    )
+    def test_turned_away(self, status: int, details: str, *, expected: bool) -> None:
+        """A server without room says so itself; that Envoy finds none is another matter."""
+        entry = HttpAccessLogEntry(
+            response=HttpResponseProperties(response_code=status, response_code_details=details)
+        )
+
+        assert decode_log(message(entry))[0].was_turned_away is expected
+
+    @pytest.mark.parametrize(
         ("flags", "is_success"),
         [
             (ResponseFlags(upstream_remote_reset=True), False),

@@ -115,9 +115,23 @@ class TestTable:
 
     def test_dispatched(self) -> None:
         """A dispatched request goes on, with what the engine knows of it."""
-        decision = replace(DECISION, endpoint="10.0.0.5:8000", retry_after_ns=9 * SECOND)
+        decision = replace(
+            DECISION,
+            endpoint="10.0.0.5:8000",
+            fallbacks=("10.0.0.6:8000",),
+            retry_after_ns=9 * SECOND,
+            saturation=0.75,
+        )
 
-        assert answer(decision, 0.5) == Proceed(1, 10, 5, "10.0.0.5:8000", headroom=1.0)
+        expected = Proceed(1, 10, 5, "10.0.0.5:8000", ("10.0.0.6:8000",), headroom=0.25)
+        assert answer(decision, 0.5) == expected
+
+    def test_no_headroom(self) -> None:
+        """A pool that is more than full has no room, not less."""
+        reply = answer(replace(DECISION, saturation=1.5), 0.5)
+
+        assert isinstance(reply, Proceed)
+        assert reply.headroom == 0
 
     def test_awaits_answer(self) -> None:
         """Whether we want to be told of the first byte is handed on."""

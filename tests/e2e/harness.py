@@ -95,6 +95,7 @@ class Spec:
     is_pool_empty: bool = False
     """Whether the service is told of no endpoint at all."""
     picker: str = "off"
+    picker_fallbacks: int = 0
     original_dst: bool = False
     """Whether Envoy sends requests wherever the picker says, known to it or not."""
     flow_control: Mapping[str, Any] = field(default_factory=dict)
@@ -272,6 +273,7 @@ class Stack:
             "objectives": {"directory": "./objectives"},
             "endpoints": {"static": [] if spec.is_pool_empty else [*map(str, self.endpoints)]},
             "picker": spec.picker,
+            "pickerFallbacks": spec.picker_fallbacks,
             "saturation": {"maxConcurrency": spec.max_concurrency},
             "flowControl": dict(spec.flow_control),
             "requests": dict(spec.requests),
