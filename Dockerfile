@@ -12,7 +12,7 @@ COPY flowcontrol flowcontrol
 COPY server server
 RUN pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir /wheel .
 RUN python -m venv /opt/flowcontrol \
-    && /opt/flowcontrol/bin/pip install --no-cache-dir -c constraints.txt /wheel/*.whl
+    && /opt/flowcontrol/bin/pip install --no-cache-dir -c constraints.txt "$(echo /wheel/*.whl)[kubernetes]"
 
 FROM python:3.12-slim
 RUN useradd --system --no-create-home --uid 10001 flowcontrol

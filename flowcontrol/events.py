@@ -68,9 +68,10 @@ class LoadObserved:
     address: str
     waiting: int
     """Requests queued inside the engine."""
-    running: int
-    kv_usage: float
-    """From 0 to 1."""
+    running: int | None
+    """Requests it works on; None if it does not say."""
+    kv_usage: float | None
+    """From 0 to 1; None if it does not say: absence is never zero."""
 
 
 @final

@@ -11,6 +11,7 @@ from flowcontrol.errors import NotRunningError
 from flowcontrol.snapshot import BandSnapshot, FlowSnapshot, Snapshot
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
+from server.admin_objectives import FROM_ELSEWHERE, ObjectiveAccess, ObjectiveMethods
 from server.gate import FlowGate
 
 SERVICE = api.DESCRIPTOR.services_by_name["FlowControl"].full_name
@@ -21,11 +22,19 @@ _INTERVAL_S = (0.1, 1.0, 60.0)
 
 
 @final
-class FlowControlServicer(api_grpc.FlowControlServicer):
-    """Answers from snapshots the processor takes on request; never touches the engine."""
+class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
+    """Answers from snapshots the processor takes on request; never touches the engine.
 
-    def __init__(self, gate: FlowGate, pool: str) -> None:
-        self._gate = gate
+    Args:
+        gate: whose engine it is about.
+        pool: name of the pool.
+        objectives: where they come from, and who may change them.
+    """
+
+    def __init__(
+        self, gate: FlowGate, pool: str, objectives: ObjectiveAccess = FROM_ELSEWHERE
+    ) -> None:
+        super().__init__(gate, objectives)
         self._pool = pool
 
     async def GetSnapshot(  # noqa: N802 - as the .proto says

@@ -45,24 +45,41 @@ def serve(config: Path, log_level: str) -> None:
     settings = _load(config)
     logs.configure(log_level)
     try:
-        status = uvloop.run(_serve(settings))
+        status = uvloop.run(_serve(settings, config))
     except FlowControlError as error:
         _fail(str(error))
     raise SystemExit(status)
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings, config: Path) -> int:
     from server.service import Service  # noqa: PLC0415 - other commands start faster without grpc
 
-    return await Service(settings).run()
+    return await Service(settings, config).run()
 
 
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
 def check_config(config: Path) -> None:
     """Say everything that is wrong with a configuration file; exit 2 if anything is."""
-    _load(config)
-    click.echo(f"{config}: ok")
+    from server.settings_difference import settings_hash  # noqa: PLC0415 - seldom needed
+
+    click.echo(f"{config}: ok, hash {settings_hash(_load(config))}")
+
+
+@main.command()
+@click.argument("before", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("after", type=click.Path(path_type=Path, dir_okay=False))
+def diff_config(before: Path, after: Path) -> None:
+    """Show in which settings two configuration files differ; exit 1 if they do.
+
+    What a running service cannot change by itself is marked.
+    """
+    from server.settings_difference import differences  # noqa: PLC0415 - seldom needed
+
+    changes = differences(_load(before), _load(after))
+    for change in changes:
+        click.echo(change)
+    raise SystemExit(int(bool(changes)))
 
 
 @main.command()

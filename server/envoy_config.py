@@ -92,13 +92,19 @@ def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
     """Return a bootstrap configuration as YAML.
 
     Raises:
-        ConfigError: the options do not fit the settings.
+        ConfigError: the options do not fit the settings, or Envoy cannot know the endpoints.
     """
     if options.original_dst and settings.picker == "off":
         rule = "picker must not be off with --original-dst: nobody would choose an address"
         raise ConfigError([rule])
     if options.original_dst and settings.picker_fallbacks:
         rule = f"pickerFallbacks must be 0 with --original-dst, got {settings.picker_fallbacks}"
+        raise ConfigError([rule])
+    if not (options.original_dst or settings.endpoints.is_written):
+        rule = (
+            "endpoints from a file, SRV records or Kubernetes are known to this service alone: "
+            "they need --original-dst, and with it picker: least-loaded"
+        )
         raise ConfigError([rule])
     reports = settings.settlement.access_log
     message = bootstrap_v3.Bootstrap(
@@ -212,7 +218,7 @@ def _original_dst_cluster() -> cluster.Cluster:
 
 
 def _model_cluster(settings: Settings) -> cluster.Cluster:
-    discovery, family = _discovery(settings.endpoints.static)
+    discovery, family = _discovery(settings.endpoints.written)
     return cluster.Cluster(
         name="model_servers",
         type=discovery,
@@ -231,7 +237,7 @@ def _model_cluster(settings: Settings) -> cluster.Cluster:
             max_ejection_percent=100,
         ),
         typed_extension_protocol_options=_model_protocol(),
-        load_assignment=_assignment("model_servers", settings.endpoints.static),
+        load_assignment=_assignment("model_servers", settings.endpoints.written),
     )
 
 

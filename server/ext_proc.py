@@ -36,6 +36,12 @@ class ExtProcDoor:
         self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
         self._closing = asyncio.get_running_loop().create_future()
 
+    def reconfigure(self, intake: Intake, encoder: Encoder, *, continue_on_fault: bool) -> None:
+        """Take other settings, for streams that open or are answered from now on."""
+        self._intake = intake
+        self._encoder = encoder
+        self._continue_on_fault = continue_on_fault
+
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
         """Return what a grpc.aio server takes up."""
         process = grpc.stream_stream_rpc_method_handler(self._process)

@@ -72,7 +72,7 @@ class SnapshotCollector(Collector):
                 "Requests that named an objective nobody declared.",
                 snapshot.unknown_objectives,
             ),
-            ("objective_errors", "Mistakes met in objective manifests.", self._objective_errors),
+            ("objective_errors", "Mistakes met in objectives.", self._objective_errors),
         ):
             yield CounterMetricFamily(f"flowcontrol_{name}", text, value)
         in_flight = GaugeMetricFamily(

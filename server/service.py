@@ -1,6 +1,6 @@
 """Start, drain and crash, on one page.
 
-start: folder read ─▶ processor ─▶ doors open ─▶ health SERVING
+start: processor ─▶ sources known ─▶ doors open ─▶ health SERVING
 drain: SIGTERM ─▶ health NOT_SERVING, liveness stays ─▶ engine drains: refuses arrivals, decides
        what waits within the budget ─▶ streams in flight end politely ─▶ doors close ─▶ exit 0
 crash: the processor fails ─▶ every parked request is settled ─▶ all health NOT_SERVING ─▶ exit 1
@@ -11,7 +11,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, final
 
 import grpc
@@ -21,20 +21,23 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from flowcontrol.errors import ListenError
-from flowcontrol.events import Decision, DrainBegan, EndpointsChanged, ObjectivesChanged
+from flowcontrol.errors import FlowControlError, ListenError
+from flowcontrol.events import Decision, DrainBegan, Reconfigured
 from flowcontrol.request import Outcome
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from server import admin, codec, log_codec, logs
 from server.access_log import AccessLogDoor
+from server.admin_objectives import ObjectiveAccess
 from server.codec import Encoder
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
 from server.metrics import SnapshotCollector
-from server.objectives import ObjectiveFolder
+from server.reload import Configuration
 from server.settings import Address, Settings
 from server.settlement import Settlement
 from server.settlement_metrics import SettlementCollector
+from server.sources.feed import Feed
+from server.sources.measured import source_metrics
 from server.web import web_application
 
 ARRIVALS_MAX = 100_000
@@ -72,11 +75,11 @@ class Service:
 
     Args:
         settings: as read from the configuration file.
+        path: that file, followed while the service runs.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._folder = ObjectiveFolder(settings.objectives.directory, settings.pool)
+    def __init__(self, settings: Settings, path: Path) -> None:
+        self._configuration = Configuration(settings, path, self._reconfigure)
         self._ended: asyncio.Future[BaseException | None] = (
             asyncio.get_running_loop().create_future()
         )
@@ -84,21 +87,19 @@ class Service:
         self._gate = FlowGate(
             settings.controller_config(), ARRIVALS_MAX, self._request_ended, self._processor_ended
         )
+        self._feed = Feed(self._gate.post)
         self._settlement = Settlement(
             settings.settlement.lost_after,
             self._gate.priority_in_flight,
             self._gate.post,
-            answered=self._gate.pool_view.answered,
+            answered=self._answered,
+            load_reported=self._feed.load_reported,
         )
         self._log_door = AccessLogDoor(self._settlement)
         self._door = ExtProcDoor(
             self._gate,
             settings.requests.intake(),
-            Encoder(
-                picks=settings.picker != "off",
-                anywhere=self._gate.pool_view.anywhere,
-                engine_priority=settings.requests.engine(),
-            ),
+            self._encoder(settings),
             continue_on_fault=settings.requests.on_internal_fault == "continue",
         )
         self._health = HealthServicer()
@@ -112,14 +113,13 @@ class Service:
             ListenError: naming the address; nothing is left running.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        settings = self._configuration.settings
         self._gate.start()
-        self._change_objectives(self._folder.read())
-        endpoints = self._settings.endpoints
-        addresses = tuple(str(address) for address in endpoints.static)
-        self._gate.post(EndpointsChanged(addresses, endpoints.role_of()))
         try:
+            await self._feed.start(settings)
             await self._open_doors()
-        except ListenError:
+        except FlowControlError:
+            await self._feed.stop()
             self._gate.post(DrainBegan(0))
             await self._ended
             self._gate.join(JOIN_TIMEOUT_S)
@@ -131,12 +131,17 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._drain, number.name)
         await self._tell_health()
-        following = asyncio.create_task(self._folder.follow(self._change_objectives))
+        following = asyncio.create_task(self._configuration.follow())
         following.add_done_callback(self._following_ended)
-        listen = self._settings.listen.model_dump()
-        _log.info("service_started", pool=self._settings.pool, listen=listen)
+        _log.info(
+            "service_started",
+            pool=settings.pool,
+            listen=settings.listen.model_dump(),
+            configuration=self._configuration.hash,
+        )
         fault = await self._ended
         following.cancel()
+        await self._feed.stop()
         self._is_serving = False
         await self._tell_health(is_live=fault is None)
         self._gate.join(JOIN_TIMEOUT_S)
@@ -144,25 +149,52 @@ class Service:
         _log.info("service_stopped", exit_status=int(fault is not None))
         return int(fault is not None)
 
+    async def _reconfigure(self, settings: Settings) -> None:
+        """Put other settings into force, or raise and change nothing."""
+        config = settings.controller_config()
+        await self._feed.apply(settings)
+        self._gate.post(Reconfigured(config))
+        self._settlement.lost_after_ns = settings.settlement.lost_after
+        self._door.reconfigure(
+            settings.requests.intake(),
+            self._encoder(settings),
+            continue_on_fault=settings.requests.on_internal_fault == "continue",
+        )
+
+    def _encoder(self, settings: Settings) -> Encoder:
+        return Encoder(
+            picks=settings.picker != "off",
+            anywhere=self._gate.pool_view.anywhere,
+            engine_priority=settings.requests.engine(),
+        )
+
+    def _objective_access(self) -> ObjectiveAccess:
+        def is_open() -> bool:
+            api = self._configuration.settings.objectives.api
+            return api is not None and api.allow == "anyone"
+
+        return ObjectiveAccess(lambda: self._feed.store, is_open, self._feed.problems)
+
+    def _answered(self, endpoint: str, is_failure: bool) -> None:  # noqa: FBT001 - as it is told
+        self._gate.pool_view.answered(endpoint, is_failure)
+        self._feed.outcome(endpoint, time.monotonic(), is_failure=is_failure)
+
     def _request_ended(self, parked: Parked, decision: Decision) -> None:
-        if decision.outcome is Outcome.DISPATCHED and self._settings.settlement.access_log:
+        settlement = self._configuration.settings.settlement
+        if decision.outcome is Outcome.DISPATCHED and settlement.access_log:
             now_ns = parked.left_ns or parked.decided_ns
             self._settlement.request_ended(parked.request_id, decision.priority, now_ns)
         logs.request_ended(parked, decision)
 
-    def _change_objectives(self, priorities: Mapping[str, int]) -> None:
-        self._gate.post(ObjectivesChanged(priorities))
-        _log.info("objectives_changed", objectives=dict(priorities))
-
     def _following_ended(self, following: asyncio.Task[None]) -> None:
         if not following.cancelled():
-            _log.error("objectives_not_followed", error=repr(following.exception()))
+            _log.error("configuration_not_followed", error=repr(following.exception()))
 
     def _drain(self, cause: str) -> None:
         if not self._is_serving:
             return
         self._is_serving = False
-        budget_ns = self._settings.flow_control.drain_budget
+        budget_ns = self._configuration.settings.flow_control.drain_budget
         _log.info("drain_began", cause=cause, budget_ms=budget_ns / 1e6)
         task = asyncio.ensure_future(self._tell_health())
         task.add_done_callback(lambda _task: self._gate.post(DrainBegan(budget_ns)))
@@ -187,11 +219,14 @@ class Service:
         await self._health.set(LIVE_NAME, _Status.SERVING if is_live else _Status.NOT_SERVING)
 
     async def _open_doors(self) -> None:
-        listen = self._settings.listen
+        listen = self._configuration.settings.listen
         main = grpc.aio.server(options=GRPC_OPTIONS)
         main.add_generic_rpc_handlers((self._door.handler(), self._log_door.handler()))
         api_grpc.add_FlowControlServicer_to_server(
-            admin.FlowControlServicer(self._gate, self._settings.pool), main
+            admin.FlowControlServicer(
+                self._gate, self._configuration.settings.pool, self._objective_access()
+            ),
+            main,
         )
         probes = grpc.aio.server(options=GRPC_OPTIONS)
         health = (_HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -229,8 +264,12 @@ class Service:
         settled = SettlementCollector(
             self._settlement, self._gate.pool_view, snapshot, time.monotonic_ns()
         )
+        errors = self._feed.error_counts().items()
         return SnapshotCollector(
-            snapshot, self._gate.inbox_refusals, self._folder.error_count, settled.collect()
+            snapshot,
+            self._gate.inbox_refusals,
+            sum(count for name, count in errors if name.startswith("objectives.")),
+            (*settled.collect(), *source_metrics(self._feed, self._configuration)),
         )
 
 

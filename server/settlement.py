@@ -93,7 +93,7 @@ class Settlement:
         answered: Callable[[str, bool], None] = lambda _endpoint, _is_failure: None,
         load_reported: Callable[[str, Mapping[str, str]], None] = lambda _endpoint, _headers: None,
     ) -> None:
-        self._lost_after_ns = lost_after_ns
+        self.lost_after_ns = lost_after_ns
         self._priority_in_flight = priority_in_flight
         self._settled = settled
         self._answered = answered
@@ -140,7 +140,7 @@ class Settlement:
         """Count as lost what has been waited for too long. O(1) for each."""
         while self._awaited:
             request_id, (ended_ns, _priority) = next(iter(self._awaited.items()))
-            if now_ns - ended_ns < self._lost_after_ns:
+            if now_ns - ended_ns < self.lost_after_ns:
                 return
             self._lose(request_id)
 

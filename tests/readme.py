@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -70,6 +71,8 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, s
 def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     if get_origin(annotation) is tuple:
         return _section(get_args(annotation)[0])[0], True
+    if get_origin(annotation) is UnionType:  # a section that may be left out
+        return _section(get_args(annotation)[0])
     is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     return (annotation if is_section else None), False
 
@@ -84,7 +87,7 @@ def _default(field: FieldInfo) -> str:
         return f"`{default}`".lower()
     if isinstance(default, tuple):
         return ", ".join(f"`{each}`" for each in default)
-    return f"`{default}`"
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -124,7 +125,7 @@ class TestCheckConfig:
 
         result = run("check-config", str(example))
 
-        assert result.stdout == f"{example}: ok\n"
+        assert re.fullmatch(f"{re.escape(str(example))}: ok, hash [0-9a-f]{{12}}\n", result.stdout)
         assert result.exit_code == 0
 
 
@@ -191,7 +192,11 @@ class TestServe:
             stopped = lines_until(process, "service_stopped")
 
             assert process.wait(TIMEOUT_S) == 0
-        assert [line["event"] for line in started] == ["objectives_changed", "service_started"]
+        assert [line["event"] for line in started] == [
+            "endpoints_changed",
+            "objectives_changed",
+            "service_started",
+        ]
         assert [line["event"] for line in stopped] == ["drain_began", "service_stopped"]
         assert stopped[0]["cause"] == number.name
         assert stopped[1]["exit_status"] == 0
@@ -212,7 +217,7 @@ class TestServe:
         """When a port is taken the processor has ended before that is said."""
         interval_s = sys.getswitchinterval()
         with socket.create_server(("127.0.0.1", ports[0])), pytest.raises(ListenError):
-            await Service(load_settings(config)).run()
+            await Service(load_settings(config), config).run()
 
         sys.setswitchinterval(interval_s)
         assert "flow-processor" not in {thread.name for thread in threading.enumerate()}

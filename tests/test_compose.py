@@ -170,6 +170,7 @@ class TestCompose:
         assert path.resolve() == SETTINGS_FILE
         mounted = parsed["config"].parent / "../objectives"
         folder = on_the_host(SERVICES["flowcontrol"], Path("/", *mounted.parts))
+        assert settings.objectives.directory is not None
         assert folder.resolve() == settings.objectives.directory.resolve()
 
     def test_model_servers(self, settings: Settings) -> None:

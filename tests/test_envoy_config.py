@@ -26,6 +26,9 @@ CLOCKS = frozenset({"stream_idle_timeout", "request_timeout", "max_stream_durati
 """Envoy's clocks that run while a request is parked; `idle_timeout` is one on a route alone."""
 
 
+SERVERS = "model_servers"
+
+
 def settings_with(*static: str, picker: str = "off", **sections: Any) -> Settings:
     """Settings for a pool of these endpoints."""
     return Settings.model_validate(
@@ -235,7 +238,7 @@ class TestGate:
             "response_trailer_mode": "SEND",
         }
         assert addresses_of(cluster_of(configuration, "model_servers")) == list(
-            load_settings(settings_file).endpoints.static
+            load_settings(settings_file).endpoints.written
         )
 
     def test_generated_says_the_same(self) -> None:
@@ -363,6 +366,30 @@ class TestPicker:
             "metadata_key": {"key": "envoy.lb", "path": [{"key": "x-gateway-destination-endpoint"}]}
         }
         assert "load_assignment" not in cluster
+
+    @pytest.mark.parametrize(
+        "endpoints", [{"kubernetes": {}}, {"dns": {"srv": ["_http._tcp.vllm.test"]}}]
+    )
+    @pytest.mark.parametrize("picker", ["off", "least-loaded"])
+    def test_endpoints_that_only_the_service_knows(
+        self, endpoints: dict[str, Any], picker: str
+    ) -> None:
+        """They need an Envoy that goes wherever it is told; another is not made."""
+        settings = settings_with(picker=picker, endpoints=endpoints)
+
+        with pytest.raises(ConfigError, match="they need --original-dst"):
+            bootstrap(settings, EnvoyOptions())
+        if picker != "off":
+            cluster = cluster_of(generated(settings, EnvoyOptions(original_dst=True)), SERVERS)
+            assert cluster["type"] == "ORIGINAL_DST"
+
+    def test_names(self) -> None:
+        """Names that the service resolves Envoy resolves, too, beside the static addresses."""
+        endpoints = {"static": ["10.0.0.5:8000"], "dns": {"names": ["vllm.test:8000"]}}
+        cluster = cluster_of(generated(settings_with(endpoints=endpoints)), SERVERS)
+
+        assert cluster["type"] == "STRICT_DNS"
+        assert addresses_of(cluster) == [Address("10.0.0.5", 8000), Address("vllm.test", 8000)]
 
     def test_original_dst_without_picker(self) -> None:
         """Without a picker nobody would choose an address."""

@@ -22,6 +22,7 @@ from flowcontrol.config import (
 )
 from server.cli import main
 from server.settings import Address, Settings, load_settings, parse_address
+from server.settings_difference import settings_hash
 
 BAD_CONFIGS = sorted((Path(__file__).parent / "bad_config").glob("*.yaml"))
 EXAMPLE = Path(__file__).parents[1] / "envoy" / "flowcontrol.yaml"
@@ -127,7 +128,7 @@ class TestGoodConfig:
         """A good file is confirmed by name, with exit status 0."""
         result = check(config)
 
-        assert result.stdout == f"{config}: ok\n"
+        assert result.stdout == f"{config}: ok, hash {settings_hash(load_settings(config))}\n"
         assert not result.stderr
         assert result.exit_code == 0
 
@@ -173,6 +174,7 @@ class TestObjectivesDirectory:
 
         settings = load_settings(Path("../etc/flowcontrol.yaml"))
 
+        assert settings.objectives.directory is not None
         assert settings.objectives.directory.samefile(tmp_path / "etc" / "objectives")
 
     def test_absolute(self, tmp_path: Path) -> None:
@@ -351,7 +353,7 @@ class TestExample:
 
         config = settings.controller_config()
         assert settings.pool == "llama"
-        assert len(settings.endpoints.static) == 3
+        assert len(settings.endpoints.written) == 3
         assert settings.objectives.directory == EXAMPLE.parent / "objectives"
         assert config.detectors == (Concurrency(requests_max=16),)
         assert config.settings_for(10).limits == Limits(requests_max=5000)

@@ -100,6 +100,10 @@ class Spec:
     """Whether Envoy sends requests wherever the picker says, known to it or not."""
     flow_control: Mapping[str, Any] = field(default_factory=dict)
     requests: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Sections of the service's configuration in place of those that the rest makes."""
+    prepare: "Callable[[Stack], None] | None" = None
+    """Called before anything starts: writes files that the settings name."""
     settlement: Mapping[str, Any] = field(default_factory=dict)
     log_level: str = "info"
     edit_envoy: Edit | None = None
@@ -202,9 +206,17 @@ class Stack:
         self.objectives.mkdir()
         for name, priority in OBJECTIVES.items():
             self.declare(name, priority)
-        self.config.write_text(yaml.safe_dump(self._settings(), sort_keys=False))
+        if self.spec.prepare is not None:
+            self.spec.prepare(self)
+        self.configure()
         await self.start_service()
         await self._start_envoy()
+
+    def configure(self, **changes: Any) -> None:
+        """Write the service's configuration, all at once, with other sections in place."""
+        new = self.config.with_suffix(".new")
+        new.write_text(yaml.safe_dump({**self._settings(), **changes}, sort_keys=False))
+        new.rename(self.config)
 
     async def start_service(self) -> None:
         """Start the service, again perhaps, and wait until it is ready."""
@@ -278,6 +290,7 @@ class Stack:
             "flowControl": dict(spec.flow_control),
             "requests": dict(spec.requests),
             "settlement": dict(spec.settlement),
+            **spec.settings,
         }
 
     def _listen(self) -> dict[str, str]:
