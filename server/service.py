@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import grpc
 import structlog
@@ -20,22 +20,30 @@ from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import ProcessCollector
+from prometheus_client.registry import Collector, CollectorRegistry
 
-from flowcontrol.errors import ListenError
+from flowcontrol.errors import FlowControlError, ListenError
 from flowcontrol.events import Decision, DrainBegan, EndpointsChanged, ObjectivesChanged
 from flowcontrol.request import Outcome
-from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
+from flowcontrol.v1 import flowcontrol_pb2 as api
 from server import admin, codec, log_codec, logs
 from server.access_log import AccessLogDoor
 from server.codec import Encoder
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
-from server.metrics import SnapshotCollector
+from server.guard import Guard
+from server.loop_lag import LoopLag
+from server.metrics import SnapshotCollector, registry_of
 from server.objectives import ObjectiveFolder
+from server.reference_metrics import ReferenceCollector
 from server.settings import Address, Settings
 from server.settlement import Settlement
 from server.settlement_metrics import SettlementCollector
 from server.web import web_application
+
+if TYPE_CHECKING:
+    from server.otel import Traces
 
 ARRIVALS_MAX = 100_000
 """Arrivals the processor may be behind: about a second of its work."""
@@ -46,7 +54,16 @@ CLOSE_GRACE_S = 1.0
 """For answers already written to reach Envoy before the port closes."""
 JOIN_TIMEOUT_S = 5.0
 
+MESSAGE_BYTES_MAX = 1 << 20
+"""Envoy sends headers of 60 KiB at most unless told otherwise, and batches of access log entries of
+16 KiB; what is larger is not read."""
+METADATA_BYTES_MAX = 16 << 10
+"""Of one gRPC call, as grpc counts."""
+
 GRPC_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
     # grpc-core refuses streams it has not yet accepted: at random above 1000, all above 3000. A
     # burst of parked requests looks just like that.
     ("grpc.server.max_pending_requests", 1_000_000),
@@ -59,6 +76,8 @@ GRPC_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
+_PROCESS = ProcessCollector(registry=None)
+"""The process's own CPU time, memory and open files."""
 READY_NAMES = ("", "readiness", codec.SERVICE, admin.SERVICE)
 LIVE_NAME = "liveness"
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -81,6 +100,7 @@ class Service:
             asyncio.get_running_loop().create_future()
         )
         self._is_serving = False
+        self._traces = _traces(settings)
         self._gate = FlowGate(
             settings.controller_config(), ARRIVALS_MAX, self._request_ended, self._processor_ended
         )
@@ -100,8 +120,10 @@ class Service:
                 engine_priority=settings.requests.engine(),
             ),
             continue_on_fault=settings.requests.on_internal_fault == "continue",
+            trace_fields=() if self._traces is None else self._traces.fields,
         )
         self._health = HealthServicer()
+        self._loop_lag = LoopLag()
         self._grpc_servers: list[grpc.aio.Server] = []
         self._web: web.AppRunner | None = None
 
@@ -149,6 +171,8 @@ class Service:
             now_ns = parked.left_ns or parked.decided_ns
             self._settlement.request_ended(parked.request_id, decision.priority, now_ns)
         logs.request_ended(parked, decision)
+        if self._traces is not None:
+            self._traces.request_ended(parked, decision)
 
     def _change_objectives(self, priorities: Mapping[str, int]) -> None:
         self._gate.post(ObjectivesChanged(priorities))
@@ -190,9 +214,10 @@ class Service:
         listen = self._settings.listen
         main = grpc.aio.server(options=GRPC_OPTIONS)
         main.add_generic_rpc_handlers((self._door.handler(), self._log_door.handler()))
-        api_grpc.add_FlowControlServicer_to_server(
-            admin.FlowControlServicer(self._gate, self._settings.pool), main
-        )
+        guard = Guard(self._settings.admin.secret())
+        service = api.DESCRIPTOR.services_by_name["FlowControl"]
+        servicer = admin.FlowControlServicer(self._gate, self._settings.pool)
+        main.add_generic_rpc_handlers((guard.handler(service, servicer),))
         probes = grpc.aio.server(options=GRPC_OPTIONS)
         health = (_HEALTH_SERVICE, reflection.SERVICE_NAME)
         for server, names in (
@@ -201,14 +226,20 @@ class Service:
         ):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             reflection.enable_server_reflection(names, server)
-        for server, address in ((main, listen.ext_proc), (probes, listen.health)):
-            _bind(server, address)
+        certificates = self._settings.tls.certificates()
+        credentials = certificates and certificates.server_credentials()
+        for server, address, shown in (
+            (main, listen.ext_proc, credentials),
+            (probes, listen.health, None),
+        ):
+            _bind(server, address, shown)
             self._grpc_servers.append(server)
             await server.start()
         application = web_application(
             self._metrics,
             is_live=lambda: not self._ended.done() or self._ended.result() is None,
             is_ready=lambda: self._is_serving,
+            middlewares=(guard.middleware,),
         )
         self._web = web.AppRunner(application, access_log=None)
         await self._web.setup()
@@ -218,24 +249,54 @@ class Service:
             raise ListenError(str(listen.http)) from error
 
     async def _close_doors(self) -> None:
+        self._loop_lag.stop()
         self._door.close()
         self._log_door.close()
         await asyncio.gather(*(server.stop(CLOSE_GRACE_S) for server in self._grpc_servers))
         if self._web is not None:
             await self._web.cleanup()
+        if self._traces is not None:
+            await self._traces.close()
 
-    async def _metrics(self) -> SnapshotCollector:
+    async def _metrics(self) -> CollectorRegistry:
         snapshot = await self._gate.snapshot()
-        settled = SettlementCollector(
-            self._settlement, self._gate.pool_view, snapshot, time.monotonic_ns()
-        )
-        return SnapshotCollector(
-            snapshot, self._gate.inbox_refusals, self._folder.error_count, settled.collect()
-        )
+        settings = self._settings
+        collectors: list[Collector] = [
+            SnapshotCollector(
+                snapshot,
+                self._gate.inbox_refusals,
+                self._folder.error_count,
+                self._loop_lag.snapshot(),
+            ),
+            SettlementCollector(
+                self._settlement, self._gate.pool_view, snapshot, time.monotonic_ns()
+            ),
+        ]
+        if settings.metrics.reference_names:
+            limits = settings.controller_config().limits
+            collectors.append(ReferenceCollector(snapshot, settings.pool, limits))
+        return registry_of([*collectors, _PROCESS])
 
 
-def _bind(server: grpc.aio.Server, address: Address) -> None:
+def _traces(settings: Settings) -> "Traces | None":
+    if settings.traces.exporter == "off":
+        return None
+    try:
+        from server.otel import Traces  # noqa: PLC0415 - an extra, and slow to import
+    except ModuleNotFoundError as error:
+        message = f"traces.exporter needs {error.name}: pip install 'flowcontrol[otel]'"
+        raise FlowControlError(message) from error
+    return Traces(settings.pool)
+
+
+def _bind(
+    server: grpc.aio.Server, address: Address, credentials: grpc.ServerCredentials | None
+) -> None:
     with contextlib.suppress(RuntimeError):
-        if server.add_insecure_port(str(address)):
+        if credentials is None:
+            port = server.add_insecure_port(str(address))
+        else:
+            port = server.add_secure_port(str(address), credentials)
+        if port:
             return
     raise ListenError(str(address))

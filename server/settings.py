@@ -25,8 +25,11 @@ from pydantic_core import ErrorDetails
 from flowcontrol.config import Role
 from flowcontrol.errors import ConfigError
 from server.engine_settings import Engine
+from server.guard import Admin
 from server.request_settings import Requests, Settlement
 from server.sections import Section, broken, written
+from server.telemetry import Metrics, Traces
+from server.tls import Tls
 from server.yamlfile import read_mapping
 
 _ADDRESS_RULE = "must be host:port with a port from 1 to 65535, such as 10.0.0.5:8000 or [::1]:8000"
@@ -148,6 +151,8 @@ class _Surroundings(Section):
     pool: str = Field(min_length=1)
     """The one inference pool this process guards; objectives of other pools are ignored."""
     listen: Listen = Listen()
+    tls: Tls = Tls()
+    admin: Admin = Admin()
     objectives: Objectives
     endpoints: Endpoints
 
@@ -157,6 +162,8 @@ class Settings(Engine, _Surroundings):
 
     requests: Requests = Requests()
     settlement: Settlement = Settlement()
+    metrics: Metrics = Metrics()
+    traces: Traces = Traces()
 
     @model_validator(mode="after")
     def _picked_by_address(self) -> Self:
@@ -167,6 +174,13 @@ class Settings(Engine, _Surroundings):
                 f"endpoint by its IP address alone, got {', '.join(names)}"
             )
             raise broken(rule)
+        return self
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        complaint = self.admin.complaint()
+        if complaint is not None:
+            raise broken(complaint)
         return self
 
     @property
@@ -196,11 +210,11 @@ def problems_of(error: ValidationError) -> list[str]:
 _RULES = {
     "literal_error": "must be {expected}",
     "greater_than_equal": "must be >= {ge}",
+    "bool_type": "must be true or false",
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
     "finite_number": "must be a whole number",
-    "bool_type": "must be true or false",
     "string_type": "must be text",
     "path_type": "must be text",
     "string_too_short": "must not be empty",

@@ -101,6 +101,8 @@ class Spec:
     requests: Mapping[str, Any] = field(default_factory=dict)
     settlement: Mapping[str, Any] = field(default_factory=dict)
     log_level: str = "info"
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Other sections of the service's settings."""
     edit_envoy: Edit | None = None
     """Changes the generated Envoy configuration, parsed, in place."""
     service: Sequence[str] = (str(Path(sys.executable).with_name("flowcontrol")),)
@@ -276,6 +278,7 @@ class Stack:
             "flowControl": dict(spec.flow_control),
             "requests": dict(spec.requests),
             "settlement": dict(spec.settlement),
+            **spec.more,
         }
 
     def _listen(self) -> dict[str, str]:
