@@ -176,6 +176,7 @@ class FlowController:
         if band is not None:
             band.fairness.correct(lease.flow.key.flow_id, error, now_ns)
         self.pool.settled(lease, settled, now_ns)
+        self.decisions.settled(lease, settled)
 
     def _change_endpoints(self, change: EndpointsChanged, now_ns: int) -> None:
         roles = change.roles

@@ -9,7 +9,9 @@ accepted request causes exactly one departure, so they are bounded by the arriva
 refused would be a slot lost for ever.
 """
 
+import time
 from collections import deque
+from collections.abc import Callable
 from threading import TIMEOUT_MAX, Condition, Lock
 from typing import final
 
@@ -24,9 +26,20 @@ class Inbox:
     Args:
         arrivals_max: arrivals not yet taken, at least 1.
         batch_max: facts taken at once, at least 1; bounds one turn of the processor.
+        clock: monotonic nanoseconds.
     """
 
-    def __init__(self, arrivals_max: int, batch_max: int = 4096) -> None:
+    def __init__(
+        self,
+        arrivals_max: int,
+        batch_max: int = 4096,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.since_ns = 0
+        """When the first fact came of those taken last; where more came than were taken at once,
+        when the inbox was last empty. For the taker."""
+        self._clock = clock
+        self._filled_ns = 0
         self._arrivals_max = arrivals_max
         self._batch_max = batch_max
         self._facts: deque[Fact] = deque()
@@ -48,14 +61,14 @@ class Inbox:
             if self._arrival_count >= self._arrivals_max:
                 return False
             self._arrival_count += 1
-            self._facts.append(arrived)
+            self._append(arrived)
             return True
 
     def post(self, fact: Fact) -> None:
         """Put any other fact; never refused, and without effect once closed. Ring afterwards."""
         with self._bell:
             if not self._is_closed:
-                self._facts.append(fact)
+                self._append(fact)
 
     def ring(self) -> None:
         """Wake the taker; when it is awake, its next `take` returns at once."""
@@ -75,15 +88,22 @@ class Inbox:
                 self._bell.wait(None if timeout_s is None else min(timeout_s, TIMEOUT_MAX))
             self._is_rung = False
             facts = self._facts
+            self.since_ns = self._filled_ns
             batch = [facts.popleft() for _ in range(min(len(facts), self._batch_max))]
             self._arrival_count -= sum(type(fact) is Arrived for fact in batch)
             return batch
+
+    def _append(self, fact: Fact) -> None:
+        if not self._facts:
+            self._filled_ns = self._clock()
+        self._facts.append(fact)
 
     def close(self) -> list[Fact]:
         """Refuse everything from now on; return what nobody will take any more."""
         with self._bell:
             self._is_closed = True
             left = list(self._facts)
+            self.since_ns = self._filled_ns
             self._facts.clear()
             self._bell.notify()
             return left

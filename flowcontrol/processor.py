@@ -2,21 +2,28 @@
 
 It runs at its own pace: take what came, read the clock once, tell the machine, ask it to decide,
 hand the decisions back in one batch, sleep until the next fact or the next deadline; never poll.
+(A second reading, after the turn, tells how long the turn took, and decides nothing.)
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from threading import Thread
 from typing import final
 
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Decision, Fact
+from flowcontrol.histogram import Histogram
 from flowcontrol.inbox import Inbox
-from flowcontrol.snapshot import Snapshot
+from flowcontrol.snapshot import Pace, Snapshot
 from flowcontrol.view import take_snapshot
 
 _FLOWS_SHOWN_MAX = 1000
 """Flows a published snapshot holds per band; bounds its cost, whoever asks."""
+_PACE_BOUNDS_S = (
+    *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
+    *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
+)
 
 
 @final
@@ -47,6 +54,8 @@ class FlowProcessor:
         self._ended = ended
         self._clock = clock
         self._is_snapshot_wanted = False
+        self._turns = Histogram(_PACE_BOUNDS_S)
+        self._lags = Histogram(_PACE_BOUNDS_S)
         self._thread = Thread(target=self._run, name="flow-processor", daemon=True)
 
     def start(self) -> None:
@@ -76,6 +85,8 @@ class FlowProcessor:
 
     def _turn(self, facts: list[Fact]) -> None:
         now_ns = self._clock()
+        if facts:
+            self._lags.observe(max(0, now_ns - self._inbox.since_ns))
         controller = self._controller
         for fact in facts:
             controller.handle(fact, now_ns)
@@ -84,8 +95,10 @@ class FlowProcessor:
         if self._is_snapshot_wanted:
             self._is_snapshot_wanted = False  # before it is taken: an ask in between gets another
             snapshot = take_snapshot(controller, now_ns, _FLOWS_SHOWN_MAX)
+            snapshot = replace(snapshot, pace=Pace(self._turns.snapshot(), self._lags.snapshot()))
         if decisions or snapshot is not None:
             self._deliver(decisions, snapshot)
+        self._turns.observe(self._clock() - now_ns)
 
     def _sleep(self) -> list[Fact]:
         wakeup_ns = self._controller.next_wakeup_ns()

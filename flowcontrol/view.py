@@ -60,6 +60,7 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
         lost_settlements=controller.settlement.lost,
         awaited_settlements=controller.settlement.awaited,
         detectors=detector_snapshots(pool, now_ns),
+        goodput=controller.decisions.goodput.snapshot(),
     )
 
 
@@ -78,8 +79,9 @@ def _detector_snapshot(
 ) -> DetectorSnapshot:
     settings, limit = detector.settings, None
     moves: tuple[MoveSnapshot, ...] = ()
+    raised, lowered = None, None
     if isinstance(detector, AdaptiveDetector):
-        limit = detector.limit
+        limit, raised, lowered = detector.limit, detector.raised, detector.lowered
         moves = tuple(
             MoveSnapshot(now_ns - each.at_ns, each.address, each.before, each.after, each.reason)
             for each in detector.moves
@@ -87,7 +89,7 @@ def _detector_snapshot(
     elif isinstance(settings, Concurrency) and settings.requests_max is not None:
         limit = settings.requests_max * endpoints
     kind = type(settings).__name__.lower()
-    return DetectorSnapshot(role.value, kind, detector.saturation(), limit, moves)
+    return DetectorSnapshot(role.value, kind, detector.saturation(), limit, moves, raised, lowered)
 
 
 def _band_snapshot(band: Band, ceiling: float, now_ns: int, flows_max: int) -> BandSnapshot:

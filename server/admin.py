@@ -28,7 +28,7 @@ class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
     Args:
         gate: whose engine it is about.
         pool: name of the pool.
-        objectives: where they come from, and who may change them.
+        objectives: where they come from.
     """
 
     def __init__(

@@ -1,10 +1,8 @@
-"""Our own gRPC API, flowcontrol.v1: the objectives, seen from everywhere, changed where allowed."""
+"""Our own gRPC API, flowcontrol.v1: the objectives, and changing them where they come from here."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Any, final
-from urllib.parse import unquote
 
 import grpc
 
@@ -17,17 +15,15 @@ from server.sources.objective_store import ObjectiveStore
 @final
 @dataclass(frozen=True, slots=True)
 class ObjectiveAccess:
-    """Where objectives come from, and who may change them; asked anew at each call."""
+    """Where objectives come from; asked anew at each call."""
 
     store: Callable[[], ObjectiveStore | None]
     """Where they are changed, if they come from here."""
-    is_open: Callable[[], bool]
-    """Whether anyone may, not only callers on this machine."""
     problems: Callable[[], Iterable[tuple[str, str, str]]]
     """What is wrong where they come from: source, what it is about, mistake."""
 
 
-FROM_ELSEWHERE = ObjectiveAccess(lambda: None, lambda: False, lambda: ())
+FROM_ELSEWHERE = ObjectiveAccess(lambda: None, lambda: ())
 
 
 class ObjectiveMethods:
@@ -94,27 +90,10 @@ class ObjectiveMethods:
         return api.DeleteObjectiveResponse()
 
     async def _writable(self, context: Any) -> ObjectiveStore:
-        """Return the store, or end the call: there is none, or the caller may not."""
+        """Return the store, or end the call: there is none."""
         store = self._objectives.store()
         if store is None:
             message = "objectives come from elsewhere: change them there, or set objectives.api"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
             raise AssertionError  # abort has raised already
-        if not self._objectives.is_open() and not is_local(context.peer()):
-            message = "objectives may be changed from this machine alone: see objectives.api.allow"
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, message)
         return store
-
-
-def is_local(peer: str) -> bool:
-    """Whether a peer, as grpc names it, is on this machine."""
-    kind, _, rest = unquote(peer).partition(":")
-    if kind == "unix":
-        return True
-    host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)

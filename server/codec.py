@@ -148,7 +148,7 @@ def _refuse(reply: Refuse) -> bytes:
     immediate.body = reply.body
     immediate.grpc_status.status = reply.grpc_status
     headers = immediate.headers.set_headers
-    _set_header(headers.add(), "content-type", "application/json")
+    _set_header(headers.add(), "content-type", reply.content_type)
     _set_header(headers.add(), REASON_HEADER, reply.reason)
     if reply.retry_after_s is not None:
         _set_header(headers.add(), "retry-after", str(reply.retry_after_s))

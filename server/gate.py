@@ -8,7 +8,7 @@ requests came; per batch of decisions the loop is woken once.
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -38,6 +38,8 @@ class Parked:
     recall: asyncio.Future[Decision] | None = None
     """Resolves with a second decision, if one comes: to end the request in flight. None where none
     can come."""
+    trace: Mapping[str, str] | None = None
+    """Headers that tell of the trace it belongs to; None while traces are off."""
 
 
 @final
@@ -227,3 +229,17 @@ class FlowGate:
             waited_ns=0,
             retry_after_ns=retry_after_ns,
         )
+
+
+def trace_of(
+    fields: tuple[str, ...], metadata: Mapping[str, str | bytes], headers: Mapping[str, str]
+) -> dict[str, str]:
+    """Return what tells of a request's trace.
+
+    Args:
+        fields: names of the headers that do.
+        metadata: of the stream: Envoy's own span, where Envoy traces.
+        headers: of the request: the client's span, where Envoy does not.
+    """
+    said = {name: text for name in fields if isinstance(text := metadata.get(name), str)}
+    return said or {name: headers[name] for name in fields if name in headers}

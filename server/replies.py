@@ -1,12 +1,12 @@
 """Pure. What a client is told: the one table from outcomes to HTTP."""
 
-import json
 from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple, final
 
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
+from server.dialects import Dialect, content_type_of, error_body
 
 REASON_HEADER = "x-llm-d-request-dropped-reason"
 _SECOND_NS = 1_000_000_000
@@ -60,7 +60,11 @@ REFUSALS = {
 429: there is capacity, others hold it. 503: there is none.
 """
 
-_ERROR_TYPES = {429: "rate_limit_error", 499: "invalid_request_error"}
+_BODIES = {
+    (outcome, dialect): error_body(dialect, refused.status, refused.reason, refused.message)
+    for outcome, refused in REFUSALS.items()
+    for dialect in Dialect
+}
 
 
 @final
@@ -112,17 +116,25 @@ class Refuse:
     body: bytes
     grpc_status: int
     retry_after_s: int | None = None
+    content_type: str = "application/json"
 
 
 Answer = Proceed | Exempt | Refuse
 
 
-def answer(decision: Decision, chance: float, *, continue_on_fault: bool = False) -> Answer:
+def answer(
+    decision: Decision,
+    chance: float,
+    dialect: Dialect = Dialect.OPENAI,
+    *,
+    continue_on_fault: bool = False,
+) -> Answer:
     """Put a decision into words for Envoy.
 
     Args:
         decision: of the engine, or of the gate when the engine has failed.
         chance: from 0 to 1, spreads Retry-After so that a crowd does not come back as one.
+        dialect: how its client wants to be told.
         continue_on_fault: let a request on, ungated, when it was the engine that failed.
     """
     if decision.outcome is Outcome.DISPATCHED:
@@ -137,23 +149,25 @@ def answer(decision: Decision, chance: float, *, continue_on_fault: bool = False
         )
     if decision.outcome is Outcome.INTERNAL and continue_on_fault:
         return Exempt()
-    return refusal(decision, chance)
+    return refusal(decision, chance, dialect)
 
 
-def refusal(decision: Decision, chance: float) -> Refuse:
+def refusal(decision: Decision, chance: float, dialect: Dialect = Dialect.OPENAI) -> Refuse:
     """Put any other decision than to dispatch into words for Envoy.
 
     Args:
         decision: of the engine, or of the gate when the engine has failed.
         chance: from 0 to 1, as for `answer`.
+        dialect: how its client wants to be told.
     """
     refused = REFUSALS[decision.outcome]
     return Refuse(
         refused.status,
         refused.reason,
-        _openai_error(refused),
+        _BODIES[decision.outcome, dialect],
         refused.grpc_status,
         retry_after(decision.retry_after_ns, chance),
+        content_type_of(dialect),
     )
 
 
@@ -169,13 +183,3 @@ def retry_after(expected_ns: int | None, chance: float) -> int | None:
     if spread > RETRY_AFTER_MAX_S:
         spread = RETRY_AFTER_MAX_S * (1 - _JITTER * chance)
     return ceil(spread)
-
-
-def _openai_error(refused: Refused) -> bytes:
-    error = {
-        "message": refused.message,
-        "type": _ERROR_TYPES.get(refused.status, "server_error"),
-        "param": None,
-        "code": refused.reason,
-    }
-    return json.dumps({"error": error}).encode()

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import grpc
 import structlog
@@ -20,25 +20,33 @@ from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import ProcessCollector
+from prometheus_client.registry import Collector, CollectorRegistry
 
 from flowcontrol.errors import FlowControlError, ListenError
 from flowcontrol.events import Decision, DrainBegan, Reconfigured
 from flowcontrol.request import Outcome
-from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
+from flowcontrol.v1 import flowcontrol_pb2 as api
 from server import admin, codec, log_codec, logs
 from server.access_log import AccessLogDoor
 from server.admin_objectives import ObjectiveAccess
 from server.codec import Encoder
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
-from server.metrics import SnapshotCollector
+from server.guard import Guard
+from server.loop_lag import LoopLag
+from server.metrics import SnapshotCollector, registry_of
+from server.reference_metrics import ReferenceCollector
 from server.reload import Configuration
 from server.settings import Address, Settings
 from server.settlement import Settlement
 from server.settlement_metrics import SettlementCollector
 from server.sources.feed import Feed
-from server.sources.measured import source_metrics
+from server.sources.measured import SourceCollector
 from server.web import web_application
+
+if TYPE_CHECKING:
+    from server.otel import Traces
 
 ARRIVALS_MAX = 100_000
 """Arrivals the processor may be behind: about a second of its work."""
@@ -49,7 +57,16 @@ CLOSE_GRACE_S = 1.0
 """For answers already written to reach Envoy before the port closes."""
 JOIN_TIMEOUT_S = 5.0
 
+MESSAGE_BYTES_MAX = 1 << 20
+"""Envoy sends headers of 60 KiB at most unless told otherwise, and batches of access log entries of
+16 KiB; what is larger is not read."""
+METADATA_BYTES_MAX = 16 << 10
+"""Of one gRPC call, as grpc counts."""
+
 GRPC_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
     # grpc-core refuses streams it has not yet accepted: at random above 1000, all above 3000. A
     # burst of parked requests looks just like that.
     ("grpc.server.max_pending_requests", 1_000_000),
@@ -62,6 +79,8 @@ GRPC_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
+_PROCESS = ProcessCollector(registry=None)
+"""The process's own CPU time, memory and open files."""
 READY_NAMES = ("", "readiness", codec.SERVICE, admin.SERVICE)
 LIVE_NAME = "liveness"
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -84,6 +103,7 @@ class Service:
             asyncio.get_running_loop().create_future()
         )
         self._is_serving = False
+        self._traces = _traces(settings)
         self._gate = FlowGate(
             settings.controller_config(), ARRIVALS_MAX, self._request_ended, self._processor_ended
         )
@@ -101,8 +121,10 @@ class Service:
             settings.requests.intake(),
             self._encoder(settings),
             continue_on_fault=settings.requests.on_internal_fault == "continue",
+            trace_fields=() if self._traces is None else self._traces.fields,
         )
         self._health = HealthServicer()
+        self._loop_lag = LoopLag()
         self._grpc_servers: list[grpc.aio.Server] = []
         self._web: web.AppRunner | None = None
 
@@ -169,11 +191,7 @@ class Service:
         )
 
     def _objective_access(self) -> ObjectiveAccess:
-        def is_open() -> bool:
-            api = self._configuration.settings.objectives.api
-            return api is not None and api.allow == "anyone"
-
-        return ObjectiveAccess(lambda: self._feed.store, is_open, self._feed.problems)
+        return ObjectiveAccess(lambda: self._feed.store, self._feed.problems)
 
     def _answered(self, endpoint: str, is_failure: bool) -> None:  # noqa: FBT001 - as it is told
         self._gate.pool_view.answered(endpoint, is_failure)
@@ -185,6 +203,8 @@ class Service:
             now_ns = parked.left_ns or parked.decided_ns
             self._settlement.request_ended(parked.request_id, decision.priority, now_ns)
         logs.request_ended(parked, decision)
+        if self._traces is not None:
+            self._traces.request_ended(parked, decision)
 
     def _following_ended(self, following: asyncio.Task[None]) -> None:
         if not following.cancelled():
@@ -222,12 +242,12 @@ class Service:
         listen = self._configuration.settings.listen
         main = grpc.aio.server(options=GRPC_OPTIONS)
         main.add_generic_rpc_handlers((self._door.handler(), self._log_door.handler()))
-        api_grpc.add_FlowControlServicer_to_server(
-            admin.FlowControlServicer(
-                self._gate, self._configuration.settings.pool, self._objective_access()
-            ),
-            main,
+        guard = Guard(self._configuration.settings.admin.secret())
+        service = api.DESCRIPTOR.services_by_name["FlowControl"]
+        servicer = admin.FlowControlServicer(
+            self._gate, self._configuration.settings.pool, self._objective_access()
         )
+        main.add_generic_rpc_handlers((guard.handler(service, servicer),))
         probes = grpc.aio.server(options=GRPC_OPTIONS)
         health = (_HEALTH_SERVICE, reflection.SERVICE_NAME)
         for server, names in (
@@ -236,14 +256,20 @@ class Service:
         ):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             reflection.enable_server_reflection(names, server)
-        for server, address in ((main, listen.ext_proc), (probes, listen.health)):
-            _bind(server, address)
+        certificates = self._configuration.settings.tls.certificates()
+        credentials = certificates and certificates.server_credentials()
+        for server, address, shown in (
+            (main, listen.ext_proc, credentials),
+            (probes, listen.health, None),
+        ):
+            _bind(server, address, shown)
             self._grpc_servers.append(server)
             await server.start()
         application = web_application(
             self._metrics,
             is_live=lambda: not self._ended.done() or self._ended.result() is None,
             is_ready=lambda: self._is_serving,
+            middlewares=(guard.middleware,),
         )
         self._web = web.AppRunner(application, access_log=None)
         await self._web.setup()
@@ -253,28 +279,56 @@ class Service:
             raise ListenError(str(listen.http)) from error
 
     async def _close_doors(self) -> None:
+        self._loop_lag.stop()
         self._door.close()
         self._log_door.close()
         await asyncio.gather(*(server.stop(CLOSE_GRACE_S) for server in self._grpc_servers))
         if self._web is not None:
             await self._web.cleanup()
+        if self._traces is not None:
+            await self._traces.close()
 
-    async def _metrics(self) -> SnapshotCollector:
+    async def _metrics(self) -> CollectorRegistry:
         snapshot = await self._gate.snapshot()
-        settled = SettlementCollector(
-            self._settlement, self._gate.pool_view, snapshot, time.monotonic_ns()
-        )
-        errors = self._feed.error_counts().items()
-        return SnapshotCollector(
-            snapshot,
-            self._gate.inbox_refusals,
-            sum(count for name, count in errors if name.startswith("objectives.")),
-            (*settled.collect(), *source_metrics(self._feed, self._configuration)),
-        )
+        settings = self._configuration.settings
+        feed = self._feed.snapshot()
+        collectors: list[Collector] = [
+            SnapshotCollector(
+                snapshot,
+                self._gate.inbox_refusals,
+                sum(count for name, count in feed.errors.items() if name.startswith("objectives.")),
+                self._loop_lag.snapshot(),
+            ),
+            SettlementCollector(
+                self._settlement, self._gate.pool_view, snapshot, time.monotonic_ns()
+            ),
+            SourceCollector(feed, self._configuration, time.monotonic()),
+        ]
+        if settings.metrics.reference_names:
+            limits = settings.controller_config().limits
+            collectors.append(ReferenceCollector(snapshot, settings.pool, limits))
+        return registry_of([*collectors, _PROCESS])
 
 
-def _bind(server: grpc.aio.Server, address: Address) -> None:
+def _traces(settings: Settings) -> "Traces | None":
+    if settings.traces.exporter == "off":
+        return None
+    try:
+        from server.otel import Traces  # noqa: PLC0415 - an extra, and slow to import
+    except ModuleNotFoundError as error:
+        message = f"traces.exporter needs {error.name}: pip install 'flowcontrol[otel]'"
+        raise FlowControlError(message) from error
+    return Traces(settings.pool)
+
+
+def _bind(
+    server: grpc.aio.Server, address: Address, credentials: grpc.ServerCredentials | None
+) -> None:
     with contextlib.suppress(RuntimeError):
-        if server.add_insecure_port(str(address)):
+        if credentials is None:
+            port = server.add_insecure_port(str(address))
+        else:
+            port = server.add_secure_port(str(address), credentials)
+        if port:
             return
     raise ListenError(str(address))

@@ -18,9 +18,12 @@ from flowcontrol.config import Utilization
 from flowcontrol.errors import ConfigError
 from server.addresses import Address, HostPort, parse_address
 from server.engine_settings import Engine
+from server.guard import Admin
 from server.request_settings import Requests, Settlement
 from server.sections import Section, broken, written
 from server.settings_sources import Endpoints, Given, Kubernetes, Load, Objectives, left_out
+from server.telemetry import Metrics, Traces
+from server.tls import Tls
 from server.yamlfile import read_mapping
 
 __all__ = [
@@ -64,6 +67,8 @@ class _Surroundings(Section):
     pool: str = Field(min_length=1)
     """The one inference pool this process guards; objectives of other pools are ignored."""
     listen: Listen = Listen()
+    tls: Tls = Tls()
+    admin: Admin = Admin()
     objectives: Objectives
     endpoints: Endpoints
     load: Annotated[Load | None, Given] = left_out()
@@ -75,6 +80,8 @@ class Settings(Engine, _Surroundings):
 
     requests: Requests = Requests()
     settlement: Settlement = Settlement()
+    metrics: Metrics = Metrics()
+    traces: Traces = Traces()
 
     @property
     def scraping(self) -> Load | None:
@@ -93,6 +100,13 @@ class Settings(Engine, _Surroundings):
                 f"endpoint by its IP address alone, got {', '.join(names)}"
             )
             raise broken(rule)
+        return self
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        complaint = self.admin.complaint()
+        if complaint is not None:
+            raise broken(complaint)
         return self
 
     @property

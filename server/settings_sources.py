@@ -49,12 +49,10 @@ class KubernetesObjectives(Section):
 
 
 class ApiObjectives(Section):
-    """Objectives put and deleted by the gRPC API, flowcontrol.v1."""
+    """Objectives put and deleted by the gRPC API, flowcontrol.v1, with the admin token."""
 
     file: Annotated[Path | None, Given] = left_out()
     """Where they are kept across restarts, as manifests; in memory alone if unset."""
-    allow: Literal["loopback", "anyone"] = "loopback"
-    """Who may change them: callers on this machine, or whoever reaches the port."""
 
     @field_validator("file")
     @classmethod

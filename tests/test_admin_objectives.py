@@ -14,7 +14,7 @@ from flowcontrol.events import DrainBegan, ObjectivesChanged
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from server.admin import FlowControlServicer
-from server.admin_objectives import FROM_ELSEWHERE, ObjectiveAccess, is_local
+from server.admin_objectives import FROM_ELSEWHERE, ObjectiveAccess
 from server.gate import FlowGate
 from server.sources.objective_store import ObjectiveStore
 from tests.told import Told
@@ -83,10 +83,10 @@ async def served(access: ObjectiveAccess, store: ObjectiveStore | None) -> Async
 
 
 @asynccontextmanager
-async def with_store(file: Path | None = None, *, is_open: bool = False) -> AsyncIterator[Served]:
+async def with_store(file: Path | None = None) -> AsyncIterator[Served]:
     """A service whose objectives come from the API."""
     store = ObjectiveStore(file, "llama")
-    access = ObjectiveAccess(lambda: store, lambda: is_open, lambda: [PROBLEM])
+    access = ObjectiveAccess(lambda: store, lambda: [PROBLEM])
     async with served(access, store) as running:
         yield running
 
@@ -170,43 +170,3 @@ class TestElsewhere:
             assert await service.objectives() == {"chat": 10}
         assert not reply.writable
         assert codes == [grpc.StatusCode.FAILED_PRECONDITION] * 2
-
-
-class TestCallers:
-    """Who may change them."""
-
-    async def test_not_from_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A caller from another machine may not, unless anyone may."""
-        monkeypatch.setattr("server.admin_objectives.is_local", lambda _peer: False)
-        async with with_store() as service:
-            for change in (service.put("chat", 1), service.delete("chat")):
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await change
-                assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
-            assert await service.objectives() == {}
-        async with with_store(is_open=True) as service:
-            await service.put("chat", 1)
-
-            assert await service.objectives() == {"chat": 1}
-
-    @pytest.mark.parametrize(
-        ("peer", "expected"),
-        [
-            ("ipv4:127.0.0.1:4711", True),
-            ("ipv4:127.8.8.8:4711", True),
-            ("ipv6:%5B::1%5D:4711", True),
-            ("ipv6:[::1]:4711", True),
-            ("ipv6:%5B::ffff:127.0.0.1%5D:4711", True),
-            ("unix:", True),
-            ("unix:/run/socket", True),
-            ("ipv4:10.0.0.5:4711", False),
-            ("ipv6:%5Bfd00::5%5D:4711", False),
-            ("ipv6:%5B::ffff:10.0.0.5%5D:4711", False),
-            ("ipv6:%5Bfe80::1%25eth0%5D:4711", False),
-            ("", False),
-            ("unknown", False),
-        ],
-    )
-    def test_peers(self, peer: str, expected: bool) -> None:  # noqa: FBT001 - a table
-        """As grpc names them."""
-        assert is_local(peer) == expected

@@ -51,6 +51,23 @@ class TestTake:
 
         assert inbox.take(None) == facts
 
+    def test_since(self) -> None:
+        """The taker knows since when there was something to take, leftovers included."""
+        times_ns = iter([100, 200, 300])
+        inbox = Inbox(arrivals_max=9, batch_max=2, clock=lambda: next(times_ns))
+        assert inbox.offer(arrived(1))
+        for request_id in range(2):
+            inbox.post(Left(request_id))
+        since_ns = []
+        for _ in range(2):
+            inbox.take(None)
+            since_ns.append(inbox.since_ns)
+        inbox.post(Left(2))
+        inbox.close()
+
+        assert [*since_ns, inbox.since_ns] == [100, 100, 200]
+        assert next(times_ns) == 300
+
     def test_batch_is_bounded(self) -> None:
         """What is too much for one turn stays for the next, which does not sleep."""
         inbox = Inbox(arrivals_max=9, batch_max=2)

@@ -1,33 +1,23 @@
 """Metrics of the sources and of the configuration."""
 
+import time
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client import generate_latest
 from yaml import safe_dump
 
 from flowcontrol.events import Fact
+from server.metrics import registry_of
 from server.reload import Configuration
 from server.settings import Settings, load_settings
 from server.sources.feed import Feed
-from server.sources.measured import source_metrics
+from server.sources.measured import SourceCollector
 from tests.told import eventually
-
-
-class _Families(Collector):
-    def __init__(self, families: list[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> list[Metric]:
-        """Return them."""
-        return self._families
 
 
 def rendered(feed: Feed, configuration: Configuration) -> dict[str, float]:
     """Every sample, as Prometheus would read it."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Families([*source_metrics(feed, configuration)]))
+    registry = registry_of([SourceCollector(feed.snapshot(), configuration, time.monotonic())])
     lines = generate_latest(registry).decode().splitlines()
     samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
     return {name: float(value) for name, _space, value in samples}

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, final
@@ -24,7 +24,7 @@ from server.sources.kube_endpoints import KubeEndpoints
 from server.sources.kube_objectives import KubeObjectives
 from server.sources.objective_store import ObjectiveStore
 from server.sources.orca import read_report
-from server.sources.scraper import Scraper
+from server.sources.scraper import Result, Scraper, Seen
 
 PATIENCE_S = 10.0
 """How long to wait at the start for what the sources know. After that requests are served by what
@@ -67,6 +67,23 @@ class _Running:
     connection: KubeApi | None
     task: asyncio.Task[None] | None = None
     has_told: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class FeedSnapshot:
+    """What the sources have gone through."""
+
+    errors: Mapping[str, int]
+    """Mistakes and failures since the start, by source."""
+    problems: Sequence[tuple[str, str, str]]
+    """What is wrong now: the source, what it is about, and the mistake."""
+    down: frozenset[str]
+    """Endpoints known that are down."""
+    scrapes: Mapping[Result, int] | None
+    """Attempts to ask an endpoint for its load; None if nobody asks."""
+    seen: Mapping[str, Seen]
+    """What is known of each endpoint asked."""
 
 
 @final
@@ -122,6 +139,17 @@ class Feed:
         for name, running in self._running.items():
             counts[name] = counts.get(name, 0) + running.source.error_count
         return counts
+
+    def snapshot(self) -> FeedSnapshot:
+        """Return what the sources have gone through so far."""
+        scraper = self._scraper
+        return FeedSnapshot(
+            self.error_counts(),
+            tuple(self.problems()),
+            self.down,
+            None if scraper is None else scraper.results,
+            {} if scraper is None else scraper.seen,
+        )
 
     # What is told
 

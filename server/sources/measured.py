@@ -1,49 +1,69 @@
 """Prometheus metrics of the sources and of the configuration."""
 
-import time
 from collections.abc import Iterator
+from typing import final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from server.reload import Configuration
-from server.sources.feed import Feed
+from server.sources.feed import FeedSnapshot
 from server.sources.scraper import Result
 
 
-def source_metrics(feed: Feed, configuration: Configuration) -> Iterator[Metric]:
-    """Yield every family."""
+@final
+class SourceCollector(Collector):
+    """Turns what the sources and the configuration have gone through into metric families.
+
+    Args:
+        feed: the sources.
+        configuration: of the service.
+        now_s: on the monotonic clock.
+    """
+
+    def __init__(self, feed: FeedSnapshot, configuration: Configuration, now_s: float) -> None:
+        self._feed = feed
+        self._configuration = configuration
+        self._now_s = now_s
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family."""
+        yield from _mistakes(self._feed)
+        yield from _load(self._feed, self._now_s)
+        yield from _configuration(self._configuration)
+
+
+def _mistakes(feed: FeedSnapshot) -> Iterator[Metric]:
     errors = CounterMetricFamily(
         "flowcontrol_source_errors", "Mistakes and failures met, by source.", labels=["source"]
     )
-    for name, count in sorted(feed.error_counts().items()):
+    for name, count in sorted(feed.errors.items()):
         errors.add_metric([name], count)
     yield errors
     problems = GaugeMetricFamily(
         "flowcontrol_source_problems", "Mistakes that now stand, by source.", labels=["source"]
     )
-    standing: dict[str, int] = dict.fromkeys(feed.error_counts(), 0)
-    for name, _about, _problem in feed.problems():
+    standing: dict[str, int] = dict.fromkeys(feed.errors, 0)
+    for name, _about, _problem in feed.problems:
         standing[name] += 1
     for name, count in sorted(standing.items()):
         problems.add_metric([name], count)
     yield problems
-    yield from _load(feed)
-    yield from _configuration(configuration)
 
 
-def _load(feed: Feed) -> Iterator[Metric]:
+def _load(feed: FeedSnapshot, now_s: float) -> Iterator[Metric]:
     down = GaugeMetricFamily(
         "flowcontrol_endpoints_down", "Endpoints known that have left the pool as down."
     )
     down.add_metric([], len(feed.down))
     yield down
-    if feed.scraper is None:
+    if feed.scrapes is None:
         return
     scrapes = CounterMetricFamily(
         "flowcontrol_scrapes", "Attempts to ask an endpoint for its load.", labels=["result"]
     )
     for result in Result:
-        scrapes.add_metric([result.value], feed.scraper.results[result])
+        scrapes.add_metric([result.value], feed.scrapes[result])
     yield scrapes
     age = GaugeMetricFamily(
         "flowcontrol_endpoint_load_age_seconds",
@@ -60,8 +80,7 @@ def _load(feed: Feed) -> Iterator[Metric]:
         "KV cache in use at an endpoint, by its own word.",
         labels=["endpoint"],
     )
-    now_s = time.monotonic()
-    for address, seen in sorted(feed.scraper.seen.items()):
+    for address, seen in sorted(feed.seen.items()):
         if seen.load is not None and seen.heard_s is not None:
             age.add_metric([address], now_s - seen.heard_s)
             waiting.add_metric([address], seen.load.waiting)

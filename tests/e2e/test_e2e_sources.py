@@ -12,6 +12,7 @@ import yaml
 
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
+from server.guard import TOKEN_VARIABLE
 from server.settings import load_settings
 from server.settings_difference import settings_hash
 from server.sources.health import FAILURES_MAX
@@ -24,6 +25,7 @@ from tests.kubernetes_api import api_server
 pytestmark = pytest.mark.e2e
 
 Start = Callable[[Spec], Awaitable[Gateway]]
+TOKEN = "say-friend-and-enter"
 SEEN_S = 3.0
 """How long a change may take from being made to being in force."""
 PAGE = b"vllm:num_requests_waiting 0\nvllm:num_requests_running 0\nvllm:kv_cache_usage_perc 0.1\n"
@@ -231,20 +233,21 @@ def pod(*, ready: bool) -> dict[str, Any]:
 class TestApi:
     """Objectives by flowcontrol.v1."""
 
-    async def test_put_and_delete(self, start: Start) -> None:
+    async def test_put_and_delete(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
         """An objective that was put counts for the next request, and after a restart."""
+        monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+        proof = (("authorization", f"Bearer {TOKEN}"),)
         gateway = await start(Spec(settings={"objectives": {"api": {"file": "./kept.yaml"}}}))
         async with grpc.aio.insecure_channel(str(gateway.stack.ext_proc)) as channel:
             stub = api_grpc.FlowControlStub(channel)  # type: ignore[no-untyped-call]  # generated
             gold = api.Objective(name="gold", priority=70)
-            await stub.PutObjective(api.PutObjectiveRequest(objective=gold))
+            await stub.PutObjective(api.PutObjectiveRequest(objective=gold), metadata=proof)
             await gateway.call(name="golden", objective="gold")
             await (await gateway.next_call()).respond()
             line = await gateway.decided("golden")
-            await stub.PutObjective(
-                api.PutObjectiveRequest(objective=api.Objective(name="iron", priority=-1))
-            )
-            await stub.DeleteObjective(api.DeleteObjectiveRequest(name="gold"))
+            iron = api.Objective(name="iron", priority=-1)
+            await stub.PutObjective(api.PutObjectiveRequest(objective=iron), metadata=proof)
+            await stub.DeleteObjective(api.DeleteObjectiveRequest(name="gold"), metadata=proof)
         gateway.stack.service.stop()
         await gateway.stack.start_service()
         after = await gateway.until_so(lambda now: bool(now.objectives), SEEN_S)
