@@ -283,10 +283,17 @@ def _traces(settings: Settings) -> "Traces | None":
         return None
     try:
         from server.otel import Traces  # noqa: PLC0415 - an extra, and slow to import
+
+        return Traces(settings.pool)
     except ModuleNotFoundError as error:
         message = f"traces.exporter needs {error.name}: pip install 'flowcontrol[otel]'"
         raise FlowControlError(message) from error
-    return Traces(settings.pool)
+    except ImportError as error:  # xds-protos has files of the same names, of an older OTLP
+        message = (
+            "traces.exporter cannot use opentelemetry-proto, which xds-protos has overwritten: "
+            "pip install --force-reinstall --no-deps opentelemetry-proto"
+        )
+        raise FlowControlError(message) from error
 
 
 def _bind(
