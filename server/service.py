@@ -25,7 +25,6 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from flowcontrol.errors import FlowControlError, ListenError
 from flowcontrol.events import Decision, DrainBegan, EndpointsChanged, ObjectivesChanged
-from flowcontrol.request import Outcome
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from server import admin, codec, log_codec, logs
 from server.access_log import AccessLogDoor
@@ -167,7 +166,7 @@ class Service:
         return int(fault is not None)
 
     def _request_ended(self, parked: Parked, decision: Decision) -> None:
-        if decision.outcome is Outcome.DISPATCHED and self._settings.settlement.access_log:
+        if decision.outcome.was_dispatched and self._settings.settlement.access_log:
             now_ns = parked.left_ns or parked.decided_ns
             self._settlement.request_ended(parked.request_id, decision.priority, now_ns)
         logs.request_ended(parked, decision)
