@@ -64,3 +64,11 @@ class Outcome(Enum):
     """Ended in flight for a better waiting request."""
     INTERNAL = "internal"
     """The engine failed; decided by the gate, because nobody else is left to decide."""
+
+    @property
+    def was_dispatched(self) -> bool:
+        """Whether the request reached a model server."""
+        return self in _REACHED
+
+
+_REACHED = (Outcome.DISPATCHED, Outcome.RECLAIMED)

@@ -9,7 +9,6 @@ import sys
 import structlog
 
 from flowcontrol.events import Decision
-from flowcontrol.request import Outcome
 from server.gate import Parked
 from server.replies import REFUSALS
 
@@ -35,14 +34,10 @@ def configure(level: str) -> None:
     )
 
 
-_DISPATCHED = (Outcome.DISPATCHED, Outcome.RECLAIMED)
-
-
 def request_ended(parked: Parked, decision: Decision) -> None:
     """Write the canonical line of a request that is decided and gone."""
     refused = REFUSALS.get(decision.outcome)
-    left_ns = parked.left_ns or parked.decided_ns
-    was_dispatched = decision.outcome in _DISPATCHED
+    in_flight_ns = max(0, (parked.left_ns or parked.decided_ns) - parked.decided_ns)
     _log.info(
         "request_decided",
         request_id=parked.request_id,
@@ -54,7 +49,7 @@ def request_ended(parked: Parked, decision: Decision) -> None:
         outcome=decision.outcome.value,
         http_status=None if refused is None else refused.status,
         waited_ms=_ms(decision.waited_ns),
-        in_flight_ms=_ms(max(0, left_ns - parked.decided_ns)) if was_dispatched else 0.0,
+        in_flight_ms=_ms(in_flight_ns if decision.outcome.was_dispatched else 0),
         byte_size=parked.facts.byte_size,
         saturation=round(decision.saturation, 3),
         waiting=decision.waiting,

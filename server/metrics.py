@@ -172,7 +172,9 @@ class SnapshotCollector(Collector):
 
     def _totals(self) -> Iterator[Metric]:
         decided = CounterMetricFamily(
-            "flowcontrol_requests", "Requests decided.", labels=["priority", "outcome"]
+            "flowcontrol_requests",
+            "Decisions; a reclaimed request was dispatched before, and counts twice.",
+            labels=["priority", "outcome"],
         )
         completed = CounterMetricFamily(
             "flowcontrol_completed_requests", "Dispatched requests ended.", labels=["priority"]

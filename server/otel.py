@@ -77,12 +77,13 @@ class Traces:
             start_time=arrived_ns,
         )
         if span.is_recording():
-            kind = decision.outcome.value.partition("-")[0]
+            outcome = decision.outcome
+            kind = "dispatched" if outcome.was_dispatched else outcome.value.partition("-")[0]
             if kind != "rejected":
                 span.add_event("queued", timestamp=arrived_ns)
             span.add_event(kind, {"flow_control.waiting": decision.waiting}, decided_ns)
-            if decision.outcome is not Outcome.DISPATCHED:
-                refused = REFUSALS[decision.outcome]
+            if outcome is not Outcome.DISPATCHED:
+                refused = REFUSALS[outcome]
                 span.set_attribute("error.type", refused.reason)
                 span.set_attribute("http.response.status_code", refused.status)
                 span.set_status(Status(StatusCode.ERROR, refused.message))

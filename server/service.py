@@ -25,7 +25,6 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from flowcontrol.errors import FlowControlError, ListenError
 from flowcontrol.events import Decision, DrainBegan, Reconfigured
-from flowcontrol.request import Outcome
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from server import admin, codec, log_codec, logs
 from server.access_log import AccessLogDoor
@@ -199,7 +198,7 @@ class Service:
 
     def _request_ended(self, parked: Parked, decision: Decision) -> None:
         settlement = self._configuration.settings.settlement
-        if decision.outcome is Outcome.DISPATCHED and settlement.access_log:
+        if decision.outcome.was_dispatched and settlement.access_log:
             now_ns = parked.left_ns or parked.decided_ns
             self._settlement.request_ended(parked.request_id, decision.priority, now_ns)
         logs.request_ended(parked, decision)
@@ -315,10 +314,17 @@ def _traces(settings: Settings) -> "Traces | None":
         return None
     try:
         from server.otel import Traces  # noqa: PLC0415 - an extra, and slow to import
+
+        return Traces(settings.pool)
     except ModuleNotFoundError as error:
         message = f"traces.exporter needs {error.name}: pip install 'flowcontrol[otel]'"
         raise FlowControlError(message) from error
-    return Traces(settings.pool)
+    except ImportError as error:  # xds-protos has files of the same names, of an older OTLP
+        message = (
+            "traces.exporter cannot use opentelemetry-proto, which xds-protos has overwritten: "
+            "pip install --force-reinstall --no-deps opentelemetry-proto"
+        )
+        raise FlowControlError(message) from error
 
 
 def _bind(

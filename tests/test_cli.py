@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from flowcontrol.errors import ListenError
+from flowcontrol.errors import FlowControlError, ListenError
 from server.cli import main
 from server.service import Service
 from server.settings import load_settings
@@ -221,6 +222,25 @@ class TestServe:
 
         sys.setswitchinterval(interval_s)
         assert "flow-processor" not in {thread.name for thread in threading.enumerate()}
+
+    @pytest.mark.parametrize(
+        ("module", "advice"),
+        [
+            (None, r"traces.exporter needs server.otel: pip install 'flowcontrol\[otel\]'"),
+            (ModuleType("server.otel"), "pip install --force-reinstall --no-deps opentelemetry"),
+        ],
+        ids=["missing", "overwritten"],
+    )
+    async def test_traces_unusable(
+        self, config: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType | None, advice: str
+    ) -> None:
+        """Where the extra is missing, or another package wrote over its files, the cure is said."""
+        monkeypatch.setitem(sys.modules, "server.otel", module)  # None: it cannot be found
+        with config.open("a") as file:
+            file.write("traces: {exporter: otlp}\n")
+
+        with pytest.raises(FlowControlError, match=advice):
+            Service(load_settings(config))
 
     def test_without_assertions(self, config: Path) -> None:
         """With -O the service refuses to start: its assertions guard the ledger."""

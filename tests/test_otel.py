@@ -33,7 +33,7 @@ def parked(trace: dict[str, str] | None = None, path: str = "/v1/chat/completion
     headers = {":path": path, "content-length": "100", "x-llm-d-inference-objective": "chat"}
     future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
     body = {"flowcontrol.request": {"model": "llama", "max_tokens": 64.0}}
-    return Parked(7, classify(headers, body), future, time.monotonic_ns(), None, trace)
+    return Parked(7, classify(headers, body), future, time.monotonic_ns(), trace=trace)
 
 
 def decision(outcome: Outcome, endpoint: str | None = None) -> Decision:
@@ -99,6 +99,7 @@ class TestTraces:
             (Outcome.EVICTED_TTL, ["queued", "evicted"], "rejected-ttl-expired", 429),
             (Outcome.REJECTED_CAPACITY, ["rejected"], "rejected-saturated", 429),
             (Outcome.INTERNAL, ["queued", "internal"], "internal", 500),
+            (Outcome.RECLAIMED, ["queued", "dispatched"], "evicted", 429),
         ],
     )
     async def test_refused(
