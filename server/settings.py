@@ -24,11 +24,14 @@ from pydantic_core import ErrorDetails
 
 from flowcontrol.config import Role
 from flowcontrol.errors import ConfigError
+from server.direct_settings import Direct
 from server.engine_settings import Engine
 from server.request_settings import Requests, Settlement
 from server.sections import Section, broken, written
 from server.yamlfile import read_mapping
 
+_SOCKET_PATH_BYTES_MAX = 107
+"""Linux's sun_path, without the byte that ends it."""
 _ADDRESS_RULE = "must be host:port with a port from 1 to 65535, such as 10.0.0.5:8000 or [::1]:8000"
 
 
@@ -67,14 +70,37 @@ def parse_address(value: object) -> Address:
     return Address(host, int(match[3]))
 
 
+def _direct_address(value: object) -> object:
+    if value in {False, "off"}:
+        return None
+    if not isinstance(value, str) or not value.startswith("unix:"):
+        return parse_address(value)
+    path = value.removeprefix("unix:")
+    if not path.startswith("/") or len(path.encode()) > _SOCKET_PATH_BYTES_MAX:
+        rule = f"must be unix: and an absolute path of at most {_SOCKET_PATH_BYTES_MAX} bytes"
+        raise broken(rule)
+    return Path(path)
+
+
+def _as_written(address: Address | Path | None) -> str:
+    return f"unix:{address}" if isinstance(address, Path) else str(address or "off")
+
+
 HostPort = Annotated[Address, BeforeValidator(parse_address), PlainSerializer(str)]
+DirectAddress = Annotated[
+    Address | Path | None, BeforeValidator(_direct_address), PlainSerializer(_as_written)
+]
 
 
 class Listen(Section):
     """Where the service listens, each as host:port."""
 
+    direct: DirectAddress = written("0.0.0.0:9004")
+    """The direct door, for Envoy's ext_proc streams and health checks alone, at a fraction of the
+    cost: host:port, unix:/path, or off."""
     ext_proc: HostPort = written("0.0.0.0:9002")
-    """gRPC: Envoy's ext_proc streams, our own API, health and reflection."""
+    """The grpcio door: ext_proc for any client, Envoy's access log, our own API, health and
+    reflection."""
     health: HostPort = written("0.0.0.0:9003")
     """gRPC health alone, for probes."""
     http: HostPort = written("0.0.0.0:9090")
@@ -83,8 +109,10 @@ class Listen(Section):
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
         ports = [self.ext_proc.port, self.health.port, self.http.port]
+        if isinstance(self.direct, Address):
+            ports.append(self.direct.port)
         if len(set(ports)) != len(ports):
-            rule = "must name three different ports"
+            rule = "must name different ports"
             raise broken(rule)
         return self
 
@@ -148,6 +176,7 @@ class _Surroundings(Section):
     pool: str = Field(min_length=1)
     """The one inference pool this process guards; objectives of other pools are ignored."""
     listen: Listen = Listen()
+    direct: Direct = Direct()
     objectives: Objectives
     endpoints: Endpoints
 

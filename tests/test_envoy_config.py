@@ -291,7 +291,7 @@ class TestAddresses:
     )
     def test_service_is_found(self, listens: str, found: Address) -> None:
         """Envoy finds the service where it listens; every interface includes loopback."""
-        settings = settings_with(listen={"extProc": listens})
+        settings = settings_with(listen={"direct": "off", "extProc": listens})
 
         assert [found] == addresses_of(cluster_of(generated(settings), "ext_proc"))
 

@@ -1,0 +1,135 @@
+"""The direct door's settings: every limit of the core, by a name of its own, and TLS that works."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import trustme
+from pydantic import ValidationError
+
+from server.direct_settings import Direct, DirectLimits
+from server.http2.limits import Http2Limits, Rate
+from server.settings import problems_of
+
+
+def problems(content: dict[str, object]) -> list[str]:
+    """What is wrong with a section `direct`."""
+    with pytest.raises(ValidationError) as error:
+        Direct.model_validate(content)
+    return problems_of(error.value)
+
+
+class TestLimits:
+    """`direct.limits`."""
+
+    def test_defaults(self) -> None:
+        """What the file leaves out is what the core has by itself."""
+        assert Direct().http2_limits() == Http2Limits()
+
+    def test_every_limit_can_be_set(self) -> None:
+        """Each has a name, a meaning and a default as one writes it, which means what it says."""
+        settings = DirectLimits.model_fields
+
+        assert [*settings] == [field.name for field in fields(Http2Limits)]
+        assert all(setting.description for setting in settings.values())
+        written = {setting.alias: setting.default for setting in settings.values()}
+        assert Direct.model_validate({"limits": written}).http2_limits() == Http2Limits()
+
+    def test_values(self) -> None:
+        """Sizes, durations and rates are written as elsewhere."""
+        limits = {"maxStreams": "20k", "keepalive": "1m30s", "pings": "5", "resets": "9+2/s"}
+        limits |= {"emptyData": "100 + 10/s + 2/stream", "maxQueuedBytes": "1Mi"}
+
+        assert Direct.model_validate({"limits": limits}).http2_limits() == Http2Limits(
+            streams_max=20_000,
+            keepalive_ns=90_000_000_000,
+            pings=Rate(5, 0),
+            resets=Rate(9, 2),
+            empty_data=Rate(100, 10, 2),
+            queued_bytes_max=2**20,
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "value", "words"),
+        [
+            (
+                "maxStreams",
+                0,
+                "must be a whole number from 1 to 2147483647, such as 500, 20k or 4Mi",
+            ),
+            ("maxConnections", "x", "must be a whole number from 1, such as 500, 20k or 4Mi"),
+            ("maxConnections", True, "must be a whole number from 1, such as 500, 20k or 4Mi"),
+            (
+                *("streamWindowBytes", 65_534),
+                "must be a whole number from 65535 to 2147483647, such as 500, 20k or 4Mi",
+            ),
+            ("handshake", "0s", "must be a duration above zero such as 500ms, 60s or 5m"),
+            (
+                *("pings", "0 + 1/s"),
+                "must be a burst and what is earned after it, as in 100 + 10/s + 2/stream",
+            ),
+            (
+                *("pings", "often"),
+                "must be a burst and what is earned after it, as in 100 + 10/s + 2/stream",
+            ),
+        ],
+    )
+    def test_mistakes(self, name: str, value: object, words: str) -> None:
+        """A number out of its range, and what is no number, are named with the rule."""
+        assert problems({"limits": {name: value}}) == [f"limits.{name} {words}, got {value!r}"]
+
+    def test_unknown(self) -> None:
+        """There are no others."""
+        assert problems({"limits": {"frames": 1}}) == ["limits.frames is not a known setting"]
+
+
+class TestTls:
+    """`direct.tls`."""
+
+    @pytest.fixture(name="pems")
+    def _pems(self, tmp_path: Path) -> Path:
+        """A folder with an authority, and a certificate with its key."""
+        ca = trustme.CA()
+        certificate = ca.issue_cert("localhost")
+        ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+        certificate.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+        certificate.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+        return tmp_path
+
+    def test_plain(self) -> None:
+        """Plain text is the default."""
+        assert Direct().tls.context() is None
+
+    def test_mutual(self, pems: Path) -> None:
+        """Paths start at the configuration file; with clientCA clients must show a certificate."""
+        tls = {"certificate": "cert.pem", "key": "key.pem", "clientCA": "ca.pem"}
+        direct = Direct.model_validate({"tls": tls}, context={"directory": pems})
+        context = direct.tls.context()
+
+        assert context is not None
+        assert context.verify_mode.name == "CERT_REQUIRED"
+
+    @pytest.mark.parametrize(
+        ("tls", "words"),
+        [
+            ({"certificate": "cert.pem"}, "must have both certificate and key, or neither"),
+            ({"clientCA": "ca.pem"}, "must have certificate and key where clientCA is set"),
+            (
+                {"certificate": "nothing.pem", "key": "key.pem"},
+                "must name PEM files that belong together, got: No such file or directory",
+            ),
+            (
+                {"certificate": "cert.pem", "key": "cert.pem"},
+                "must name PEM files that belong together, got: ",
+            ),
+            (
+                {"certificate": "cert.pem", "key": "key.pem", "clientCA": "key.pem"},
+                "must name PEM files that belong together, got: ",
+            ),
+        ],
+    )
+    def test_mistakes(self, pems: Path, tls: dict[str, str], words: str) -> None:
+        """Files that cannot serve are found before the door opens."""
+        (problem,) = problems({"tls": {name: str(pems / file) for name, file in tls.items()}})
+
+        assert problem.startswith(f"tls {words}")
