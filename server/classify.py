@@ -144,4 +144,7 @@ def _count(value: object) -> int | None:
 
 
 def _first(headers: Mapping[str, str], names: tuple[str, ...]) -> str:
-    return next((headers[name] for name in names if headers.get(name)), "")
+    for name in names:
+        if value := headers.get(name):
+            return value
+    return ""

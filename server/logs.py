@@ -5,6 +5,7 @@ JSON on standard error. No header values and no bodies, but for the flow id and 
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii
@@ -19,8 +20,8 @@ from server.replies import REFUSALS
 
 WRITE_WITHIN_S: Final = 0.02
 _MS_NS: Final = 1_000_000
+_SECOND_NS: Final = 1_000_000_000
 _DISPATCHED: Final = (Outcome.DISPATCHED, Outcome.RECLAIMED)
-_log = structlog.get_logger()
 
 
 def configure(level: str) -> None:
@@ -48,6 +49,7 @@ class RequestLog:
 
     They are put together as requests end, and written many at once, a moment later: through
     structlog's processors, one by one, they cost as much as all else that is done for a request.
+    Configure structlog first.
 
     Args:
         soon: calls what it is given within `WRITE_WITHIN_S`.
@@ -55,17 +57,22 @@ class RequestLog:
 
     def __init__(self, soon: Callable[[Callable[[], None]], object]) -> None:
         self._soon = soon
+        self._is_wanted = bool(structlog.get_logger().is_enabled_for(logging.INFO))
         self._lines: list[str] = []
+        self._second = 0
+        self._written = ""
 
     def request_ended(self, parked: Parked, decision: Decision) -> None:
         """Take note of a request that is decided and gone."""
-        facts = parked.facts
+        if not self._is_wanted:
+            return
+        facts, outcome = parked.facts, decision.outcome
         left_ns = parked.left_ns or parked.decided_ns
-        refused = REFUSALS.get(decision.outcome)
-        status = "null" if refused is None else str(refused.status)
-        in_flight_ns = 0
-        if decision.outcome in _DISPATCHED:
+        status, in_flight_ns = "null", 0
+        if outcome in _DISPATCHED:
             in_flight_ns = max(0, left_ns - parked.decided_ns)
+        if outcome is not Outcome.DISPATCHED:
+            status = str(REFUSALS[outcome].status)
         if not self._lines:
             self._soon(self.write)
         self._lines.append(  # by hand: json.dumps takes twice as long
@@ -75,7 +82,7 @@ class RequestLog:
             f', "objective": {_quoted(facts.objective)}'
             f', "model": {_quoted(facts.model)}'
             f', "priority": {decision.priority}'
-            f', "outcome": "{decision.outcome.value}"'
+            f', "outcome": "{outcome.value}"'
             f', "http_status": {status}'
             f', "waited_ms": {decision.waited_ns / _MS_NS:.3f}'
             f', "in_flight_ms": {in_flight_ns / _MS_NS:.3f}'
@@ -83,13 +90,21 @@ class RequestLog:
             f', "saturation": {decision.saturation:.3f}'
             f', "waiting": {decision.waiting}'
             f', "endpoint": {_quoted(decision.endpoint)}'
-            f', "timestamp": "{datetime.now(UTC).isoformat(timespec="microseconds")[:26]}Z"}}\n'
+            f', "timestamp": "{self._timestamp()}"}}\n'
         )
+
+    def _timestamp(self) -> str:
+        """Return the time as structlog writes it; of that the second is written once."""
+        second, rest_ns = divmod(time.time_ns(), _SECOND_NS)
+        if second != self._second:
+            self._second = second
+            self._written = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        return f"{self._written}.{rest_ns // 1000:06d}Z"
 
     def write(self) -> None:
         """Write what has been put together so far."""
         lines, self._lines = self._lines, []
-        if lines and _log.is_enabled_for(logging.INFO):
+        if lines:
             sys.stderr.write("".join(lines))
             sys.stderr.flush()
 

@@ -64,7 +64,7 @@ _ERROR_TYPES = {429: "rate_limit_error", 499: "invalid_request_error"}
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Proceed:
     """Let the request go on, to `endpoint` where the engine is the picker."""
 
