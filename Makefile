@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test lint types unit e2e format docs site wheel clean
+.PHONY: help demo test lint types unit e2e bench format docs site wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,11 @@ unit: $(VENV)/ready  ## All tests, end to end on a real Envoy included
 
 e2e: $(VENV)/ready  ## Only the tests on a real Envoy
 	$(BIN)/pytest -m e2e $(ARGS)
+
+bench: $(VENV)/ready  ## Benchmarks of the doors, results in tests/benchmarks/results/; needs wrk and libgrpc++-dev
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/through_envoy.py
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/saturated.py
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/streaming.py
 
 docs: $(VENV)/ready  ## Rewrite what pages quote from the code
 	$(BIN)/python -m tests.readme --write

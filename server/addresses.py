@@ -2,6 +2,7 @@
 
 import re
 from ipaddress import ip_address
+from pathlib import Path
 from socket import AF_INET6, inet_ntop, inet_pton
 from typing import Annotated, NamedTuple
 
@@ -9,6 +10,8 @@ from pydantic import BeforeValidator, PlainSerializer
 
 from server.sections import broken
 
+_SOCKET_PATH_BYTES_MAX = 107
+"""Linux's sun_path, without the byte that ends it."""
 _ADDRESS_RULE = "must be host:port with a port from 1 to 65535, such as 10.0.0.5:8000 or [::1]:8000"
 
 
@@ -47,4 +50,24 @@ def parse_address(value: object) -> Address:
     return Address(host, int(match[3]))
 
 
+def _direct_address(value: object) -> object:
+    if value in {False, "off"}:
+        return None
+    if not isinstance(value, str) or not value.startswith("unix:"):
+        return parse_address(value)
+    path = value.removeprefix("unix:")
+    if not path.startswith("/") or len(path.encode()) > _SOCKET_PATH_BYTES_MAX:
+        rule = f"must be unix: and an absolute path of at most {_SOCKET_PATH_BYTES_MAX} bytes"
+        raise broken(rule)
+    return Path(path)
+
+
+def _as_written(address: Address | Path | None) -> str:
+    return f"unix:{address}" if isinstance(address, Path) else str(address or "off")
+
+
 HostPort = Annotated[Address, BeforeValidator(parse_address), PlainSerializer(str)]
+DirectAddress = Annotated[
+    Address | Path | None, BeforeValidator(_direct_address), PlainSerializer(_as_written)
+]
+"""Also unix:/path, or off."""

@@ -19,6 +19,9 @@ TTL_HEADER = "x-llm-d-inference-ttl"
 CONTROL_HEADERS = (*FLOW_ID_HEADERS, *OBJECTIVE_HEADERS, *TTFT_SLO_HEADERS, TTL_HEADER)
 """Meant for us: removed before the model server sees the request."""
 
+READ_HEADERS = (":path", "content-length", "content-type", "x-request-id", *CONTROL_HEADERS)
+"""All that is read of a request, but for those that rules ask for; Envoy sends no others."""
+
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 SUBSET_KEY = "x-gateway-destination-endpoint-subset"
 """Endpoint picker protocol: the endpoints a request may go to, as request metadata."""
@@ -149,4 +152,7 @@ def _count(value: object) -> int | None:
 
 
 def _first(headers: Mapping[str, str], names: tuple[str, ...]) -> str:
-    return next((headers[name] for name in names if headers.get(name)), "")
+    for name in names:
+        if value := headers.get(name):
+            return value
+    return ""

@@ -86,7 +86,13 @@ def diff_config(before: Path, after: Path) -> None:
 @CONFIG_OPTION
 @click.option("--listen", default="0.0.0.0:8080", show_default=True, help="For clients.")
 @click.option("--admin", default="127.0.0.1:9901", show_default=True, help="Envoy's own pages.")
-@click.option("--ext-proc", help="Where Envoy finds the service; listen.extProc if left out.")
+@click.option(
+    "--ext-proc",
+    help="Where Envoy finds the service: either door. Left out: listen.direct, or if off extProc.",
+)
+@click.option("--tls-ca", help="PEM file on Envoy's machine: whom it trusts at tls.")
+@click.option("--tls-certificate", help="PEM file Envoy shows there, for tls.clientCa.")
+@click.option("--tls-key", help="PEM file with the key of --tls-certificate.")
 @click.option(
     "--buffer-limit",
     default="32Mi",
@@ -98,13 +104,17 @@ def diff_config(before: Path, after: Path) -> None:
     is_flag=True,
     help="Send requests wherever the picker says, also to endpoints that Envoy does not know.",
 )
-def envoy_config(  # noqa: PLR0913, PLR0917 - click's options
+def envoy_config(  # noqa: PLR0913 - click's options
+    *,
     config: Path,
     listen: str,
     admin: str,
     ext_proc: str | None,
+    tls_ca: str | None,
+    tls_certificate: str | None,
+    tls_key: str | None,
     buffer_limit: str,
-    original_dst: bool,  # noqa: FBT001 - click's flag
+    original_dst: bool,
 ) -> None:
     """Write an Envoy configuration that fits this service's configuration."""
     settings = _load(config)
@@ -114,6 +124,7 @@ def envoy_config(  # noqa: PLR0913, PLR0917 - click's options
     try:
         from server.envoy_config import (  # noqa: PLC0415 - takes seconds to import
             EnvoyOptions,
+            EnvoyTls,
             bootstrap,
         )
 
@@ -121,6 +132,7 @@ def envoy_config(  # noqa: PLR0913, PLR0917 - click's options
             listen=_address("--listen", listen),
             admin=_address("--admin", admin),
             ext_proc=_address("--ext-proc", ext_proc) if ext_proc else None,
+            tls=EnvoyTls(tls_ca, tls_certificate, tls_key) if tls_ca else None,
             buffer_limit_bytes=size,
             original_dst=original_dst,
         )

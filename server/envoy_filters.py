@@ -45,6 +45,7 @@ _RESPONSE_HEADERS: Final = {
 _JSON: Final = matcher.RegexMatcher(regex="(?i)application/json( *;.*)?")
 """Without it a charset beside the media type makes a body one that is not read."""
 _EVENT_BYTES_MAX: Final = 65_536
+_LOG_BUFFER_BYTES: Final = 65_536
 _NUMBERS: Final = ("max_tokens", "max_completion_tokens")
 _USAGE: Final = (
     # OpenAI's completions, then its responses and Anthropic's messages.
@@ -165,6 +166,7 @@ def _settlement_log() -> accesslog.AccessLog:
                         envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=LOG_CLUSTER)
                     ),
                     buffer_flush_interval=timedelta(seconds=0.2),
+                    buffer_size_bytes=_LOG_BUFFER_BYTES,
                     custom_tags=[
                         tracing.CustomTag(tag=tag, value=f"%COMMON_DURATION({points}:us)%")
                         for tag, points in DURATION_TAGS.items()

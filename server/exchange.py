@@ -3,6 +3,9 @@
 Envoy opens a stream and sends the request headers. Nothing else is owed until the headers are
 answered; then the stream stays open until the request is over (ENVOY: response trailers SEND), and
 at most one more message comes, the trailers of the response, if the model server really sends any.
+
+Messages and answers are plain slots classes, built once and read once: frozen ones take three times
+as long to make.
 """
 
 from collections.abc import Mapping
@@ -40,7 +43,7 @@ class MessageKind(Enum):
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Message:
     """One message of Envoy's; all but its kind only with request headers."""
 
@@ -60,7 +63,7 @@ class Acknowledge:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Park:
     """Ask for a decision about this request."""
 

@@ -2,7 +2,9 @@
 
 Everything here runs on the loop's thread, except that `deliver` and `ended` are called by the
 processor and hop over at once. Per turn of the loop the processor is woken once, however many
-requests came; per batch of decisions the loop is woken once.
+requests came; per batch of decisions the loop is woken once. While nobody waits there is nothing to
+decide, and what is not an arrival wakes nobody: it is read before the next arrival, or a moment
+later if none comes.
 """
 
 import asyncio
@@ -10,7 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 from flowcontrol.config import ControllerConfig
 from flowcontrol.controller import FlowController
@@ -22,6 +24,10 @@ from flowcontrol.request import DEFAULT_PRIORITY, Outcome, Request
 from flowcontrol.snapshot import Snapshot
 from server.classify import RequestFacts
 from server.pool_view import PoolView
+
+NEWS_WITHIN_S: Final = 0.005
+"""How long a fact that decides nothing may stay unread. Two wake-ups of a thread cost a request a
+fifth of its time in the gateway, and a departure needs none."""
 
 
 @final
@@ -70,7 +76,10 @@ class FlowGate:
         self._processor = FlowProcessor(controller, self._inbox, self._deliver, self._ended)
         self._ids = itertools.count(1)
         self._parked: dict[int, Parked] = {}
+        self._undecided = 0
+        """Of them, those that wait for their decision."""
         self._is_bell_due = False
+        self._is_news_due = False
         self._snapshot: asyncio.Future[Snapshot] | None = None
         self._closed_as: Outcome | None = None
         """How arrivals are answered once the processor has ended."""
@@ -88,6 +97,7 @@ class FlowGate:
         request_id = next(self._ids)
         parked = Parked(request_id, facts, self._loop.create_future())
         self._parked[request_id] = parked
+        self._undecided += 1
         request = Request(
             request_id,
             facts.flow_id,
@@ -158,7 +168,15 @@ class FlowGate:
 
     def _put(self, fact: Fact) -> None:
         self._inbox.post(fact)
-        self._ring()
+        if self._undecided:
+            self._ring()
+        elif not self._is_news_due:
+            self._is_news_due = True
+            self._loop.call_later(NEWS_WITHIN_S, self._tell_news)
+
+    def _tell_news(self) -> None:
+        self._is_news_due = False
+        self._inbox.ring()
 
     def _ring(self) -> None:
         if not self._is_bell_due:
@@ -185,6 +203,7 @@ class FlowGate:
             self._recall(decision)
             return
         parked = self._parked[decision.request_id]
+        self._undecided -= 1
         parked.decided_ns = time.monotonic_ns()
         if decision.is_reclaimable:
             parked.recall = self._loop.create_future()

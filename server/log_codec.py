@@ -88,32 +88,38 @@ def decode_log(data: bytes) -> list[LogEntry]:
 
 def _entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> LogEntry:
     common, response = entry.common_properties, entry.response
-    metadata = common.metadata.filter_metadata
+    metadata, tags = common.metadata.filter_metadata, common.custom_tags
     own = metadata[METADATA_NAMESPACE].fields if METADATA_NAMESPACE in metadata else {}
-    usage = metadata[USAGE_NAMESPACE].fields if USAGE_NAMESPACE in metadata else {}
-    tokens = {name: _whole(value.number_value) for name, value in usage.items()}
-    tags = common.custom_tags
-    times = {name: _whole(float(tags[name])) for name in DURATION_TAGS if tags[name].isdigit()}
+    tokens: dict[str, int | None] = {}
+    if USAGE_NAMESPACE in metadata:
+        usage = metadata[USAGE_NAMESPACE].fields
+        tokens = {name: _whole(usage[name].number_value) for name in usage}
     status = response.response_code.value
     flags = common.response_flags
     is_faulty = common.HasField("response_flags") and any(getattr(flags, name) for name in _FAULTS)
+    load_report = response.response_headers
     return LogEntry(
         ticket=own[TICKET].string_value if TICKET in own else "",
         status=status,
         is_success=status < _CLIENT_ERROR and not is_faulty,
         is_failure=status >= _SERVER_ERROR or is_faulty,
         was_turned_away=status in _NO_ROOM and response.response_code_details == _BY_UPSTREAM,
-        ttft_us=times.get("ttft_us"),
-        generation_us=times.get("generation_us"),
-        parked_us=times.get("parked_us"),
+        ttft_us=_time(tags.get("ttft_us")),
+        generation_us=_time(tags.get("generation_us")),
+        parked_us=_time(tags.get("parked_us")),
         input_tokens=tokens.get("input_tokens"),
         cached_tokens=tokens.get("cached_tokens"),
         output_tokens=tokens.get("output_tokens"),
         request_bytes=entry.request.request_body_bytes,
         response_bytes=response.response_body_bytes,
         endpoint=_host_port(common.upstream_remote_address),
-        load_report=dict(response.response_headers) or None,
+        load_report=dict(load_report) if load_report else None,
     )
+
+
+def _time(tag: str | None) -> int | None:
+    """Return a duration; None where Envoy knows none, and says so with a dash."""
+    return _whole(float(tag)) if tag and tag.isdigit() else None
 
 
 def _whole(number: float) -> int | None:
@@ -123,7 +129,7 @@ def _whole(number: float) -> int | None:
 
 def _host_port(address: address_pb2.Address) -> str:
     where = address.socket_address
-    if not where.address:
+    host = where.address
+    if not host:
         return ""
-    host = f"[{where.address}]" if ":" in where.address else where.address
-    return f"{host}:{where.port_value}"
+    return f"[{host}]:{where.port_value}" if ":" in host else f"{host}:{where.port_value}"

@@ -68,7 +68,7 @@ _BODIES = {
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Proceed:
     """Let the request go on, to `endpoint` where the engine is the picker."""
 

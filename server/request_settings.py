@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
-from server.classify import ExemptPaths, Intake
+from server.classify import READ_HEADERS, ExemptPaths, Intake
 from server.replies import ENGINE_PRIORITIES, EnginePriority
 from server.rules import BODY_NAMESPACE, FACT_RULE, Condition, Fact, Rule, as_text, parse_fact
 from server.sections import Duration, Section, broken, switched_off, written
@@ -143,6 +143,10 @@ class Requests(Section):
     def namespaces(self) -> list[str]:
         """Return the metadata that Envoy must forward for the rules, that of bodies apart."""
         return sorted({fact.namespace for fact in self._facts()} - {"", BODY_NAMESPACE})
+
+    def headers(self) -> list[str]:
+        """Return the headers that Envoy must forward."""
+        return sorted({*READ_HEADERS, *(fact.header for fact in self._facts())} - {""})
 
     def _facts(self) -> list[Fact]:
         """Return every fact that is asked for."""

@@ -16,7 +16,8 @@ from pydantic_core import ErrorDetails
 
 from flowcontrol.config import Utilization
 from flowcontrol.errors import ConfigError
-from server.addresses import Address, HostPort, parse_address
+from server.addresses import Address, DirectAddress, HostPort, parse_address
+from server.direct_settings import Direct
 from server.engine_settings import Engine
 from server.guard import Admin
 from server.request_settings import Requests, Settlement
@@ -41,8 +42,12 @@ __all__ = [
 class Listen(Section):
     """Where the service listens, each as host:port."""
 
+    direct: DirectAddress = written("0.0.0.0:9004")
+    """The direct door, for Envoy's ext_proc streams and health checks alone, at a fraction of the
+    cost: host:port, unix:/path, or off."""
     ext_proc: HostPort = written("0.0.0.0:9002")
-    """gRPC: Envoy's ext_proc streams, our own API, health and reflection."""
+    """The grpcio door: ext_proc for any client, Envoy's access log, our own API, health and
+    reflection."""
     health: HostPort = written("0.0.0.0:9003")
     """gRPC health alone, for probes."""
     http: HostPort = written("0.0.0.0:9090")
@@ -51,8 +56,10 @@ class Listen(Section):
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
         ports = [self.ext_proc.port, self.health.port, self.http.port]
+        if isinstance(self.direct, Address):
+            ports.append(self.direct.port)
         if len(set(ports)) != len(ports):
-            rule = "must name three different ports"
+            rule = "must name different ports"
             raise broken(rule)
         return self
 
@@ -69,6 +76,7 @@ class _Surroundings(Section):
     listen: Listen = Listen()
     tls: Tls = Tls()
     admin: Admin = Admin()
+    direct: Direct = Direct()
     objectives: Objectives
     endpoints: Endpoints
     load: Annotated[Load | None, Given] = left_out()

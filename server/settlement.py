@@ -57,12 +57,10 @@ class Account:
     def add(self, entry: LogEntry) -> None:
         """Count one request."""
         self.statuses[f"{entry.status // 100}xx" if entry.status else "none"] += 1
-        for kind, count in (
-            ("input", entry.input_tokens),
-            ("cached", entry.cached_tokens),
-            ("output", entry.output_tokens),
-        ):
-            self.tokens[kind] += count or 0
+        tokens = self.tokens
+        tokens["input"] += entry.input_tokens or 0
+        tokens["cached"] += entry.cached_tokens or 0
+        tokens["output"] += entry.output_tokens or 0
         self.unmetered += entry.is_success and entry.output_tokens is None
         self.bytes["request"] += entry.request_bytes
         self.bytes["response"] += entry.response_bytes

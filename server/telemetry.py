@@ -1,10 +1,15 @@
 """Settings of what the service tells about itself."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
 from server.sections import Section, switched_off
+
+_TRACE_HEADERS: Final = (
+    *("traceparent", "tracestate", "baggage", "b3"),
+    *("x-b3-traceid", "x-b3-spanid", "x-b3-parentspanid", "x-b3-sampled", "x-b3-flags"),
+)
 
 
 class Metrics(Section):
@@ -21,3 +26,7 @@ class Traces(Section):
     exporter: Annotated[Literal["off", "otlp"], BeforeValidator(switched_off)] = "off"
     """otlp: a span flow_control.wait for each request, sent where OTEL_EXPORTER_OTLP_ENDPOINT says.
     The other OTEL_* variables count, too."""
+
+    def headers(self) -> tuple[str, ...]:
+        """Return the headers by which requests may tell of their trace: W3C's, and B3's."""
+        return () if self.exporter == "off" else _TRACE_HEADERS

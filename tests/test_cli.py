@@ -168,8 +168,8 @@ class TestServe:
 
     @pytest.fixture(name="ports")
     def _ports(self) -> list[int]:
-        """Ports for ext_proc, health and HTTP."""
-        return free_ports(3)
+        """Ports for ext_proc, health, HTTP and the direct door."""
+        return free_ports(4)
 
     @pytest.fixture(name="config")
     def _config(self, tmp_path: Path, ports: list[int]) -> Path:
@@ -180,7 +180,7 @@ class TestServe:
             "apiVersion: flowcontrol/v1alpha1\nkind: FlowControlConfig\npool: llama\n"
             "objectives: {directory: objectives}\nendpoints: {static: []}\n"
             f"listen:\n  extProc: 127.0.0.1:{ports[0]}\n  health: 127.0.0.1:{ports[1]}\n"
-            f"  http: 127.0.0.1:{ports[2]}\n"
+            f"  http: 127.0.0.1:{ports[2]}\n  direct: 127.0.0.1:{ports[3]}\n"
         )
         return path
 
@@ -202,7 +202,7 @@ class TestServe:
         assert stopped[0]["cause"] == number.name
         assert stopped[1]["exit_status"] == 0
 
-    @pytest.mark.parametrize("taken", [0, 1, 2], ids=["ext_proc", "health", "http"])
+    @pytest.mark.parametrize("taken", [0, 1, 2, 3], ids=["ext_proc", "health", "http", "direct"])
     def test_port_in_use(self, config: Path, ports: list[int], taken: int) -> None:
         """A port that is taken is named as the last word; nothing is left running; status 2."""
         with socket.create_server(("127.0.0.1", ports[taken])), serving(config) as process:
@@ -240,7 +240,7 @@ class TestServe:
             file.write("traces: {exporter: otlp}\n")
 
         with pytest.raises(FlowControlError, match=advice):
-            Service(load_settings(config))
+            Service(load_settings(config), config)
 
     def test_without_assertions(self, config: Path) -> None:
         """With -O the service refuses to start: its assertions guard the ledger."""

@@ -12,6 +12,7 @@ import yaml
 from google.protobuf import duration_pb2
 
 from flowcontrol.errors import ConfigError
+from server.classify import READ_HEADERS
 from server.envoy_binary import envoy_binary
 from server.envoy_config import EnvoyOptions, bootstrap
 from server.settings import Address, Settings, load_settings
@@ -294,7 +295,7 @@ class TestAddresses:
     )
     def test_service_is_found(self, listens: str, found: Address) -> None:
         """Envoy finds the service where it listens; every interface includes loopback."""
-        settings = settings_with(listen={"extProc": listens})
+        settings = settings_with(listen={"direct": "off", "extProc": listens})
 
         assert [found] == addresses_of(cluster_of(generated(settings), "ext_proc"))
 
@@ -449,6 +450,17 @@ class TestReaders:
         assert ("request_rules" in names) is reads_bodies
         assert ("response_rules" in names) is (access_log and token_usage)
         assert ("forwarding_namespaces" in names) is reads_bodies
+
+    def test_headers_that_are_read(self) -> None:
+        """Envoy sends the headers that are read, and those that rules ask for; no others."""
+        rule = {"match": {"header:X-Plan": "gold"}, "flowIdFrom": "header:x-org"}
+        counted = {"inputTokensFrom": "header:x-prompt-tokens"}
+        rules = the_only(
+            generated(settings_with(requests={"rules": [rule], **counted})), "patterns"
+        )
+
+        asked = {"x-plan", "x-org", "x-prompt-tokens"}
+        assert {each["exact"] for each in rules} == {*READ_HEADERS, *asked}
 
     def test_metadata_of_rules_is_forwarded(self) -> None:
         """What another filter has found, and a rule asks for, is passed on."""

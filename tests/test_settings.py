@@ -240,6 +240,7 @@ apiVersion: flowcontrol/v1alpha1
 kind: FlowControlConfig
 pool: qwen
 listen:
+  direct: unix:/run/flowcontrol.sock
   extProc: "[::1]:19002"
   health: 10.0.0.1:19003
   http: gateway.example:19090
@@ -290,6 +291,7 @@ class TestValues:
         )
         dumped = listen.model_dump()
         assert dumped == {
+            "direct": "unix:/run/flowcontrol.sock",
             "ext_proc": "[::1]:19002",
             "health": "10.0.0.1:19003",
             "http": "gateway.example:19090",

@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 POOL = "llama"
 OBJECTIVES: Mapping[str, int] = {"chat": 10, "batch": -1}
-DOORS = ("grpcio",)
-"""Ways into the service for Envoy's ext_proc streams; every test that starts one runs with each."""
+DOORS = ("direct", "grpcio")
+"""Ways into the service for Envoy's ext_proc streams. Both are open; every test runs with each."""
 Edit = Callable[[dict[str, Any]], None]
 _POLL_S = 0.01
 _START_S = 20.0
@@ -111,6 +111,11 @@ class Spec:
     service: Sequence[str] = (str(Path(sys.executable).with_name("flowcontrol")),)
     """The command that is told `serve --config ...`."""
     door: str = DOORS[0]
+    is_socket: bool = False
+    """Whether the direct door is a Unix socket."""
+    pems: Path | None = None
+    """A folder for mutual TLS: the service's certificate.pem and key.pem, Envoy's client.pem and
+    client.key, and ca.pem."""
 
 
 @final
@@ -181,6 +186,7 @@ class Stack:
         self.gateway, self.admin, self.ext_proc, self.health, self.http = (
             Address(HOST, free_port()) for _ in range(5)
         )
+        self.direct = directory / "door.sock" if spec.is_socket else Address(HOST, free_port())
         self.endpoints = [Address(HOST, free_port()) for _ in range(spec.endpoints)]
         self.objectives = directory / "objectives"
         self.config = directory / "flowcontrol.yaml"
@@ -188,6 +194,11 @@ class Stack:
         self._starts = 0
         self._service: Process | None = None
         self._envoy: Process | None = None
+
+    @property
+    def door(self) -> Address | Path:
+        """Where Envoy finds the service: the one place that has to know doors."""
+        return {"direct": self.direct, "grpcio": self.ext_proc}[self.spec.door]
 
     @property
     def service(self) -> Process:
@@ -290,14 +301,19 @@ class Stack:
             "flowControl": dict(spec.flow_control),
             "requests": dict(spec.requests),
             "settlement": dict(spec.settlement),
+            "tls": self._tls(),
             **spec.settings,
         }
 
+    def _tls(self) -> dict[str, str]:
+        files = {"certificate": "certificate.pem", "key": "key.pem", "clientCa": "ca.pem"}
+        pems = self.spec.pems
+        return {name: str(pems / file) for name, file in files.items()} if pems else {}
+
     def _listen(self) -> dict[str, str]:
-        """Return what opens the door of the spec: the one place that has to know doors."""
-        assert self.spec.door in DOORS
+        direct = f"unix:{self.direct}" if isinstance(self.direct, Path) else str(self.direct)
         ports = {"extProc": self.ext_proc, "health": self.health, "http": self.http}
-        return {name: str(address) for name, address in ports.items()}
+        return {"direct": direct} | {name: str(address) for name, address in ports.items()}
 
     def _configure_envoy(self) -> None:
         """Write the configuration that fits the service's, with the changes of the spec."""
@@ -306,9 +322,19 @@ class Stack:
             warnings.filterwarnings(
                 "ignore", category=DeprecationWarning, module="envoy_data_plane"
             )
-            from server.envoy_config import EnvoyOptions, bootstrap  # noqa: PLC0415 - it warns
+            from server.envoy_config import (  # noqa: PLC0415 - it warns
+                EnvoyOptions,
+                EnvoyTls,
+                bootstrap,
+            )
+        names = ("ca.pem", "client.pem", "client.key")
+        files = [str(self.spec.pems / name) for name in names] if self.spec.pems else []
         options = EnvoyOptions(
-            listen=self.gateway, admin=self.admin, original_dst=self.spec.original_dst
+            listen=self.gateway,
+            admin=self.admin,
+            ext_proc=self.ext_proc if self.spec.door == "grpcio" else None,
+            tls=EnvoyTls(*files) if files else None,
+            original_dst=self.spec.original_dst,
         )
         configuration = yaml.safe_load(bootstrap(load_settings(self.config), options))
         if self.spec.edit_envoy is not None:

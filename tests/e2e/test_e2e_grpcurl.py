@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
+from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor import FileDescriptor
+from grpc_health.v1 import health_pb2
 
 from server import admin, codec, log_codec
 from server.settings import Address
@@ -30,6 +34,25 @@ async def grpcurl(*arguments: str) -> str:
     output, _ = await asyncio.wait_for(process.communicate(), ANSWER_S)
     assert process.returncode == 0, output.decode()
     return output.decode()
+
+
+def protoset(directory: Path, *files: FileDescriptor) -> str:
+    """Write what the direct door, which has no reflection, would tell; return the file's name."""
+    found: dict[str, descriptor_pb2.FileDescriptorProto] = {}
+
+    def add(file: FileDescriptor) -> None:
+        for other in file.dependencies:
+            add(other)
+        if file.name not in found:
+            found[file.name] = descriptor_pb2.FileDescriptorProto()
+            file.CopyToProto(found[file.name])
+
+    for file in files:
+        add(file)
+    path = directory / "known.protoset"
+    known = descriptor_pb2.FileDescriptorSet(file=found.values())
+    path.write_bytes(known.SerializeToString())
+    return str(path)
 
 
 class TestReflection:
@@ -60,19 +83,22 @@ class TestReflection:
 class TestCalls:
     """Calls by hand."""
 
-    async def test_health(self, gateway: Gateway) -> None:
+    async def test_health(self, gateway: Gateway, tmp_path: Path) -> None:
         """Both ports say how the service is, in all and by name."""
 
-        async def check(address: Address, service: str) -> str:
+        async def check(address: Address, service: str, *known: str) -> str:
             data = json.dumps({"service": service})
-            reply = json.loads(await grpcurl("-d", data, str(address), f"{HEALTH}/Check"))
+            reply = json.loads(await grpcurl(*known, "-d", data, str(address), f"{HEALTH}/Check"))
             return str(reply["status"])
 
         stack = gateway.stack
         answers = [await check(stack.ext_proc, name) for name in ("", codec.SERVICE)]
         answers += [await check(stack.health, name) for name in ("readiness", "liveness")]
+        assert isinstance(stack.direct, Address)
+        known = ("-protoset", protoset(tmp_path, health_pb2.DESCRIPTOR))
+        answers += [await check(stack.direct, name, *known) for name in ("", codec.SERVICE)]
 
-        assert answers == ["SERVING"] * 4
+        assert answers == ["SERVING"] * 6
 
     async def test_snapshot(self, gateway: Gateway) -> None:
         """The snapshot reads well as JSON."""
@@ -88,10 +114,12 @@ class TestCalls:
         ) == ("llama", "1", 1)
         assert [band.get("priority", 0) for band in snapshot["bands"]] == [10, 0, -1]
 
-    async def test_process(self, gateway: Gateway) -> None:
+    async def test_process(self, gateway: Gateway, tmp_path: Path) -> None:
         """A person can be Envoy: the slot is theirs as long as their input stays open."""
+        is_direct = gateway.stack.spec.door == "direct"
+        known = ("-protoset", protoset(tmp_path, ext_proc_pb2.DESCRIPTOR)) if is_direct else ()
         process = await asyncio.create_subprocess_exec(
-            *(GRPCURL, "-plaintext", "-d", "@", str(gateway.stack.ext_proc), PROCESS),
+            *(GRPCURL, "-plaintext", *known, "-d", "@", str(gateway.stack.door), PROCESS),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -10,11 +10,12 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from server import admin
+from server.settings import Address
 from tests.certificates import Authority, write_all_at_once, write_pair
 from tests.e2e.backend import Backend, Call
 from tests.e2e.client import CHAT, call
@@ -23,7 +24,6 @@ from tests.e2e.harness import Spec, Stack
 pytestmark = pytest.mark.e2e
 
 GRPCURL = str(Path(sys.executable).with_name("grpcurl"))
-TLS = "envoy.extensions.transport_sockets.tls.v3"
 ANSWER_S = 20.0
 
 
@@ -38,9 +38,9 @@ class Guarded(NamedTuple):
 
     async def shown(self) -> bytes:
         """Return the certificate that the service shows at a new handshake."""
+        assert isinstance(self.stack.door, Address)
         reader, writer = await asyncio.open_connection(
-            self.stack.ext_proc.host,
-            self.stack.ext_proc.port,
+            *self.stack.door,
             ssl=self.authority.client_context(self.authority),
             server_hostname="localhost",
         )
@@ -74,12 +74,7 @@ async def guarded(door: str, tmp_path: Path) -> AsyncIterator[Guarded]:
     certificate, key = authority.issue("envoy.example")
     write_all_at_once(files / "client.pem", certificate)
     write_all_at_once(files / "client.key", key)
-    names = {"certificate": "certificate.pem", "key": "key.pem", "clientCa": "ca.pem"}
-    spec = Spec(
-        settings={"tls": {name: str(files / file) for name, file in names.items()}},
-        edit_envoy=lambda configuration: _speak_tls(configuration, files),
-        door=door,
-    )
+    spec = Spec(pems=files, door=door)
     (tmp_path / "stack").mkdir()
     stack = Stack(spec, tmp_path / "stack")
     arrived: asyncio.Queue[Call] = asyncio.Queue()
@@ -89,27 +84,6 @@ async def guarded(door: str, tmp_path: Path) -> AsyncIterator[Guarded]:
             yield Guarded(stack, arrived, authority, files)
     finally:
         stack.stop()
-
-
-def _speak_tls(configuration: dict[str, Any], files: Path) -> None:
-    clusters = configuration["static_resources"]["clusters"]
-    (service,) = [cluster for cluster in clusters if cluster["name"] == "ext_proc"]
-    shown = {
-        "certificate_chain": {"filename": str(files / "client.pem")},
-        "private_key": {"filename": str(files / "client.key")},
-    }
-    service["transport_socket"] = {
-        "name": "envoy.transport_sockets.tls",
-        "typed_config": {
-            "@type": f"type.googleapis.com/{TLS}.UpstreamTlsContext",
-            "sni": "localhost",
-            "common_tls_context": {
-                "alpn_protocols": ["h2"],
-                "tls_certificates": [shown],
-                "validation_context": {"trusted_ca": {"filename": str(files / "ca.pem")}},
-            },
-        },
-    }
 
 
 class TestMutualTls:
@@ -152,9 +126,9 @@ class TestMutualTls:
 
 async def stranger(guarded: Guarded) -> None:
     """Shake hands without a certificate; TLS 1.3 refuses it with the first byte that is read."""
+    assert isinstance(guarded.stack.door, Address)
     reader, writer = await asyncio.open_connection(
-        guarded.stack.ext_proc.host,
-        guarded.stack.ext_proc.port,
+        *guarded.stack.door,
         ssl=guarded.authority.client_context(),
         server_hostname="localhost",
     )
