@@ -5,6 +5,7 @@ from typing import final
 
 from flowcontrol.band import Band
 from flowcontrol.config import ControllerConfig
+from flowcontrol.flow import Lease
 from flowcontrol.request import DEFAULT_PRIORITY
 
 
@@ -48,6 +49,12 @@ class Bands:
     def needed(self, priority: int, now_ns: int) -> Band:
         """Return the band of a priority, made if it is not there yet."""
         return self._bands.get(priority) or self._add(priority, now_ns)
+
+    def waiting_of(self, priority: int, flow_id: str) -> list[Lease]:
+        """Return what waits of a flow, in order of arrival; nothing, if there is no such flow."""
+        band = self._bands.get(priority)
+        flow = None if band is None else band.flows.get(flow_id)
+        return [] if flow is None else flow.leases()
 
     def declare(self, objectives: Mapping[str, int], now_ns: int) -> None:
         """Replace the set of objectives."""

@@ -43,6 +43,7 @@ class Decisions:
                 lease.is_reclaimable,
                 lease.is_watched,
                 lease.expected_wait_ns,
+                lease.without_room,
             )
         )
 

@@ -15,6 +15,7 @@ from typing import final
 
 from flowcontrol.errors import NotRunningError
 from flowcontrol.events import Arrived, Fact
+from flowcontrol.question import Asked
 
 
 @final
@@ -29,7 +30,7 @@ class Inbox:
     def __init__(self, arrivals_max: int, batch_max: int = 4096) -> None:
         self._arrivals_max = arrivals_max
         self._batch_max = batch_max
-        self._facts: deque[Fact] = deque()
+        self._facts: deque[Fact | Asked] = deque()
         self._arrival_count = 0
         self._is_closed = False
         self._is_rung = False
@@ -51,8 +52,8 @@ class Inbox:
             self._facts.append(arrived)
             return True
 
-    def post(self, fact: Fact) -> None:
-        """Put any other fact; never refused, and without effect once closed. Ring afterwards."""
+    def post(self, fact: Fact | Asked) -> None:
+        """Put anything else; never refused, and without effect once closed. Ring afterwards."""
         with self._bell:
             if not self._is_closed:
                 self._facts.append(fact)
@@ -63,7 +64,7 @@ class Inbox:
             self._is_rung = True
             self._bell.notify()
 
-    def take(self, timeout_s: float | None) -> list[Fact]:
+    def take(self, timeout_s: float | None) -> list[Fact | Asked]:
         """Return what is here, oldest first; when nothing is, sleep until the bell or the timeout.
 
         Args:
@@ -79,7 +80,7 @@ class Inbox:
             self._arrival_count -= sum(type(fact) is Arrived for fact in batch)
             return batch
 
-    def close(self) -> list[Fact]:
+    def close(self) -> list[Fact | Asked]:
         """Refuse everything from now on; return what nobody will take any more."""
         with self._bell:
             self._is_closed = True

@@ -19,6 +19,7 @@ at the rate the queue can take them. Kubernetes' API priority and fairness reach
 counting dropped requests. Jitter is the shell's (`server.replies`): there is no chance in here.
 """
 
+from collections.abc import Iterable
 from math import exp
 from typing import final
 
@@ -117,3 +118,9 @@ class DrainRate:
         # Each of these seconds fades by those after it and by itself, like what is counted in it.
         self._time_ns = self._time_ns * faded + _SECOND_NS * _FADED * (1 - faded) / (1 - _FADED)
         self._at_ns += seconds * _SECOND_NS
+
+
+def latest_promise(rates: Iterable[DrainRate], now_ns: int, most_ns: int) -> int | None:
+    """Take a place in the schedule of each, and return the time until the last; None if unknown."""
+    promises = [rate.promise(now_ns, most_ns) for rate in rates]
+    return max((each for each in promises if each is not None), default=None)

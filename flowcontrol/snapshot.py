@@ -23,6 +23,11 @@ class FlowSnapshot:
     waiting_bytes: int
     in_flight: int
     oldest_wait_ns: int | None
+    share: float = 0.0
+    """Part of the token cost its band was served lately, from 0 to 1."""
+    fair_share: float = 0.0
+    """What it would be if all flows of the band that are here now wanted as much as they may get:
+    by weight."""
 
 
 @final

@@ -349,6 +349,7 @@ class Engine(Section):
             ),
             attained_half_life_ns=queue.attained_half_life,
             reclaim=queue.reclaim.config(),
+            forecasts=True,
         )
 
     @field_validator("saturation")

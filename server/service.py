@@ -30,8 +30,11 @@ from server.access_log import AccessLogDoor
 from server.codec import Encoder
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
+from server.live import LiveView
 from server.metrics import SnapshotCollector
 from server.objectives import ObjectiveFolder
+from server.pages import add_pages
+from server.records import Records
 from server.settings import Address, Settings
 from server.settlement import Settlement
 from server.settlement_metrics import SettlementCollector
@@ -81,8 +84,15 @@ class Service:
             asyncio.get_running_loop().create_future()
         )
         self._is_serving = False
+        self._config = settings.controller_config()
+        self._records = Records(settings.ledger, settings.shadow)
         self._gate = FlowGate(
-            settings.controller_config(), ARRIVALS_MAX, self._request_ended, self._processor_ended
+            self._config,
+            ARRIVALS_MAX,
+            self._request_ended,
+            self._processor_ended,
+            recorder=self._records.recorder,
+            recent_max=settings.recent_decisions,
         )
         self._settlement = Settlement(
             settings.settlement.lost_after,
@@ -101,6 +111,7 @@ class Service:
             ),
             continue_on_fault=settings.requests.on_internal_fault == "continue",
         )
+        self._live = LiveView(self._gate, settings.pool)
         self._health = HealthServicer()
         self._grpc_servers: list[grpc.aio.Server] = []
         self._web: web.AppRunner | None = None
@@ -112,6 +123,7 @@ class Service:
             ListenError: naming the address; nothing is left running.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._records.start(self._config, self._gate.made_ns)
         self._gate.start()
         self._change_objectives(self._folder.read())
         endpoints = self._settings.endpoints
@@ -123,6 +135,7 @@ class Service:
             self._gate.post(DrainBegan(0))
             await self._ended
             self._gate.join(JOIN_TIMEOUT_S)
+            self._records.close()
             await self._close_doors()
             raise
         self._is_serving = True
@@ -133,13 +146,16 @@ class Service:
         await self._tell_health()
         following = asyncio.create_task(self._folder.follow(self._change_objectives))
         following.add_done_callback(self._following_ended)
+        looking = asyncio.create_task(self._live.run())
         listen = self._settings.listen.model_dump()
         _log.info("service_started", pool=self._settings.pool, listen=listen)
         fault = await self._ended
         following.cancel()
+        looking.cancel()
         self._is_serving = False
         await self._tell_health(is_live=fault is None)
         self._gate.join(JOIN_TIMEOUT_S)
+        self._records.close()
         await self._close_doors()
         _log.info("service_stopped", exit_status=int(fault is not None))
         return int(fault is not None)
@@ -167,6 +183,10 @@ class Service:
         task = asyncio.ensure_future(self._tell_health())
         task.add_done_callback(lambda _task: self._gate.post(DrainBegan(budget_ns)))
 
+    def _drain_by_call(self) -> int:
+        self._drain("admin API")
+        return self._settings.flow_control.drain_budget
+
     def _processor_ended(self, fault: BaseException | None) -> None:
         if fault is not None:
             _log.critical("processor_failed", exc_info=fault)
@@ -191,7 +211,7 @@ class Service:
         main = grpc.aio.server(options=GRPC_OPTIONS)
         main.add_generic_rpc_handlers((self._door.handler(), self._log_door.handler()))
         api_grpc.add_FlowControlServicer_to_server(
-            admin.FlowControlServicer(self._gate, self._settings.pool), main
+            admin.FlowControlServicer(self._gate, self._settings.pool, self._drain_by_call), main
         )
         probes = grpc.aio.server(options=GRPC_OPTIONS)
         health = (_HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -210,6 +230,7 @@ class Service:
             is_live=lambda: not self._ended.done() or self._ended.result() is None,
             is_ready=lambda: self._is_serving,
         )
+        add_pages(application, self._gate, self._live)
         self._web = web.AppRunner(application, access_log=None)
         await self._web.setup()
         try:
@@ -230,7 +251,10 @@ class Service:
             self._settlement, self._gate.pool_view, snapshot, time.monotonic_ns()
         )
         return SnapshotCollector(
-            snapshot, self._gate.inbox_refusals, self._folder.error_count, settled.collect()
+            snapshot,
+            self._gate.inbox_refusals,
+            self._folder.error_count,
+            (*settled.collect(), *self._records.families()),
         )
 
 

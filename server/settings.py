@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails
 from flowcontrol.config import Role
 from flowcontrol.errors import ConfigError
 from server.engine_settings import Engine
+from server.record_settings import LedgerSection, ShadowSection
 from server.request_settings import Requests, Settlement
 from server.sections import Section, broken, written
 from server.yamlfile import read_mapping
@@ -78,7 +79,7 @@ class Listen(Section):
     health: HostPort = written("0.0.0.0:9003")
     """gRPC health alone, for probes."""
     http: HostPort = written("0.0.0.0:9090")
-    """HTTP: /metrics, /healthz, /readyz."""
+    """HTTP: the dashboard at /, /metrics, /healthz, /readyz."""
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
@@ -157,6 +158,12 @@ class Settings(Engine, _Surroundings):
 
     requests: Requests = Requests()
     settlement: Settlement = Settlement()
+    ledger: LedgerSection | None = None
+    """Where decisions are written down, nowhere if left out."""
+    shadow: ShadowSection | None = None
+    """What else is tried on the same traffic, nothing if left out."""
+    recent_decisions: int = Field(default=10_000, ge=1, strict=True)
+    """Decisions kept in memory to be explained, about 1 kB each."""
 
     @model_validator(mode="after")
     def _picked_by_address(self) -> Self:

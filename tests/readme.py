@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -68,6 +69,8 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, s
 
 
 def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    if isinstance(annotation, UnionType):
+        return _section(next(each for each in get_args(annotation) if each is not type(None)))
     if get_origin(annotation) is tuple:
         return _section(get_args(annotation)[0])[0], True
     is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -88,7 +88,7 @@ async def admin(config: ControllerConfig | None = None) -> AsyncIterator[Admin]:
     async with running_gate(config or ControllerConfig()) as (gate, ended):
         server = grpc.aio.server()
         api_grpc.add_FlowControlServicer_to_server(  # type: ignore[no-untyped-call]  # generated
-            FlowControlServicer(gate, "llama"), server
+            FlowControlServicer(gate, "llama", lambda: 0), server
         )
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -308,7 +308,9 @@ class TestWatchSnapshot:
             gate = FlowGate(ControllerConfig(), 1, lambda *_: None, ended.set_result)
             gate.start()
             request = watch_request(asked_s)
-            snapshots = aiter(FlowControlServicer(gate, "llama").WatchSnapshot(request, None))
+            snapshots = aiter(
+                FlowControlServicer(gate, "llama", lambda: 0).WatchSnapshot(request, None)
+            )
             for _ in range(3):
                 await anext(snapshots)
             gate.post(DrainBegan(0))

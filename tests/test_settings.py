@@ -218,6 +218,7 @@ class TestDefaults:
             no_endpoint_ttl_ns=300 * SECOND,
             detectors=(Concurrency(requests_max=64),),
             picker=Picker.OFF,
+            forecasts=True,
         )
 
         assert expected == load_settings(config).controller_config()
@@ -311,6 +312,7 @@ class TestValues:
             no_endpoint_ttl_ns=SECOND // 2,
             detectors=(Concurrency(requests_max=8),),
             picker=Picker.LEAST_LOADED,
+            forecasts=True,
         )
 
         assert expected == settings.controller_config()

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,33 @@ class TestCalls:
             snapshot["saturation"],
         ) == ("llama", "1", 1)
         assert [band.get("priority", 0) for band in snapshot["bands"]] == [10, 0, -1]
+
+    async def test_requests(self, gateway: Gateway) -> None:
+        """One request explained, decisions listed, a flow evicted: as the README has it."""
+        _, occupying = await gateway.occupy()
+        waiting = await gateway.call(name="waiting")
+        await gateway.until(waiting=1)
+
+        async def ask(method: str, **data: object) -> dict[str, Any]:
+            address = str(gateway.stack.ext_proc)
+            text = await grpcurl("-d", json.dumps(data), address, f"{admin.SERVICE}/{method}")
+            answer: dict[str, Any] = json.loads(text)
+            return answer
+
+        listed = await ask("ListDecisions", count_max=1)
+        newest = int(listed["decisions"][0]["request_id"])
+        explained = await ask("Explain", request_id=str(newest + 1))
+        evicted = await ask(
+            "EvictFlow", priority=explained.get("priority", 0), flow_id=explained["flow_id"]
+        )
+        reply = await waiting.reply()
+        await occupying.respond()
+
+        assert listed["decisions"][0]["outcome"] == "dispatched"
+        assert (explained["state"], explained["gate"]) == ("WAITING", "POOL_FULL")
+        assert evicted == {"evicted": "1"}
+        assert reply.status == 429
+        assert reply.headers["x-llm-d-request-dropped-reason"] == "evicted-operator"
 
     async def test_process(self, gateway: Gateway) -> None:
         """A person can be Envoy: the slot is theirs as long as their input stays open."""
