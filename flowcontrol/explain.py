@@ -49,6 +49,8 @@ class Explanation:
     """Until it will have waited too long; None: never, or it does not wait."""
     endpoint: str | None
     """Where it was sent, when the engine is the picker."""
+    is_reclaimed: bool
+    """Whether it has been told to end, for a better request that waits."""
     gate: Gate
     saturation: float
     ceiling: float
@@ -60,6 +62,8 @@ class Explanation:
     endpoints: tuple[EndpointSnapshot, ...]
     flow: FlowSnapshot
     """Its own, with its share and fair share."""
+    position: int = 0
+    """How many stand ahead of it in all."""
     ahead_in_flow: int = 0
     ahead_in_band: int = 0
     """Of all flows, its own included; estimated by turns."""
@@ -100,6 +104,7 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
         now_ns - lease.arrived_ns,
         None if lease.is_in_flight or lease.deadline_ns is None else lease.deadline_ns - now_ns,
         lease.endpoint,
+        lease.is_reclaimed,
         _gate(controller, lease, first, saturation, ceiling),
         saturation,
         ceiling,
@@ -107,6 +112,7 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
         controller.in_flight,
         endpoint_snapshots(controller),
         flow_snapshot(lease.flow, band, weights, now_ns),
+        position=0 if forecast is None else forecast.position,
         ahead_in_flow=lease.flow.place(lease) if is_waiting else 0,
         ahead_in_band=forecast.position - sum(above.values()) if forecast is not None else 0,
         ahead_above=above if is_waiting else {},

@@ -1,6 +1,6 @@
 """Pure. The state of the engine at one moment, frozen, for everybody who only wants to look."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -126,3 +126,13 @@ class Snapshot:
     awaited_settlements: int = 0
     """Ended requests of which one may still come."""
     detectors: tuple[DetectorSnapshot, ...] = ()
+
+
+def requests_limit(detectors: Iterable[DetectorSnapshot]) -> int | None:
+    """Return how many in flight fill the pool, None where no detector goes by such a number.
+
+    Every request passes every stage, so the least limit counts; the pool can be full before that,
+    by what else its detectors go by.
+    """
+    limits = (each.requests_limit for each in detectors)
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -1,6 +1,6 @@
 """What the dashboard is told: a sample a second, always, and the whole view while somebody looks.
 
-A sample costs the processor a question of O(bands + endpoints) a second, so that whoever comes
+A sample costs the processor a question of O(bands + detectors) a second, so that whoever comes
 after the fact still sees the last minutes. A whole view costs O(flows), and is taken once for all
 who look.
 """
@@ -10,12 +10,20 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from heapq import nsmallest
 from typing import Any, NamedTuple, final
 
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import NotRunningError
 from flowcontrol.request import Outcome
-from flowcontrol.snapshot import BandSnapshot, FlowSnapshot, Snapshot
+from flowcontrol.snapshot import (
+    BandSnapshot,
+    DetectorSnapshot,
+    FlowSnapshot,
+    Snapshot,
+    requests_limit,
+)
+from flowcontrol.view import detector_snapshots
 from server.gate import FlowGate
 from server.recent import Decided, RecentDecisions
 from server.wording import reason
@@ -27,6 +35,7 @@ _FLOWS_SHOWN_MAX = 30
 """Of each band, those with the longest backlogs."""
 _DECISIONS_SHOWN_MAX = 40
 """Of each kind, in each view."""
+_MOVES_SHOWN_MAX = 40
 _MINUTE_NS = 60_000_000_000
 _RECENT_SEEN_MAX = 5_000
 """Decisions of the last minute that are counted; the newest of them, when there were more."""
@@ -38,7 +47,7 @@ class Reading(NamedTuple):
     saturation: float
     in_flight: int
     limit: int | None
-    """Requests in flight at which the pool is full, by its load now; None while nothing is."""
+    """Requests in flight at which the pool is full; None where no detector goes by a number."""
     waiting: Mapping[int, int]
     """By priority."""
     undispatched: int
@@ -46,13 +55,12 @@ class Reading(NamedTuple):
     requests_max: int | None
 
 
-def read(controller: FlowController, _now_ns: int) -> Reading:
-    """Return what a sample needs; O(bands + endpoints)."""
-    saturation, in_flight = controller.pool.saturation(), controller.pool.total.requests
+def read(controller: FlowController, now_ns: int) -> Reading:
+    """Return what a sample needs; O(bands + detectors)."""
     return Reading(
-        saturation,
+        controller.pool.saturation(),
         controller.in_flight,
-        round(in_flight / saturation) if saturation > 0 and in_flight else None,
+        requests_limit(detector_snapshots(controller.pool, now_ns)),
         {band.priority: band.waiting for band in controller.bands},
         sum(
             count
@@ -158,7 +166,7 @@ class LiveView:
             "pool": self._pool,
             "draining": snapshot.is_draining,
             "saturation": snapshot.saturation,
-            "limit": reading.limit,
+            "limit": requests_limit(snapshot.detectors),
             "waiting": snapshot.waiting,
             "in_flight": snapshot.in_flight,
             "requests_max": reading.requests_max,
@@ -174,6 +182,13 @@ class LiveView:
                 }
                 for each in snapshot.endpoints
             ],
+            "detectors": [_detector(detector) for detector in snapshot.detectors],
+            "moves": _moves(snapshot.detectors),
+            "settlements": {
+                "received": snapshot.settlements,
+                "lost": snapshot.lost_settlements,
+                "awaited": snapshot.awaited_settlements,
+            },
             "decisions": _newest(recent),
             "sample": self.history[-1],
         }
@@ -204,6 +219,7 @@ def _band(
         "waiting": band.waiting,
         "in_flight": band.in_flight,
         "oldest_wait": _seconds(band.oldest_wait_ns),
+        "expected_wait": _seconds(band.expected_wait_ns),
         "ceiling": band.ceiling,
         "requests_max": band.requests_max,
         "flow_count": band.flow_count,
@@ -227,6 +243,32 @@ def _flow(flow: FlowSnapshot) -> dict[str, Any]:
         "share": flow.share,
         "fair_share": flow.fair_share,
     }
+
+
+def _detector(detector: DetectorSnapshot) -> dict[str, Any]:
+    return {
+        "stage": detector.stage,
+        "kind": detector.kind,
+        "saturation": detector.saturation,
+        "limit": detector.requests_limit,
+    }
+
+
+def _moves(detectors: Sequence[DetectorSnapshot]) -> list[dict[str, Any]]:
+    """Return the latest changes of limits that were found, the newest first, each with its why."""
+    now_s = time.time()
+    moves = [(move, each.stage) for each in detectors for move in each.moves]
+    return [
+        {
+            "time": round(now_s - move.ago_ns / 1e9, 1),
+            "stage": stage,
+            "endpoint": move.address,
+            "before": move.before,
+            "after": move.after,
+            "reason": move.reason,
+        }
+        for move, stage in nsmallest(_MOVES_SHOWN_MAX, moves, key=lambda each: each[0].ago_ns)
+    ]
 
 
 def _newest(recent: RecentDecisions) -> list[dict[str, Any]]:

@@ -7,7 +7,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from flowcontrol.explain import Explanation
 from flowcontrol.request import Outcome
-from flowcontrol.snapshot import BandSnapshot, EndpointSnapshot, FlowSnapshot, Snapshot
+from flowcontrol.snapshot import (
+    BandSnapshot,
+    DetectorSnapshot,
+    EndpointSnapshot,
+    FlowSnapshot,
+    Snapshot,
+)
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from server.gate import Parked
 from server.recent import Decided, RecentDecisions
@@ -33,6 +39,12 @@ def snapshot_message(
             api.Objective(name=name, priority=priority)
             for name, priority in sorted(snapshot.objectives.items())
         ],
+        detectors=[_detector(detector) for detector in snapshot.detectors],
+        settlements=api.Settlements(
+            received=snapshot.settlements,
+            lost=snapshot.lost_settlements,
+            awaited=snapshot.awaited_settlements,
+        ),
     )
     message.time.GetCurrentTime()
     return message
@@ -56,6 +68,26 @@ def _band(band: BandSnapshot, snapshot: Snapshot, flows_max: int) -> api.Band:
         flow_count=band.flow_count,
         flows=[_flow(flow) for flow in band.flows[:flows_max]],
         outcomes=[api.OutcomeCount(outcome=o, count=count) for o, count in sorted(counts.items())],
+        expected_wait=duration_message(band.expected_wait_ns),
+    )
+
+
+def _detector(detector: DetectorSnapshot) -> api.Detector:
+    return api.Detector(
+        stage=detector.stage,
+        kind=detector.kind,
+        saturation=detector.saturation,
+        requests_limit=detector.requests_limit,
+        moves=[
+            api.Move(
+                ago=duration_message(move.ago_ns),
+                address=move.address or "",
+                before=move.before,
+                after=move.after,
+                reason=move.reason,
+            )
+            for move in detector.moves
+        ],
     )
 
 
@@ -133,6 +165,7 @@ def explanation_message(explained: Explanation, parked: Parked) -> api.Explanati
         rivals=[_flow(flow) for flow in explained.rivals],
         expected_wait=duration_message(explained.expected_wait_ns),
         expected_at_arrival=duration_message(explained.expected_at_arrival_ns),
+        position=explained.position,
     )
 
 

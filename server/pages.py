@@ -135,6 +135,7 @@ def _explanation(said: api.Explanation) -> dict[str, Any]:
         "Expected to wait": _duration(decision, "expected_wait"),
         "Endpoint": decision.endpoint,
         "Told to come back in": _duration(decision, "retry_after"),
+        "Ahead of it": str(said.position) if is_waiting else "",
         "Expected to wait still": _duration(said, "expected_wait"),
         "Evicted at the latest in": _duration(said, "deadline_in"),
         "Expected at arrival": _duration(said, "expected_at_arrival"),

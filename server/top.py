@@ -1,92 +1,26 @@
 """`flowcontrol top`: what the dashboard shows, in a terminal, over the admin API."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, ClassVar, Protocol, final
+from collections.abc import Sequence
+from heapq import nsmallest
+from typing import Any, ClassVar, final
 
 import grpc
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, VerticalScroll
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Label, Sparkline, Static
 
 from flowcontrol.v1 import flowcontrol_pb2 as api
+from server.admin_client import AdminSource, Source
 from server.wording import duration
 
-_DECISIONS_SHOWN = 100
-_FLOWS_SHOWN = 50
+_MOVES_SHOWN = 20
 _HISTORY = 120
 _RETRY_S = 1.0
 _FULL = 1.0
-
-
-class Source(Protocol):
-    """Where the figures come from."""
-
-    def watch(self) -> AsyncIterator[api.Snapshot]:
-        """Yield snapshots without end."""
-
-    async def decisions(self) -> api.ListDecisionsResponse:
-        """Return the newest decisions."""
-
-    async def explain(self, request_id: str) -> api.Explanation:
-        """Say what there is to say of a request."""
-
-    async def close(self) -> None:
-        """Let go of the service."""
-
-
-@final
-class AdminSource:
-    """The admin API of a running service.
-
-    Args:
-        address: host:port of its gRPC.
-        token: shown as `authorization: Bearer ...`, if there is one.
-    """
-
-    def __init__(self, address: str, token: str | None = None) -> None:
-        self._channel = grpc.aio.insecure_channel(address)
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-
-    async def watch(self) -> AsyncIterator[api.Snapshot]:
-        """Yield snapshots once a second."""
-        call = self._channel.unary_stream(
-            "/flowcontrol.v1.FlowControl/WatchSnapshot",
-            request_serializer=api.WatchSnapshotRequest.SerializeToString,
-            response_deserializer=api.Snapshot.FromString,
-        )
-        asked = api.WatchSnapshotRequest(flows_max=_FLOWS_SHOWN)
-        async for snapshot in call(asked, metadata=self._metadata):
-            yield snapshot
-
-    async def decisions(self) -> api.ListDecisionsResponse:
-        """Return the newest decisions."""
-        asked = api.ListDecisionsRequest(count_max=_DECISIONS_SHOWN)
-        answer: api.ListDecisionsResponse = await self._ask(
-            "ListDecisions", asked, api.ListDecisionsResponse
-        )
-        return answer
-
-    async def explain(self, request_id: str) -> api.Explanation:
-        """Say what there is to say of a request."""
-        asked = api.ExplainRequest(request_id=request_id)
-        answer: api.Explanation = await self._ask("Explain", asked, api.Explanation)
-        return answer
-
-    async def close(self) -> None:
-        """Hang up."""
-        await self._channel.close(None)
-
-    async def _ask(self, method: str, message: Any, kind: Any) -> Any:
-        call = self._channel.unary_unary(
-            f"/flowcontrol.v1.FlowControl/{method}",
-            request_serializer=type(message).SerializeToString,
-            response_deserializer=kind.FromString,
-        )
-        return await call(message, metadata=self._metadata, timeout=5.0)
 
 
 @final
@@ -151,6 +85,7 @@ class Top(App[None]):
             *(
                 "waiting",
                 "oldest",
+                "expected",
                 "ceiling",
                 "gate",
                 "in flight",
@@ -163,7 +98,9 @@ class Top(App[None]):
             yield _panel(
                 "flows", "band", "tenant", "share", "fair", "waiting", "in flight", "oldest"
             )
-            yield _panel("endpoints", "endpoint", "load", "", "in flight")
+            with Vertical(id="pool"):
+                yield _panel("endpoints", "endpoint", "load", "", "in flight")
+                yield _panel("moves", "ago", "limit", "why")
         yield _panel("decisions", "time", "request", "band", "tenant", "outcome", "waited", "why")
         yield Input(placeholder="request id or x-request-id, Enter explains, Esc closes", id="ask")
         yield Footer()
@@ -174,6 +111,7 @@ class Top(App[None]):
             ("bands", "Bands"),
             ("flows", "Tenants"),
             ("endpoints", "Endpoints"),
+            ("moves", "How the limit was found"),
             ("decisions", "Recent decisions: Enter explains"),
         ):
             self.query_one(f"#{name}").border_title = title
@@ -204,6 +142,7 @@ class Top(App[None]):
         self._show_bands(snapshot)
         self._show_flows(snapshot)
         self._show_endpoints(snapshot)
+        self._show_moves(snapshot)
         self._show_decisions()
 
     def _show_summary(self, snapshot: api.Snapshot) -> None:
@@ -217,6 +156,9 @@ class Top(App[None]):
             "   in flight ",
             (str(snapshot.in_flight), "bold"),
         )
+        limits = [d.requests_limit for d in snapshot.detectors if d.HasField("requests_limit")]
+        if limits:
+            text.append(f" of {min(limits)}")
         if snapshot.draining:
             text.append("   draining", "bold yellow")
         if self._is_paused:
@@ -237,6 +179,7 @@ class Top(App[None]):
                         ", ".join(names) if band.declared else "drains",
                         str(band.waiting),
                         _said(band, "oldest_wait"),
+                        _said(band, "expected_wait"),
                         f"{band.ceiling:.0%}",
                         Text("gated", "red") if is_gated else Text("open", "green"),
                         str(band.in_flight),
@@ -284,6 +227,28 @@ class Top(App[None]):
             for each in snapshot.endpoints
         ]
         _fill(self._table("endpoints"), rows)
+
+    def _show_moves(self, snapshot: api.Snapshot) -> None:
+        finds = [each for each in snapshot.detectors if each.kind == "adaptive"]
+        self.query_one("#moves").display = bool(finds)
+        moves = [(each.stage, move) for each in finds for move in each.moves]
+        rows = [
+            (
+                f"{stage}/{index}",
+                (
+                    _said(move, "ago"),
+                    Text(
+                        f"{move.before:.1f} > {move.after:.1f}",
+                        "green" if move.after > move.before else "yellow",
+                    ),
+                    f"{move.address}: {move.reason}" if move.address else move.reason,
+                ),
+            )
+            for index, (stage, move) in enumerate(
+                nsmallest(_MOVES_SHOWN, moves, key=lambda each: each[1].ago.ToNanoseconds())
+            )
+        ]
+        _fill(self._table("moves"), rows)
 
     def _show_decisions(self) -> None:
         rows = [

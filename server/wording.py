@@ -51,7 +51,10 @@ def sentences(explained: Explanation) -> list[str]:
     who = f"Request {explained.request_id} of {explained.flow_id} in band {explained.priority}"
     if explained.is_in_flight:
         where = f" at {explained.endpoint}" if explained.endpoint else ""
-        return [f"{who} is in flight{where}; it arrived {age} ago.", _share(explained)]
+        said = [f"{who} is in flight{where}; it arrived {age} ago."]
+        if explained.is_reclaimed:
+            said.append("It has been told to end, for a better request that waits.")
+        return [*said, _share(explained)]
     expected = "nothing has been dispatched lately, so nobody knows how long it will still wait"
     if explained.expected_wait_ns is not None:
         expected = f"it is expected to wait {duration(explained.expected_wait_ns)} more"
@@ -97,14 +100,16 @@ def _endpoint(endpoint: EndpointSnapshot) -> str:
 
 
 def _ahead(explained: Explanation) -> str:
-    others = max(0, explained.ahead_in_band - explained.ahead_in_flow)
+    others = explained.ahead_in_band - explained.ahead_in_flow
     parts = [
         f"{count} in band {priority}"
         for priority, count in sorted(explained.ahead_above.items(), reverse=True)
     ]
-    parts.append(f"{explained.ahead_in_flow} of its own flow")
-    parts.append(f"about {others} of other flows in its band, as they take turns")
-    return f"Ahead of it are {', '.join(parts)}"
+    if explained.ahead_in_flow:
+        parts.append(f"{explained.ahead_in_flow} of its own flow")
+    if others > 0:
+        parts.append(f"about {others} of other flows in its band, as they take turns")
+    return f"Ahead of it are {', '.join(parts)}" if parts else "Nobody is ahead of it"
 
 
 def _share(explained: Explanation) -> str:

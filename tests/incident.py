@@ -12,7 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from server.top import AdminSource, Top
+from server.admin_client import AdminSource
+from server.top import Top
 from tests.browser import Page, browser
 from tests.streams import Running, Streams, running
 
@@ -125,7 +126,7 @@ async def _waiting(page: Page) -> str:
 
 async def _terminal(service: Running, page: Page, folder: Path, request_id: str) -> None:
     top = Top(AdminSource(service.grpc))
-    async with top.run_test(size=(150, 46)) as pilot:
+    async with top.run_test(size=(164, 46)) as pilot:
         await asyncio.sleep(_SETTLED_S)
         await pilot.pause()
         (folder / "top.svg").write_text(top.export_screenshot())

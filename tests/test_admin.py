@@ -12,14 +12,22 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from flowcontrol.config import (
+    Adaptive,
     BandSettings,
     BandTemplate,
     Concurrency,
     ControllerConfig,
     Limits,
     Picker,
+    Utilization,
 )
-from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
+from flowcontrol.events import (
+    DrainBegan,
+    EndpointsChanged,
+    LoadObserved,
+    ObjectivesChanged,
+    Settled,
+)
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from server.admin import SERVICE, FlowControlServicer
@@ -186,6 +194,35 @@ class TestGetSnapshot:
 
         assert not endpoint.HasField("in_flight")
         assert endpoint.saturation == 0.0
+
+    async def test_detectors(self) -> None:
+        """Each with its limit, and how that was found; what settled requests is told as well."""
+        config = ControllerConfig(detectors=(Utilization(), Adaptive(limit_first=2)))
+        async with admin(config) as service:
+            service.gate.post(EndpointsChanged(("10.0.0.5:8000",)))
+            service.gate.post(LoadObserved("10.0.0.5:8000", 1, 1, 0.2))
+            await service.get()
+            service.gate.post(EndpointsChanged(("10.0.0.5:8000", "10.0.0.6:8000")))
+            first, second = service.gate.park(FACTS), service.gate.park(FACTS)
+            await asyncio.gather(settled(first), settled(second))
+            service.gate.post(Settled(first.request_id, 10, 0, 20))
+            service.gate.leave(first)
+            service.gate.leave(second)
+            got = await service.get()
+
+        scraped, found = got.detectors
+        assert [(each.stage, each.kind) for each in (scraped, found)] == [
+            ("both", "utilization"),
+            ("both", "adaptive"),
+        ]
+        assert not scraped.HasField("requests_limit")
+        assert found.requests_limit == 4
+        (move,) = found.moves
+        assert (move.before, move.after, move.address) == (2.0, 4.0, "")
+        assert move.reason == "1 endpoints became 2"
+        assert move.ago.ToNanoseconds() > 0
+        counts = got.settlements
+        assert (counts.received, counts.lost, counts.awaited) == (1, 0, 1)
 
     async def test_inbox_refusals(self) -> None:
         """Requests that the engine never saw are counted as well."""

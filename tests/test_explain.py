@@ -9,6 +9,7 @@ from flowcontrol.config import (
     Concurrency,
     ControllerConfig,
     Picker,
+    Reclaim,
 )
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Arrived, Decision, EndpointsChanged, Left, ObjectivesChanged
@@ -77,6 +78,22 @@ class TestExplain:
         assert explained.deadline_in_ns is None
         assert "in flight at 10.0.0.1:8000; it arrived 0 ms ago" in sentences(explained)[0]
 
+    def test_told_to_end(self) -> None:
+        """In flight, but not for long."""
+        config = ControllerConfig(
+            detectors=(Concurrency(requests_max=1),), reclaim=Reclaim(is_enabled=True)
+        )
+        controller = FlowController(config, 0)
+        controller.handle(ObjectivesChanged({"chat": 10, "batch": -1}), 0)
+        controller.handle(EndpointsChanged(("a",)), 0)
+        arrive(controller, 0, Request(1, "a", "batch"))
+        assert not asked(controller, 1, 0).is_reclaimed
+        arrive(controller, 1, Request(2, "a", "chat"))
+        explained = asked(controller, 1, 1)
+
+        assert (explained.is_in_flight, explained.is_reclaimed) == (True, True)
+        assert "It has been told to end, for a better request that waits." in sentences(explained)
+
     def test_pool_full(self) -> None:
         """With who is ahead: above, in its flow, of others; and what it may expect."""
         controller = engine()
@@ -87,6 +104,7 @@ class TestExplain:
         assert explained.gate is Gate.POOL_FULL
         assert explained.ahead_above == {10: 1}
         assert (explained.ahead_in_flow, explained.ahead_in_band) == (2, 3)
+        assert explained.position == 4
         assert [flow.flow_id for flow in explained.rivals] == ["b"]
         assert explained.deadline_in_ns == 59 * SECOND
         assert explained.gating_priority == 10
@@ -104,6 +122,7 @@ class TestExplain:
         assert explained.gate is Gate.NO_ENDPOINTS
         said = " ".join(sentences(explained))
         assert "the pool has no endpoint" in said
+        assert "Nobody is ahead of it." in said
         assert "nobody knows how long" in said
 
     def test_ceiling(self) -> None:

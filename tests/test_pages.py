@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from aiohttp import ClientSession, web
 
-from flowcontrol.config import Concurrency, ControllerConfig
+from flowcontrol.config import Adaptive, Concurrency, ControllerConfig, Detector, Utilization
 from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
 from server.classify import RequestFacts
 from server.gate import FlowGate, Parked
@@ -40,10 +41,10 @@ class House(NamedTuple):
 
 
 @asynccontextmanager
-async def house() -> AsyncIterator[House]:
+async def house(detector: Detector | None = None) -> AsyncIterator[House]:
     """Running ones."""
     ended: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
-    config = ControllerConfig(detectors=(Concurrency(requests_max=1),))
+    config = ControllerConfig(detectors=(detector or Concurrency(requests_max=1),))
     gate = FlowGate(config, 1000, lambda _parked, _decision: None, ended.set_result)
     gate.start()
     gate.post(ObjectivesChanged({"chat": 10}))
@@ -144,8 +145,38 @@ class TestEvents:
             assert view["endpoints"][0]["address"] == "10.0.0.5:8000"
             assert [each["id"] for each in view["decisions"]] == [first.request_id]
             assert later["sample"]["time"] >= view["sample"]["time"]
-            assert later["limit"] == 1
+            assert (history[0]["limit"], later["limit"]) == (1, 1)
+            assert view["detectors"] == [
+                {"stage": "both", "kind": "concurrency", "saturation": 1.0, "limit": 1}
+            ]
+            assert view["moves"] == []
+            assert view["settlements"] == {"received": 0, "lost": 0, "awaited": 0}
+            assert band["expected_wait"] is None
             del second
+
+    async def test_a_limit_that_is_found_says_how(self) -> None:
+        """The newest move first, with its why; the limit is the pool's."""
+        async with house(Adaptive(limit_first=2)) as it:
+            for addresses in (("a:1", "b:1"), ("a:1", "b:1", "c:1")):
+                it.gate.post(EndpointsChanged(addresses))
+                await it.gate.snapshot()
+            view = json.loads(await it.live.view())
+
+            assert view["limit"] == 6
+            assert [(each["before"], each["after"]) for each in view["moves"]] == [
+                (4.0, 6.0),
+                (2.0, 4.0),
+            ]
+            assert view["moves"][0]["reason"] == "2 endpoints became 3"
+            assert (view["moves"][0]["endpoint"], view["moves"][0]["stage"]) == (None, "both")
+            assert abs(time.time() - view["moves"][0]["time"]) < TIMEOUT_S
+
+    async def test_no_limit_by_number(self) -> None:
+        """Where the detectors go by something else, there is none to draw."""
+        async with house(Utilization()) as it:
+            view = json.loads(await it.live.view())
+
+            assert (view["limit"], view["detectors"][0]["limit"]) == (None, None)
 
     async def test_refusals_are_not_crowded_out(self) -> None:
         """By any number of newer dispatches."""

@@ -1,5 +1,8 @@
 """Recorded turns, decided again: identically, and by another engine."""
 
+import json
+from random import Random
+
 import pytest
 
 from flowcontrol.comparison import OTHERS, Comparison, Figures, Pairs, by_priority
@@ -12,13 +15,16 @@ from flowcontrol.events import (
     EndpointsChanged,
     Fact,
     Left,
+    LoadObserved,
     ObjectivesChanged,
     Reconfigured,
     Settled,
 )
-from flowcontrol.ledger import Turn, take_checkpoint
+from flowcontrol.ledger import Turn, from_line, take_checkpoint, to_line
 from flowcontrol.request import FlowKey, Outcome, Request
 from flowcontrol.rerun import Rerun
+from flowcontrol.simulation.world import World
+from flowcontrol.view import take_snapshot
 from tests.recorded import (
     ENDPOINTS,
     MILLISECOND,
@@ -27,7 +33,9 @@ from tests.recorded import (
     Recording,
     busy,
     small_config,
+    whole_config,
 )
+from tests.simulated import random_config, random_plan
 
 
 def compared(turns: list[Turn], rerun: Rerun) -> Comparison:
@@ -74,6 +82,40 @@ class TestTheSameConfiguration:
         assert comparison.recorded_count >= 2500
         assert len({decision.outcome for decision in recording.decisions}) >= 4
         assert (comparison.pairs.undecided, rerun.open_count) == ((0, 0), 0)
+
+    @pytest.mark.parametrize("seed", [1, 2])
+    def test_with_all_the_engine_can_do(self, seed: int) -> None:
+        """First bytes, scrapes, reclaiming, an adaptive limit, shares; through lines of a ledger.
+
+        And whoever looks, changes nothing.
+        """
+        recording = busy(Recording(whole_config(), 5, is_looked_at=True), 2500, seed)
+        turns = [from_line(json.loads(json.dumps(to_line(turn)))) for turn in recording.turns]
+        rerun = Rerun(FlowController(whole_config(), 5), has_own_config=False)
+        comparison = compared([turn for turn in turns if isinstance(turn, Turn)], rerun)
+
+        assert comparison.first_difference is None
+        assert comparison.recorded_count >= 2500
+        told = {type(fact) for turn in recording.turns for fact in turn.facts}
+        assert told >= {Answered, Settled, LoadObserved}
+        decisions = recording.decisions
+        assert Outcome.RECLAIMED in {decision.outcome for decision in decisions}
+        assert any(decision.expected_wait_ns is not None for decision in decisions)
+        moves = take_snapshot(rerun.candidate, recording.turns[-1].now_ns, 1).detectors[-1].moves
+        assert moves, "an adaptive limit that moves is part of it"
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_in_any_world(self, seed: int) -> None:
+        """Any configuration, with clients that retry, servers that fail, and an operator."""
+        chance = Random(seed)
+        config = random_config(chance)
+        recording = Recording(config, is_looked_at=True)
+        World(recording, random_plan(chance), seed).finish()
+        rerun = Rerun(FlowController(config, 0), has_own_config=False)
+        comparison = compared(recording.turns, rerun)
+
+        assert comparison.first_difference is None, seed
+        assert comparison.recorded_count > 20
 
     def test_a_change_of_configuration_is_followed(self) -> None:
         """As recorded."""

@@ -34,6 +34,7 @@ def snapshot() -> api.Snapshot:
                 ceiling=0.8,
                 waiting=5,
                 oldest_wait=Duration(seconds=7),
+                expected_wait=Duration(seconds=9),
                 flows=[api.Flow(flow_id=HOSTILE, waiting=5, share=0.25, fair_share=0.5)],
                 outcomes=[
                     api.OutcomeCount(outcome="dispatched", count=11),
@@ -44,6 +45,25 @@ def snapshot() -> api.Snapshot:
         ],
         endpoints=[api.Endpoint(address="10.0.0.5:8000", in_flight=9, saturation=0.9)],
         objectives=[api.Objective(name="batch", priority=-1)],
+        detectors=[
+            api.Detector(stage="both", kind="utilization", saturation=0.4),
+            api.Detector(
+                stage="both",
+                kind="adaptive",
+                saturation=0.9,
+                requests_limit=10,
+                moves=[
+                    api.Move(ago=Duration(seconds=80), before=8, after=12, reason="0% wait"),
+                    api.Move(
+                        ago=Duration(seconds=2),
+                        address="10.0.0.5:8000",
+                        before=12,
+                        after=10.5,
+                        reason="20% of those in flight wait inside",
+                    ),
+                ],
+            ),
+        ],
     )
 
 
@@ -139,15 +159,32 @@ class TestTop:
             summary = str(top.query_one("#summary", Static).render())
             assert "saturation 90%" in summary
             assert rows(top, "bands") == [
-                ["10", "", "0", "-", "100%", "open", "4", "0", "0", "0"],
-                ["-1", "batch", "5", "7.0 s", "80%", "gated", "0", "11", "0", "3"],
+                ["10", "", "0", "-", "-", "100%", "open", "4", "0", "0", "0"],
+                ["-1", "batch", "5", "7.0 s", "9.0 s", "80%", "gated", "0", "11", "0", "3"],
             ]
             assert [row[1] for row in rows(top, "flows")] == [HOSTILE]
             assert rows(top, "endpoints")[0][2:] == ["90%", "9"]
+            assert "in flight 9 of 10" in summary
+            assert rows(top, "moves") == [
+                ["2.0 s", "12.0 > 10.5", "10.0.0.5:8000: 20% of those in flight wait inside"],
+                ["1 min 20 s", "8.0 > 12.0", "0% wait"],
+            ]
             assert rows(top, "decisions")[0][1:] == [
                 *("7", "0", HOSTILE, "evicted-ttl", "-", "because [it] was so"),
             ]
         assert source.is_closed
+
+    async def test_a_limit_that_is_set_has_no_story(self, source: Told) -> None:
+        """Only one that is found is told of."""
+        told = snapshot()
+        del told.detectors[1]
+        source.snapshots.get_nowait()
+        source.snapshots.put_nowait(told)
+        top = Top(source)
+        async with top.run_test(size=(140, 45)) as pilot:
+            await until(pilot, lambda: bool(rows(top, "decisions")))
+            assert not top.query_one("#moves").display
+            assert "in flight 9 " not in str(top.query_one("#summary", Static).render())
 
     async def test_enter_explains_a_decision(self, source: Told) -> None:
         """And Escape closes it."""

@@ -7,7 +7,7 @@ let history = [], decisions = [], latest = null, isPaused = false;
 
 // Small things
 
-const percent = part => `${Math.round(part * 100)} %`;
+const percent = part => `${Math.round(part * 100)}%`;
 const clock = seconds => new Date(seconds * 1000).toLocaleTimeString([], { hour12: false });
 
 function duration(seconds) {
@@ -94,7 +94,7 @@ function showTiles(view) {
   const oldest = Math.max(0, ...view.bands.map(band => band.oldest_wait ?? 0));
   put("waiting-note", view.waiting ? `The oldest has waited ${duration(oldest)}.` : "Nobody waits.");
   put("in-flight", view.in_flight);
-  put("in-flight-note", view.limit === null ? "" : `About ${view.limit} in flight fill the pool.`);
+  put("in-flight-note", view.limit === null ? "No detector goes by their number." : `At ${view.limit} the pool is full.`);
   const refused = view.bands.reduce((sum, band) => sum + band.minute.refused + band.minute.evicted, 0);
   const decided = refused + view.bands.reduce((sum, band) => sum + band.minute.dispatched, 0);
   put("refused", refused);
@@ -107,11 +107,14 @@ function showCharts() {
   spark($("in-flight-spark"), last.map(each => each.in_flight), "var(--accent)");
   spark($("refused-spark"), last.map(each => each.refused), "var(--bad)");
   const times = history.map(each => each.time);
+  const isCounted = history.some(each => each.limit !== null);
+  put("limit-title", isCounted ? "In flight under the limit" : "Saturation, in percent");
+  const [what, limit] = isCounted ? [each => each.in_flight, each => each.limit] : [each => 100 * each.saturation, () => 100];
   chart($("limit-chart"), times, [
-    { values: history.map(each => each.in_flight), colour: "var(--band-0)", isArea: true },
-    { values: history.map(each => each.limit), colour: "var(--warn)", isDashed: true },
+    { values: history.map(what), colour: "var(--band-0)", isArea: true },
+    { values: history.map(limit), colour: "var(--warn)", isDashed: true, isStepped: true },
   ]);
-  legend($("limit-legend"), [["in flight", "var(--band-0)"], ["limit", "var(--warn)"]]);
+  legend($("limit-legend"), [[isCounted ? "in flight" : "saturation", "var(--band-0)"], [isCounted ? "limit" : "full", "var(--warn)"]]);
   const priorities = [...new Set([...latest.bands.map(band => band.priority), ...history.flatMap(each => Object.keys(each.bands).map(Number))])].sort((a, b) => a - b);
   chart($("waiting-chart"), times, priorities.map(priority => ({ values: history.map(each => each.bands[priority] ?? 0), colour: bandColour(priority), isArea: true })));
   legend($("waiting-legend"), priorities.toReversed().map(priority => [`band ${priority}`, bandColour(priority)]));
@@ -126,7 +129,7 @@ function legend(list, entries) {
 
 function showBands(view) {
   rows($("band-rows"), view.bands, band => band.priority, () => {
-    const row = cells(make("tr"), "", "", "", "number", "number", "number", "number", "number", "number", "number");
+    const row = cells(make("tr"), "", "", "", "number", "number", "number", "number", "number", "number", "number", "number");
     row.children[0].append(make("i", "key"), make("strong"), make("span", "names"));
     metered(row.children[1]);
     metered(row.children[2]).firstChild.append(make("span", "pill"));
@@ -144,7 +147,7 @@ function showBands(view) {
     set(gate.firstChild.children[1], percent(band.ceiling));
     pill(gate.firstChild.children[2], isGated ? "gated" : "open", isGated ? (band.waiting ? "bad" : "warn") : "good");
     const minute = band.minute;
-    const figures = [duration(band.oldest_wait), duration(minute.wait_p50), duration(minute.wait_p95), band.in_flight, minute.dispatched, minute.refused, minute.evicted];
+    const figures = [duration(band.oldest_wait), duration(band.expected_wait), duration(minute.wait_p50), duration(minute.wait_p95), band.in_flight, minute.dispatched, minute.refused, minute.evicted];
     figures.forEach((text, index) => set(numbers[index], text));
   });
 }
@@ -169,6 +172,25 @@ function showFlows(view) {
   put("flow-note", all === 0 ? "No tenant has requests here." : `${all} tenants with requests. Share is of what their band was served lately, the tick is the fair share by weight; amber waits with less.`);
 }
 
+// What the limit is made of, and each of its own changes of mind.
+function showLimit(view) {
+  const isStaged = new Set(view.detectors.map(each => each.stage)).size > 1;
+  put("limit-note", view.detectors.map(each => [
+    ...(isStaged ? [each.stage] : []), each.kind, ...(each.limit === null ? [] : [`up to ${each.limit} in flight`]),
+    ...(view.detectors.length > 1 ? [percent(each.saturation)] : []),
+  ].join(", ")).join(" · "));
+  $("moves").hidden = !view.detectors.some(each => each.kind === "adaptive");
+  rows($("move-rows"), view.moves, each => `${each.stage} ${each.endpoint} ${each.before} ${each.after} ${Math.round(each.time)}`, each => {
+    const row = cells(make("tr"), "time", "name", "number", "");
+    const figures = [each.before, each.after].map(limit => limit.toFixed(1)).join(" → ");
+    const where = [...(isStaged ? [each.stage] : []), each.endpoint ?? "all together"].join(", ");
+    [clock(each.time), where, figures, each.reason].forEach((text, index) => set(row.children[index], text));
+    row.children[2].classList.add(each.after < each.before ? "down" : "up");
+    return row;
+  }, () => {});
+  put("move-note", view.moves.length === 0 ? "The limit has not moved yet." : "The limit rises while few of the requests in flight wait inside the model servers, and falls when many do.");
+}
+
 function showEndpoints(view) {
   rows($("endpoint-rows"), view.endpoints, each => each.address, () => {
     const row = cells(make("tr"), "name", "", "number");
@@ -181,7 +203,11 @@ function showEndpoints(view) {
     set(row.children[1].firstChild.lastChild, percent(each.saturation));
     set(row.children[2], each.in_flight ?? "–");
   });
-  put("endpoint-note", view.endpoints.some(each => each.in_flight === null) ? "Envoy balances: in flight is known of the pool alone." : "");
+  const { received, lost, awaited } = view.settlements;
+  put("endpoint-note", [
+    ...(view.endpoints.some(each => each.in_flight === null) ? ["Envoy balances: in flight is known of the pool alone."] : []),
+    received ? `The access log settled ${received} requests${awaited ? `, owes ${awaited}` : ""}${lost ? `, lost ${lost}` : ""}.` : "No access log yet: costs are estimates.",
+  ].join(" "));
 }
 
 const kindOf = outcome => outcome === "dispatched" ? "good" : outcome.startsWith("evicted-cancelled") ? "" : outcome.startsWith("evicted") ? "warn" : "bad";
@@ -217,7 +243,7 @@ function show(view) {
   put("clock", clock(view.time));
   pill($("state"), view.draining ? "draining" : "serving", view.draining ? "warn" : "good");
   takeDecisions(view.decisions);
-  for (const part of [showTiles, showBands, showFlows, showEndpoints, showCharts, showDecisions]) part(view);
+  for (const part of [showTiles, showCharts, showLimit, showBands, showFlows, showEndpoints, showDecisions]) part(view);
 }
 
 // Explain
@@ -236,7 +262,7 @@ async function explain(id) {
 }
 
 function queue(said) {
-  if (!said.ahead) return [];
+  if (!said.ahead?.length) return [];
   const line = make("div", "queue");
   for (const { who, count } of said.ahead.toReversed()) {
     const part = make("span", "", `${count} ${who}`);
@@ -256,7 +282,7 @@ function wireTheme() {
   let choice = localStorage.getItem("theme") ?? "Auto";
   const apply = () => {
     document.documentElement.dataset.theme = choice === "Dark" || (choice === "Auto" && dark.matches) ? "dark" : "light";
-    put("theme", choice);
+    put("theme", `◐ ${choice}`);
     $("theme").setAttribute("aria-label", `Colours: ${choice === "Auto" ? "as the system" : choice.toLowerCase()}`);
   };
   $("theme").addEventListener("click", () => {

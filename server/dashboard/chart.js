@@ -11,13 +11,15 @@ function canvas(width, height) {
   return shape("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", "aria-hidden": "true" });
 }
 
-// A line breaks where a value is unknown.
-function path(values, width, y) {
+// A line breaks where a value is unknown; a stepped one goes up and down only at its samples.
+function path(values, width, y, isStepped = false) {
   const step = width / Math.max(1, values.length - 1);
   let drawn = "", isDown = false;
   values.forEach((value, index) => {
     if (value === null) { isDown = false; return; }
-    drawn += `${isDown ? "L" : "M"}${(index * step).toFixed(1)} ${y(value).toFixed(1)}`;
+    const x = (index * step).toFixed(1);
+    if (isDown && isStepped) drawn += `H${x}`;
+    drawn += `${isDown ? "L" : "M"}${x} ${y(value).toFixed(1)}`;
     isDown = true;
   });
   return drawn;
@@ -41,7 +43,7 @@ export function spark(holder, values, colour) {
   holder.replaceChildren(svg);
 }
 
-// series: [{values, colour, isArea, isDashed}], areas stacked; times: seconds since 1970.
+// series: [{values, colour, isArea, isDashed, isStepped}], areas stacked; times: seconds since 1970.
 export function chart(holder, times, series) {
   const width = 600, height = 150;
   const sums = times.map((_, index) => series.filter(each => each.isArea).reduce((sum, each) => sum + (each.values[index] ?? 0), 0));
@@ -61,7 +63,7 @@ export function chart(holder, times, series) {
     svg.append(shape("path", { d: top, fill: "none", stroke: each.colour, "stroke-width": 1.6, "vector-effect": "non-scaling-stroke" }));
   }
   for (const each of series.filter(each => !each.isArea)) {
-    svg.append(shape("path", { d: path(each.values, width, y), fill: "none", stroke: each.colour, "stroke-width": 2, "vector-effect": "non-scaling-stroke", ...(each.isDashed ? { "stroke-dasharray": "6 4" } : {}) }));
+    svg.append(shape("path", { d: path(each.values, width, y, each.isStepped), fill: "none", stroke: each.colour, "stroke-width": 2, "vector-effect": "non-scaling-stroke", ...(each.isDashed ? { "stroke-dasharray": "6 4" } : {}) }));
   }
   const labels = [0, .5, 1].map(part => label("y", String(part * most), "top", `calc((100% - 18px) * ${1 - part})`));
   const spots = times.length > 1 ? [0, .5, 1] : [];
