@@ -18,10 +18,13 @@ from tests.browser import Page, browser
 from tests.streams import Running, Streams, running
 
 OBJECTIVES = {"chat": 10, "api": 0, "batch": -1}
+ENDPOINTS = [f"10.0.0.{number}:8000" for number in (5, 6, 7)]
+RUNS_AT_ONCE = 8
+"""What a model server runs; more wait inside it."""
 SETTINGS: dict[str, Any] = {
-    "endpoints": {"static": [f"10.0.0.{number}:8000" for number in (5, 6, 7)]},
+    "endpoints": {"static": ENDPOINTS},
     "picker": "least-loaded",
-    "saturation": {"maxConcurrency": 8},
+    "saturation": {"maxConcurrency": RUNS_AT_ONCE},
     "flowControl": {
         "maxRequests": 160,
         "requestTTL": "20s",
@@ -40,13 +43,16 @@ async def traffic(service: Running, seed: int = 889) -> AsyncIterator[None]:
     """Traffic without end: more than the pool can serve."""
     chance = Random(seed)
     streams = Streams(service.grpc)
+    servers = {address: asyncio.Semaphore(RUNS_AT_ONCE) for address in ENDPOINTS}
     asking: set[asyncio.Task[int]] = set()
 
     def ask(flow_id: str, objective: str, seconds: float) -> None:
         hold_s = seconds * chance.uniform(0.5, 1.5)
         client_id = f"{chance.getrandbits(64):016x}"
         task = asyncio.create_task(
-            streams.ask(flow_id, objective=objective, client_id=client_id, hold_s=hold_s)
+            streams.ask(
+                flow_id, objective=objective, client_id=client_id, hold_s=hold_s, servers=servers
+            )
         )
         asking.add(task)
         task.add_done_callback(asking.discard)

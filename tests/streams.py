@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, final
 
@@ -161,6 +161,7 @@ class Streams:
         client_id: str = "",
         hold_s: float = 0.0,
         until: "asyncio.Event | None" = None,
+        servers: "Mapping[str, asyncio.Semaphore] | None" = None,
     ) -> int:
         """Send a request; return its status: 200 once its response has ended.
 
@@ -170,6 +171,7 @@ class Streams:
             client_id: its x-request-id.
             hold_s: how long the model server takes.
             until: the model server takes until this is set, too.
+            servers: what each endpoint runs at once; more wait inside it.
         """
         request = ext_proc.ProcessingRequest()
         headers = {
@@ -190,9 +192,21 @@ class Streams:
             return 0
         if answer.HasField("immediate_response"):
             return int(answer.immediate_response.status.code)
-        await asyncio.sleep(hold_s)
+        async with _place(answer, servers):
+            await asyncio.sleep(hold_s)
         if until is not None:
             await until.wait()
         await call.done_writing()
         await call.read()
         return 200
+
+
+def _place(
+    answer: ext_proc.ProcessingResponse, servers: "Mapping[str, asyncio.Semaphore] | None"
+) -> AbstractAsyncContextManager[None]:
+    """Return a place at the endpoint that was picked."""
+    if servers is None:
+        return nullcontext()
+    mutation = answer.request_headers.response.header_mutation
+    headers = {each.header.key: each.header.raw_value.decode() for each in mutation.set_headers}
+    return servers[headers["x-gateway-destination-endpoint"]]

@@ -4,10 +4,13 @@ Question: over 100,000 decisions and more, of every kind, does `flowcontrol repl
 What do recording, writing, replay and a shadow take per request, in CPU time?
 
 Method: the tests' traffic (bursts, impatient clients, tenants with weights, evictions by operator,
-settlements, three bands, two endpoints that pick) is played through an engine, its turns are handed
-to a feed as the processor would, and written by the writer's own thread; then the files are read
-and decided again by the command's own code. The recorder is measured alone, as the processor would
-pay for it: the median of several rounds over the same turns. CPU time of the process.
+settlements, first bytes, scrapes, three bands, two endpoints that the engine picks) is played
+through an engine that does all it can (three detectors, one of them adaptive, held back ceilings,
+reclaiming, a share, promotions, forecasts), and looked at and asked between its turns. Its turns
+are handed to a feed as the processor would, and written by the writer's own thread; then the files
+are read and decided again by the command's own code. The recorder is measured alone, as the
+processor would pay for it: the median of several rounds over the same turns. CPU time of the
+process.
 
 Caveats: the traffic is dense, with few turns without facts; at low rates an empty turn or two are
 written per request. Writing shares the interpreter's lock with everything else in the process.
@@ -33,7 +36,7 @@ from flowcontrol.rerun import Rerun
 from server.ledger import LedgerWriter, parts_of
 from server.recording import Feed
 from server.replay import replay
-from tests.recorded import Recording, busy, small_config
+from tests.recorded import Recording, busy, whole_config
 
 
 def record(turns: list[Turn], controller: FlowController) -> float:
@@ -60,7 +63,7 @@ def write(path: Path, recording: Recording) -> float:
 
 def shadow(recording: Recording) -> float:
     """Let the same configuration decide along; return the CPU time."""
-    engine = FlowController(small_config(), recording.began_ns)
+    engine = FlowController(whole_config(), recording.began_ns)
     rerun = Rerun(engine, has_own_config=True)
     began_s = time.process_time()
     for turn in recording.turns:
@@ -77,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
     began_s = time.process_time()
-    recording = busy(Recording(small_config(), 5), options.requests)
+    recording = busy(Recording(whole_config(), 5, is_looked_at=True), options.requests)
     decided_s = time.process_time() - began_s
     decisions = recording.decisions
     print(f"{len(recording.turns)} turns, {len(decisions)} decisions, {Ordering.EDF.value} above 0")
@@ -93,7 +96,7 @@ def main() -> None:
         status, lines = replay(path, None)
         replayed_s = time.process_time() - began_s
         shadowed = [shadow(recording) for _ in range(options.rounds)]
-    print(f"traffic and engine   {decided_s * per:6.1f} us a request")
+    print(f"traffic, engine, looks  {decided_s * per:6.1f} us a request")
     for name, rounds in (("recorder", recorded), ("writer", written), ("shadow", shadowed)):
         spread = f"{min(rounds) * per:.1f} to {max(rounds) * per:.1f}"
         print(f"{name:20} {statistics.median(rounds) * per:6.1f} us a request ({spread})")
