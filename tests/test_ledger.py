@@ -24,7 +24,7 @@ from flowcontrol.ledger import (
     to_line,
 )
 from flowcontrol.request import Request
-from tests.recorded import ENDPOINTS, OBJECTIVES, SECOND, Recording, small_config
+from tests.recorded import ENDPOINTS, OBJECTIVES, SECOND, Recording, small_config, whole_config
 
 
 def recorded(in_flight_max: int = 1) -> Recording:
@@ -41,6 +41,7 @@ def recorded(in_flight_max: int = 1) -> Recording:
 
 ENTRIES: list[Entry] = [
     Header("run", 3, 5, 6, small_config(), salt="s"),
+    Header("run", 0, 5, 6, whole_config()),
     *recorded().turns,
     Turn(9, [], []),
     Checkpoint(

@@ -20,7 +20,7 @@ from flowcontrol.events import (
     Reconfigured,
     Settled,
 )
-from flowcontrol.ledger import Turn, from_line, take_checkpoint, to_line
+from flowcontrol.ledger import Header, Turn, from_line, take_checkpoint, to_line
 from flowcontrol.request import FlowKey, Outcome, Request
 from flowcontrol.rerun import Rerun
 from flowcontrol.simulation.world import World
@@ -111,7 +111,9 @@ class TestTheSameConfiguration:
         config = random_config(chance)
         recording = Recording(config, is_looked_at=True)
         World(recording, random_plan(chance), seed).finish()
-        rerun = Rerun(FlowController(config, 0), has_own_config=False)
+        header = from_line(json.loads(json.dumps(to_line(Header("run", 0, 0, 0, config)))))
+        assert isinstance(header, Header)
+        rerun = Rerun(FlowController(header.config, 0), has_own_config=False)
         comparison = compared(recording.turns, rerun)
 
         assert comparison.first_difference is None, seed
