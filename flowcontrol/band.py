@@ -11,6 +11,7 @@ from flowcontrol.flow import Flow, Lease
 from flowcontrol.forecast import Ahead, Places
 from flowcontrol.request import FlowKey
 from flowcontrol.retry import DrainRate
+from flowcontrol.shares import Shares
 
 
 @final
@@ -27,6 +28,7 @@ class Band:
         self.is_declared = True
         self.capacity = Capacity(self.settings.limits)
         self.drain_rate = DrainRate(now_ns)
+        self.shares = Shares(now_ns)
         self.flows: dict[str, Flow] = {}
         self.waiting = 0
         self.waiting_flows = 0
@@ -158,6 +160,7 @@ class Band:
         self.drain_rate.dispatched(now_ns)
         self._places.dispatched()
         self.fairness.charge(lease.flow, lease.cost, now_ns)
+        self.shares.dispatched(lease.flow.key.flow_id, lease.cost, now_ns)
         lease.flow.in_flight += 1
         self.in_flight += 1
         lease.is_in_flight = True

@@ -52,6 +52,12 @@ class Bands:
         """Return the band of a priority, made if it is not there yet."""
         return self._bands.get(priority) or self._add(priority, now_ns)
 
+    def waiting_of(self, priority: int, flow_id: str) -> list[Lease]:
+        """Return what waits of a flow, in order of arrival; nothing, if there is no such flow."""
+        band = self._bands.get(priority)
+        flow = None if band is None else band.flows.get(flow_id)
+        return [] if flow is None else flow.leases()
+
     def declare(self, objectives: Mapping[str, int], now_ns: int) -> None:
         """Replace the set of objectives."""
         self.objectives = dict(objectives)

@@ -11,6 +11,7 @@ The life of a request is four states; every move is made here and nowhere else:
 fits is served in order of priority and never refused because of how it was cut into batches.
 """
 
+from collections.abc import Mapping
 from itertools import islice
 from typing import assert_never, final
 
@@ -24,10 +25,12 @@ from flowcontrol.decisions import Decisions
 from flowcontrol.events import (
     Answered,
     Arrived,
+    Change,
     Decision,
     DrainBegan,
     EndpointsChanged,
     Fact,
+    FlowEvicted,
     Left,
     LoadObserved,
     ObjectivesChanged,
@@ -39,9 +42,9 @@ from flowcontrol.flow import Lease
 from flowcontrol.forecast import Ahead, Forecast, forecast
 from flowcontrol.pool import FULL, Endpoint, Pool
 from flowcontrol.reclaim import Reclaimer, needed
-from flowcontrol.request import Outcome, Request
-from flowcontrol.retry import DrainRate
-from flowcontrol.room import equals_to_displace
+from flowcontrol.request import Outcome, Request, Scope
+from flowcontrol.retry import DrainRate, latest_promise
+from flowcontrol.room import equals_to_displace, without_room
 from flowcontrol.saturation import make_detectors
 from flowcontrol.settlement import Settlement
 
@@ -99,11 +102,7 @@ class FlowController:
             case _:
                 self._change(fact, now_ns)
 
-    def _change(
-        self,
-        fact: ObjectivesChanged | EndpointsChanged | Reconfigured | DrainBegan,
-        now_ns: int,
-    ) -> None:
+    def _change(self, fact: Change, now_ns: int) -> None:
         match fact:
             case ObjectivesChanged(priorities):
                 self.bands.declare(priorities, now_ns)
@@ -112,6 +111,9 @@ class FlowController:
                 self._change_endpoints(fact, now_ns)
             case Reconfigured(config):
                 self._reconfigure(config, now_ns)
+            case FlowEvicted(priority, flow_id):
+                for lease in self.bands.waiting_of(priority, flow_id):
+                    self._end_waiting(lease, Outcome.EVICTED_OPERATOR, now_ns)
             case DrainBegan(budget_ns):
                 if self._drain_until_ns is None:
                     self._drain_until_ns = now_ns + budget_ns
@@ -179,12 +181,10 @@ class FlowController:
         self.decisions.settled(lease, settled)
 
     def _change_endpoints(self, change: EndpointsChanged, now_ns: int) -> None:
-        roles = change.roles
-        endpoints = [Endpoint(each, roles.get(each, Role.BOTH)) for each in change.addresses]
+        endpoints = [Endpoint(each, change.roles.get(each, Role.BOTH)) for each in change.addresses]
         self.pool.set_endpoints(endpoints, now_ns)
         self._expiry.change_regime(self._waiting(), now_ns, is_empty=self.pool.is_empty)
-        if self.config.reclaim.is_enabled:
-            self._reclaimer.reconfigure(self.config.reclaim, self._leases.values())
+        self._reclaimer.reconfigure(self.config.reclaim, self._leases.values())
 
     def _reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Go by other settings; whatever waits keeps its place, and accounts stand. O(requests)."""
@@ -196,9 +196,7 @@ class FlowController:
         self.pool.fallbacks_max = config.fallbacks_max
         waiting = self._waiting()
         self._expiry.reconfigure(config, waiting, now_ns)
-        for lease in waiting:
-            if lease.is_admitted:
-                self._across.admitted(lease, self.bands[lease.flow.key.priority])
+        self._across.reconfigured(waiting, self.bands)
         self._bands_changed()
         self._reclaimer.reconfigure(config.reclaim, self._leases.values())
 
@@ -351,12 +349,12 @@ class FlowController:
         if self.pool.is_empty:
             self._end_waiting(lease, Outcome.REJECTED_NO_ENDPOINTS, now_ns)
             return
-        size, most_ns = lease.request.byte_size, self.config.retry_after_max_ns
-        scopes = [] if self.capacity.fits(size) else [self._drain_rate]
-        if not (band.capacity.fits(size) and lease.flow.capacity.fits(size)):
-            scopes.append(band.drain_rate)
-        promises = [scope.promise(now_ns, most_ns) for scope in scopes]
-        retry_after_ns = max((each for each in promises if each is not None), default=None)
+        lease.without_room = without_room(lease, band, self.capacity)
+        rates = {
+            self._drain_rate if scope is Scope.ALL else band.drain_rate
+            for scope in lease.without_room
+        }
+        retry_after_ns = latest_promise(rates, now_ns, self.config.retry_after_max_ns)
         self._end_waiting(lease, Outcome.REJECTED_CAPACITY, now_ns, retry_after_ns)
 
     def _reclaim(self, now_ns: int) -> None:
@@ -427,6 +425,11 @@ class FlowController:
         """Return what a request can expect that stands behind so much of its band; O(bands)."""
         above = self.bands.waiting_above(band)
         return forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
+
+    @property
+    def leases(self) -> Mapping[int, Lease]:
+        """Every live request by its id, in the order of arrival; for the owner to read."""
+        return self._leases
 
     def check_invariants(self) -> None:
         """Count everything anew and hold it against the accounts; O(requests). For tests."""

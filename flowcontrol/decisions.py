@@ -45,6 +45,7 @@ class Decisions:
                 lease.is_reclaimable,
                 lease.is_watched,
                 lease.expected_wait_ns,
+                lease.without_room,
                 lease.fallbacks,
             )
         )

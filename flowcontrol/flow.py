@@ -9,7 +9,7 @@ from flowcontrol.capacity import Capacity
 from flowcontrol.config import Limits, Ordering
 from flowcontrol.estimates import Tokens
 from flowcontrol.keyedheap import KeyedHeap
-from flowcontrol.request import FlowKey, Request
+from flowcontrol.request import FlowKey, Request, Scope
 
 _NEVER = 1 << 62
 """Beyond any time; orders what has no deadline after all that has."""
@@ -53,6 +53,8 @@ class Lease:
     fallbacks: tuple[str, ...] = ()
     expected_wait_ns: int | None = None
     """What its wait was expected to be when it was admitted."""
+    without_room: tuple[Scope, ...] = ()
+    """Whose limits have no room for it, when it is about to be rejected."""
 
 
 def order_of(lease: Lease, ordering: Ordering) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from typing import final
 
 from flowcontrol.errors import NotRunningError
 from flowcontrol.events import Arrived, Fact
+from flowcontrol.question import Asked
 
 
 @final
@@ -43,7 +44,7 @@ class Inbox:
         self._filled_ns = 0
         self._arrivals_max = arrivals_max
         self._batch_max = batch_max
-        self._facts: deque[Fact] = deque()
+        self._facts: deque[Fact | Asked] = deque()
         self._arrival_count = 0
         self._is_closed = False
         self._lock = Lock()
@@ -66,8 +67,8 @@ class Inbox:
             self._append(arrived)
             return True
 
-    def post(self, fact: Fact) -> None:
-        """Put any other fact; never refused, and without effect once closed. Ring afterwards."""
+    def post(self, fact: Fact | Asked) -> None:
+        """Put anything else; never refused, and without effect once closed. Ring afterwards."""
         with self._lock:
             if not self._is_closed:
                 self._append(fact)
@@ -77,7 +78,7 @@ class Inbox:
         with self._lock:
             self._ring()
 
-    def take(self, timeout_s: float | None) -> list[Fact]:
+    def take(self, timeout_s: float | None) -> list[Fact | Asked]:
         """Return what is here, oldest first; when nothing is, sleep until the bell or the timeout.
 
         Args:
@@ -95,12 +96,12 @@ class Inbox:
             self._arrival_count -= sum(type(fact) is Arrived for fact in batch)
             return batch
 
-    def _append(self, fact: Fact) -> None:
+    def _append(self, fact: Fact | Asked) -> None:
         if not self._facts:
             self._filled_ns = self._clock()
         self._facts.append(fact)
 
-    def close(self) -> list[Fact]:
+    def close(self) -> list[Fact | Asked]:
         """Refuse everything from now on; return what nobody will take any more."""
         with self._lock:
             self._is_closed = True

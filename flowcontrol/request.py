@@ -19,6 +19,14 @@ class FlowKey(NamedTuple):
     flow_id: str
 
 
+class Scope(Enum):
+    """What a limit on waiting requests is of."""
+
+    FLOW = "flow"
+    BAND = "band"
+    ALL = "all"
+
+
 @final
 @dataclass(slots=True)
 class Request:
@@ -60,6 +68,7 @@ class Outcome(Enum):
     EVICTED_DISPLACED = "evicted-displaced"
     EVICTED_CANCELLED = "evicted-cancelled"
     EVICTED_DRAINED = "evicted-drained"
+    EVICTED_OPERATOR = "evicted-operator"
     RECLAIMED = "reclaimed"
     """Ended in flight for a better waiting request."""
     INTERNAL = "internal"

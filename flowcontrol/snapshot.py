@@ -1,6 +1,6 @@
 """Pure. The state of the engine at one moment, frozen, for everybody who only wants to look."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
@@ -26,6 +26,11 @@ class FlowSnapshot:
     waiting_bytes: int
     in_flight: int
     oldest_wait_ns: int | None
+    share: float = 0.0
+    """Part of the token cost its band was served lately, from 0 to 1."""
+    fair_share: float = 0.0
+    """What it would be if all flows of the band that are here now wanted as much as they may get:
+    by weight."""
 
 
 @final
@@ -155,3 +160,13 @@ class Snapshot:
     """By objective; empty for requests that named none."""
     pace: Pace | None = None
     """None: the machine was asked, not its processor."""
+
+
+def requests_limit(detectors: Iterable[DetectorSnapshot]) -> int | None:
+    """Return how many in flight fill the pool, None where no detector goes by such a number.
+
+    Every request passes every stage, so the least limit counts; the pool can be full before that,
+    by what else its detectors go by.
+    """
+    limits = (each.requests_limit for each in detectors)
+    return min((limit for limit in limits if limit is not None), default=None)

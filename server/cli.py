@@ -233,6 +233,44 @@ def simulate(
     raise SystemExit(status)
 
 
+@main.command()
+@click.option(
+    "--address", default="127.0.0.1:9002", show_default=True, help="gRPC port of the service."
+)
+@click.option(
+    "--token", envvar="FLOWCONTROL_ADMIN_TOKEN", help="Admin token; better in the variable."
+)
+def top(address: str, token: str | None) -> None:
+    """Show a running service in the terminal: bands, tenants, endpoints, decisions."""
+    try:
+        from server.top import run  # noqa: PLC0415 - needs the top extra
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is missing: pip install 'flowcontrol[top]'")
+    run(str(_address("--address", address)), token)
+
+
+@main.command()
+@click.argument("ledger", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Decide with these settings instead, and show what would have been different.",
+)
+def replay(ledger: Path, config: Path | None) -> None:
+    """Decide a ledger again on a virtual clock; exit 1 if not all is decided alike."""
+    from server.policies import load_policies  # noqa: PLC0415 - as below
+    from server.replay import replay as decide_again  # noqa: PLC0415 - other commands start faster
+
+    try:
+        status, lines = decide_again(ledger, load_policies(config) if config else None)
+    except ConfigError as error:
+        _fail(*error.problems)
+    except FlowControlError as error:
+        _fail(str(error))
+    click.echo("\n".join(lines))
+    raise SystemExit(status)
+
+
 def _address(option: str, text: str) -> Address:
     try:
         return parse_address(text)

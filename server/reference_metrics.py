@@ -38,6 +38,7 @@ OUTCOMES = {
     Outcome.EVICTED_DISPLACED: "EvictedOther",
     Outcome.EVICTED_CANCELLED: "EvictedContextCancelled",
     Outcome.EVICTED_DRAINED: "EvictedOther",
+    Outcome.EVICTED_OPERATOR: "EvictedOther",
     Outcome.RECLAIMED: "EvictedOther",
     Outcome.INTERNAL: "RejectedOther",
 }

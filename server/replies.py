@@ -50,6 +50,9 @@ REFUSALS = {
     Outcome.EVICTED_DRAINED: Refused(
         503, "rejected-shutting-down", "this gateway is shutting down", _UNAVAILABLE
     ),
+    Outcome.EVICTED_OPERATOR: Refused(
+        429, "evicted-operator", "an operator cleared this queue", _RESOURCE_EXHAUSTED
+    ),
     Outcome.RECLAIMED: Refused(
         429, "evicted", "ended for a request of higher priority", _RESOURCE_EXHAUSTED
     ),

@@ -109,6 +109,16 @@ def _part(value: object) -> object:
     return number
 
 
+def _size_from_1(value: object) -> object:
+    size = _limit_from_1(value)
+    if size is None:
+        rule = "must be a size from 1 such as 500k or 64Mi"
+        raise broken(rule)
+    return size
+
+
+SizeFrom1 = Annotated[int, BeforeValidator(_size_from_1)]
+"""Bytes, from 1."""
 Duration = Annotated[
     int, BeforeValidator(_duration), PlainSerializer(format_duration, when_used="json")
 ]

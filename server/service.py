@@ -35,8 +35,11 @@ from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
 from server.guard import Guard
+from server.live import LiveView
 from server.loop_lag import LoopLag
 from server.metrics import SnapshotCollector, registry_of
+from server.pages import add_pages
+from server.records import Records
 from server.reference_metrics import ReferenceCollector
 from server.reload import Configuration
 from server.settings import Address, Settings
@@ -112,8 +115,14 @@ class Service:
         self._request_log = logs.RequestLog(
             lambda write: loop.call_later(logs.WRITE_WITHIN_S, write)
         )
+        self._records = Records(settings.ledger, settings.shadow)
         self._gate = FlowGate(
-            settings.controller_config(), ARRIVALS_MAX, self._request_ended, self._processor_ended
+            settings.controller_config(),
+            ARRIVALS_MAX,
+            self._request_ended,
+            self._processor_ended,
+            recorder=self._records.recorder,
+            recent_max=settings.recent_decisions,
         )
         self._feed = Feed(self._gate.post)
         self._settlement = Settlement(
@@ -142,6 +151,7 @@ class Service:
             continue_on_fault=terms.continue_on_fault,
             trace_fields=terms.trace_fields,
         )
+        self._live = LiveView(self._gate, settings.pool)
         self._loop_lag = LoopLag()
         self._grpc_servers: list[grpc.aio.Server] = []
         self._web: web.AppRunner | None = None
@@ -155,6 +165,7 @@ class Service:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         tune_garbage_collection()
         settings = self._configuration.settings
+        self._records.start(settings.controller_config(), self._gate.made_ns)
         self._gate.start()
         try:
             await self._feed.start(settings)
@@ -164,6 +175,7 @@ class Service:
             self._gate.post(DrainBegan(0))
             await self._ended
             self._gate.join(JOIN_TIMEOUT_S)
+            self._records.close()
             await self._close_doors()
             raise
         self._is_serving = True
@@ -174,6 +186,7 @@ class Service:
         await self._tell_health()
         following = asyncio.create_task(self._configuration.follow())
         following.add_done_callback(self._following_ended)
+        looking = asyncio.create_task(self._live.run())
         _log.info(
             "service_started",
             pool=settings.pool,
@@ -182,10 +195,12 @@ class Service:
         )
         fault = await self._ended
         following.cancel()
+        looking.cancel()
         await self._feed.stop()
         self._is_serving = False
         await self._tell_health(is_live=fault is None)
         self._gate.join(JOIN_TIMEOUT_S)
+        self._records.close()
         await self._close_doors()
         self._request_log.write()
         _log.info("service_stopped", exit_status=int(fault is not None))
@@ -241,6 +256,10 @@ class Service:
         task.add_done_callback(lambda _task: self._direct_door.begin_drain())
         task.add_done_callback(lambda _task: self._gate.post(DrainBegan(budget_ns)))
 
+    def _drain_by_call(self) -> int:
+        self._drain("admin API")
+        return self._configuration.settings.flow_control.drain_budget
+
     def _processor_ended(self, fault: BaseException | None) -> None:
         if fault is not None:
             _log.critical("processor_failed", exc_info=fault)
@@ -268,7 +287,10 @@ class Service:
         guard = Guard(self._configuration.settings.admin.secret())
         service = api.DESCRIPTOR.services_by_name["FlowControl"]
         servicer = admin.FlowControlServicer(
-            self._gate, self._configuration.settings.pool, self._objective_access()
+            self._gate,
+            self._configuration.settings.pool,
+            self._drain_by_call,
+            self._objective_access(),
         )
         main.add_generic_rpc_handlers((guard.handler(service, servicer),))
         probes = grpc.aio.server(options=GRPC_OPTIONS)
@@ -297,6 +319,7 @@ class Service:
             is_ready=lambda: self._is_serving,
             middlewares=(guard.middleware,),
         )
+        add_pages(application, self._gate, self._live)
         self._web = web.AppRunner(application, access_log=None)
         await self._web.setup()
         try:
@@ -330,6 +353,7 @@ class Service:
                 self._settlement, self._gate.pool_view, snapshot, time.monotonic_ns()
             ),
             SourceCollector(feed, self._configuration, time.monotonic()),
+            self._records.collector(),
         ]
         if settings.metrics.reference_names:
             limits = settings.controller_config().limits

@@ -20,6 +20,7 @@ from server.addresses import Address, DirectAddress, HostPort, parse_address
 from server.direct_settings import Direct
 from server.engine_settings import Engine
 from server.guard import Admin
+from server.record_settings import LedgerSection, ShadowSection
 from server.request_settings import Requests, Settlement
 from server.sections import Section, broken, written
 from server.settings_sources import Endpoints, Given, Kubernetes, Load, Objectives, left_out
@@ -51,7 +52,7 @@ class Listen(Section):
     health: HostPort = written("0.0.0.0:9003")
     """gRPC health alone, for probes."""
     http: HostPort = written("0.0.0.0:9090")
-    """HTTP: /metrics, /healthz, /readyz."""
+    """HTTP: the dashboard at /, /metrics, /healthz, /readyz."""
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
@@ -90,6 +91,12 @@ class Settings(Engine, _Surroundings):
     settlement: Settlement = Settlement()
     metrics: Metrics = Metrics()
     traces: Traces = Traces()
+    ledger: Annotated[LedgerSection | None, Given] = left_out()
+    """Where decisions are written down, nowhere if left out."""
+    shadow: Annotated[ShadowSection | None, Given] = left_out()
+    """What else is tried on the same traffic, nothing if left out."""
+    recent_decisions: int = Field(default=10_000, ge=1, strict=True)
+    """Decisions kept in memory to be explained, about 1 kB each."""
 
     @property
     def scraping(self) -> Load | None:

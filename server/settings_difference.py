@@ -7,7 +7,10 @@ from typing import Any, NamedTuple, final
 
 from server.settings import Settings
 
-FIXED = ("apiVersion", "kind", "pool", "listen", "direct", "tls", "admin", "traces")
+FIXED = (
+    *("apiVersion", "kind", "pool", "listen", "direct", "tls", "admin", "traces"),
+    *("ledger", "shadow", "recentDecisions"),
+)
 """Settings, with all below them, that hold from start to end: Envoy and the kernel know them, or
 doors are built on them. The files that tls and admin name are read anew all the same."""
 HASH_HEX = 12

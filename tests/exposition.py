@@ -26,11 +26,13 @@ from server.codec import INSTANCE
 from server.log_codec import LogEntry
 from server.metrics import SnapshotCollector, registry_of
 from server.pool_view import PoolView
+from server.records import RecordCollector
 from server.reference_metrics import ReferenceCollector
 from server.reload import Configuration
 from server.settings import Settings
 from server.settlement import Settlement
 from server.settlement_metrics import SettlementCollector
+from server.shadow import ShadowReport
 from server.sources.engine_metrics import EngineLoad
 from server.sources.feed import FeedSnapshot
 from server.sources.measured import SourceCollector
@@ -77,6 +79,9 @@ EVERYTHING = Snapshot(
     pace=Pace(_SOME, _SOME),
 )
 
+_SHADOW = ShadowReport(
+    totals=EVERYTHING.totals, pairs={(Outcome.DISPATCHED, Outcome.EVICTED_TTL): 1}
+)
 _FEED = FeedSnapshot(
     errors={"objectives.directory": 1},
     problems=[("objectives.directory", "chat.yaml", "is not YAML")],
@@ -108,7 +113,8 @@ def own_families() -> list[Metric]:
     )
     settled = SettlementCollector(settlement, view, EVERYTHING, 0)
     sources = SourceCollector(_FEED, _configuration(), now_s=1.0)
-    return _families([SnapshotCollector(EVERYTHING, 0, 0, _SOME), settled, sources])
+    records = RecordCollector((1, 0), _SHADOW)
+    return _families([SnapshotCollector(EVERYTHING, 0, 0, _SOME), settled, sources, records])
 
 
 def reference_families() -> list[Metric]:

@@ -54,7 +54,7 @@ async def served(access: ObjectiveAccess, store: ObjectiveStore | None) -> Async
     gate.start()
     server = grpc.aio.server()
     api_grpc.add_FlowControlServicer_to_server(  # type: ignore[no-untyped-call]  # generated
-        FlowControlServicer(gate, "llama", access), server
+        FlowControlServicer(gate, "llama", lambda: 0, access), server
     )
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

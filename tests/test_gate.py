@@ -323,6 +323,7 @@ class TestRecall:
             assert (first.outcome, first.awaits_answer) == (Outcome.DISPATCHED, True)
             assert second.outcome is Outcome.RECLAIMED
             assert not person.future.done()
+            assert [each.decision for each in home.gate.recent.newest(9)] == [second, first]
 
             home.gate.leave(batch)
 

@@ -1,6 +1,6 @@
 """The inbox, with real threads and without sleeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Barrier, Event, Thread
 
@@ -104,7 +104,7 @@ class TestBell:
     def test_ring_wakes_the_sleeper(self) -> None:
         """Whoever puts something and rings is heard."""
         inbox = Inbox(arrivals_max=9)
-        taken: list[Fact] = []
+        taken: list[object] = []
 
         def take() -> None:
             while not taken:
@@ -217,7 +217,7 @@ class TestClose:
     def test_close_wakes_the_sleeper(self) -> None:
         """A taker that sleeps for ever is let go."""
         inbox = Inbox(arrivals_max=9)
-        taken: list[list[Fact]] = []
+        taken: list[Sequence[object]] = []
 
         in_threads(lambda: taken.append(inbox.take(None)), lambda: taken.append(inbox.close()))
 
@@ -243,7 +243,7 @@ class Race:
         self.inbox = Inbox(arrivals_max=1000, batch_max=3)
         self.is_closed = Event()
         self.accepted: list[int] = []
-        self.found: list[Fact] = []
+        self.found: list[object] = []
         """Taken, or returned by close."""
 
     def offer(self, first_id: int) -> None:

@@ -16,10 +16,11 @@ from flowcontrol.events import (
     DrainBegan,
     EndpointsChanged,
     Fact,
+    FlowEvicted,
     Left,
     ObjectivesChanged,
 )
-from flowcontrol.request import Outcome, Request
+from flowcontrol.request import DEFAULT_FLOW_ID, Outcome, Request
 from server.replies import REFUSALS, Exempt, Proceed, Refuse, answer, retry_after
 
 SECOND = 1_000_000_000
@@ -34,6 +35,7 @@ TABLE = {
     "evicted-displaced": (429, "evicted-priority"),
     "evicted-cancelled": (499, "rejected-context-cancelled"),
     "evicted-drained": (503, "rejected-shutting-down"),
+    "evicted-operator": (429, "evicted-operator"),
     "reclaimed": (429, "evicted"),
     "internal": (500, "internal"),
 }
@@ -47,7 +49,7 @@ WITH_RETRY_AFTER = {
 }
 WITHOUT_RETRY_AFTER = {
     *("dispatched", "rejected-no-endpoints", "evicted-ttl"),
-    *("evicted-no-endpoints", "evicted-cancelled"),
+    *("evicted-no-endpoints", "evicted-cancelled", "evicted-operator"),
 }
 GRPC_STATUS = {429: 8, 499: 1, 500: 13, 503: 14}
 
@@ -166,6 +168,7 @@ class TestRetryAfterByOutcome:
         decided = [
             *play([pool, chat, *crowd, Left(1), Arrived(Request(10)), urgent], then_s=50),
             *play([nobody, *crowd], then_s=40),
+            *play([nobody, crowd[0], FlowEvicted(0, DEFAULT_FLOW_ID)], then_s=1),
             *play([pool, *crowd[:2], DrainBegan(SECOND), crowd[3]], then_s=1),
         ]
 

@@ -22,12 +22,15 @@ from typing import Any, final
 import yaml
 
 from server.envoy_binary import envoy_binary
+from server.guard import TOKEN_VARIABLE
 from server.settings import Address, load_settings
 from tests.e2e.client import fetch
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 POOL = "llama"
+ADMIN_TOKEN = "say-friend-and-enter"
+"""What the service's environment holds; with it the API may change things."""
 OBJECTIVES: Mapping[str, int] = {"chat": 10, "batch": -1}
 DOORS = ("direct", "grpcio")
 """Ways into the service for Envoy's ext_proc streams. Both are open; every test runs with each."""
@@ -132,7 +135,8 @@ class Process:
         self.stdout = log.with_suffix(".stdout")
         self.is_told_to_end = False
         """Whether a test has sent it a signal."""
-        environment = os.environ | {"PYTHONWARNINGS": "default"}  # to be seen in the log
+        environment = os.environ | {TOKEN_VARIABLE: ADMIN_TOKEN}
+        environment |= {"PYTHONWARNINGS": "default"}  # to be seen in the log
         with log.open("wb") as err, self.stdout.open("wb") as out:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=ROOT, env=environment

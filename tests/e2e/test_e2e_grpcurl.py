@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
@@ -15,6 +16,7 @@ from grpc_health.v1 import health_pb2
 from server import admin, codec, log_codec
 from server.settings import Address
 from tests.e2e.gateway import FREED_S, Gateway
+from tests.e2e.harness import ADMIN_TOKEN
 
 pytestmark = pytest.mark.e2e
 
@@ -23,6 +25,7 @@ HEALTH = "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 PROCESS = f"{codec.SERVICE}/Process"
 ARRIVAL = {"request_headers": {"headers": {"headers": [{"key": ":path", "value": "/v1/by-hand"}]}}}
+PROOF = ("-H", f"authorization: Bearer {ADMIN_TOKEN}")
 ANSWER_S = 20.0
 
 
@@ -113,6 +116,35 @@ class TestCalls:
             snapshot["saturation"],
         ) == ("llama", "1", 1)
         assert [band.get("priority", 0) for band in snapshot["bands"]] == [10, 0, -1]
+
+    async def test_requests(self, gateway: Gateway) -> None:
+        """One request explained, decisions listed, a flow evicted: as the README has it."""
+        _, occupying = await gateway.occupy()
+        waiting = await gateway.call(name="waiting")
+        await gateway.until(waiting=1)
+
+        async def ask(method: str, **data: object) -> dict[str, Any]:
+            address = str(gateway.stack.ext_proc)
+            text = await grpcurl(
+                *PROOF, "-d", json.dumps(data), address, f"{admin.SERVICE}/{method}"
+            )
+            answer: dict[str, Any] = json.loads(text)
+            return answer
+
+        listed = await ask("ListDecisions", count_max=1)
+        newest = int(listed["decisions"][0]["request_id"])
+        explained = await ask("Explain", request_id=str(newest + 1))
+        evicted = await ask(
+            "EvictFlow", priority=explained.get("priority", 0), flow_id=explained["flow_id"]
+        )
+        reply = await waiting.reply()
+        await occupying.respond()
+
+        assert listed["decisions"][0]["outcome"] == "dispatched"
+        assert (explained["state"], explained["gate"]) == ("WAITING", "POOL_FULL")
+        assert evicted == {"evicted": "1"}
+        assert reply.status == 429
+        assert reply.headers["x-llm-d-request-dropped-reason"] == "evicted-operator"
 
     async def test_process(self, gateway: Gateway, tmp_path: Path) -> None:
         """A person can be Envoy: the slot is theirs as long as their input stays open."""

@@ -12,20 +12,18 @@ import yaml
 
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
-from server.guard import TOKEN_VARIABLE
 from server.settings import load_settings
 from server.settings_difference import settings_hash
 from server.sources.health import FAILURES_MAX
 from tests.dns_server import SERVFAIL, name_server
 from tests.e2e.backend import Backend
 from tests.e2e.gateway import Gateway
-from tests.e2e.harness import POOL, Spec, Stack, eventually
+from tests.e2e.harness import ADMIN_TOKEN, POOL, Spec, Stack, eventually
 from tests.kubernetes_api import api_server
 
 pytestmark = pytest.mark.e2e
 
 Start = Callable[[Spec], Awaitable[Gateway]]
-TOKEN = "say-friend-and-enter"
 SEEN_S = 3.0
 """How long a change may take from being made to being in force."""
 PAGE = b"vllm:num_requests_waiting 0\nvllm:num_requests_running 0\nvllm:kv_cache_usage_perc 0.1\n"
@@ -233,10 +231,9 @@ def pod(*, ready: bool) -> dict[str, Any]:
 class TestApi:
     """Objectives by flowcontrol.v1."""
 
-    async def test_put_and_delete(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_put_and_delete(self, start: Start) -> None:
         """An objective that was put counts for the next request, and after a restart."""
-        monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-        proof = (("authorization", f"Bearer {TOKEN}"),)
+        proof = (("authorization", f"Bearer {ADMIN_TOKEN}"),)
         gateway = await start(Spec(settings={"objectives": {"api": {"file": "./kept.yaml"}}}))
         async with grpc.aio.insecure_channel(str(gateway.stack.ext_proc)) as channel:
             stub = api_grpc.FlowControlStub(channel)  # type: ignore[no-untyped-call]  # generated
