@@ -22,7 +22,12 @@ from envoy_data_plane.google import protobuf
 
 from server.classify import SUBSET_NAMESPACE
 from server.codec import METADATA_NAMESPACE, TICKET
-from server.log_codec import DURATION_TAGS, LOAD_REPORT_HEADERS, USAGE_NAMESPACE
+from server.log_codec import (
+    LOAD_REPORT_HEADERS,
+    REPORT_FORMAT,
+    REPORT_TAG,
+    USAGE_NAMESPACE,
+)
 from server.rules import BODY_FIELDS, BODY_NAMESPACE
 from server.settings import Settings
 
@@ -167,10 +172,7 @@ def _settlement_log() -> accesslog.AccessLog:
                     ),
                     buffer_flush_interval=timedelta(seconds=0.2),
                     buffer_size_bytes=_LOG_BUFFER_BYTES,
-                    custom_tags=[
-                        tracing.CustomTag(tag=tag, value=f"%COMMON_DURATION({points}:us)%")
-                        for tag, points in DURATION_TAGS.items()
-                    ],
+                    custom_tags=[tracing.CustomTag(tag=REPORT_TAG, value=REPORT_FORMAT)],
                 ),
                 additional_response_headers_to_log=list(LOAD_REPORT_HEADERS),
             )

@@ -190,6 +190,7 @@ class Settlement:
                 ttft_ns=None if entry.ttft_us is None else entry.ttft_us * _US_NS,
                 generation_ns=None if entry.generation_us is None else entry.generation_us * _US_NS,
                 is_success=entry.is_success,
+                was_turned_away=entry.was_turned_away,
             )
         )
         return Result.SETTLED
