@@ -144,8 +144,8 @@ class Line(asyncio.Protocol):
     def _handle(self, events: list[Event]) -> None:
         for event in events:
             match event:
-                case Received(stream_id, data, is_ended):
-                    self._receive(stream_id, data, is_ended=is_ended)
+                case Received():
+                    self._receive(event.stream_id, event.data, is_ended=event.is_ended)
                 case Opened():
                     self._open(event)
                 case Reset(stream_id):
