@@ -92,9 +92,10 @@ class Call:
     def take(self, data: bytes, *, is_ended: bool) -> None:
         """Take more of what the client says."""
         try:
-            for message in self._messages(data):
-                if not self._is_gone:
-                    self._receive(message)
+            if data:
+                for message in self._messages(data):
+                    if not self._is_gone:
+                        self._receive(message)
             if is_ended and not self._is_gone:
                 self._expect_whole()
                 self._end()

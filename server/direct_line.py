@@ -144,8 +144,13 @@ class Line(asyncio.Protocol):
     def _handle(self, events: list[Event]) -> None:
         for event in events:
             match event:
-                case Received(stream_id, data, is_ended):
-                    self._receive(stream_id, data, is_ended=is_ended)
+                case Received():
+                    call = self._calls.get(event.stream_id)
+                    if call is not None:
+                        call.take(event.data, is_ended=event.is_ended)
+                    elif event.is_ended and event.stream_id in self._refused:
+                        refusal = self._refused.pop(event.stream_id)
+                        self._refuse(event.stream_id, refusal)
                 case Opened():
                     self._open(event)
                 case Reset(stream_id):
@@ -175,13 +180,6 @@ class Line(asyncio.Protocol):
             self._connection.send_data(stream_id, refusal.body, is_end=True)
         else:
             self._connection.send_trailers(stream_id, refusal.block)
-
-    def _receive(self, stream_id: int, data: bytes, *, is_ended: bool) -> None:
-        call = self._calls.get(stream_id)
-        if call is not None:
-            call.take(data, is_ended=is_ended)
-        elif is_ended and stream_id in self._refused:
-            self._refuse(stream_id, self._refused.pop(stream_id))
 
     def _forget(self, call: Call) -> Call:
         del self._calls[call.stream_id]

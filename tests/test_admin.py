@@ -32,7 +32,7 @@ from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from server.admin import SERVICE, FlowControlServicer
 from server.classify import RequestFacts
-from server.gate import FlowGate, Parked
+from server.gate import NEWS_WITHIN_S, FlowGate, Parked
 
 TIMEOUT_S = 10.0
 FACTS = RequestFacts("tenant", None, 100, None, "", "/v1/completions")
@@ -357,7 +357,8 @@ class TestWatchSnapshot:
         with asyncio.Runner(loop_factory=lambda: loop) as runner:
             runner.run(scenario())
 
-        assert loop.delays == [pytest.approx(expected_s)] * 2
+        drain_s = NEWS_WITHIN_S
+        assert loop.delays == [pytest.approx(each) for each in (expected_s, expected_s, drain_s)]
 
     async def test_the_end(self) -> None:
         """A watcher is told when the processor has ended."""

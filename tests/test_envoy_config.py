@@ -1,6 +1,7 @@
 """Envoy's configuration: the one made by hand, the one of Compose, and what `bootstrap` makes."""
 
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 import yaml
 from google.protobuf import duration_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flowcontrol.errors import ConfigError
 from server.classify import READ_HEADERS
 from server.envoy_binary import envoy_binary
 from server.envoy_config import EnvoyOptions, bootstrap
+from server.envoy_filters import greater_than
 from server.settings import Address, Settings, load_settings
 
 ENVOY = Path(__file__).parents[1] / "envoy"
@@ -450,6 +454,24 @@ class TestReaders:
         assert ("request_rules" in names) is reads_bodies
         assert ("response_rules" in names) is (access_log and token_usage)
         assert ("forwarding_namespaces" in names) is reads_bodies
+
+    def test_small_bodies_alone(self) -> None:
+        """Large requests pass the reader by; what responses say of usage is read all the same."""
+        configuration = generated(settings_with(requests={"readBodiesUpTo": "64Ki"}))
+
+        readers = ["match_delegate", "json_to_metadata"]
+        assert self.filters(configuration) == [*readers, "ext_proc", "sse_to_metadata", "router"]
+        match = the_only(configuration, "single_predicate")
+        assert match["value_match"]["safe_regex"]["regex"] == greater_than(65_536)
+
+    @given(st.integers(1, 10**12), st.integers(0, 10**12))
+    def test_greater(self, limit: int, size: int) -> None:
+        """Envoy can compare no numbers, but their digits."""
+        regex = greater_than(limit)
+
+        assert (re.fullmatch(regex, str(size)) is not None) == (size > limit)
+        assert re.fullmatch(regex, str(limit)) is None
+        assert re.fullmatch(regex, str(limit + 1)) is not None
 
     def test_headers_that_are_read(self) -> None:
         """Envoy sends the headers that are read, and those that rules ask for; no others."""

@@ -32,6 +32,8 @@ H2SPEC = "github.com/summerwind/h2spec/cmd/h2spec@v2.2.1+incompatible"
 BUILD_S = 240
 CASES_MIN = 140
 OK = encode_block([(":status", "200"), ("content-type", "text/plain")])
+LIMITS = Http2Limits(streams_max=100)
+"""One case exceeds the number of streams, within a second."""
 BODY = b"hello, h2spec: long enough for windows of a few bytes"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(BUILD_S + 60)]
@@ -44,7 +46,7 @@ class PlainServer(asyncio.Protocol):
         """Greet."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        self.connection = Http2Connection(Http2Limits(), time.monotonic_ns())
+        self.connection = Http2Connection(LIMITS, time.monotonic_ns())
         transport.write(self.connection.data_to_send())
 
     def data_received(self, data: bytes) -> None:
@@ -72,7 +74,7 @@ async def against_core(run: Callable[[int], Awaitable[set[str]]]) -> set[str]:
 async def against_door(run: Callable[[int], Awaitable[set[str]]]) -> set[str]:
     """Run it against the direct door."""
     async with running_gate() as gate:
-        door = DirectDoor(Terms(gate=gate))
+        door = DirectDoor(Terms(gate=gate, limits=LIMITS))
         port = await door.listen(("127.0.0.1", 0))
         try:
             return await run(port)

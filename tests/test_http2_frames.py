@@ -106,14 +106,13 @@ class TestReading:
         frame = DataFrame(1, data, pad_length=pad_length, flags=["PADDED"])
 
         payload = frame.serialize()[frames.FRAME_HEADER_BYTES :]
-        assert frames.unpadded(frames.PADDED, payload) == data
-        assert frames.unpadded(0, payload) == payload
+        assert frames.unpadded(payload) == data
 
     @pytest.mark.parametrize("payload", [b"", b"\x01", b"\x02x", b"\xff" + bytes(254)])
     def test_padding_too_long(self, payload: bytes) -> None:
         """Padding of the payload's length or more ends the connection (6.1)."""
         with pytest.raises(ConnectionFault, match="padding must be shorter") as caught:
-            frames.unpadded(frames.PADDED, payload)
+            frames.unpadded(payload)
         assert caught.value.code is ErrorCode.PROTOCOL_ERROR
 
     def test_settings(self) -> None:

@@ -208,7 +208,8 @@ class Http2Connection:
         block = self._open_block
         if block is not None and (kind != frames.CONTINUATION or stream_id != block.stream_id):
             _break("a field block must be continued before anything else")
-        frames.check_shape(kind, stream_id, len(payload))
+        if kind > frames.HEADERS:
+            frames.check_shape(kind, stream_id, len(payload))
         try:
             reader = self._READERS.get(kind)
             if reader is not None:
@@ -224,11 +225,13 @@ class Http2Connection:
             self._send_reset(fault.stream_id, fault.code)
 
     def _read_data(self, flags: int, stream_id: int, payload: bytes) -> None:
-        self._expect_used("DATA", stream_id)
-        self._take(len(payload))
-        data = frames.unpadded(flags, payload)
+        self._unread += len(payload)
+        if self._unread * 2 >= self._limits.connection_window_bytes:
+            self._free_window()
+        data = frames.unpadded(payload) if flags & frames.PADDED else payload
         stream = self._streams.get(stream_id)
         if stream is None:
+            self._expect_used("DATA", stream_id)
             self._ignore_late(stream_id)
             return
         is_end = bool(flags & frames.END_STREAM)
@@ -243,7 +246,7 @@ class Http2Connection:
     def _read_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
         if not stream_id & 1:
             _break(f"HEADERS must be on a stream of the client's, got {stream_id}")
-        fragment = frames.unpadded(flags, payload)
+        fragment = frames.unpadded(payload) if flags & frames.PADDED else payload
         if flags & frames.HAS_PRIORITY:
             if len(fragment) < _PRIORITY_BYTES:
                 raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS must hold its priority")
@@ -309,9 +312,9 @@ class Http2Connection:
         _check_dependency(stream_id, payload)
 
     def _read_rst_stream(self, _flags: int, stream_id: int, payload: bytes) -> None:
-        self._expect_used("RST_STREAM", stream_id)
         stream = self._streams.get(stream_id)
         if stream is None:
+            self._expect_used("RST_STREAM", stream_id)
             self._reset_ids.pop(stream_id, None)  # it knows: nothing late can follow
             self._budgets.spend("RST_STREAM for closed streams", self._limits.ignored)
             return
@@ -381,16 +384,14 @@ class Http2Connection:
         if stream_id == 0 or stream_id > self._highest_id or not stream_id & 1:
             _break(f"{name} must be on a stream that was opened, got {stream_id}")
 
-    def _take(self, size: int) -> None:
-        """Account for a DATA frame on the connection; read means free again (6.9)."""
+    def _free_window(self) -> None:
+        """Free the connection's window of what was read, now that it is half of it (6.9)."""
         window = self._limits.connection_window_bytes
-        self._unread += size
         if self._unread > window:
             reason = f"DATA must keep within the connection's window of {window} bytes"
             raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, reason)
-        if self._unread * 2 >= window:
-            self._send(frames.window_update(0, self._unread))
-            self._unread = 0
+        self._send(frames.window_update(0, self._unread))
+        self._unread = 0
 
     def _ignore_late(self, stream_id: int) -> None:
         """Let pass what crossed our reset; tell a client that should know better, once."""

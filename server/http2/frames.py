@@ -162,14 +162,12 @@ def read_dependency(payload: bytes) -> int:
     return read_word(payload[:4]) & STREAM_ID_MAX
 
 
-def unpadded(flags: int, payload: bytes) -> bytes:
-    """Return the payload of a DATA or HEADERS frame without its padding (6.1).
+def unpadded(payload: bytes) -> bytes:
+    """Return the payload of a padded DATA or HEADERS frame without its padding (6.1).
 
     Raises:
         ConnectionFault: the padding is as long as the payload, or longer.
     """
-    if not flags & PADDED:
-        return payload
     if not payload or payload[0] >= len(payload):
         reason = f"padding must be shorter than the payload of {len(payload)} bytes"
         raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, reason)

@@ -111,7 +111,8 @@ def split(
         FramingError: a message is compressed or too large; known from its prefix, before it comes.
     """
     if held is None:
-        if len(data) >= PREFIX_BYTES and _frame_bytes(data, 0, message_bytes_max) == len(data):
+        size = len(data) - PREFIX_BYTES
+        if 0 <= size <= message_bytes_max and data[:PREFIX_BYTES] == size.to_bytes(PREFIX_BYTES):
             return [data[PREFIX_BYTES:]], None  # one message in one frame: as nearly all come
         held = bytearray()
     held += data

@@ -7,8 +7,10 @@ prompts of 220 KB; with 64 connections, and with one for the latency that is add
 
 Method: wrk against an Envoy for each contender, with the configuration that `flowcontrol
 envoy-config` writes (health checks off, because the C++ processor answers none) and a model server
-in C++ that answers at once. Contenders take turns in every round; medians with their spread. CPU is
-of all threads of a process, from the kernel.
+in C++ that answers at once. The filters are the same for all processors: bodies are read, and every
+request is reported in the access log, which the C++ processor takes and forgets; Envoy alone has
+none of that. Contenders take turns in every round; medians with their spread. CPU is of all threads
+of a process, from the kernel.
 
 Caveats: load, Envoy, service and model server share the machine, so the processor that takes less
 CPU leaves more to Envoy: requests/s compare whole systems of this size, CPU per request compares
@@ -21,6 +23,7 @@ Needs Debian's wrk, g++, pkg-config, protobuf-compiler-grpc and libgrpc++-dev.
 
 import argparse
 import contextlib
+import functools
 import re
 import statistics
 import subprocess
@@ -29,6 +32,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.benchmarks import stage
 
@@ -85,27 +89,39 @@ def contenders(directory: Path) -> Iterator[dict[str, Contender]]:
         )
         at_grpcio = enter(stage.service(directory, "at-grpcio", **endless))
         at_direct = enter(stage.service(directory, "at-direct", **endless))
-        behind: dict[str, tuple[int | None, stage.Running | None]] = {
-            "Envoy alone": (None, None),
-            "C++ no-op": (noop_port, plain),
-            "grpcio door": (at_grpcio.ext_proc, at_grpcio.process),
-            "direct door": (at_direct.direct, at_direct.process),
+        behind: dict[str, tuple[Path, int | None, stage.Running | None]] = {
+            "Envoy alone": (at_direct.config, None, None),
+            "C++ no-op": (at_direct.config, noop_port, plain),
+            "grpcio door": (at_grpcio.config, at_grpcio.ext_proc, at_grpcio.process),
+            "direct door": (at_direct.config, at_direct.direct, at_direct.process),
         }
+        edits = {"C++ no-op": functools.partial(reported, port=noop_port)}
         yield {
             name: Contender(
                 enter(
                     stage.envoy(
                         directory,
                         f"envoy-{name}".replace(" ", "-"),
-                        at_direct.config,
+                        config,
                         port,
-                        is_bare=name == "C++ no-op",
+                        edits.get(name),
                     )
                 ),
                 process,
             )
-            for name, (port, process) in behind.items()
+            for name, (config, port, process) in behind.items()
         }
+
+
+def reported(configuration: Any, port: int) -> None:
+    """Have every request reported there, not only those with a ticket of flowcontrol's."""
+    resources = configuration["static_resources"]
+    manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    (log,) = (each for each in manager["access_log"] if "grpc" in each["name"])
+    del log["filter"]
+    (cluster,) = (each for each in resources["clusters"] if each["name"] == "access_log")
+    (where,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    where["endpoint"]["address"]["socket_address"]["port_value"] = port
 
 
 def wrk(contender: Contender, connections: int, script: Path, seconds: float) -> Figures:

@@ -1,7 +1,9 @@
 // The limit people name: an ext_proc in C++ on gRPC's callback API that decides nothing.
-// It answers every message with CONTINUE, and echoes bodies that are streamed to it.
+// It answers every message with CONTINUE, and echoes bodies that are streamed to it. It takes Envoy's
+// access log, too.
 //
 // Usage: noop PORT
+#include <grpcpp/generic/async_generic_service.h>
 #include <grpcpp/grpcpp.h>
 
 #include <cstdio>
@@ -77,15 +79,34 @@ class Processor final : public v3::ExternalProcessor::CallbackService {
   }
 };
 
+// Takes what Envoy's access log reports, and forgets it.
+class Sink final : public grpc::CallbackGenericService {
+  class Reader final : public grpc::ServerGenericBidiReactor {
+   public:
+    Reader() { StartRead(&report_); }
+    void OnReadDone(bool ok) override { ok ? StartRead(&report_) : Finish(grpc::Status::OK); }
+    void OnDone() override { delete this; }
+
+   private:
+    grpc::ByteBuffer report_;
+  };
+
+  grpc::ServerGenericBidiReactor* CreateReactor(grpc::GenericCallbackServerContext*) override {
+    return new Reader;
+  }
+};
+
 int main(int argc, char** argv) {
   if (argc != 2) {
     std::fprintf(stderr, "usage: noop PORT\n");
     return 2;
   }
   Processor processor;
+  Sink sink;
   grpc::ServerBuilder builder;
   builder.AddListeningPort("127.0.0.1:" + std::string(argv[1]), grpc::InsecureServerCredentials());
   builder.RegisterService(&processor);
+  builder.RegisterCallbackGenericService(&sink);
   auto server = builder.BuildAndStart();
   if (!server) return 1;
   server->Wait();
