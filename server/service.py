@@ -7,21 +7,15 @@ crash: the processor fails ─▶ every parked request is settled ─▶ all hea
 """
 
 import asyncio
-import contextlib
 import gc
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
-import grpc
 import structlog
 from aiohttp import web
-from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-from prometheus_client import ProcessCollector
-from prometheus_client.registry import Collector, CollectorRegistry
 
 from flowcontrol.errors import FlowControlError, ListenError
 from flowcontrol.events import Decision, DrainBegan, Reconfigured
@@ -34,23 +28,19 @@ from server.direct_calls import Terms
 from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
+from server.grpc_ports import GrpcPorts
 from server.guard import Guard
 from server.live import LiveView
 from server.loop_lag import LoopLag
-from server.metrics import SnapshotCollector, registry_of
 from server.pages import add_pages
 from server.records import Records
-from server.reference_metrics import ReferenceCollector
 from server.reload import Configuration
-from server.settings import Address, Settings
+from server.scrape import Scrape
+from server.settings import Settings
 from server.settlement import Settlement
-from server.settlement_metrics import SettlementCollector
 from server.sources.feed import Feed
-from server.sources.measured import SourceCollector
+from server.telemetry import open_traces
 from server.web import web_application
-
-if TYPE_CHECKING:
-    from server.otel import Traces
 
 ARRIVALS_MAX = 100_000
 """Arrivals the processor may be behind: about a second of its work."""
@@ -66,30 +56,6 @@ CLOSE_GRACE_S = 1.0
 """For answers already written to reach Envoy before the port closes."""
 JOIN_TIMEOUT_S = 5.0
 
-MESSAGE_BYTES_MAX = 1 << 20
-"""Envoy sends headers of 60 KiB at most unless told otherwise, and batches of access log entries of
-16 KiB; what is larger is not read."""
-METADATA_BYTES_MAX = 16 << 10
-"""Of one gRPC call, as grpc counts."""
-
-GRPC_OPTIONS = (
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_metadata_size", METADATA_BYTES_MAX),
-    ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
-    # grpc-core refuses streams it has not yet accepted: at random above 1000, all above 3000. A
-    # burst of parked requests looks just like that.
-    ("grpc.server.max_pending_requests", 1_000_000),
-    ("grpc.server.max_pending_requests_hard_limit", 1_000_000),
-    # Two processes on one port would each gate half of the requests, unnoticed.
-    ("grpc.so_reuseport", 0),
-    # Envoy's keepalive pings are welcome, also while every stream is silently parked.
-    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
-
-_PROCESS = ProcessCollector(registry=None)
-"""The process's own CPU time, memory and open files."""
 READY_NAMES = ("", "readiness", codec.SERVICE, admin.SERVICE)
 LIVE_NAME = "liveness"
 _log = structlog.get_logger()
@@ -110,7 +76,7 @@ class Service:
             asyncio.get_running_loop().create_future()
         )
         self._is_serving = False
-        self._traces = _traces(settings)
+        self._traces = open_traces(settings.traces, settings.pool)
         loop = asyncio.get_running_loop()
         self._request_log = logs.RequestLog(
             lambda write: loop.call_later(logs.WRITE_WITHIN_S, write)
@@ -153,7 +119,15 @@ class Service:
         )
         self._live = LiveView(self._gate, settings.pool)
         self._loop_lag = LoopLag()
-        self._grpc_servers: list[grpc.aio.Server] = []
+        self._scrape = Scrape(
+            gate=self._gate,
+            settlement=self._settlement,
+            feed=self._feed,
+            configuration=self._configuration,
+            records=self._records,
+            loop_lag=self._loop_lag,
+        )
+        self._grpc_ports = GrpcPorts(self._health)
         self._web: web.AppRunner | None = None
 
     async def run(self) -> int:
@@ -281,40 +255,29 @@ class Service:
         await self._health.set(LIVE_NAME, is_serving=is_live)
 
     async def _open_doors(self) -> None:
-        listen = self._configuration.settings.listen
-        main = grpc.aio.server(options=GRPC_OPTIONS)
-        main.add_generic_rpc_handlers((self._door.handler(), self._log_door.handler()))
-        guard = Guard(self._configuration.settings.admin.secret())
+        settings = self._configuration.settings
+        listen = settings.listen
+        guard = Guard(settings.admin.secret())
         service = api.DESCRIPTOR.services_by_name["FlowControl"]
         servicer = admin.FlowControlServicer(
-            self._gate,
-            self._configuration.settings.pool,
-            self._drain_by_call,
-            self._objective_access(),
+            self._gate, settings.pool, self._drain_by_call, self._objective_access()
         )
-        main.add_generic_rpc_handlers((guard.handler(service, servicer),))
-        probes = grpc.aio.server(options=GRPC_OPTIONS)
-        common = (health.SERVICE, reflection.SERVICE_NAME)
-        for server, names in (
-            (main, (codec.SERVICE, log_codec.SERVICE, admin.SERVICE, *common)),
-            (probes, common),
-        ):
-            health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
-            reflection.enable_server_reflection(names, server)
-        certificates = self._configuration.settings.tls.certificates()
-        credentials = certificates and certificates.server_credentials()
-        for server, address, shown in (
-            (main, listen.ext_proc, credentials),
-            (probes, listen.health, None),
-        ):
-            _bind(server, address, shown)
-            self._grpc_servers.append(server)
-            await server.start()
+        certificates = settings.tls.certificates()
+        await self._grpc_ports.open(
+            listen.ext_proc,
+            certificates and certificates.server_credentials(),
+            {
+                codec.SERVICE: self._door.handler(),
+                log_codec.SERVICE: self._log_door.handler(),
+                admin.SERVICE: guard.handler(service, servicer),
+            },
+        )
+        await self._grpc_ports.open(listen.health, None, {})
         if listen.direct is not None:
             context = certificates and certificates.ssl_context()
             await self._direct_door.listen(listen.direct, context)
         application = web_application(
-            self._metrics,
+            self._scrape.collect,
             is_live=lambda: not self._ended.done() or self._ended.result() is None,
             is_ready=lambda: self._is_serving,
             middlewares=(guard.middleware,),
@@ -331,34 +294,13 @@ class Service:
         self._loop_lag.stop()
         self._door.close()
         self._log_door.close()
-        stopping = (server.stop(CLOSE_GRACE_S) for server in self._grpc_servers)
-        await asyncio.gather(self._direct_door.close(CLOSE_GRACE_S), *stopping)
+        await asyncio.gather(
+            self._direct_door.close(CLOSE_GRACE_S), self._grpc_ports.close(CLOSE_GRACE_S)
+        )
         if self._web is not None:
             await self._web.cleanup()
         if self._traces is not None:
             await self._traces.close()
-
-    async def _metrics(self) -> CollectorRegistry:
-        snapshot = await self._gate.snapshot()
-        settings = self._configuration.settings
-        feed = self._feed.snapshot()
-        collectors: list[Collector] = [
-            SnapshotCollector(
-                snapshot,
-                self._gate.inbox_refusals,
-                sum(count for name, count in feed.errors.items() if name.startswith("objectives.")),
-                self._loop_lag.snapshot(),
-            ),
-            SettlementCollector(
-                self._settlement, self._gate.pool_view, snapshot, time.monotonic_ns()
-            ),
-            SourceCollector(feed, self._configuration, time.monotonic()),
-            self._records.collector(),
-        ]
-        if settings.metrics.reference_names:
-            limits = settings.controller_config().limits
-            collectors.append(ReferenceCollector(snapshot, settings.pool, limits))
-        return registry_of([*collectors, _PROCESS])
 
 
 def tune_garbage_collection() -> None:
@@ -366,34 +308,3 @@ def tune_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-
-
-def _traces(settings: Settings) -> "Traces | None":
-    if settings.traces.exporter == "off":
-        return None
-    try:
-        from server.otel import Traces  # noqa: PLC0415 - an extra, and slow to import
-
-        return Traces(settings.pool)
-    except ModuleNotFoundError as error:
-        message = f"traces.exporter needs {error.name}: pip install 'flowcontrol[otel]'"
-        raise FlowControlError(message) from error
-    except ImportError as error:  # xds-protos has files of the same names, of an older OTLP
-        message = (
-            "traces.exporter cannot use opentelemetry-proto, which xds-protos has overwritten: "
-            "pip install --force-reinstall --no-deps opentelemetry-proto"
-        )
-        raise FlowControlError(message) from error
-
-
-def _bind(
-    server: grpc.aio.Server, address: Address, credentials: grpc.ServerCredentials | None
-) -> None:
-    with contextlib.suppress(RuntimeError):
-        if credentials is None:
-            port = server.add_insecure_port(str(address))
-        else:
-            port = server.add_secure_port(str(address), credentials)
-        if port:
-            return
-    raise ListenError(str(address))

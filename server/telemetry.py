@@ -1,10 +1,14 @@
 """Settings of what the service tells about itself."""
 
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
+from flowcontrol.errors import FlowControlError
 from server.sections import Section, switched_off
+
+if TYPE_CHECKING:
+    from server import otel
 
 _TRACE_HEADERS: Final = (
     *("traceparent", "tracestate", "baggage", "b3"),
@@ -30,3 +34,26 @@ class Traces(Section):
     def headers(self) -> tuple[str, ...]:
         """Return the headers by which requests may tell of their trace: W3C's, and B3's."""
         return () if self.exporter == "off" else _TRACE_HEADERS
+
+
+def open_traces(settings: Traces, pool: str) -> "otel.Traces | None":
+    """Return what keeps traces of requests; None while they are off.
+
+    Raises:
+        FlowControlError: the extra is not there, or of no use.
+    """
+    if settings.exporter == "off":
+        return None
+    try:
+        from server import otel  # noqa: PLC0415 - an extra, and slow to import
+
+        return otel.Traces(pool)
+    except ModuleNotFoundError as error:
+        message = f"traces.exporter needs {error.name}: pip install 'flowcontrol[otel]'"
+        raise FlowControlError(message) from error
+    except ImportError as error:  # xds-protos has files of the same names, of an older OTLP
+        message = (
+            "traces.exporter cannot use opentelemetry-proto, which xds-protos has overwritten: "
+            "pip install --force-reinstall --no-deps opentelemetry-proto"
+        )
+        raise FlowControlError(message) from error

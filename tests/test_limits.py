@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from server.classify import NAME_LENGTH_MAX, classify
-from server.service import GRPC_OPTIONS, MESSAGE_BYTES_MAX, METADATA_BYTES_MAX
+from server.grpc_ports import GRPC_OPTIONS, MESSAGE_BYTES_MAX, METADATA_BYTES_MAX
 
 TIMEOUT_S = 20.0
 

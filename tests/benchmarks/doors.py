@@ -48,9 +48,10 @@ from server.direct_calls import Terms
 from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate
+from server.grpc_ports import GRPC_OPTIONS
 from server.http2 import frames
 from server.http2.grpc_framing import framed
-from server.service import ARRIVALS_MAX, GRPC_OPTIONS, SWITCH_INTERVAL_S
+from server.service import ARRIVALS_MAX, SWITCH_INTERVAL_S
 
 Kind = Literal["grpcio", "direct"]
 KINDS: tuple[Kind, ...] = ("grpcio", "direct")

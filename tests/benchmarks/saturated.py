@@ -47,9 +47,10 @@ from server.direct_calls import Terms
 from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate
+from server.grpc_ports import GRPC_OPTIONS
 from server.http2 import frames
 from server.http2.grpc_framing import framed
-from server.service import ARRIVALS_MAX, GRPC_OPTIONS, SWITCH_INTERVAL_S, tune_garbage_collection
+from server.service import ARRIVALS_MAX, SWITCH_INTERVAL_S, tune_garbage_collection
 from tests.benchmarks import stage
 from tests.benchmarks.doors import HEADERS
 
