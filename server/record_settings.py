@@ -14,7 +14,7 @@ class LedgerSection(Section):
     """Newest part; older ones are called the same with .1, .2 and so on. A relative path starts at
     the configuration file."""
     max_bytes: SizeFrom1 = written("64Mi")
-    """Size of a part, some 350 bytes a request; then the next begins."""
+    """Size of a part, some 400 bytes a request; then the next begins."""
     files: int = Field(default=4, ge=1, strict=True)
     """Parts kept. Only a ledger with its first part can be decided again exactly."""
     hide_flow_ids: bool = Field(default=False, strict=True)
