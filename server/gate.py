@@ -26,8 +26,8 @@ from server.classify import RequestFacts
 from server.pool_view import PoolView
 
 NEWS_WITHIN_S: Final = 0.005
-"""How long a fact that decides nothing may stay unread. Two wake-ups of a thread cost a request a
-fifth of its time in the gateway, and a departure needs none."""
+"""How long a fact that decides nothing may stay unread. To wake the processor for each departure,
+too, would double its turns."""
 
 
 @final
