@@ -30,6 +30,8 @@ class Phase(Enum):
     OVER = auto()
     """Nothing more is to be said: refused, exempt, or ended."""
 
+    __hash__ = object.__hash__  # as in Outcome
+
 
 class MessageKind(Enum):
     """What Envoy can send."""

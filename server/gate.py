@@ -31,8 +31,8 @@ Answer = TypeVar("Answer")
 _STOPPED = "the processor has stopped"
 
 NEWS_WITHIN_S: Final = 0.005
-"""How long a fact that decides nothing may stay unread. Two wake-ups of a thread cost a request a
-fifth of its time in the gateway, and a departure needs none."""
+"""How long a fact that decides nothing may stay unread. To wake the processor for each departure,
+too, would double its turns."""
 
 
 @final

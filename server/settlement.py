@@ -36,6 +36,8 @@ class Result(Enum):
     MALFORMED = "malformed"
     """No ticket, or a message that cannot be read."""
 
+    __hash__ = object.__hash__  # as in Outcome
+
 
 @final
 @dataclass(slots=True)
