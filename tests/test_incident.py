@@ -183,10 +183,9 @@ async def test_it_is_explained_alike_everywhere(tmp_path: Path) -> None:
 
 async def test_drain_by_call(tmp_path: Path) -> None:
     """As SIGTERM does: what is in flight goes on, then the process ends with 0."""
+    settings = {name: section for name, section in SETTINGS.items() if name != "shadow"}
     async with (
-        running(
-            tmp_path, {**SETTINGS, "shadow": None}, {}, FLOWCONTROL_ADMIN_TOKEN=TOKEN
-        ) as service,
+        running(tmp_path, settings, {}, FLOWCONTROL_ADMIN_TOKEN=TOKEN) as service,
         ClientSession() as session,
         grpc.aio.insecure_channel(service.grpc) as channel,
     ):
