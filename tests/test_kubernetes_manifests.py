@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from server.settings import Settings
+from server.settings import Address, Settings
 from server.sources.kube_endpoints import POOL_GROUPS
 from server.sources.objectives import GROUPS, read_objective
 
@@ -86,6 +86,8 @@ class TestFlowcontrol:
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         service = one("flowcontrol.yaml", "Service")["spec"]["ports"]
 
+        assert isinstance(listen.direct, Address)
+        assert ports["ext-proc"] == listen.direct.port
         assert ports["grpc"] == listen.ext_proc.port
         assert ports["health"] == listen.health.port
         assert ports["http"] == listen.http.port
@@ -130,7 +132,8 @@ class TestPool:
 
         assert pool["metadata"]["name"] == settings.pool
         assert reference["name"] == one("flowcontrol.yaml", "Service")["metadata"]["name"]
-        assert reference["port"]["number"] == settings.listen.ext_proc.port
+        assert isinstance(settings.listen.direct, Address)
+        assert reference["port"]["number"] == settings.listen.direct.port
 
 
 class TestEnvoyGateway:
@@ -144,7 +147,7 @@ class TestEnvoyGateway:
         assert not filter_["failOpen"]
         patience_s = int(filter_["messageTimeout"].removesuffix("s"))
         assert patience_s * 10**9 > settings.longest_wait_ns
-        assert filter_["metadata"] == {"writableNamespaces": ["envoy.lb"]}
+        assert filter_["metadata"] == {"writableNamespaces": ["envoy.lb", "flowcontrol"]}
         assert filter_["processingMode"] == {"request": {}}
 
     def test_patch(self) -> None:
