@@ -89,6 +89,10 @@ class DrainRate:
         """Return the dispatches per second, 0.0 when none was seen lately of what waited."""
         return self._rate(now_ns) if self._is_known else 0.0
 
+    def busy_ns(self, now_ns: int) -> int:
+        """Return for how long something has been waiting, 0 where nothing is."""
+        return now_ns - self._began_ns if self._is_busy else 0
+
     def promise(self, now_ns: int, most_ns: int) -> int | None:
         """Take the next place in the schedule of returns; the time until then, None when unknown.
 
