@@ -12,7 +12,7 @@ COPY flowcontrol flowcontrol
 COPY server server
 RUN pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir /wheel .
 RUN python -m venv /opt/flowcontrol \
-    && /opt/flowcontrol/bin/pip install --no-cache-dir -c constraints.txt /wheel/*.whl
+    && /opt/flowcontrol/bin/pip install --no-cache-dir -c constraints.txt "$(echo /wheel/*.whl)[kubernetes]"
 
 FROM python:3.12-slim
 RUN useradd --system --no-create-home --uid 10001 flowcontrol
@@ -20,7 +20,7 @@ COPY --from=build /opt/flowcontrol /opt/flowcontrol
 ENV PATH=/opt/flowcontrol/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # By number, so that Kubernetes can tell that it is not root.
 USER 10001
-EXPOSE 9002 9003 9090
+EXPOSE 9004 9002 9003 9090
 HEALTHCHECK --interval=5s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9090/readyz', timeout=3)"]
 ENTRYPOINT ["flowcontrol"]

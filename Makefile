@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test lint types unit e2e format docs wheel clean
+.PHONY: help demo test lint types unit e2e bench format docs site wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,16 @@ unit: $(VENV)/ready  ## All tests, end to end on a real Envoy included
 e2e: $(VENV)/ready  ## Only the tests on a real Envoy
 	$(BIN)/pytest -m e2e $(ARGS)
 
-docs: $(VENV)/ready  ## Rewrite what the README quotes from the code
+bench: $(VENV)/ready  ## Benchmarks of the doors, results in tests/benchmarks/results/; needs wrk and libgrpc++-dev
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/through_envoy.py
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/saturated.py
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/streaming.py
+
+docs: $(VENV)/ready  ## Rewrite what pages quote from the code
 	$(BIN)/python -m tests.readme --write
+
+site: $(VENV)/ready  ## Build the documentation into site/, every link checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/ready  ## Apply formatter and safe fixes
 	$(BIN)/ruff format .
@@ -48,4 +56,4 @@ wheel: $(VENV)/ready  ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel .
 
 clean:  ## Remove everything made here
-	rm -rf $(VENV) dist build flowcontrol/v1 demo-result .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) dist build site flowcontrol/v1 demo-result .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

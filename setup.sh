@@ -21,3 +21,5 @@ fi
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "setup: installing into $venv (about a minute, once)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[dev]'
+# xds-protos carries files of the same names, of an older OTLP; whoever is installed last wins.
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps -c constraints.txt opentelemetry-proto

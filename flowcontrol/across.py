@@ -37,6 +37,7 @@ from collections.abc import Iterable
 from typing import final
 
 from flowcontrol.band import Band
+from flowcontrol.bands import Bands
 from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
 
@@ -71,8 +72,14 @@ class Across:
         self._shares = {band: share / scale for band, share in shares.items()}
         self._credits = {band: self._credits.get(band, 0.0) for band in shares}
 
+    def reconfigured(self, waiting: Iterable[Lease], bands: Bands) -> None:
+        """Take up what waits anew, as its bands now are; O(waiting)."""
+        for lease in waiting:
+            if lease.is_admitted:
+                self.admitted(lease, bands[lease.flow.key.priority])
+
     def admitted(self, lease: Lease, band: Band) -> None:
-        """Take up a request that waits from now on, or whose band has been reconfigured."""
+        """Take up a request that waits from now on."""
         after_ns = band.settings.promote_after_ns
         if after_ns is None:
             self._promotions.discard(lease)
@@ -91,7 +98,7 @@ class Across:
         if promoted is not None:
             return promoted
         for band, credit in self._credits.items():
-            if credit > 0 and band.waiting:
+            if credit > 0 and band.is_ready:
                 return band.next()
         return None
 

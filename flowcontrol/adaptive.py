@@ -216,6 +216,9 @@ class AdaptiveDetector:
         self.revision = 0
         self.moves: deque[Move] = deque(maxlen=_MOVES_KEPT)
         """The latest changes of limits, each with its reason, the last one last."""
+        self.raised = 0
+        self.lowered = 0
+        """How often, in all."""
         self._stage = stage
         self._endpoints: tuple[str, ...] = ()
         self._is_settled = False
@@ -326,6 +329,7 @@ class AdaptiveDetector:
     def inherit(self, before: "AdaptiveDetector", now_ns: int) -> None:
         """Take over what another knows, that went by other settings."""
         self.moves, self._endpoints = before.moves, before._endpoints  # noqa: SLF001 - one of us
+        self.raised, self.lowered = before.raised, before.lowered
         self._is_settled, self._settled_ns = before._is_settled, before._settled_ns  # noqa: SLF001 - as above
         self._watched = {
             address: self._watch(address, watched.limit, now_ns, like=watched)
@@ -342,6 +346,8 @@ class AdaptiveDetector:
         def moved(before: float, after: float, reason: str, now_ns: int) -> None:
             self.revision += 1
             self.moves.append(Move(now_ns, address, before, after, reason))
+            self.raised += after > before
+            self.lowered += after < before
 
         most = float(self.settings.limit_max)
         if address is None:

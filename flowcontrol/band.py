@@ -11,6 +11,7 @@ from flowcontrol.flow import Flow, Lease
 from flowcontrol.forecast import Ahead, Places
 from flowcontrol.request import FlowKey
 from flowcontrol.retry import DrainRate
+from flowcontrol.shares import Shares
 
 
 @final
@@ -27,11 +28,14 @@ class Band:
         self.is_declared = True
         self.capacity = Capacity(self.settings.limits)
         self.drain_rate = DrainRate(now_ns)
+        self.shares = Shares(now_ns)
         self.flows: dict[str, Flow] = {}
         self.waiting = 0
         self.waiting_flows = 0
         """How many flows have something waiting."""
         self.in_flight = 0
+        self.aside = 0
+        """How many of these are set aside in the turn under way."""
         self.fairness: FairnessPolicy = make_fairness(self.settings, config, now_ns)
         self.backlogs: Buckets[Flow] = Buckets()
         """Flows by how many of them have been admitted."""
@@ -104,8 +108,27 @@ class Band:
             self.backlogs.increment(flow)
 
     def next(self) -> Lease:
-        """Return the request whose turn it is; one must wait."""
+        """Return the request whose turn it is; one must wait in a flow not set aside."""
         return self.fairness.pick().head
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether anything waits in a flow that is not set aside."""
+        return self.waiting_flows > self.aside
+
+    def set_aside(self, flow: Flow) -> None:
+        """Pass a flow over, until it is taken back: no endpoint its head may go to has room."""
+        self.fairness.leave(flow)
+        self.aside += 1
+
+    def take_back(self, flow: Flow, now_ns: int) -> None:
+        """Take up again a flow that was set aside; its turn has not passed."""
+        self.fairness.take_back(flow, now_ns)
+        self.aside -= 1
+
+    def heads(self) -> list[Lease]:
+        """Return the head of every flow with something waiting; O(flows)."""
+        return [flow.head for flow in self.flows.values() if flow]
 
     def first_to_give_way(self) -> Lease:
         """Return whom a better band displaces first: the newest of the longest backlog."""
@@ -137,6 +160,7 @@ class Band:
         self.drain_rate.dispatched(now_ns)
         self._places.dispatched()
         self.fairness.charge(lease.flow, lease.cost, now_ns)
+        self.shares.dispatched(lease.flow.key.flow_id, lease.cost, now_ns)
         lease.flow.in_flight += 1
         self.in_flight += 1
         lease.is_in_flight = True

@@ -5,6 +5,7 @@ from typing import final
 
 from flowcontrol.band import Band
 from flowcontrol.config import ControllerConfig
+from flowcontrol.flow import Flow, Lease
 from flowcontrol.request import DEFAULT_PRIORITY
 
 
@@ -24,6 +25,8 @@ class Bands:
         self._config = config
         self._bands: dict[int, Band] = {}
         self._order: list[Band] = []
+        self.passed_over: list[Flow] = []
+        """Flows set aside, while a turn is under way."""
 
     def __iter__(self) -> Iterator[Band]:
         return iter(self._order)
@@ -49,6 +52,12 @@ class Bands:
         """Return the band of a priority, made if it is not there yet."""
         return self._bands.get(priority) or self._add(priority, now_ns)
 
+    def waiting_of(self, priority: int, flow_id: str) -> list[Lease]:
+        """Return what waits of a flow, in order of arrival; nothing, if there is no such flow."""
+        band = self._bands.get(priority)
+        flow = None if band is None else band.flows.get(flow_id)
+        return [] if flow is None else flow.leases()
+
     def declare(self, objectives: Mapping[str, int], now_ns: int) -> None:
         """Replace the set of objectives."""
         self.objectives = dict(objectives)
@@ -70,6 +79,34 @@ class Bands:
         self._config = config
         for band in self._order:
             band.reconfigure(config, now_ns)
+
+    def pass_over(self, flow: Flow) -> None:
+        """Let others go before a flow, for this turn."""
+        self._bands[flow.key.priority].set_aside(flow)
+        self.passed_over.append(flow)
+
+    def take_back(self, now_ns: int) -> None:
+        """End the turn: nobody is passed over any more."""
+        for flow in reversed(self.passed_over):
+            self._bands[flow.key.priority].take_back(flow, now_ns)
+        self.passed_over.clear()
+
+    def waiting_above(self, band: Band) -> int:
+        """Return how many wait in higher bands; O(bands)."""
+        return sum(each.waiting for each in self._order if each.priority > band.priority)
+
+    def check_invariants(self, waiting: list[Lease]) -> None:
+        """Hold the bands against all that waits; O(waiting). For tests."""
+        assert all(lease.is_admitted for lease in waiting)
+        order = [band.priority for band in self._order]
+        assert order == sorted(order, reverse=True)
+        assert not self.passed_over, "nobody is passed over for longer than a turn"
+        for band in self._order:
+            mine = [lease for lease in waiting if lease.flow.key.priority == band.priority]
+            assert len(mine) == band.waiting
+            band.check_invariants()
+            assert not band.aside
+            assert band.is_declared or not band.is_idle, "an undeclared idle band is forgotten"
 
     def _add(self, priority: int, now_ns: int) -> Band:
         band = Band(priority, self._config, now_ns)

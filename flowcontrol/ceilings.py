@@ -18,9 +18,28 @@ One band alone has `ceiling_max` under every policy.
 """
 
 from collections.abc import Sequence
-from typing import assert_never
+from typing import assert_never, final
 
 from flowcontrol.config import Ceilings, CeilingSettings
+
+
+@final
+class BandCeilings:
+    """The ceilings of the bands there are, worked out once where nothing else moves them."""
+
+    def __init__(self, settings: CeilingSettings, priorities: Sequence[int]) -> None:
+        self.priorities = priorities
+        """Of all bands, highest first."""
+        self._settings = settings
+        self._fixed: list[float] | None = None
+        if settings.policy is not Ceilings.SOFT_REFLECTIVE:
+            self._fixed = ceilings_for(settings, priorities, 0.0, 0)
+
+    def of(self, rank: int, saturation: float, turn_count: int) -> float:
+        """Return the ceiling of one band, as `ceiling_for`; O(1)."""
+        if self._fixed is not None:
+            return self._fixed[rank]
+        return ceiling_for(self._settings, self.priorities, rank, saturation, turn_count)
 
 
 def ceiling_for(

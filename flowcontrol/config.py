@@ -216,6 +216,8 @@ class ControllerConfig:
     """The fullest counts; at least one."""
     ceilings: CeilingSettings = field(default_factory=CeilingSettings)
     picker: Picker = Picker.OFF
+    fallbacks_max: int = 0
+    """Endpoints named beside the one picked, for when it cannot be reached. From 0."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Of tenants by flow id, above 0; 1.0 for those not named."""
     prices: TokenPrices = field(default_factory=TokenPrices)
@@ -249,6 +251,7 @@ def _own_problems(config: ControllerConfig) -> list[str]:
     ceilings, reclaim = config.ceilings, config.reclaim
     low, high = ceilings.ceiling_min, ceilings.ceiling_max
     checks = [
+        ("fallbacks_max must be >= 0", config.fallbacks_max, config.fallbacks_max >= 0),
         (
             "retry_after_max_ns must be >= 0",
             config.retry_after_max_ns,

@@ -11,22 +11,26 @@ The life of a request is four states; every move is made here and nowhere else:
 fits is served in order of priority and never refused because of how it was cut into batches.
 """
 
+from collections.abc import Mapping
+from itertools import islice
 from typing import assert_never, final
 
 from flowcontrol.across import Across
 from flowcontrol.band import Band
 from flowcontrol.bands import Bands
 from flowcontrol.capacity import Capacity
-from flowcontrol.ceilings import ceiling_for, ceilings_for
-from flowcontrol.config import Ceilings, ControllerConfig, Ordering, Role
+from flowcontrol.ceilings import BandCeilings
+from flowcontrol.config import ControllerConfig, Ordering, Role
 from flowcontrol.decisions import Decisions
 from flowcontrol.events import (
     Answered,
     Arrived,
+    Change,
     Decision,
     DrainBegan,
     EndpointsChanged,
     Fact,
+    FlowEvicted,
     Left,
     LoadObserved,
     ObjectivesChanged,
@@ -38,9 +42,9 @@ from flowcontrol.flow import Lease
 from flowcontrol.forecast import Ahead, Forecast, forecast
 from flowcontrol.pool import FULL, Endpoint, Pool
 from flowcontrol.reclaim import Reclaimer, needed
-from flowcontrol.request import Outcome, Request
-from flowcontrol.retry import DrainRate
-from flowcontrol.room import equals_to_displace
+from flowcontrol.request import Outcome, Request, Scope
+from flowcontrol.retry import DrainRate, latest_promise
+from flowcontrol.room import equals_to_displace, without_room
 from flowcontrol.saturation import make_detectors
 from flowcontrol.settlement import Settlement
 
@@ -59,7 +63,7 @@ class FlowController:
         self.config = config
         self.capacity = Capacity(config.limits)
         self.bands = Bands(config)
-        self.pool = Pool(config.picker, make_detectors(config.detectors))
+        self.pool = Pool(config.picker, make_detectors(config.detectors), config.fallbacks_max)
         self.settlement = Settlement(config.prices)
         self.decisions = Decisions(self.bands, self.pool)
         self._drain_rate = DrainRate(now_ns)
@@ -74,10 +78,7 @@ class FlowController:
         self._ended_count = 0
         self._turn_count = 0
         """Dispatches, departures and scrapes: what a duty cycle counts by."""
-        self._priorities: list[int] = []
-        """Of the bands, highest first."""
-        self._fixed_ceilings: list[float] | None = None
-        """Of the bands, where they do not depend on anything else."""
+        self._ceilings = BandCeilings(config.ceilings, [])
         self.waiting = 0
         """Requests waiting, newcomers included."""
 
@@ -101,11 +102,7 @@ class FlowController:
             case _:
                 self._change(fact, now_ns)
 
-    def _change(
-        self,
-        fact: ObjectivesChanged | EndpointsChanged | Reconfigured | DrainBegan,
-        now_ns: int,
-    ) -> None:
+    def _change(self, fact: Change, now_ns: int) -> None:
         match fact:
             case ObjectivesChanged(priorities):
                 self.bands.declare(priorities, now_ns)
@@ -114,6 +111,9 @@ class FlowController:
                 self._change_endpoints(fact, now_ns)
             case Reconfigured(config):
                 self._reconfigure(config, now_ns)
+            case FlowEvicted(priority, flow_id):
+                for lease in self.bands.waiting_of(priority, flow_id):
+                    self._end_waiting(lease, Outcome.EVICTED_OPERATOR, now_ns)
             case DrainBegan(budget_ns):
                 if self._drain_until_ns is None:
                     self._drain_until_ns = now_ns + budget_ns
@@ -178,14 +178,13 @@ class FlowController:
         if band is not None:
             band.fairness.correct(lease.flow.key.flow_id, error, now_ns)
         self.pool.settled(lease, settled, now_ns)
+        self.decisions.settled(lease, settled)
 
     def _change_endpoints(self, change: EndpointsChanged, now_ns: int) -> None:
-        roles = change.roles
-        endpoints = [Endpoint(each, roles.get(each, Role.BOTH)) for each in change.addresses]
+        endpoints = [Endpoint(each, change.roles.get(each, Role.BOTH)) for each in change.addresses]
         self.pool.set_endpoints(endpoints, now_ns)
         self._expiry.change_regime(self._waiting(), now_ns, is_empty=self.pool.is_empty)
-        if self.config.reclaim.is_enabled:
-            self._reclaimer.reconfigure(self.config.reclaim, self._leases.values())
+        self._reclaimer.reconfigure(self.config.reclaim, self._leases.values())
 
     def _reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Go by other settings; whatever waits keeps its place, and accounts stand. O(requests)."""
@@ -194,21 +193,17 @@ class FlowController:
         self.settlement.prices = config.prices
         self.bands.reconfigure(config, now_ns)
         self.pool.reconfigure(config.picker, make_detectors(config.detectors), now_ns)
+        self.pool.fallbacks_max = config.fallbacks_max
         waiting = self._waiting()
         self._expiry.reconfigure(config, waiting, now_ns)
-        for lease in waiting:
-            if lease.is_admitted:
-                self._across.admitted(lease, self.bands[lease.flow.key.priority])
+        self._across.reconfigured(waiting, self.bands)
         self._bands_changed()
         self._reclaimer.reconfigure(config.reclaim, self._leases.values())
 
     def _bands_changed(self) -> None:
         self._across.set_bands(self.bands)
-        self._priorities = [band.priority for band in self.bands]
-        self._fixed_ceilings = None
-        ceilings = self.config.ceilings
-        if ceilings.policy is not Ceilings.SOFT_REFLECTIVE:
-            self._fixed_ceilings = ceilings_for(ceilings, self._priorities, 0.0, 0)
+        priorities = [band.priority for band in self.bands]
+        self._ceilings = BandCeilings(self.config.ceilings, priorities)
 
     # Decisions
 
@@ -218,6 +213,8 @@ class FlowController:
         while (late := self._expiry.first_due(now_ns)) is not None:
             self._end_waiting(late, self._expiry.outcome, now_ns)
         self._dispatch(now_ns)
+        if self.bands.passed_over:
+            self.bands.take_back(now_ns)
         self._make_room(now_ns)
         if self._drain_until_ns is not None and now_ns >= self._drain_until_ns:
             for lease in self._waiting():
@@ -246,18 +243,25 @@ class FlowController:
         """Let go whoever may go: the highest band first, in it whose turn it is.
 
         A band that is gated with work waiting ends the pass, so that no lower band overtakes it;
-        only a promotion or a share (`across`) goes before the order.
+        only a promotion or a share (`across`) goes before the order. A flow whose head may only go
+        to endpoints without room is passed over: what others take is nothing that it could have.
         """
         for rank, band in enumerate(self.bands):
-            while band.waiting:
+            while band.waiting_flows > band.aside:
                 saturation = self.pool.saturation()
                 if saturation >= FULL:
                     return
                 lease = self._across.next_exception(now_ns) if self._across.is_active else None
-                if lease is not None:
+                if lease is not None and lease.flow in self.bands.passed_over:
+                    lease = None
+                if lease is not None and self.pool.has_room_for(lease):
                     self._send(lease, self.bands[lease.flow.key.priority], now_ns)
                 elif saturation < self._ceiling(rank, saturation):
-                    self._send(band.next(), band, now_ns)
+                    lease = band.next()
+                    if lease.request.subset is None or self.pool.has_room_for(lease):
+                        self._send(lease, band, now_ns)
+                    else:
+                        self.bands.pass_over(lease.flow)
                 else:
                     return
 
@@ -276,11 +280,7 @@ class FlowController:
         self.decisions.add(lease, Outcome.DISPATCHED, now_ns)
 
     def _ceiling(self, rank: int, saturation: float) -> float:
-        if self._fixed_ceilings is not None:
-            return self._fixed_ceilings[rank]
-        return ceiling_for(
-            self.config.ceilings, self._priorities, rank, saturation, self._turn_count
-        )
+        return self._ceilings.of(rank, saturation, self._turn_count)
 
     def gates(self) -> list[tuple[Band, float]]:
         """Return every band, highest first, with the saturation at which it is gated; O(bands)."""
@@ -303,7 +303,9 @@ class FlowController:
             if lease.deadline_ns is not None and lease.deadline_ns <= now_ns:
                 self._end_waiting(lease, self._expiry.outcome, now_ns)  # it came: now or never
                 continue
-            if self._has_room(lease, band, now_ns):
+            if lease.request.subset is not None and not self.pool.serves(lease):
+                self._end_waiting(lease, Outcome.REJECTED_NO_ENDPOINTS, now_ns)
+            elif self._has_room(lease, band, now_ns):
                 self._admit(lease, band, now_ns)
             else:
                 self._refuse(lease, band, now_ns)
@@ -347,12 +349,12 @@ class FlowController:
         if self.pool.is_empty:
             self._end_waiting(lease, Outcome.REJECTED_NO_ENDPOINTS, now_ns)
             return
-        size, most_ns = lease.request.byte_size, self.config.retry_after_max_ns
-        scopes = [] if self.capacity.fits(size) else [self._drain_rate]
-        if not (band.capacity.fits(size) and lease.flow.capacity.fits(size)):
-            scopes.append(band.drain_rate)
-        promises = [scope.promise(now_ns, most_ns) for scope in scopes]
-        retry_after_ns = max((each for each in promises if each is not None), default=None)
+        lease.without_room = without_room(lease, band, self.capacity)
+        rates = {
+            self._drain_rate if scope is Scope.ALL else band.drain_rate
+            for scope in lease.without_room
+        }
+        retry_after_ns = latest_promise(rates, now_ns, self.config.retry_after_max_ns)
         self._end_waiting(lease, Outcome.REJECTED_CAPACITY, now_ns, retry_after_ns)
 
     def _reclaim(self, now_ns: int) -> None:
@@ -421,27 +423,25 @@ class FlowController:
 
     def forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
         """Return what a request can expect that stands behind so much of its band; O(bands)."""
-        above = sum(each.waiting for each in self.bands if each.priority > band.priority)
+        above = self.bands.waiting_above(band)
         return forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
+
+    @property
+    def leases(self) -> Mapping[int, Lease]:
+        """Every live request by its id, in the order of arrival; for the owner to read."""
+        return self._leases
 
     def check_invariants(self) -> None:
         """Count everything anew and hold it against the accounts; O(requests). For tests."""
         assert not self._newcomers, "newcomers are decided in the turn they came in"
         waiting = self._waiting()
-        assert all(lease.is_admitted for lease in waiting)
         assert len(waiting) == self.waiting == self.capacity.requests
         assert self.capacity.bytes == sum(lease.request.byte_size for lease in waiting)
-        order = [band.priority for band in self.bands]
-        assert order == self._priorities == sorted(order, reverse=True)
-        for band in self.bands:
-            mine = [lease for lease in waiting if lease.flow.key.priority == band.priority]
-            assert len(mine) == band.waiting
-            band.check_invariants()
-            assert band.is_declared or not band.is_idle, "an undeclared idle band is forgotten"
+        self.bands.check_invariants(waiting)
+        assert self._ceilings.priorities == [band.priority for band in self.bands]
         assert self.in_flight == sum(band.in_flight for band in self.bands)
-        saturation = self.pool.saturation()
-        first = next((gate for gate in self.gates() if gate[0].waiting), None)
-        assert first is None or saturation >= first[1], "work waits beside a free, ungated slot"
+        could = (gate for gate in self.gates() if any(map(self.pool.has_room_for, gate[0].heads())))
+        assert all(self.pool.saturation() >= gate[1] for gate in islice(could, 1)), "a free slot"
 
     def _waiting(self) -> list[Lease]:
         return [lease for lease in self._leases.values() if not lease.is_in_flight]

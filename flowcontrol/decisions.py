@@ -4,8 +4,9 @@ from collections import defaultdict
 from typing import final
 
 from flowcontrol.bands import Bands
-from flowcontrol.events import Decision
+from flowcontrol.events import Decision, Settled
 from flowcontrol.flow import Lease
+from flowcontrol.goodput import Goodput
 from flowcontrol.pool import Pool
 from flowcontrol.request import Outcome, Request
 from flowcontrol.tally import Tally
@@ -18,6 +19,7 @@ class Decisions:
     def __init__(self, bands: Bands, pool: Pool) -> None:
         self.tallies: defaultdict[int, Tally] = defaultdict(Tally)
         """By priority; as many as priorities were ever declared."""
+        self.goodput = Goodput()
         self._bands = bands
         self._pool = pool
         self._made: list[Decision] = []
@@ -28,7 +30,7 @@ class Decisions:
         """Write down what becomes of a request; its band still exists."""
         priority, flow_id = lease.flow.key
         waited_ns = (lease.dispatched_ns if lease.is_in_flight else now_ns) - lease.arrived_ns
-        self.tallies[priority].count(outcome, waited_ns)
+        self.tallies[priority].count(outcome, waited_ns, lease.expected_wait_ns)
         self._made.append(
             Decision(
                 lease.request.request_id,
@@ -43,6 +45,8 @@ class Decisions:
                 lease.is_reclaimable,
                 lease.is_watched,
                 lease.expected_wait_ns,
+                lease.without_room,
+                lease.fallbacks,
             )
         )
 
@@ -62,6 +66,12 @@ class Decisions:
                 saturation=self._pool.saturation(),
             )
         )
+
+    def settled(self, lease: Lease, settled: Settled) -> None:
+        """Count what a dispatched request turned out to be worth, once."""
+        named = lease.request.objective
+        is_declared = named is not None and named in self._bands.objectives
+        self.goodput.count(named if is_declared and named else "", lease, settled)
 
     def take(self) -> list[Decision]:
         """Return what was decided since the last time."""

@@ -3,7 +3,8 @@
     FlowControlError
     ├── ConfigError        a setting, or the relation of two, is wrong
     ├── NotRunningError    the processor has stopped; nothing more is accepted
-    └── ListenError        an address cannot be listened on
+    ├── ListenError        an address cannot be listened on
+    └── LedgerError        a decision ledger cannot be read
 
 What becomes of a request is never an exception: it is an `Outcome`.
 """
@@ -23,6 +24,10 @@ class ConfigError(FlowControlError):
 
 class NotRunningError(FlowControlError):
     """Asked of a processor that has stopped."""
+
+
+class LedgerError(FlowControlError):
+    """Something that is no decision ledger, or not one this version can read."""
 
 
 class ListenError(FlowControlError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from flowcontrol.config import ControllerConfig, Role
-from flowcontrol.request import Outcome, Request
+from flowcontrol.request import Outcome, Request, Scope
 
 
 @final
@@ -68,9 +68,10 @@ class LoadObserved:
     address: str
     waiting: int
     """Requests queued inside the engine."""
-    running: int
-    kv_usage: float
-    """From 0 to 1."""
+    running: int | None
+    """Requests it works on; None if it does not say."""
+    kv_usage: float | None
+    """From 0 to 1; None if it does not say: absence is never zero."""
 
 
 @final
@@ -101,12 +102,23 @@ class Reconfigured:
 
 @final
 @dataclass(slots=True)
+class FlowEvicted:
+    """An operator wants nothing of this flow to wait any more; what is in flight goes on."""
+
+    priority: int
+    flow_id: str
+
+
+@final
+@dataclass(slots=True)
 class DrainBegan:
     """Refuse arrivals from now on; what still waits when the budget is spent is evicted."""
 
     budget_ns: int
 
 
+Change = ObjectivesChanged | EndpointsChanged | Reconfigured | FlowEvicted | DrainBegan
+"""What does not come with a request."""
 Fact = (
     Arrived
     | Left
@@ -116,6 +128,7 @@ Fact = (
     | ObjectivesChanged
     | EndpointsChanged
     | Reconfigured
+    | FlowEvicted
     | DrainBegan
 )
 
@@ -145,3 +158,7 @@ class Decision:
     """Whether the engine wants to be told of the first byte (`Answered`)."""
     expected_wait_ns: int | None = None
     """What the wait was expected to be when it began; None when it was unknown, or never began."""
+    without_room: tuple[Scope, ...] = ()
+    """Whose limits had no room for it, where that is why it was rejected."""
+    fallbacks: tuple[str, ...] = ()
+    """Where to send it if the endpoint cannot be reached, best first."""

@@ -61,6 +61,12 @@ class FairnessPolicy(Protocol):
     def enter(self, flow: Flow, now_ns: int) -> None:
         """Take up a flow whose first request has begun to wait."""
 
+    def take_back(self, flow: Flow, now_ns: int) -> None:
+        """Take up again a flow that was left in this very turn, as if it had not been.
+
+        Those left first are taken back last.
+        """
+
     def head_moved(self, flow: Flow) -> None:
         """Notice that another request now stands at the head of a flow."""
 
@@ -109,6 +115,12 @@ class RoundRobin:
         self._turn += 1
         self._line[flow] = self._turn
 
+    def take_back(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - see enter
+        """Put the flow at the front of the line, where it was when it was left."""
+        first = next(iter(self._line.values()), self._turn + 1)
+        self._line[flow] = first - 1
+        self._line.move_to_end(flow, last=False)
+
     def head_moved(self, flow: Flow) -> None:
         """Turns do not depend on who is at the head."""
 
@@ -156,6 +168,10 @@ class GlobalStrict:
     def enter(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - time makes no difference
         """Take up the flow by its head."""
         self._heads.put(flow, flow.order_of(flow.head))
+
+    def take_back(self, flow: Flow, now_ns: int) -> None:
+        """Take up the flow by its head, which has not moved."""
+        self.enter(flow, now_ns)
 
     def head_moved(self, flow: Flow) -> None:
         """Move the flow to where its new head belongs."""
@@ -216,6 +232,17 @@ class WeightedTokens:
         self._flows[flow_id] = flow
         self._away.discard(flow_id)
         self._set(flow_id, max(self._counters.get(flow_id, 0.0), self._level))
+
+    def take_back(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - see enter
+        """Take the flow up below the level, but by no more than what its head costs.
+
+        So it is next, and has not saved up what it could not use.
+        """
+        flow_id = flow.key.flow_id
+        credit = flow.head.cost / self._weights.get(flow_id, 1.0)
+        self._flows[flow_id] = flow
+        self._away.discard(flow_id)
+        self._set(flow_id, max(self._counters.get(flow_id, 0.0), self._level - credit))
 
     def head_moved(self, flow: Flow) -> None:
         """Counters do not depend on who is at the head."""
@@ -309,6 +336,10 @@ class LeastAttainedService:
         flow_id = flow.key.flow_id
         self._flows[flow_id] = flow
         self._ready.put(flow_id, self._attained.get(flow_id, 0.0))
+
+    def take_back(self, flow: Flow, now_ns: int) -> None:
+        """Take the flow up with what it attained."""
+        self.enter(flow, now_ns)
 
     def head_moved(self, flow: Flow) -> None:
         """Accounts do not depend on who is at the head."""

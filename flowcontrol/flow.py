@@ -9,7 +9,7 @@ from flowcontrol.capacity import Capacity
 from flowcontrol.config import Limits, Ordering
 from flowcontrol.estimates import Tokens
 from flowcontrol.keyedheap import KeyedHeap
-from flowcontrol.request import FlowKey, Request
+from flowcontrol.request import FlowKey, Request, Scope
 
 _NEVER = 1 << 62
 """Beyond any time; orders what has no deadline after all that has."""
@@ -50,8 +50,11 @@ class Lease:
     """Whether what it really took is known."""
     dispatched_ns: int = 0
     endpoint: str | None = None
+    fallbacks: tuple[str, ...] = ()
     expected_wait_ns: int | None = None
     """What its wait was expected to be when it was admitted."""
+    without_room: tuple[Scope, ...] = ()
+    """Whose limits have no room for it, when it is about to be rejected."""
 
 
 def order_of(lease: Lease, ordering: Ordering) -> tuple[int, int]:

@@ -6,9 +6,11 @@ a request with `ahead` requests before it in its own band and `above` in higher 
     max( (ahead + 1) / (rate of its band (1 - o)), (above + ahead + 1) / rate of all bands )
 
 The first term knows what arrivals above cost the band, the second also covers a band that was not
-served lately. The part o of the band's rate goes to requests that come later and go before: with a
-fair policy, those of flows with less of a backlog. What stands ahead is served while more of it
-comes, which takes longer by 1 / (1 - o), as for a lower class behind a higher one (Cobham, 1954).
+served lately: until somebody has waited there for longer than it says, unserved. Then nothing is
+known, for the band may be gated. The part o of the band's rate goes to requests that come later and
+go before: with a fair policy, those of flows with less of a backlog. What stands ahead is served
+while more of it comes, which takes longer by 1 / (1 - o), as for a lower class behind a higher one
+(Cobham, 1954).
 
 How many stand ahead in its band depends on whose turn it is. A fair policy gives the other flows so
 many turns x before it (`FairnessPolicy.turns`), of which a flow with n waiting uses min(n, x). That
@@ -106,7 +108,7 @@ class Forecast(NamedTuple):
     position: int
     """How many stand ahead of it, higher bands included."""
     wait_ns: int | None
-    """From now; None when nothing has been dispatched lately."""
+    """From now; None when nothing has been dispatched lately, or not of its band for too long."""
 
 
 def forecast(
@@ -127,4 +129,6 @@ def forecast(
         wait_s = (ahead.requests + 1) / (own_rate * (1 - ahead.overtaking))
     if rate > 0:
         wait_s = max(wait_s, (above + ahead.requests + 1) / rate)
-    return Forecast(above + ahead.requests, round(wait_s * _SECOND_NS) if wait_s > 0 else None)
+    wait_ns = round(wait_s * _SECOND_NS)
+    is_refuted = own_rate == 0 and own.busy_ns(now_ns) > wait_ns
+    return Forecast(above + ahead.requests, None if is_refuted or not wait_ns else wait_ns)

@@ -8,8 +8,9 @@ Where the engine picks, what exceeds one endpoint's limit fills no other: the lo
 the mean of its endpoints' loads, each full at most, and it is full when none has room.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from math import nextafter
 from typing import NamedTuple, Protocol, final
 
@@ -148,10 +149,14 @@ class Pool:
         picker: who chooses the endpoint. What the engine sent to an endpoint that has left the pool
             no longer counts against those that remain.
         make_detectors: for each stage; a stage keeps its detectors when only its endpoints change.
+        fallbacks_max: endpoints named beside the one picked.
     """
 
-    def __init__(self, picker: Picker, make_detectors: DetectorFactory) -> None:
+    def __init__(
+        self, picker: Picker, make_detectors: DetectorFactory, fallbacks_max: int = 0
+    ) -> None:
         self.picks = picker is Picker.LEAST_LOADED
+        self.fallbacks_max = fallbacks_max
         self.total = Load()
         """In flight, but for what was sent to endpoints that have left."""
         self.loads: dict[str, Load] = {}
@@ -276,8 +281,10 @@ class Pool:
         """Count a dispatch; with a picker, choose the endpoint and write it into the lease."""
         self.total.add(lease)
         if self.picks:
-            address = lease.endpoint = self.best()
+            address = lease.endpoint = self.room_for(lease)
             assert address is not None, "nothing is dispatched to a full pool"
+            if self.fallbacks_max:
+                lease.fallbacks = self._fallbacks(lease)
             self.loads[address].add(lease)
             self._turn += 1
             self._turns[address] = self._turn
@@ -339,6 +346,37 @@ class Pool:
         """Return the endpoint with the most room, None if none has any; the longest unused."""
         first = self._rooms.first()
         return first[1] if first is not None and first[0][0] < FULL else None
+
+    def serves(self, lease: Lease) -> bool:
+        """Whether a request has something to wait for: an endpoint of its subset, or any pool."""
+        subset = lease.request.subset
+        if subset is None or not self.picks or not self.endpoints:
+            return True
+        return any(address in self._room_loads for address in subset)
+
+    def has_room_for(self, lease: Lease) -> bool:
+        """Whether a request can go, while the pool is not full."""
+        return not self.picks or self.room_for(lease) is not None
+
+    def room_for(self, lease: Lease) -> str | None:
+        """Return where a request would go: as `best`, among those it may go to. O(its subset)."""
+        subset = lease.request.subset
+        if subset is None:
+            return self.best()
+        load, _, address = min(self._places(lease), default=(FULL, 0, ""))
+        return address if load < FULL else None
+
+    def _fallbacks(self, lease: Lease) -> tuple[str, ...]:
+        """Return where to send a request if its endpoint cannot be reached; O(endpoints)."""
+        places = nsmallest(self.fallbacks_max + 1, self._places(lease))
+        others = [address for _, _, address in places if address != lease.endpoint]
+        return tuple(others[: self.fallbacks_max])
+
+    def _places(self, lease: Lease) -> Iterator[tuple[float, int, str]]:
+        subset = lease.request.subset
+        for address in self._room_loads if subset is None else subset:
+            if address in self._room_loads:
+                yield self._room_loads[address], self._turns[address], address
 
     def _changed(self, address: str | None = None, *, everywhere: bool = False) -> None:
         """Note that the load of the pool, and perhaps of one or all of its endpoints, is another.

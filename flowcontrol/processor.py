@@ -2,21 +2,37 @@
 
 It runs at its own pace: take what came, read the clock once, tell the machine, ask it to decide,
 hand the decisions back in one batch, sleep until the next fact or the next deadline; never poll.
+(A second reading, after the turn, tells how long the turn took, and decides nothing.)
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from threading import Thread
-from typing import final
+from typing import Protocol, final
 
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Decision, Fact
+from flowcontrol.histogram import Histogram
 from flowcontrol.inbox import Inbox
-from flowcontrol.snapshot import Snapshot
+from flowcontrol.ledger import Turn
+from flowcontrol.question import Asked
+from flowcontrol.snapshot import Pace, Snapshot
 from flowcontrol.view import take_snapshot
 
 _FLOWS_SHOWN_MAX = 1000
 """Flows a published snapshot holds per band; bounds its cost, whoever asks."""
+_PACE_BOUNDS_S = (
+    *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
+    *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
+)
+
+
+class Recorder(Protocol):
+    """Is shown every turn."""
+
+    def turned(self, controller: FlowController, turn: Turn) -> None:
+        """Keep what happened; in the processor's thread, so it must return at once."""
 
 
 @final
@@ -31,22 +47,28 @@ class FlowProcessor:
         ended: called in the thread as its last act: with None after a drain, else with what went
             wrong. Any exception in a turn is a bug: nothing is decided after it.
         clock: monotonic nanoseconds.
+        recorder: is shown every turn, None: nobody is.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is one wire of the shell
         self,
         controller: FlowController,
         inbox: Inbox,
         deliver: Callable[[list[Decision], Snapshot | None], None],
         ended: Callable[[BaseException | None], None],
         clock: Callable[[], int] = time.monotonic_ns,
+        *,
+        recorder: Recorder | None = None,
     ) -> None:
         self._controller = controller
         self._inbox = inbox
         self._deliver = deliver
         self._ended = ended
         self._clock = clock
+        self._recorder = recorder
         self._is_snapshot_wanted = False
+        self._turns = Histogram(_PACE_BOUNDS_S)
+        self._lags = Histogram(_PACE_BOUNDS_S)
         self._thread = Thread(target=self._run, name="flow-processor", daemon=True)
 
     def start(self) -> None:
@@ -74,20 +96,37 @@ class FlowProcessor:
             self._inbox.close()
         self._ended(fault)
 
-    def _turn(self, facts: list[Fact]) -> None:
+    def _turn(self, taken: list[Fact | Asked]) -> None:
         now_ns = self._clock()
+        if taken:
+            self._lags.observe(max(0, now_ns - self._inbox.since_ns))
         controller = self._controller
+        facts = [each for each in taken if not isinstance(each, Asked)]
         for fact in facts:
             controller.handle(fact, now_ns)
         decisions = controller.poll(now_ns)
+        if self._recorder is not None:
+            self._recorder.turned(controller, Turn(now_ns, facts, decisions))
         snapshot = None
         if self._is_snapshot_wanted:
             self._is_snapshot_wanted = False  # before it is taken: an ask in between gets another
             snapshot = take_snapshot(controller, now_ns, _FLOWS_SHOWN_MAX)
+            snapshot = replace(snapshot, pace=Pace(self._turns.snapshot(), self._lags.snapshot()))
         if decisions or snapshot is not None:
             self._deliver(decisions, snapshot)
+        if len(facts) < len(taken):
+            for each in taken:
+                if isinstance(each, Asked):
+                    each.reply(self._answer(each, now_ns))
+        self._turns.observe(self._clock() - now_ns)
 
-    def _sleep(self) -> list[Fact]:
+    def _answer(self, asked: Asked, now_ns: int) -> object:
+        try:
+            return asked.question(self._controller, now_ns)
+        except Exception as error:  # noqa: BLE001 - it only looked; whoever asked is told
+            return error
+
+    def _sleep(self) -> list[Fact | Asked]:
         wakeup_ns = self._controller.next_wakeup_ns()
         if wakeup_ns is None:
             return self._inbox.take(None)

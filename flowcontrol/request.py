@@ -19,6 +19,14 @@ class FlowKey(NamedTuple):
     flow_id: str
 
 
+class Scope(Enum):
+    """What a limit on waiting requests is of."""
+
+    FLOW = "flow"
+    BAND = "band"
+    ALL = "all"
+
+
 @final
 @dataclass(slots=True)
 class Request:
@@ -41,6 +49,8 @@ class Request:
     """When its first token is due, from arrival."""
     model: str = ""
     """Names what is alike in output length."""
+    subset: tuple[str, ...] | None = None
+    """Endpoints it may go to, where the engine picks; None: any."""
 
 
 class Outcome(Enum):
@@ -58,7 +68,20 @@ class Outcome(Enum):
     EVICTED_DISPLACED = "evicted-displaced"
     EVICTED_CANCELLED = "evicted-cancelled"
     EVICTED_DRAINED = "evicted-drained"
+    EVICTED_OPERATOR = "evicted-operator"
     RECLAIMED = "reclaimed"
     """Ended in flight for a better waiting request."""
     INTERNAL = "internal"
     """The engine failed; decided by the gate, because nobody else is left to decide."""
+
+    __hash__ = object.__hash__
+    """Every member is one object. Enum's own hash is a Python function; counting by outcome, a
+    dispatch calls it seven times: 2.4 us of the 67 that the engine takes for a request."""
+
+    @property
+    def was_dispatched(self) -> bool:
+        """Whether the request reached a model server."""
+        return self in _REACHED
+
+
+_REACHED = (Outcome.DISPATCHED, Outcome.RECLAIMED)

@@ -19,6 +19,7 @@ at the rate the queue can take them. Kubernetes' API priority and fairness reach
 counting dropped requests. Jitter is the shell's (`server.replies`): there is no chance in here.
 """
 
+from collections.abc import Iterable
 from math import exp
 from typing import final
 
@@ -88,6 +89,10 @@ class DrainRate:
         """Return the dispatches per second, 0.0 when none was seen lately of what waited."""
         return self._rate(now_ns) if self._is_known else 0.0
 
+    def busy_ns(self, now_ns: int) -> int:
+        """Return for how long something has been waiting, 0 where nothing is."""
+        return now_ns - self._began_ns if self._is_busy else 0
+
     def promise(self, now_ns: int, most_ns: int) -> int | None:
         """Take the next place in the schedule of returns; the time until then, None when unknown.
 
@@ -101,19 +106,28 @@ class DrainRate:
         return self._promised_ns - now_ns
 
     def _rate(self, now_ns: int) -> float:
-        self._pass(now_ns)
-        if self._count < _COUNT_MIN:
+        """Return the rate; to ask changes nothing, not even by rounding: replay asks less often."""
+        count, time_ns, at_ns = self._faded(now_ns)
+        if count < _COUNT_MIN:
             return 0.0
-        since_ns = now_ns - self._at_ns if self._is_busy or not self._is_known else 0
-        return self._count * _SECOND_NS / max(self._time_ns + since_ns, _SECOND_NS)
+        since_ns = now_ns - at_ns if self._is_busy or not self._is_known else 0
+        return count * _SECOND_NS / max(time_ns + since_ns, _SECOND_NS)
 
     def _pass(self, now_ns: int) -> None:
-        """Let both fade by whole seconds, if time counts."""
+        self._count, self._time_ns, self._at_ns = self._faded(now_ns)
+
+    def _faded(self, now_ns: int) -> tuple[float, float, int]:
+        """Return both, faded by whole seconds if time counts, and until when they are counted."""
         seconds = (now_ns - self._at_ns) // _SECOND_NS
         if seconds <= 0 or (self._is_known and not self._is_busy):
-            return
+            return self._count, self._time_ns, self._at_ns
         faded = _FADED**seconds
-        self._count *= faded
         # Each of these seconds fades by those after it and by itself, like what is counted in it.
-        self._time_ns = self._time_ns * faded + _SECOND_NS * _FADED * (1 - faded) / (1 - _FADED)
-        self._at_ns += seconds * _SECOND_NS
+        time_ns = self._time_ns * faded + _SECOND_NS * _FADED * (1 - faded) / (1 - _FADED)
+        return self._count * faded, time_ns, self._at_ns + seconds * _SECOND_NS
+
+
+def latest_promise(rates: Iterable[DrainRate], now_ns: int, most_ns: int) -> int | None:
+    """Take a place in the schedule of each, and return the time until the last; None if unknown."""
+    promises = [rate.promise(now_ns, most_ns) for rate in rates]
+    return max((each for each in promises if each is not None), default=None)

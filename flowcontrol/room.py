@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from flowcontrol.band import Band
 from flowcontrol.capacity import Capacity
 from flowcontrol.flow import Flow, Lease
+from flowcontrol.request import Scope
 
 DISPLACED_MAX = 16
 """Requests of its own band that one newcomer can displace: bounds what its size can cost."""
@@ -62,3 +63,14 @@ def _fits(lease: Lease, band: Band, everything: Capacity, freed: tuple[int, int,
     ) and everything.fits(
         size, freed_requests=own_requests + lower_requests, freed_bytes=own_bytes + lower_bytes
     )
+
+
+def without_room(lease: Lease, band: Band, everything: Capacity) -> tuple[Scope, ...]:
+    """Return whose limits have no room for a newcomer."""
+    accounts = (
+        (Scope.FLOW, lease.flow.capacity),
+        (Scope.BAND, band.capacity),
+        (Scope.ALL, everything),
+    )
+    size = lease.request.byte_size
+    return tuple(scope for scope, account in accounts if not account.fits(size))

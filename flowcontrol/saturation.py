@@ -4,7 +4,7 @@ concurrency: requests in flight over how many may be, or tokens, or whichever is
 
 utilization: what the endpoints say of themselves, the mean over them of
 
-    max(waiting / waiting_max, kv_usage / kv_usage_max)
+    max(waiting / waiting_max, kv_usage / kv_usage_max)        the second where it is told
 
 A scrape is old when it comes and older until the next: whatever was dispatched since is not in it.
 So every dispatch counts as one waiting request until it ends, or until a scrape of the endpoint it
@@ -179,7 +179,8 @@ class UtilizationDetector:
         if load.address not in self._readings:
             return
         settings = self.settings
-        base = max(load.waiting / settings.waiting_max, load.kv_usage / settings.kv_usage_max)
+        by_cache = 0.0 if load.kv_usage is None else load.kv_usage / settings.kv_usage_max
+        base = max(load.waiting / settings.waiting_max, by_cache)
         self._readings[load.address] = _Reading(base, self._dispatched, is_stale=False)
         self._silent_at.put(load.address, now_ns + settings.stale_after_ns)
 

@@ -1,9 +1,10 @@
 """Pure. The state of the engine at one moment, frozen, for everybody who only wants to look."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import final
 
+from flowcontrol.histogram import HistogramSnapshot
 from flowcontrol.request import Outcome
 
 WAIT_BOUNDS_S = (
@@ -11,6 +12,8 @@ WAIT_BOUNDS_S = (
     *(1, 2.5, 5, 10, 30, 60, 120, 300, 600),
 )
 """Upper bounds of the wait histogram; the longest is beyond any default time to live."""
+FORECAST_BOUNDS = (0.25, 0.5, 0.8, 1.25, 2.0, 4.0)
+"""Upper bounds of the histogram of real waits over predicted ones."""
 
 
 @final
@@ -23,6 +26,11 @@ class FlowSnapshot:
     waiting_bytes: int
     in_flight: int
     oldest_wait_ns: int | None
+    share: float = 0.0
+    """Part of the token cost its band was served lately, from 0 to 1."""
+    fair_share: float = 0.0
+    """What it would be if all flows of the band that are here now wanted as much as they may get:
+    by weight."""
 
 
 @final
@@ -55,6 +63,8 @@ class Totals:
     wait_counts: Mapping[Outcome, tuple[int, ...]]
     """How many waited up to each of `WAIT_BOUNDS_S`, and last how many longer; not cumulated."""
     wait_sum_ns: Mapping[Outcome, int]
+    forecasts: HistogramSnapshot | None = None
+    """Real waits over predicted ones, of what was dispatched; a ratio of 1 as a second."""
 
 
 @final
@@ -94,6 +104,31 @@ class DetectorSnapshot:
     """Requests in flight at which the stage is full, where the detector goes by such a number."""
     moves: tuple[MoveSnapshot, ...] = ()
     """The latest changes of that number, the newest last."""
+    raised: int | None = None
+    """How often that number went up in all; None where it is not found but set."""
+    lowered: int | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GoodputSnapshot:
+    """The counts of one objective."""
+
+    results: Mapping[str, int]
+    """By word: good, late, failed."""
+    good_tokens: int
+    """Of the answers that were good, as far as model servers said."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How the processor keeps up."""
+
+    turns: HistogramSnapshot
+    """What one turn took, from its one reading of the clock to its decisions handed back."""
+    lags: HistogramSnapshot
+    """How long facts had been in the inbox, the oldest of each turn."""
 
 
 @final
@@ -121,3 +156,17 @@ class Snapshot:
     awaited_settlements: int = 0
     """Ended requests of which one may still come."""
     detectors: tuple[DetectorSnapshot, ...] = ()
+    goodput: Mapping[str, GoodputSnapshot] = field(default_factory=dict)
+    """By objective; empty for requests that named none."""
+    pace: Pace | None = None
+    """None: the machine was asked, not its processor."""
+
+
+def requests_limit(detectors: Iterable[DetectorSnapshot]) -> int | None:
+    """Return how many in flight fill the pool, None where no detector goes by such a number.
+
+    Every request passes every stage, so the least limit counts; the pool can be full before that,
+    by what else its detectors go by.
+    """
+    limits = (each.requests_limit for each in detectors)
+    return min((limit for limit in limits if limit is not None), default=None)

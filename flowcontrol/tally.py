@@ -3,26 +3,38 @@
 from bisect import bisect_left
 from typing import final
 
+from flowcontrol.histogram import Histogram
 from flowcontrol.request import Outcome
-from flowcontrol.snapshot import WAIT_BOUNDS_S, Totals
+from flowcontrol.snapshot import FORECAST_BOUNDS, WAIT_BOUNDS_S, Totals
 
 _BOUNDS_NS = tuple(round(bound * 1_000_000_000) for bound in WAIT_BOUNDS_S)
+_RATIO_1 = 1_000_000_000
 
 
 @final
 class Tally:
     """The counts of one priority: outcomes, completions and waits by outcome. O(1)."""
 
-    __slots__ = ("completed", "outcomes", "wait_counts", "wait_sum_ns")
+    __slots__ = ("completed", "forecasts", "outcomes", "wait_counts", "wait_sum_ns")
 
     def __init__(self) -> None:
         self.completed = 0
+        self.forecasts = Histogram(FORECAST_BOUNDS)
+        """Real waits over predicted ones, a ratio of 1 as a second."""
         self.outcomes: dict[Outcome, int] = {}
         self.wait_counts: dict[Outcome, list[int]] = {}
         self.wait_sum_ns: dict[Outcome, int] = {}
 
-    def count(self, outcome: Outcome, waited_ns: int) -> None:
-        """Count one decision."""
+    def count(self, outcome: Outcome, waited_ns: int, expected_ns: int | None = None) -> None:
+        """Count one decision.
+
+        Args:
+            outcome: what it was.
+            waited_ns: from arrival to decision.
+            expected_ns: what that was predicted to be; what was dispatched shows how true it was.
+        """
+        if expected_ns and outcome is Outcome.DISPATCHED:
+            self.forecasts.observe(waited_ns * _RATIO_1 // expected_ns)
         if outcome not in self.outcomes:
             self.outcomes[outcome] = 0
             self.wait_sum_ns[outcome] = 0
@@ -38,4 +50,5 @@ class Tally:
             completed=self.completed,
             wait_counts={outcome: tuple(counts) for outcome, counts in self.wait_counts.items()},
             wait_sum_ns=dict(self.wait_sum_ns),
+            forecasts=self.forecasts.snapshot(),
         )

@@ -1,5 +1,6 @@
 """Pure. Takes the snapshots that everybody who only wants to look is given."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from heapq import nlargest
 
@@ -38,7 +39,7 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
         is_draining=controller.is_draining,
         bands=tuple(
             replace(
-                _band_snapshot(band, ceiling, now_ns, flows_max),
+                _band_snapshot(band, ceiling, controller.config.weights, now_ns, flows_max),
                 expected_wait_ns=controller.forecast(band, Ahead(band.waiting), now_ns).wait_ns,
             )
             for band, ceiling in controller.gates()
@@ -46,20 +47,27 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
         totals={
             priority: tally.totals() for priority, tally in controller.decisions.tallies.items()
         },
-        endpoints=tuple(
-            EndpointSnapshot(
-                endpoint.address,
-                pool.loads[endpoint.address].requests if pool.picks else None,
-                pool.endpoint_saturation(endpoint.address),
-            )
-            for endpoint in pool.endpoints
-        ),
+        endpoints=endpoint_snapshots(controller),
         objectives=dict(controller.bands.objectives),
         unknown_objectives=controller.bands.unknown_objectives,
         settlements=controller.settlement.seen,
         lost_settlements=controller.settlement.lost,
         awaited_settlements=controller.settlement.awaited,
         detectors=detector_snapshots(pool, now_ns),
+        goodput=controller.decisions.goodput.snapshot(),
+    )
+
+
+def endpoint_snapshots(controller: FlowController) -> tuple[EndpointSnapshot, ...]:
+    """Return every endpoint of the pool, with its load."""
+    pool = controller.pool
+    return tuple(
+        EndpointSnapshot(
+            endpoint.address,
+            pool.loads[endpoint.address].requests if pool.picks else None,
+            pool.endpoint_saturation(endpoint.address),
+        )
+        for endpoint in pool.endpoints
     )
 
 
@@ -78,8 +86,9 @@ def _detector_snapshot(
 ) -> DetectorSnapshot:
     settings, limit = detector.settings, None
     moves: tuple[MoveSnapshot, ...] = ()
+    raised, lowered = None, None
     if isinstance(detector, AdaptiveDetector):
-        limit = detector.limit
+        limit, raised, lowered = detector.limit, detector.raised, detector.lowered
         moves = tuple(
             MoveSnapshot(now_ns - each.at_ns, each.address, each.before, each.after, each.reason)
             for each in detector.moves
@@ -87,11 +96,16 @@ def _detector_snapshot(
     elif isinstance(settings, Concurrency) and settings.requests_max is not None:
         limit = settings.requests_max * endpoints
     kind = type(settings).__name__.lower()
-    return DetectorSnapshot(role.value, kind, detector.saturation(), limit, moves)
+    return DetectorSnapshot(role.value, kind, detector.saturation(), limit, moves, raised, lowered)
 
 
-def _band_snapshot(band: Band, ceiling: float, now_ns: int, flows_max: int) -> BandSnapshot:
-    flows = [_flow_snapshot(flow, now_ns) for flow in band.flows.values()]
+def _band_snapshot(
+    band: Band, ceiling: float, weights: Mapping[str, float], now_ns: int, flows_max: int
+) -> BandSnapshot:
+    all_weights = _weight_sum(band, weights)
+    flows = [
+        _flow_snapshot(flow, band, weights, all_weights, now_ns) for flow in band.flows.values()
+    ]
     waits = [flow.oldest_wait_ns for flow in flows if flow.oldest_wait_ns is not None]
     return BandSnapshot(
         priority=band.priority,
@@ -108,11 +122,27 @@ def _band_snapshot(band: Band, ceiling: float, now_ns: int, flows_max: int) -> B
     )
 
 
-def _flow_snapshot(flow: Flow, now_ns: int) -> FlowSnapshot:
+def flow_snapshot(
+    flow: Flow, band: Band, weights: Mapping[str, float], now_ns: int
+) -> FlowSnapshot:
+    """Return one flow of a band; O(flows of the band)."""
+    return _flow_snapshot(flow, band, weights, _weight_sum(band, weights), now_ns)
+
+
+def _weight_sum(band: Band, weights: Mapping[str, float]) -> float:
+    return sum(weights.get(flow_id, 1.0) for flow_id in band.flows)
+
+
+def _flow_snapshot(
+    flow: Flow, band: Band, weights: Mapping[str, float], all_weights: float, now_ns: int
+) -> FlowSnapshot:
+    flow_id = flow.key.flow_id
     return FlowSnapshot(
         flow_id=flow.key.flow_id,
         waiting=len(flow),
         waiting_bytes=flow.capacity.bytes,
         in_flight=flow.in_flight,
         oldest_wait_ns=now_ns - flow.oldest.arrived_ns if flow else None,
+        share=band.shares.of(flow_id),
+        fair_share=weights.get(flow_id, 1.0) / all_weights,
     )

@@ -1,32 +1,53 @@
-"""Our own gRPC API, flowcontrol.v1: the snapshot, once or again and again."""
+"""Our own gRPC API, flowcontrol.v1: what there is to see, to ask and to do.
+
+Nothing here reads or touches the engine: questions and orders go to the processor as facts do.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, final
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 
 from flowcontrol.errors import NotRunningError
-from flowcontrol.snapshot import BandSnapshot, FlowSnapshot, Snapshot
+from flowcontrol.request import FlowKey
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
+from server.admin_objectives import FROM_ELSEWHERE, ObjectiveAccess, ObjectiveMethods
 from server.gate import FlowGate
+from server.inquiry import NotKnownError, explain
+from server.messages import decision_message, duration_message, snapshot_message
 
 SERVICE = api.DESCRIPTOR.services_by_name["FlowControl"].full_name
 _FLOWS_DEFAULT = 20
 _FLOWS_MAX = 1000
+_DECISIONS_DEFAULT = 50
+_DECISIONS_MAX = 1000
 _INTERVAL_S = (0.1, 1.0, 60.0)
 """Shortest, default and longest time between two snapshots."""
 
 
 @final
-class FlowControlServicer(api_grpc.FlowControlServicer):
-    """Answers from snapshots the processor takes on request; never touches the engine."""
+class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
+    """Asks the processor, and answers.
 
-    def __init__(self, gate: FlowGate, pool: str) -> None:
-        self._gate = gate
+    Args:
+        gate: the way to the processor.
+        pool: the name of the inference pool.
+        drain: begins what SIGTERM begins, and returns its budget; called again it changes nothing.
+        objectives: where they come from.
+    """
+
+    def __init__(
+        self,
+        gate: FlowGate,
+        pool: str,
+        drain: Callable[[], int],
+        objectives: ObjectiveAccess = FROM_ELSEWHERE,
+    ) -> None:
+        super().__init__(gate, objectives)
         self._pool = pool
+        self._drain = drain
 
     async def GetSnapshot(  # noqa: N802 - as the .proto says
         self, request: api.GetSnapshotRequest, context: Any
@@ -45,6 +66,56 @@ class FlowControlServicer(api_grpc.FlowControlServicer):
             yield await self._snapshot(request.flows_max, context)
             await asyncio.sleep(interval_s)
 
+    async def Explain(  # noqa: N802 - as the .proto says
+        self, request: api.ExplainRequest, context: Any
+    ) -> api.Explanation:
+        """Say of one request what it waits for, or what became of it."""
+        try:
+            return await explain(self._gate, request.request_id)
+        except NotKnownError as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        except NotRunningError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        raise AssertionError  # abort has raised already
+
+    async def ListDecisions(  # noqa: N802 - as the .proto says
+        self, request: api.ListDecisionsRequest, _context: Any
+    ) -> api.ListDecisionsResponse:
+        """Return the newest decisions."""
+        recent = self._gate.recent
+        newest = recent.newest(
+            min(request.count_max or _DECISIONS_DEFAULT, _DECISIONS_MAX),
+            priority=request.priority if request.HasField("priority") else None,
+            flow_id=request.flow_id or None,
+            outcome=request.outcome or None,
+        )
+        live = self._gate.live
+        return api.ListDecisionsResponse(
+            decisions=[
+                decision_message(each, recent, live(each.decision.request_id)) for each in newest
+            ],
+            kept=len(recent),
+        )
+
+    async def Drain(  # noqa: N802 - as the .proto says
+        self, _request: api.DrainRequest, _context: Any
+    ) -> api.DrainResponse:
+        """Begin the end."""
+        return api.DrainResponse(budget=duration_message(self._drain()))
+
+    async def EvictFlow(  # noqa: N802 - as the .proto says
+        self, request: api.EvictFlowRequest, context: Any
+    ) -> api.EvictFlowResponse:
+        """Refuse what waits of one flow."""
+        if not request.flow_id:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "flow_id must not be empty")
+        try:
+            evicted = await self._gate.evict_flow(FlowKey(request.priority, request.flow_id))
+        except NotRunningError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            raise  # abort has raised already
+        return api.EvictFlowResponse(evicted=evicted)
+
     async def _snapshot(self, flows_max: int, context: Any) -> api.Snapshot:
         try:
             snapshot = await self._gate.snapshot()
@@ -52,71 +123,4 @@ class FlowControlServicer(api_grpc.FlowControlServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
             raise  # abort has raised already
         shown = min(flows_max or _FLOWS_DEFAULT, _FLOWS_MAX)
-        return _to_message(snapshot, self._pool, self._gate.inbox_refusals, shown)
-
-
-def _to_message(snapshot: Snapshot, pool: str, inbox_refusals: int, flows_max: int) -> api.Snapshot:
-    message = api.Snapshot(
-        pool=pool,
-        saturation=snapshot.saturation,
-        waiting=snapshot.waiting,
-        waiting_bytes=snapshot.waiting_bytes,
-        in_flight=snapshot.in_flight,
-        draining=snapshot.is_draining,
-        inbox_refusals=inbox_refusals,
-        unknown_objectives=snapshot.unknown_objectives,
-        bands=[_band(band, snapshot, flows_max) for band in snapshot.bands],
-        endpoints=[
-            api.Endpoint(
-                address=endpoint.address,
-                in_flight=endpoint.in_flight,
-                saturation=endpoint.saturation,
-            )
-            for endpoint in snapshot.endpoints
-        ],
-        objectives=[
-            api.Objective(name=name, priority=priority)
-            for name, priority in sorted(snapshot.objectives.items())
-        ],
-    )
-    message.time.GetCurrentTime()
-    return message
-
-
-def _band(band: BandSnapshot, snapshot: Snapshot, flows_max: int) -> api.Band:
-    totals = snapshot.totals.get(band.priority)
-    counts = {o.value: count for o, count in totals.outcomes.items()} if totals else {}
-    if totals:
-        counts["completed"] = totals.completed
-    return api.Band(
-        priority=band.priority,
-        declared=band.is_declared,
-        waiting=band.waiting,
-        waiting_bytes=band.waiting_bytes,
-        in_flight=band.in_flight,
-        oldest_wait=_duration(band.oldest_wait_ns),
-        ceiling=band.ceiling,
-        requests_max=band.requests_max,
-        bytes_max=band.bytes_max,
-        flow_count=band.flow_count,
-        flows=[_flow(flow) for flow in band.flows[:flows_max]],
-        outcomes=[api.OutcomeCount(outcome=o, count=count) for o, count in sorted(counts.items())],
-    )
-
-
-def _flow(flow: FlowSnapshot) -> api.Flow:
-    return api.Flow(
-        flow_id=flow.flow_id,
-        waiting=flow.waiting,
-        waiting_bytes=flow.waiting_bytes,
-        in_flight=flow.in_flight,
-        oldest_wait=_duration(flow.oldest_wait_ns),
-    )
-
-
-def _duration(duration_ns: int | None) -> Duration | None:
-    if duration_ns is None:
-        return None
-    duration = Duration()
-    duration.FromNanoseconds(duration_ns)
-    return duration
+        return snapshot_message(snapshot, self._pool, self._gate.inbox_refusals, shown)

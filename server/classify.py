@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
 from flowcontrol.request import DEFAULT_FLOW_ID
+from server.dialects import Dialect, dialect_of
 from server.rules import BODY_NAMESPACE, Fact, Metadata, Rule, judge
 from server.units import parse_duration
 
@@ -17,6 +18,9 @@ TTFT_SLO_HEADERS = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 TTL_HEADER = "x-llm-d-inference-ttl"
 CONTROL_HEADERS = (*FLOW_ID_HEADERS, *OBJECTIVE_HEADERS, *TTFT_SLO_HEADERS, TTL_HEADER)
 """Meant for us: removed before the model server sees the request."""
+
+READ_HEADERS = (":path", "content-length", "content-type", "x-request-id", *CONTROL_HEADERS)
+"""All that is read of a request, but for those that rules ask for; Envoy sends no others."""
 
 SUBSET_NAMESPACE = "envoy.lb.subset_hint"
 SUBSET_KEY = "x-gateway-destination-endpoint-subset"
@@ -49,6 +53,8 @@ class RequestFacts(NamedTuple):
     ttft_slo_ns: int | None = None
     subset: tuple[str, ...] | None = None
     """Endpoints it may go to; None: to any."""
+    dialect: Dialect = Dialect.OPENAI
+    """How the client wants to be told of an error."""
 
 
 @final
@@ -98,18 +104,20 @@ def classify(
     else:
         slo_ms = None
     body = metadata.get(BODY_NAMESPACE, _NO_METADATA) if metadata else _NO_METADATA
+    path = headers.get(":path", "").partition("?")[0]
     return RequestFacts(
         flow_id=flow_id[:NAME_LENGTH_MAX] or DEFAULT_FLOW_ID,
         objective=objective[:NAME_LENGTH_MAX] or None,
         byte_size=_whole(headers.get("content-length", "")) or 0,
         ttl_ns=parse_duration(headers.get(TTL_HEADER, "")),
         client_request_id=headers.get("x-request-id", "")[:NAME_LENGTH_MAX],
-        path=headers.get(":path", "").partition("?")[0],
+        path=path,
         model=str(body.get("model", ""))[:NAME_LENGTH_MAX],
         input_tokens=_prompt(intake, headers, metadata),
         output_tokens_max=_count(body.get("max_completion_tokens", body.get("max_tokens"))),
         ttft_slo_ns=None if slo_ms is None else slo_ms * _MS_NS,
         subset=_subset(metadata) if metadata else None,
+        dialect=dialect_of(path, headers.get("content-type", "")),
     )
 
 
@@ -144,4 +152,7 @@ def _count(value: object) -> int | None:
 
 
 def _first(headers: Mapping[str, str], names: tuple[str, ...]) -> str:
-    return next((headers[name] for name in names if headers.get(name)), "")
+    for name in names:
+        if value := headers.get(name):
+            return value
+    return ""

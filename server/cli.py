@@ -45,31 +45,54 @@ def serve(config: Path, log_level: str) -> None:
     settings = _load(config)
     logs.configure(log_level)
     try:
-        status = uvloop.run(_serve(settings))
+        status = uvloop.run(_serve(settings, config))
     except FlowControlError as error:
         _fail(str(error))
     raise SystemExit(status)
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings, config: Path) -> int:
     from server.service import Service  # noqa: PLC0415 - other commands start faster without grpc
 
-    return await Service(settings).run()
+    return await Service(settings, config).run()
 
 
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
 def check_config(config: Path) -> None:
     """Say everything that is wrong with a configuration file; exit 2 if anything is."""
-    _load(config)
-    click.echo(f"{config}: ok")
+    from server.settings_difference import settings_hash  # noqa: PLC0415 - seldom needed
+
+    click.echo(f"{config}: ok, hash {settings_hash(_load(config))}")
+
+
+@main.command()
+@click.argument("before", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("after", type=click.Path(path_type=Path, dir_okay=False))
+def diff_config(before: Path, after: Path) -> None:
+    """Show in which settings two configuration files differ; exit 1 if they do.
+
+    What a running service cannot change by itself is marked.
+    """
+    from server.settings_difference import differences  # noqa: PLC0415 - seldom needed
+
+    changes = differences(_load(before), _load(after))
+    for change in changes:
+        click.echo(change)
+    raise SystemExit(int(bool(changes)))
 
 
 @main.command()
 @CONFIG_OPTION
 @click.option("--listen", default="0.0.0.0:8080", show_default=True, help="For clients.")
 @click.option("--admin", default="127.0.0.1:9901", show_default=True, help="Envoy's own pages.")
-@click.option("--ext-proc", help="Where Envoy finds the service; listen.extProc if left out.")
+@click.option(
+    "--ext-proc",
+    help="Where Envoy finds the service: either door. Left out: listen.direct, or if off extProc.",
+)
+@click.option("--tls-ca", help="PEM file on Envoy's machine: whom it trusts at tls.")
+@click.option("--tls-certificate", help="PEM file Envoy shows there, for tls.clientCa.")
+@click.option("--tls-key", help="PEM file with the key of --tls-certificate.")
 @click.option(
     "--buffer-limit",
     default="32Mi",
@@ -81,13 +104,17 @@ def check_config(config: Path) -> None:
     is_flag=True,
     help="Send requests wherever the picker says, also to endpoints that Envoy does not know.",
 )
-def envoy_config(  # noqa: PLR0913, PLR0917 - click's options
+def envoy_config(  # noqa: PLR0913 - click's options
+    *,
     config: Path,
     listen: str,
     admin: str,
     ext_proc: str | None,
+    tls_ca: str | None,
+    tls_certificate: str | None,
+    tls_key: str | None,
     buffer_limit: str,
-    original_dst: bool,  # noqa: FBT001 - click's flag
+    original_dst: bool,
 ) -> None:
     """Write an Envoy configuration that fits this service's configuration."""
     settings = _load(config)
@@ -97,6 +124,7 @@ def envoy_config(  # noqa: PLR0913, PLR0917 - click's options
     try:
         from server.envoy_config import (  # noqa: PLC0415 - takes seconds to import
             EnvoyOptions,
+            EnvoyTls,
             bootstrap,
         )
 
@@ -104,6 +132,7 @@ def envoy_config(  # noqa: PLR0913, PLR0917 - click's options
             listen=_address("--listen", listen),
             admin=_address("--admin", admin),
             ext_proc=_address("--ext-proc", ext_proc) if ext_proc else None,
+            tls=EnvoyTls(tls_ca, tls_certificate, tls_key) if tls_ca else None,
             buffer_limit_bytes=size,
             original_dst=original_dst,
         )
@@ -201,6 +230,44 @@ def simulate(
         status = run_simulation(paths, trace, seed, output)
     except ConfigError as error:
         _fail(*error.problems)
+    raise SystemExit(status)
+
+
+@main.command()
+@click.option(
+    "--address", default="127.0.0.1:9002", show_default=True, help="gRPC port of the service."
+)
+@click.option(
+    "--token", envvar="FLOWCONTROL_ADMIN_TOKEN", help="Admin token; better in the variable."
+)
+def top(address: str, token: str | None) -> None:
+    """Show a running service in the terminal: bands, tenants, endpoints, decisions."""
+    try:
+        from server.top import run  # noqa: PLC0415 - needs the top extra
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is missing: pip install 'flowcontrol[top]'")
+    run(str(_address("--address", address)), token)
+
+
+@main.command()
+@click.argument("ledger", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Decide with these settings instead, and show what would have been different.",
+)
+def replay(ledger: Path, config: Path | None) -> None:
+    """Decide a ledger again on a virtual clock; exit 1 if not all is decided alike."""
+    from server.policies import load_policies  # noqa: PLC0415 - as below
+    from server.replay import replay as decide_again  # noqa: PLC0415 - other commands start faster
+
+    try:
+        status, lines = decide_again(ledger, load_policies(config) if config else None)
+    except ConfigError as error:
+        _fail(*error.problems)
+    except FlowControlError as error:
+        _fail(str(error))
+    click.echo("\n".join(lines))
     raise SystemExit(status)
 
 

@@ -5,13 +5,15 @@ envoy-data-plane take most of a millisecond; those are the independent second co
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from secrets import token_hex
+from struct import Struct
 from typing import Any, Final, final
 
 from envoy.config.core.v3 import base_pb2
 from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
-from google.protobuf.struct_pb2 import Struct, Value
+from google.protobuf import struct_pb2
 
 from server.classify import CONTROL_HEADERS
 from server.exchange import Acknowledge, Message, MessageKind, Reply
@@ -28,6 +30,12 @@ INSTANCE: Final = token_hex(4)
 """Names this process in a ticket: the log may bring what another replica, or a former life of this
 one, has let go, and counters begin at 1 in each."""
 
+_TICKET_BEGIN: Final = f"{INSTANCE}.".encode()
+_MARKS: Final = (-1.7976931348623157e308, -1.7976931348623155e308)
+"""Stand in a template for milliseconds and headroom; neither is ever below 0."""
+_TEMPLATES_MAX: Final = 1_024
+_double: Final = Struct("<d").pack
+_KINDS: Final = {kind.value: kind for kind in MessageKind}
 _NO_HEADERS: dict[str, str] = {}
 _AWAITS_ANSWER = processing_mode_pb2.ProcessingMode(
     response_header_mode=processing_mode_pb2.ProcessingMode.SEND,
@@ -46,9 +54,8 @@ def decode(data: bytes) -> Message:
     Raises:
         MalformedMessageError: it cannot be read.
     """
-    request = ext_proc_pb2.ProcessingRequest()
     try:
-        request.ParseFromString(data)
+        request = ext_proc_pb2.ProcessingRequest.FromString(data)
     except Exception as error:  # upb's DecodeError is not exported where it can be named
         message = "not a ProcessingRequest"
         raise MalformedMessageError(message) from error
@@ -56,26 +63,27 @@ def decode(data: bytes) -> Message:
     if which is None:
         message = "a ProcessingRequest without a request"
         raise MalformedMessageError(message)
-    kind = MessageKind(which)
+    kind = _KINDS[which]
     if kind is not MessageKind.REQUEST_HEADERS:
         return Message(kind, _NO_HEADERS)
     headers: dict[str, str] = {}
     for header in request.request_headers.headers.headers:
-        value = header.raw_value.decode("latin-1") if header.raw_value else header.value
-        headers.setdefault(header.key, value)
+        name = header.key
+        if name not in headers:
+            headers[name] = header.raw_value.decode("latin-1") or header.value
     if not request.HasField("metadata_context"):
         return Message(kind, headers)
     found = request.metadata_context.filter_metadata
     return Message(kind, headers, {name: plain(found[name]) for name in found})
 
 
-def plain(struct: Struct) -> dict[str, Any]:
+def plain(struct: struct_pb2.Struct) -> dict[str, Any]:
     """Return a Struct as what JSON can hold; numbers are floats."""
     fields = struct.fields
     return {name: _plain_value(fields[name]) for name in fields}
 
 
-def _plain_value(value: Value) -> Any:
+def _plain_value(value: struct_pb2.Value) -> Any:
     kind = value.WhichOneof("kind")
     if kind == "struct_value":
         return plain(value.struct_value)
@@ -106,6 +114,7 @@ class Encoder:
         self._engine_priority = engine_priority
         engine_headers = () if engine_priority is None else (engine_priority.header,)
         self._removed = (*CONTROL_HEADERS, *engine_headers)
+        self._template = lru_cache(_TEMPLATES_MAX)(self._make_template)
         self._exempt = _exempt((*self._removed, DESTINATION) if picks else self._removed)
 
     def encode(self, reply: Reply) -> bytes:
@@ -122,22 +131,53 @@ class Encoder:
                 return _ACKNOWLEDGEMENTS[kind]
 
     def _proceed(self, reply: Proceed) -> bytes:
+        number = str(reply.request_id)
+        destination = reply.endpoint
+        if reply.fallbacks and destination is not None:
+            destination = ",".join((destination, *reply.fallbacks))
+        template = self._template(
+            len(number), reply.priority, destination, awaits_answer=reply.awaits_answer
+        )
+        return template % {
+            b"ticket": _TICKET_BEGIN + number.encode(),
+            b"queue_ms": _double(reply.waited_ns // 1_000_000),
+            b"headroom": _double(round(reply.headroom, 3)),
+        }
+
+    def _make_template(
+        self, digits: int, priority: int, destination: str | None, *, awaits_answer: bool
+    ) -> bytes:
+        """Return an answer in which only what differs with every request is left open.
+
+        Args:
+            digits: length of the request id; all lengths before it depend on it.
+            priority: of the band.
+            destination: where the request goes, if that is ours to say.
+            awaits_answer: whether the response headers are asked for.
+        """
         response = ext_proc_pb2.ProcessingResponse()
         mutation = response.request_headers.response.header_mutation
         mutation.remove_headers.extend(CONTROL_HEADERS)
         own = response.dynamic_metadata.fields[METADATA_NAMESPACE].struct_value.fields
-        own[TICKET].string_value = f"{INSTANCE}.{reply.request_id}"
-        own["queue_ms"].number_value = reply.waited_ns // 1_000_000
-        own["priority"].number_value = reply.priority
-        own["headroom"].number_value = round(reply.headroom, 3)
+        own[TICKET].string_value = (_TICKET_BEGIN + b"?" * digits).decode()
+        own["queue_ms"].number_value, own["headroom"].number_value = _MARKS
+        own["priority"].number_value = priority
         if self._engine_priority is not None:
             name, sign = self._engine_priority
-            _set_header(mutation.set_headers.add(), name, str(sign * reply.priority))
-        if reply.awaits_answer:
+            _set_header(mutation.set_headers.add(), name, str(sign * priority))
+        if awaits_answer:
             response.mode_override.CopyFrom(_AWAITS_ANSWER)
-        if reply.endpoint is not None:
-            _send_to(response, ",".join((reply.endpoint, *reply.fallbacks)))
-        return _serialized(response)
+        if destination is not None:
+            _send_to(response, destination)
+        template = _serialized(response).replace(b"%", b"%%")
+        for mark, key in (
+            (_TICKET_BEGIN + b"?" * digits, b"ticket"),
+            (_double(_MARKS[0]), b"queue_ms"),
+            (_double(_MARKS[1]), b"headroom"),
+        ):
+            assert template.count(mark) == 1, "a mark is what nothing else can be"
+            template = template.replace(mark, b"%%(%b)b" % key)
+        return template
 
 
 def _refuse(reply: Refuse) -> bytes:
@@ -148,7 +188,7 @@ def _refuse(reply: Refuse) -> bytes:
     immediate.body = reply.body
     immediate.grpc_status.status = reply.grpc_status
     headers = immediate.headers.set_headers
-    _set_header(headers.add(), "content-type", "application/json")
+    _set_header(headers.add(), "content-type", reply.content_type)
     _set_header(headers.add(), REASON_HEADER, reply.reason)
     if reply.retry_after_s is not None:
         _set_header(headers.add(), "retry-after", str(reply.retry_after_s))

@@ -318,6 +318,9 @@ class Engine(Section):
 
     picker: Annotated[Literal["off", "least-loaded"], BeforeValidator(switched_off)] = "off"
     """Who chooses the endpoint. off: Envoy; least-loaded: this service, at dispatch."""
+    picker_fallbacks: int = Field(default=0, ge=0, strict=True)
+    """Endpoints named beside the one picked, in the order in which Envoy is to try them when it
+    cannot be reached. 0: Envoy chooses by itself then."""
     saturation: OneOrSeveral = Saturation()
     """When the pool is full."""
     flow_control: FlowControl = FlowControl()
@@ -343,12 +346,14 @@ class Engine(Section):
             detectors=tuple(each.config() for each in detectors),
             ceilings=queue.ceilings.config(),
             picker=Picker(self.picker),
+            fallbacks_max=self.picker_fallbacks,
             weights=dict(queue.weights),
             prices=TokenPrices(
                 input=prices.input, cached_input=prices.cached_input, output=prices.output
             ),
             attained_half_life_ns=queue.attained_half_life,
             reclaim=queue.reclaim.config(),
+            forecasts=True,
         )
 
     @field_validator("saturation")

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from flowcontrol.errors import ConfigError, FlowControlError
 from server.codec import DESTINATION, SERVICE
-from server.settings import Address, Settings
+from server.settings import Address, Listen, Settings
 
 try:
     with warnings.catch_warnings():
@@ -32,6 +33,7 @@ try:
         from envoy_data_plane.envoy.extensions.load_balancing_policies.override_host import (
             v3 as override_host,
         )
+        from envoy_data_plane.envoy.extensions.transport_sockets.tls import v3 as transport
         from envoy_data_plane.envoy.extensions.upstreams.http import v3 as upstreams
         from envoy_data_plane.envoy.type import v3 as envoy_type
         from envoy_data_plane.envoy.type.metadata import v3 as metadata
@@ -43,7 +45,7 @@ except ModuleNotFoundError as _error:
     _message = f"{_error.name} is missing: pip install 'flowcontrol[envoy]'"
     raise FlowControlError(_message) from _error
 
-__all__ = ["EnvoyOptions", "bootstrap"]
+__all__ = ["EnvoyOptions", "EnvoyTls", "bootstrap"]
 
 CLIENTS: Final = Address("0.0.0.0", 8080)  # noqa: S104 - read, not bound - a gateway's clients are elsewhere
 ADMIN: Final = Address("127.0.0.1", 9901)
@@ -70,6 +72,17 @@ _TCP_KEEPALIVE: Final = core.TcpKeepalive(
 
 
 @dataclass(frozen=True, slots=True)
+class EnvoyTls:
+    """PEM files on Envoy's machine."""
+
+    ca: str
+    """Authorities one of which must have signed the service's certificate."""
+    certificate: str | None = None
+    """Shown to the service, with `key`: for tls.clientCa."""
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EnvoyOptions:
     """What Envoy has to be told and the service's settings do not say."""
 
@@ -78,8 +91,10 @@ class EnvoyOptions:
     admin: Address = ADMIN
     """Envoy's admin interface. It can stop Envoy and is not protected: keep it local."""
     ext_proc: Address | None = None
-    """Where Envoy finds this service. None: at `listen.extProc`, by loopback if that is every
-    interface."""
+    """Where Envoy finds this service. None: at the direct door, or at `listen.extProc` where that
+    is off; by loopback if it listens on every interface."""
+    tls: EnvoyTls | None = None
+    """How Envoy speaks TLS there; needed, and only then, where the direct door does."""
     buffer_limit_bytes: int = 32 * 2**20
     """What Envoy buffers of one request, at most. It must hold the largest prompt: beyond it, Envoy
     does not notice that the client of a parked request has gone."""
@@ -92,19 +107,32 @@ def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
     """Return a bootstrap configuration as YAML.
 
     Raises:
-        ConfigError: the options do not fit the settings.
+        ConfigError: the options do not fit the settings, or Envoy cannot know the endpoints.
     """
     if options.original_dst and settings.picker == "off":
         rule = "picker must not be off with --original-dst: nobody would choose an address"
         raise ConfigError([rule])
+    if options.original_dst and settings.picker_fallbacks:
+        rule = f"pickerFallbacks must be 0 with --original-dst, got {settings.picker_fallbacks}"
+        raise ConfigError([rule])
+    if not (options.original_dst or settings.endpoints.is_written):
+        rule = (
+            "endpoints from a file, SRV records or Kubernetes are known to this service alone: "
+            "they need --original-dst, and with it picker: least-loaded"
+        )
+        raise ConfigError([rule])
+    is_tls = settings.tls.certificate is not None
+    if is_tls != (options.tls is not None):
+        rule = "needs --tls-ca: whom Envoy trusts there" if is_tls else "is needed for --tls-ca"
+        raise ConfigError([f"tls {rule}"])
     reports = settings.settlement.access_log
     message = bootstrap_v3.Bootstrap(
         admin=bootstrap_v3.Admin(address=_socket(options.admin)),
         static_resources=bootstrap_v3.BootstrapStaticResources(
             listeners=[_listener(settings, options)],
             clusters=[
-                _service_cluster(options.ext_proc or _reachable(settings.listen.ext_proc)),
-                *([_log_cluster(_log_address(settings, options))] if reports else []),
+                _service_cluster(options.ext_proc or _best_door(settings.listen), options.tls),
+                *([_log_cluster(_log_address(settings, options), options.tls)] if reports else []),
                 _original_dst_cluster() if options.original_dst else _model_cluster(settings),
             ],
         ),
@@ -134,7 +162,7 @@ def _listener(settings: Settings, options: EnvoyOptions) -> listener.Listener:
     )
 
 
-def _service_cluster(address: Address) -> cluster.Cluster:
+def _service_cluster(address: Address | Path, tls: EnvoyTls | None) -> cluster.Cluster:
     discovery, family = _discovery([address])
     http2 = core.Http2ProtocolOptions(
         max_concurrent_streams=100_000,
@@ -166,7 +194,27 @@ def _service_cluster(address: Address) -> cluster.Cluster:
                 )
             )
         ),
+        transport_socket=_transport_socket(tls) if tls is not None else None,
         load_assignment=_assignment("ext_proc", [address]),
+    )
+
+
+def _transport_socket(tls: EnvoyTls) -> core.TransportSocket:
+    own = []
+    if tls.certificate is not None and tls.key is not None:
+        chain, key = core.DataSource(filename=tls.certificate), core.DataSource(filename=tls.key)
+        own = [transport.TlsCertificate(certificate_chain=chain, private_key=key)]
+    context = transport.UpstreamTlsContext(
+        common_tls_context=transport.CommonTlsContext(
+            tls_certificates=own,
+            alpn_protocols=["h2"],
+            validation_context=transport.CertificateValidationContext(
+                trusted_ca=core.DataSource(filename=tls.ca)
+            ),
+        )
+    )
+    return core.TransportSocket(
+        name="envoy.transport_sockets.tls", typed_config=protobuf.Any.pack(context)
     )
 
 
@@ -177,7 +225,7 @@ def _log_address(settings: Settings, options: EnvoyOptions) -> Address:
     return Address(options.ext_proc.host, settings.listen.ext_proc.port)
 
 
-def _log_cluster(address: Address) -> cluster.Cluster:
+def _log_cluster(address: Address, tls: EnvoyTls | None) -> cluster.Cluster:
     discovery, family = _discovery([address])
     return cluster.Cluster(
         name=LOG_CLUSTER,
@@ -191,6 +239,7 @@ def _log_cluster(address: Address) -> cluster.Cluster:
                 )
             )
         ),
+        transport_socket=_transport_socket(tls) if tls is not None else None,
         load_assignment=_assignment(LOG_CLUSTER, [address]),
     )
 
@@ -209,7 +258,7 @@ def _original_dst_cluster() -> cluster.Cluster:
 
 
 def _model_cluster(settings: Settings) -> cluster.Cluster:
-    discovery, family = _discovery(settings.endpoints.static)
+    discovery, family = _discovery(settings.endpoints.written)
     return cluster.Cluster(
         name="model_servers",
         type=discovery,
@@ -228,7 +277,7 @@ def _model_cluster(settings: Settings) -> cluster.Cluster:
             max_ejection_percent=100,
         ),
         typed_extension_protocol_options=_model_protocol(),
-        load_assignment=_assignment("model_servers", settings.endpoints.static),
+        load_assignment=_assignment("model_servers", settings.endpoints.written),
     )
 
 
@@ -282,7 +331,7 @@ def _protocol(options: upstreams.HttpProtocolOptions) -> dict[str, protobuf.Any]
     return {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": protobuf.Any.pack(options)}
 
 
-def _assignment(name: str, addresses: Iterable[Address]) -> endpoint.ClusterLoadAssignment:
+def _assignment(name: str, addresses: Iterable[Address | Path]) -> endpoint.ClusterLoadAssignment:
     endpoints = [endpoint.Endpoint(address=_socket(address)) for address in addresses]
     hosts = [endpoint.LbEndpoint(endpoint=each) for each in endpoints]
     localities = [endpoint.LocalityLbEndpoints(lb_endpoints=hosts)] if hosts else []
@@ -290,12 +339,18 @@ def _assignment(name: str, addresses: Iterable[Address]) -> endpoint.ClusterLoad
 
 
 def _discovery(
-    addresses: Iterable[Address],
+    addresses: Iterable[Address | Path],
 ) -> tuple[cluster.ClusterDiscoveryType, cluster.ClusterDnsLookupFamily]:
     discovery, family = cluster.ClusterDiscoveryType, cluster.ClusterDnsLookupFamily
-    if not all(address.is_ip for address in addresses):
+    if not all(isinstance(address, Path) or address.is_ip for address in addresses):
         return discovery.STRICT_DNS, family.V4_PREFERRED
     return discovery.STATIC, family.AUTO
+
+
+def _best_door(listen: Listen) -> Address | Path:
+    if isinstance(listen.direct, Path):
+        return listen.direct
+    return _reachable(listen.direct or listen.ext_proc)
 
 
 def _reachable(address: Address) -> Address:
@@ -304,7 +359,9 @@ def _reachable(address: Address) -> Address:
     return Address(loopback or address.host, address.port)
 
 
-def _socket(address: Address) -> core.Address:
+def _socket(address: Address | Path) -> core.Address:
+    if isinstance(address, Path):
+        return core.Address(pipe=core.Pipe(path=str(address)))
     return core.Address(
         socket_address=core.SocketAddress(address=address.host, port_value=address.port)
     )

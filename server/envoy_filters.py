@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Final
 
+from betterproto2 import Message
 from envoy_data_plane.envoy.config.accesslog import v3 as accesslog
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.extensions.access_loggers.grpc import v3 as grpc_log
 from envoy_data_plane.envoy.extensions.access_loggers.stream import v3 as stream
+from envoy_data_plane.envoy.extensions.common.matching import v3 as matching
 from envoy_data_plane.envoy.extensions.content_parsers.json import v3 as json_parser
+from envoy_data_plane.envoy.extensions.filters.common.matcher.action import v3 as actions
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as ext_proc
 from envoy_data_plane.envoy.extensions.filters.http.json_to_metadata import v3 as json_metadata
 from envoy_data_plane.envoy.extensions.filters.http.sse_to_metadata import v3 as sse_metadata
@@ -19,10 +22,17 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager i
 from envoy_data_plane.envoy.type.matcher import v3 as matcher
 from envoy_data_plane.envoy.type.tracing import v3 as tracing
 from envoy_data_plane.google import protobuf
+from envoy_data_plane.xds.core import v3 as xds_core
+from envoy_data_plane.xds.type.matcher import v3 as xds
 
 from server.classify import SUBSET_NAMESPACE
 from server.codec import METADATA_NAMESPACE, TICKET
-from server.log_codec import DURATION_TAGS, LOAD_REPORT_HEADERS, USAGE_NAMESPACE
+from server.log_codec import (
+    LOAD_REPORT_HEADERS,
+    REPORT_FORMAT,
+    REPORT_TAG,
+    USAGE_NAMESPACE,
+)
 from server.rules import BODY_FIELDS, BODY_NAMESPACE
 from server.settings import Settings
 
@@ -45,6 +55,7 @@ _RESPONSE_HEADERS: Final = {
 _JSON: Final = matcher.RegexMatcher(regex="(?i)application/json( *;.*)?")
 """Without it a charset beside the media type makes a body one that is not read."""
 _EVENT_BYTES_MAX: Final = 65_536
+_LOG_BUFFER_BYTES: Final = 65_536
 _NUMBERS: Final = ("max_tokens", "max_completion_tokens")
 _USAGE: Final = (
     # OpenAI's completions, then its responses and Anthropic's messages.
@@ -71,10 +82,15 @@ def with_readers(
     reads_requests = settings.requests.read_bodies
     reads_usage = settings.settlement.access_log and settings.settlement.token_usage
     filters = [processor, _stream_reader(), last] if reads_usage else [processor, last]
-    if reads_requests or reads_usage:
-        # Before ext_proc, which is to know what the body says.
-        reader = _body_reader(reads_requests=reads_requests, reads_usage=reads_usage)
-        filters.insert(0, reader)
+    # Before ext_proc, which is to know what the body says.
+    bytes_max = settings.requests.read_bodies_up_to
+    if reads_requests and bytes_max is not None:
+        if reads_usage:
+            filters.insert(0, _body_reader(reads_requests=False, reads_usage=True))
+        reader = _body_reader(reads_requests=True, reads_usage=False)
+        filters.insert(0, _skipped_beyond(bytes_max, reader))
+    elif reads_requests or reads_usage:
+        filters.insert(0, _body_reader(reads_requests=reads_requests, reads_usage=reads_usage))
     return filters
 
 
@@ -118,6 +134,52 @@ def _body_reader(*, reads_requests: bool, reads_usage: bool) -> hcm.HttpFilter:
             )
         ),
     )
+
+
+def _skipped_beyond(bytes_max: int, reader: hcm.HttpFilter) -> hcm.HttpFilter:
+    """Return a filter that requests of a greater announced size pass by."""
+    size = matcher.HttpRequestHeaderMatchInput(header_name="content-length")
+    greater = xds.StringMatcher(
+        safe_regex=xds.RegexMatcher(
+            google_re2=xds.RegexMatcherGoogleRe2(), regex=greater_than(bytes_max)
+        )
+    )
+    rule = xds.MatcherMatcherListFieldMatcher(
+        predicate=xds.MatcherMatcherListPredicate(
+            single_predicate=xds.MatcherMatcherListPredicateSinglePredicate(
+                input=_extension("envoy.matching.inputs.request_headers", size),
+                value_match=greater,
+            )
+        ),
+        on_match=xds.MatcherOnMatch(action=_extension("skip", actions.SkipFilter())),
+    )
+    both = matching.ExtensionWithMatcher(
+        xds_matcher=xds.Matcher(matcher_list=xds.MatcherMatcherList(matchers=[rule])),
+        extension_config=core.TypedExtensionConfig(
+            name=reader.name, typed_config=reader.typed_config
+        ),
+    )
+    return hcm.HttpFilter(
+        name="envoy.filters.http.match_delegate", typed_config=protobuf.Any.pack(both)
+    )
+
+
+def _extension(name: str, message: Message) -> xds_core.TypedExtensionConfig:
+    return xds_core.TypedExtensionConfig(name=name, typed_config=protobuf.Any.pack(message))
+
+
+def greater_than(number: int) -> str:
+    """Return a regex for the whole numbers above this one: longer, or greater from some digit on.
+
+    Envoy compares text, not numbers.
+    """
+    digits = str(number)
+    greater = [
+        f"{digits[:at]}[{int(digit) + 1}-9][0-9]{{{len(digits) - at - 1}}}"
+        for at, digit in enumerate(digits)
+        if digit != "9"
+    ]
+    return "|".join((f"[0-9]{{{len(digits) + 1},}}", *greater))
 
 
 def _stream_reader() -> hcm.HttpFilter:
@@ -165,10 +227,8 @@ def _settlement_log() -> accesslog.AccessLog:
                         envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=LOG_CLUSTER)
                     ),
                     buffer_flush_interval=timedelta(seconds=0.2),
-                    custom_tags=[
-                        tracing.CustomTag(tag=tag, value=f"%COMMON_DURATION({points}:us)%")
-                        for tag, points in DURATION_TAGS.items()
-                    ],
+                    buffer_size_bytes=_LOG_BUFFER_BYTES,
+                    custom_tags=[tracing.CustomTag(tag=REPORT_TAG, value=REPORT_FORMAT)],
                 ),
                 additional_response_headers_to_log=list(LOAD_REPORT_HEADERS),
             )

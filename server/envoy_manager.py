@@ -3,6 +3,7 @@
 For `envoy_config` alone, which imports it late and says what is missing.
 """
 
+from collections.abc import Iterable
 from datetime import timedelta
 
 from envoy_data_plane.envoy.config.core import v3 as core
@@ -12,6 +13,7 @@ from envoy_data_plane.envoy.extensions.filters.http.router import v3 as router
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
 from envoy_data_plane.envoy.extensions.retry.host.previous_hosts import v3 as previous_hosts
 from envoy_data_plane.envoy.type import v3 as envoy_type
+from envoy_data_plane.envoy.type.matcher import v3 as matcher
 from envoy_data_plane.google import protobuf
 
 from server.engine_settings import ENVOY_MARGIN_NS, ENVOY_PATIENCE_MAX_NS
@@ -73,7 +75,15 @@ def _external_processor(settings: Settings) -> ext_proc.ExternalProcessor:
         message_timeout=_duration(settings.longest_wait_ns + ENVOY_MARGIN_NS),
         processing_mode=_processing_mode(),
         allow_mode_override=True,
+        forward_rules=_forward_rules({*settings.requests.headers(), *settings.traces.headers()}),
         metadata_options=metadata_options(settings),
+    )
+
+
+def _forward_rules(headers: Iterable[str]) -> ext_proc.HeaderForwardingRules:
+    patterns = [matcher.StringMatcher(exact=name) for name in sorted(headers)]
+    return ext_proc.HeaderForwardingRules(
+        allowed_headers=matcher.ListStringMatcher(patterns=patterns)
     )
 
 

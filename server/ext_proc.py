@@ -9,7 +9,7 @@ import grpc
 from server.classify import Intake
 from server.codec import SERVICE, Encoder, MalformedMessageError, decode
 from server.exchange import Exchange, Message, MessageKind, Park, Phase, ProtocolError
-from server.gate import FlowGate
+from server.gate import FlowGate, Parked, trace_of
 from server.replies import answer, refusal
 
 _Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -24,17 +24,31 @@ class ExtProcDoor:
         intake: how requests are read.
         encoder: how answers are written.
         continue_on_fault: what becomes of requests when the engine has failed.
+        trace_fields: names of headers that tell of a trace; none while traces are off.
     """
 
     def __init__(
-        self, gate: FlowGate, intake: Intake, encoder: Encoder, *, continue_on_fault: bool
+        self,
+        gate: FlowGate,
+        intake: Intake,
+        encoder: Encoder,
+        *,
+        continue_on_fault: bool,
+        trace_fields: tuple[str, ...] = (),
     ) -> None:
         self._gate = gate
         self._intake = intake
         self._encoder = encoder
         self._continue_on_fault = continue_on_fault
+        self._trace_fields = trace_fields
         self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
         self._closing = asyncio.get_running_loop().create_future()
+
+    def reconfigure(self, intake: Intake, encoder: Encoder, *, continue_on_fault: bool) -> None:
+        """Take other settings, for streams that open or are answered from now on."""
+        self._intake = intake
+        self._encoder = encoder
+        self._continue_on_fault = continue_on_fault
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
         """Return what a grpc.aio server takes up."""
@@ -58,15 +72,18 @@ class ExtProcDoor:
                 return
             reply = exchange.receive(first)
             if isinstance(reply, Park):
-                await self._hold(exchange, reply, context)
+                parked = self._gate.park(reply.facts)
+                if self._trace_fields:
+                    said = dict(context.invocation_metadata() or ())
+                    parked.trace = trace_of(self._trace_fields, said, first.headers)
+                await self._hold(exchange, parked, context)
             else:
                 await context.write(self._encoder.encode(reply))
         except (ProtocolError, MalformedMessageError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
-    async def _hold(self, exchange: Exchange, park: Park, context: _Context) -> None:
-        """Park the request, answer it, and keep its slot until its stream ends."""
-        parked = self._gate.park(park.facts)
+    async def _hold(self, exchange: Exchange, parked: Parked, context: _Context) -> None:
+        """Answer a parked request, and keep its slot until its stream ends."""
         # Read on while parked: with Envoy's graceful close the end of a request shows only there.
         reading = asyncio.ensure_future(self._read(context))
         try:
@@ -80,7 +97,12 @@ class ExtProcDoor:
             await asyncio.wait((parked.future,))
             decision = parked.future.result()
             reply = exchange.decide(
-                answer(decision, self._chance.random(), continue_on_fault=self._continue_on_fault)
+                answer(
+                    decision,
+                    self._chance.random(),
+                    parked.facts.dialect,
+                    continue_on_fault=self._continue_on_fault,
+                )
             )
             await context.write(self._encoder.encode(reply))
             while exchange.phase is Phase.GOING:
@@ -89,8 +111,10 @@ class ExtProcDoor:
                     news.append(parked.recall)
                 await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
                 if parked.recall is not None and parked.recall.done():
-                    reply = exchange.recall(refusal(parked.recall.result(), self._chance.random()))
-                    await context.write(self._encoder.encode(reply))
+                    ending = refusal(
+                        parked.recall.result(), self._chance.random(), parked.facts.dialect
+                    )
+                    await context.write(self._encoder.encode(exchange.recall(ending)))
                     return
                 message = reading.result() if reading.done() else None
                 if message is None:

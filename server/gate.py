@@ -2,26 +2,37 @@
 
 Everything here runs on the loop's thread, except that `deliver` and `ended` are called by the
 processor and hop over at once. Per turn of the loop the processor is woken once, however many
-requests came; per batch of decisions the loop is woken once.
+requests came; per batch of decisions the loop is woken once. While nobody waits there is nothing to
+decide, and what is not an arrival wakes nobody: it is read before the next arrival, or a moment
+later if none comes.
 """
 
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, Final, TypeVar, final
 
 from flowcontrol.config import ControllerConfig
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import NotRunningError
-from flowcontrol.events import Answered, Arrived, Decision, Fact, Left
+from flowcontrol.events import Answered, Arrived, Decision, Fact, FlowEvicted, Left
 from flowcontrol.inbox import Inbox
-from flowcontrol.processor import FlowProcessor
-from flowcontrol.request import DEFAULT_PRIORITY, Outcome, Request
+from flowcontrol.processor import FlowProcessor, Recorder
+from flowcontrol.question import Asked
+from flowcontrol.request import DEFAULT_PRIORITY, FlowKey, Outcome, Request
 from flowcontrol.snapshot import Snapshot
 from server.classify import RequestFacts
 from server.pool_view import PoolView
+from server.recent import RecentDecisions, is_ours
+
+Answer = TypeVar("Answer")
+_STOPPED = "the processor has stopped"
+
+NEWS_WITHIN_S: Final = 0.005
+"""How long a fact that decides nothing may stay unread. To wake the processor for each departure,
+too, would double its turns."""
 
 
 @final
@@ -38,6 +49,8 @@ class Parked:
     recall: asyncio.Future[Decision] | None = None
     """Resolves with a second decision, if one comes: to end the request in flight. None where none
     can come."""
+    trace: Mapping[str, str] | None = None
+    """Headers that tell of the trace it belongs to; None while traces are off."""
 
 
 @final
@@ -49,27 +62,47 @@ class FlowGate:
         arrivals_max: arrivals the processor may be behind before more are refused on the spot.
         request_ended: told of every request once, when it is both decided and gone.
         processor_ended: told once, with what went wrong or None after a drain.
+        recorder: is shown every turn of the processor.
+        recent_max: decisions kept to be asked about.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is one wire of the shell
         self,
         config: ControllerConfig,
         arrivals_max: int,
         request_ended: Callable[[Parked, Decision], None],
         processor_ended: Callable[[BaseException | None], None],
+        *,
+        recorder: Recorder | None = None,
+        recent_max: int = 1000,
     ) -> None:
         self.inbox_refusals = 0
         self.pool_view = PoolView()
+        self.recent = RecentDecisions(recent_max)
         self._loop = asyncio.get_running_loop()
         self._request_ended = request_ended
         self._processor_ended = processor_ended
         self._inbox = Inbox(arrivals_max)
-        controller = FlowController(config, time.monotonic_ns())
-        self._processor = FlowProcessor(controller, self._inbox, self._deliver, self._ended)
+        self.made_ns = time.monotonic_ns()
+        """When the engine was made."""
+        self._processor = FlowProcessor(
+            FlowController(config, self.made_ns),
+            self._inbox,
+            self._deliver,
+            self._ended,
+            recorder=recorder,
+        )
         self._ids = itertools.count(1)
         self._parked: dict[int, Parked] = {}
+        self._undecided = 0
+        """Of them, those that wait for their decision."""
         self._is_bell_due = False
+        self._is_news_due = False
         self._snapshot: asyncio.Future[Snapshot] | None = None
+        self._questions: set[asyncio.Future[Any]] = set()
+        """Asked and not answered yet."""
+        self._evictions: dict[FlowKey, int] = {}
+        """Flows being evicted, with how many of each have been so far."""
         self._closed_as: Outcome | None = None
         """How arrivals are answered once the processor has ended."""
 
@@ -86,16 +119,18 @@ class FlowGate:
         request_id = next(self._ids)
         parked = Parked(request_id, facts, self._loop.create_future())
         self._parked[request_id] = parked
+        self._undecided += 1
         request = Request(
             request_id,
             facts.flow_id,
             facts.objective,
             facts.byte_size,
             facts.ttl_ns,
-            facts.input_tokens,
-            facts.output_tokens_max,
-            facts.ttft_slo_ns,
-            facts.model,
+            input_tokens=facts.input_tokens,
+            output_tokens_max=facts.output_tokens_max,
+            ttft_slo_ns=facts.ttft_slo_ns,
+            model=facts.model,
+            subset=facts.subset,
         )
         try:
             is_taken = self._inbox.offer(Arrived(request))
@@ -139,6 +174,60 @@ class FlowGate:
         decision = parked.future.result()
         return decision.priority if decision.outcome is Outcome.DISPATCHED else None
 
+    def live(self, request_id: int) -> Parked | None:
+        """Return a request of ours that has not left, or whose decision has not come."""
+        return self._parked.get(request_id)
+
+    def find(self, request_id: str) -> Parked | None:
+        """Return a live request: by our id, else by the client's, the latest; O(live) for that."""
+        known = self._parked.get(int(request_id)) if is_ours(request_id) else None
+        if known is not None:
+            return known
+        theirs = (p for p in self._parked.values() if p.facts.client_request_id == request_id)
+        return max(theirs, key=lambda parked: parked.request_id, default=None)
+
+    async def evict_flow(self, key: FlowKey) -> int:
+        """Refuse everything of a flow that waits; return how many that were.
+
+        Raises:
+            NotRunningError: the processor has ended.
+        """
+        self._evictions.setdefault(key, 0)
+        self.post(FlowEvicted(key.priority, key.flow_id))
+        try:
+            await self.ask(_nothing)  # its answer comes behind the evictions
+            return self._evictions.get(key, 0)
+        finally:
+            self._evictions.pop(key, None)
+
+    async def ask(self, question: Callable[[FlowController, int], Answer]) -> Answer:
+        """Return the processor's answer to a question: all posted before it has been decided.
+
+        Raises:
+            NotRunningError: the processor has ended.
+        """
+        if self._closed_as is not None:
+            raise NotRunningError(_STOPPED)
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self._questions.add(future)
+
+        def reply(answer: object) -> None:
+            """Hop over to the loop."""
+            self._loop.call_soon_threadsafe(self._answered, future, answer)
+
+        self._inbox.post(Asked(question, reply))
+        self._ring()
+        return await future
+
+    def _answered(self, future: asyncio.Future[Answer], answer: object) -> None:
+        self._questions.discard(future)
+        if future.done():
+            return  # whoever asked is gone
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)  # type: ignore[arg-type]  # its question's answer
+
     async def snapshot(self) -> Snapshot:
         """Return the engine's state as of a moment after this call.
 
@@ -146,8 +235,7 @@ class FlowGate:
             NotRunningError: the processor has ended.
         """
         if self._closed_as is not None:
-            message = "the processor has stopped"
-            raise NotRunningError(message)
+            raise NotRunningError(_STOPPED)
         if self._snapshot is None:
             self._snapshot = self._loop.create_future()
             self._processor.want_snapshot()
@@ -155,7 +243,15 @@ class FlowGate:
 
     def _put(self, fact: Fact) -> None:
         self._inbox.post(fact)
-        self._ring()
+        if self._undecided:
+            self._ring()
+        elif not self._is_news_due:
+            self._is_news_due = True
+            self._loop.call_later(NEWS_WITHIN_S, self._tell_news)
+
+    def _tell_news(self) -> None:
+        self._is_news_due = False
+        self._inbox.ring()
 
     def _ring(self) -> None:
         if not self._is_bell_due:
@@ -182,10 +278,16 @@ class FlowGate:
             self._recall(decision)
             return
         parked = self._parked[decision.request_id]
+        self._undecided -= 1
         parked.decided_ns = time.monotonic_ns()
         if decision.is_reclaimable:
             parked.recall = self._loop.create_future()
         parked.future.set_result(decision)
+        self.recent.keep(parked.facts, decision, parked.decided_ns)
+        if decision.outcome is Outcome.EVICTED_OPERATOR:
+            key = FlowKey(decision.priority, decision.flow_id)
+            if key in self._evictions:
+                self._evictions[key] += 1
         if parked.left_ns is not None:
             self._finish(parked, decision)
 
@@ -194,6 +296,7 @@ class FlowGate:
         if parked is not None:  # else it has ended meanwhile: what was wanted of it
             assert parked.recall is not None, "only what is reclaimable is reclaimed"
             parked.recall.set_result(decision)
+            self.recent.keep(parked.facts, decision, time.monotonic_ns())
 
     def _finish(self, parked: Parked, decision: Decision) -> None:
         del self._parked[parked.request_id]
@@ -211,8 +314,12 @@ class FlowGate:
             if not parked.future.done():
                 self._settle(self._own_decision(parked, self._closed_as))
         if self._snapshot is not None:
-            self._snapshot.set_exception(NotRunningError("the processor has stopped"))
+            self._snapshot.set_exception(NotRunningError(_STOPPED))
             self._snapshot = None
+        for question in self._questions:
+            if not question.done():
+                question.set_exception(NotRunningError(_STOPPED))
+        self._questions.clear()
         self._processor_ended(fault)
 
     def _own_decision(self, parked: Parked, outcome: Outcome) -> Decision:
@@ -226,3 +333,21 @@ class FlowGate:
             waited_ns=0,
             retry_after_ns=retry_after_ns,
         )
+
+
+def trace_of(
+    fields: tuple[str, ...], metadata: Mapping[str, str | bytes], headers: Mapping[str, str]
+) -> dict[str, str]:
+    """Return what tells of a request's trace.
+
+    Args:
+        fields: names of the headers that do.
+        metadata: of the stream: Envoy's own span, where Envoy traces.
+        headers: of the request: the client's span, where Envoy does not.
+    """
+    said = {name: text for name in fields if isinstance(text := metadata.get(name), str)}
+    return said or {name: headers[name] for name in fields if name in headers}
+
+
+def _nothing(_controller: FlowController, _now_ns: int) -> None:
+    """Ask nothing."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from envoy.config.core.v3 import address_pb2
 from envoy.data.accesslog.v3 import accesslog_pb2
 from envoy.service.accesslog.v3 import als_pb2
 
@@ -12,29 +11,44 @@ from server.codec import METADATA_NAMESPACE, TICKET
 SERVICE = "envoy.service.accesslog.v3.AccessLogService"
 USAGE_NAMESPACE = "flowcontrol.usage"
 """Dynamic metadata that Envoy makes of a response's token usage."""
-DURATION_TAGS = {
-    "parked_us": "DS_RX_BEG:US_TX_BEG",
-    "ttft_us": "US_TX_BEG:US_RX_BODY_BEG",
-    "generation_us": "US_RX_BODY_BEG:US_RX_END",
-}
-"""Custom tags of an entry, and the points in time between which each is measured. The time to the
-first byte that Envoy itself logs is that of the headers, which come long before a token."""
+REPORT_TAG = "flowcontrol"
+"""Custom tag of an entry that says all we want to know in one line of words, as Envoy writes it.
+To ask protobuf for the same in the entry's own fields takes five times as long."""
+_REPORT = (
+    f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{TICKET})%",
+    "%RESPONSE_CODE_DETAILS%",
+    "%RESPONSE_FLAGS%",
+    "%RESPONSE_CODE%",
+    # The time to the first byte that Envoy itself logs is that of the headers, which come long
+    # before a token.
+    "%COMMON_DURATION(US_TX_BEG:US_RX_BODY_BEG:us)%",
+    "%COMMON_DURATION(US_RX_BODY_BEG:US_RX_END:us)%",
+    "%COMMON_DURATION(DS_RX_BEG:US_TX_BEG:us)%",
+    f"%DYNAMIC_METADATA({USAGE_NAMESPACE}:input_tokens)%",
+    f"%DYNAMIC_METADATA({USAGE_NAMESPACE}:cached_tokens)%",
+    f"%DYNAMIC_METADATA({USAGE_NAMESPACE}:output_tokens)%",
+    "%BYTES_RECEIVED%",
+    "%BYTES_SENT%",
+    "%UPSTREAM_REMOTE_ADDRESS%",
+)
+REPORT_FORMAT = " ".join(_REPORT)
+"""What Envoy does not know it writes as a dash."""
 LOAD_REPORT_HEADERS = (
     *("endpoint-load-metrics", "endpoint-load-metrics-json", "endpoint-load-metrics-bin"),
 )
 """Where a model server reports its load in its responses (ORCA)."""
 
-_FAULTS = (
-    *("upstream_request_timeout", "upstream_remote_reset", "upstream_connection_failure"),
-    *("upstream_connection_termination", "upstream_protocol_error", "no_healthy_upstream"),
-    *(
-        "upstream_retry_limit_exceeded",
-        "stream_idle_timeout",
-        "upstream_max_stream_duration_reached",
-    ),
-)
-"""Flags of a response that the model server failed to give, whatever its status."""
+_FAULTS = frozenset(("UT", "UR", "UF", "UC", "UPE", "UH", "URX", "SI", "UMSDR"))
+"""Flags of a response that the model server failed to give, whatever its status: upstream timeout,
+reset, connect failure, termination, protocol error; none healthy, no try left; idle, too long."""
 _CLIENT_ERROR, _SERVER_ERROR = 400, 500
+_NO_ROOM = frozenset({429, 503})
+_BY_UPSTREAM = "via_upstream"
+"""Envoy's word for a response that it did not make itself."""
+_NO_HOST = ("-", "/")
+"""How an address begins that is not known, and one of a Unix socket."""
+_DIGITS_MAX = 15
+"""Of a number that a request can have: years of microseconds."""
 
 
 class LogEntry(NamedTuple):
@@ -47,6 +61,8 @@ class LogEntry(NamedTuple):
     """Whether it was answered below 400 and in full, unless it was the client who went away."""
     is_failure: bool = False
     """Whether the model server is to blame: 5xx, or it broke off."""
+    was_turned_away: bool = False
+    """Whether the model server answered that it has no room: 429 or 503, and not Envoy for it."""
     ttft_us: int | None = None
     generation_us: int | None = None
     parked_us: int | None = None
@@ -82,42 +98,33 @@ def decode_log(data: bytes) -> list[LogEntry]:
 
 
 def _entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> LogEntry:
-    common, response = entry.common_properties, entry.response
-    metadata = common.metadata.filter_metadata
-    own = metadata[METADATA_NAMESPACE].fields if METADATA_NAMESPACE in metadata else {}
-    usage = metadata[USAGE_NAMESPACE].fields if USAGE_NAMESPACE in metadata else {}
-    tokens = {name: _whole(value.number_value) for name, value in usage.items()}
-    tags = common.custom_tags
-    times = {name: _whole(float(tags[name])) for name in DURATION_TAGS if tags[name].isdigit()}
-    status = response.response_code.value
-    flags = common.response_flags
-    is_faulty = common.HasField("response_flags") and any(getattr(flags, name) for name in _FAULTS)
+    report = entry.common_properties.custom_tags.get(REPORT_TAG, "")
+    words = report.split(" ", len(_REPORT) - 1)  # an address comes last: a path may have spaces
+    if len(words) != len(_REPORT):
+        return _NO_REPORT
+    ticket, details, flags, *numbers, address = words
+    counts = [int(n) if n.isdecimal() and len(n) <= _DIGITS_MAX else None for n in numbers]
+    status, ttft, generation, parked, input_, cached, output, received, sent = counts
+    status = status or 0
+    is_faulty = flags != "-" and not _FAULTS.isdisjoint(flags.split(","))
+    load_report = entry.response.response_headers
     return LogEntry(
-        ticket=own[TICKET].string_value if TICKET in own else "",
-        status=status,
-        is_success=status < _CLIENT_ERROR and not is_faulty,
-        is_failure=status >= _SERVER_ERROR or is_faulty,
-        ttft_us=times.get("ttft_us"),
-        generation_us=times.get("generation_us"),
-        parked_us=times.get("parked_us"),
-        input_tokens=tokens.get("input_tokens"),
-        cached_tokens=tokens.get("cached_tokens"),
-        output_tokens=tokens.get("output_tokens"),
-        request_bytes=entry.request.request_body_bytes,
-        response_bytes=response.response_body_bytes,
-        endpoint=_host_port(common.upstream_remote_address),
-        load_report=dict(response.response_headers) or None,
+        ticket,
+        status,
+        status < _CLIENT_ERROR and not is_faulty,
+        status >= _SERVER_ERROR or is_faulty,
+        status in _NO_ROOM and details == _BY_UPSTREAM,
+        ttft,
+        generation,
+        parked,
+        input_,
+        cached,
+        output,
+        received or 0,
+        sent or 0,
+        "" if address.startswith(_NO_HOST) else address,
+        dict(load_report) if load_report else None,
     )
 
 
-def _whole(number: float) -> int | None:
-    """Return a number as a count; None if it is none that a request can have."""
-    return int(number) if 0 <= number < 1e15 else None  # noqa: PLR2004 - years of microseconds
-
-
-def _host_port(address: address_pb2.Address) -> str:
-    where = address.socket_address
-    if not where.address:
-        return ""
-    host = f"[{where.address}]" if ":" in where.address else where.address
-    return f"{host}:{where.port_value}"
+_NO_REPORT = LogEntry(ticket="", status=0, is_success=True)

@@ -1,6 +1,11 @@
-"""Prometheus metrics, rendered from a snapshot: nothing is counted on the way of a request."""
+"""Prometheus metrics, rendered from a snapshot: nothing is counted on the way of a request.
+
+No label holds what a client says: priorities come from objectives, endpoints from the pool, the
+rest is fixed. So the number of series is bounded by what operators declare.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from itertools import accumulate
 from typing import final
 
@@ -12,18 +17,36 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from flowcontrol.snapshot import WAIT_BOUNDS_S, BandSnapshot, Snapshot
+from flowcontrol.histogram import HistogramSnapshot
+from flowcontrol.request import Outcome
+from flowcontrol.snapshot import WAIT_BOUNDS_S, BandSnapshot, Snapshot, Totals
+
+_NO_TOTALS = Totals(outcomes={}, completed=0, wait_counts={}, wait_sum_ns={})
+
+
+def registry_of(collectors: Iterable[Collector]) -> CollectorRegistry:
+    """Return a registry for one scrape."""
+    registry = CollectorRegistry(auto_describe=False)
+    for collector in collectors:
+        registry.register(collector)
+    return registry
+
+
+def buckets_of(histogram: HistogramSnapshot) -> list[tuple[str, float]]:
+    """Return a histogram's cumulated buckets as Prometheus has them."""
+    bounds = [*(str(float(bound)) for bound in histogram.bounds_s), "+Inf"]
+    return list(zip(bounds, accumulate(histogram.counts), strict=True))
 
 
 @final
 class SnapshotCollector(Collector):
-    """Turns one snapshot into metric families; labels are priorities, outcomes and endpoints.
+    """Turns one snapshot into metric families.
 
     Args:
         snapshot: of the engine.
-        inbox_refusals: requests the engine never saw.
-        objective_errors: mistakes met where objectives come from.
-        more: families of other parts of the service.
+        inbox_refusals: requests it never saw.
+        objective_errors: mistakes met in manifests.
+        loop_lag: how late the event loop is.
     """
 
     def __init__(
@@ -31,26 +54,26 @@ class SnapshotCollector(Collector):
         snapshot: Snapshot,
         inbox_refusals: int,
         objective_errors: int,
-        more: Iterable[Metric] = (),
+        loop_lag: HistogramSnapshot | None = None,
     ) -> None:
         self._snapshot = snapshot
         self._inbox_refusals = inbox_refusals
         self._objective_errors = objective_errors
-        self._more = tuple(more)
-
-    def registry(self) -> CollectorRegistry:
-        """Return a registry that holds this collector alone."""
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(self)
-        return registry
+        self._loop_lag = loop_lag
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
+        build = GaugeMetricFamily(
+            "flowcontrol_build_info", "1, with the version.", labels=["version"]
+        )
+        build.add_metric([version("flowcontrol")], 1)
+        yield build
         yield from self._pool()
         yield from self._detectors()
         yield from self._bands()
         yield from self._totals()
-        yield from self._more
+        yield from self._goodput()
+        yield from self._pace()
 
     def _pool(self) -> Iterator[Metric]:
         snapshot = self._snapshot
@@ -72,7 +95,7 @@ class SnapshotCollector(Collector):
                 "Requests that named an objective nobody declared.",
                 snapshot.unknown_objectives,
             ),
-            ("objective_errors", "Mistakes met in objective manifests.", self._objective_errors),
+            ("objective_errors", "Mistakes met in objectives.", self._objective_errors),
         ):
             yield CounterMetricFamily(f"flowcontrol_{name}", text, value)
         in_flight = GaugeMetricFamily(
@@ -95,10 +118,18 @@ class SnapshotCollector(Collector):
             "Requests in flight at which a stage is full; with adaptive, as found so far.",
             labels=labels,
         )
+        moves = CounterMetricFamily(
+            "flowcontrol_detector_limit_moves",
+            "How often that limit moved, where it is found.",
+            labels=[*labels, "direction"],
+        )
         for each in self._snapshot.detectors:
             load.add_metric([each.stage, each.kind], each.saturation)
             if each.requests_limit is not None:
                 limit.add_metric([each.stage, each.kind], each.requests_limit)
+            for direction, count in (("up", each.raised), ("down", each.lowered)):
+                if count is not None:
+                    moves.add_metric([each.stage, each.kind, direction], count)
         wait = GaugeMetricFamily(
             "flowcontrol_expected_wait_seconds",
             "What one more request would wait; not there while that is unknown.",
@@ -107,7 +138,7 @@ class SnapshotCollector(Collector):
         for band in self._snapshot.bands:
             if band.expected_wait_ns is not None:
                 wait.add_metric([str(band.priority)], band.expected_wait_ns / 1e9)
-        yield from (load, limit, wait)
+        yield from (load, limit, moves, wait)
 
     def _bands(self) -> Iterator[Metric]:
         gauges: tuple[tuple[str, str, Callable[[BandSnapshot], float]], ...] = (
@@ -127,10 +158,23 @@ class SnapshotCollector(Collector):
             for band in self._snapshot.bands:
                 family.add_metric([str(band.priority)], value(band))
             yield family
+        limits: tuple[tuple[str, str, Callable[[BandSnapshot], int | None]], ...] = (
+            ("requests_limit", "Requests that may wait, where limited.", lambda b: b.requests_max),
+            ("bytes_limit", "Announced bytes that may wait, where limited.", lambda b: b.bytes_max),
+        )
+        for name, text, limit in limits:
+            family = GaugeMetricFamily(f"flowcontrol_band_{name}", text, labels=["priority"])
+            for band in self._snapshot.bands:
+                most = limit(band)
+                if most is not None:
+                    family.add_metric([str(band.priority)], most)
+            yield family
 
     def _totals(self) -> Iterator[Metric]:
         decided = CounterMetricFamily(
-            "flowcontrol_requests", "Requests decided.", labels=["priority", "outcome"]
+            "flowcontrol_requests",
+            "Decisions; a reclaimed request was dispatched before, and counts twice.",
+            labels=["priority", "outcome"],
         )
         completed = CounterMetricFamily(
             "flowcontrol_completed_requests", "Dispatched requests ended.", labels=["priority"]
@@ -140,16 +184,66 @@ class SnapshotCollector(Collector):
             "From arrival to decision.",
             labels=["priority", "outcome"],
         )
-        bounds = [*(str(float(bound)) for bound in WAIT_BOUNDS_S), "+Inf"]
-        for priority, totals in self._snapshot.totals.items():
+        ratios = HistogramMetricFamily(
+            "flowcontrol_forecast_ratio",
+            "Wait over what was predicted on arrival, of dispatched requests; 1 is exact.",
+            labels=["priority"],
+        )
+        totals_of = dict.fromkeys((band.priority for band in self._snapshot.bands), _NO_TOTALS)
+        totals_of |= self._snapshot.totals
+        for priority, totals in totals_of.items():
             completed.add_metric([str(priority)], totals.completed)
-            for outcome, count in totals.outcomes.items():
+            for outcome in Outcome:  # those of 0, too: a rate misses a counter's first step
                 labels = [str(priority), outcome.value]
-                decided.add_metric(labels, count)
-                counts = accumulate(totals.wait_counts[outcome])
-                waits.add_metric(
-                    labels,
-                    buckets=list(zip(bounds, counts, strict=True)),
-                    sum_value=totals.wait_sum_ns[outcome] / 1e9,
+                decided.add_metric(labels, totals.outcomes.get(outcome, 0))
+                if outcome not in totals.outcomes:
+                    continue
+                counts, sum_ns = totals.wait_counts[outcome], totals.wait_sum_ns[outcome]
+                waited = HistogramSnapshot(WAIT_BOUNDS_S, counts, sum_ns)
+                waits.add_metric(labels, buckets_of(waited), sum_ns / 1e9)
+            if totals.forecasts is not None:
+                ratios.add_metric(
+                    [str(priority)], buckets_of(totals.forecasts), totals.forecasts.sum_ns / 1e9
                 )
-        yield from (decided, completed, waits)
+        yield from (decided, completed, waits, ratios)
+
+    def _goodput(self) -> Iterator[Metric]:
+        ended = CounterMetricFamily(
+            "flowcontrol_objective_responses",
+            "Dispatched requests by result: good, late for x-llm-d-slo-ttft-ms, or failed.",
+            labels=["objective", "result"],
+        )
+        tokens = CounterMetricFamily(
+            "flowcontrol_objective_good_tokens",
+            "Tokens of good answers, as far as model servers said.",
+            labels=["objective"],
+        )
+        for objective, goodput in self._snapshot.goodput.items():
+            for result, count in goodput.results.items():
+                ended.add_metric([objective, result], count)
+            tokens.add_metric([objective], goodput.good_tokens)
+        yield from (ended, tokens)
+
+    def _pace(self) -> Iterator[Metric]:
+        pace = self._snapshot.pace
+        for name, text, histogram in (
+            (
+                "processor_turn_seconds",
+                "What one turn of the processor took: facts in, decisions out.",
+                pace and pace.turns,
+            ),
+            (
+                "processor_lag_seconds",
+                "How long the oldest fact of each turn had been in the inbox when it was taken.",
+                pace and pace.lags,
+            ),
+            (
+                "loop_lag_seconds",
+                "How late the event loop ran what was due, looked at four times a second.",
+                self._loop_lag,
+            ),
+        ):
+            if histogram is not None:
+                family = HistogramMetricFamily(f"flowcontrol_{name}", text)
+                family.add_metric([], buckets_of(histogram), histogram.sum_ns / 1e9)
+                yield family

@@ -30,7 +30,7 @@ class PoolView:
                 self._loads = {a: load for a, load in self._loads.items() if a in kept}
                 self.answers = {a: counts for a, counts in self.answers.items() if a in kept}
             case LoadObserved():
-                if fact.address in self._addresses:
+                if fact.address in self._addresses and fact.running is not None:
                     self._loads[fact.address] = fact.running + fact.waiting, now_ns
             case _:
                 pass

@@ -1,12 +1,12 @@
 """Pure. What a client is told: the one table from outcomes to HTTP."""
 
-import json
 from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple, final
 
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
+from server.dialects import Dialect, content_type_of, error_body
 
 REASON_HEADER = "x-llm-d-request-dropped-reason"
 _SECOND_NS = 1_000_000_000
@@ -50,6 +50,9 @@ REFUSALS = {
     Outcome.EVICTED_DRAINED: Refused(
         503, "rejected-shutting-down", "this gateway is shutting down", _UNAVAILABLE
     ),
+    Outcome.EVICTED_OPERATOR: Refused(
+        429, "evicted-operator", "an operator cleared this queue", _RESOURCE_EXHAUSTED
+    ),
     Outcome.RECLAIMED: Refused(
         429, "evicted", "ended for a request of higher priority", _RESOURCE_EXHAUSTED
     ),
@@ -60,11 +63,15 @@ REFUSALS = {
 429: there is capacity, others hold it. 503: there is none.
 """
 
-_ERROR_TYPES = {429: "rate_limit_error", 499: "invalid_request_error"}
+_BODIES = {
+    (outcome, dialect): error_body(dialect, refused.status, refused.reason, refused.message)
+    for outcome, refused in REFUSALS.items()
+    for dialect in Dialect
+}
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Proceed:
     """Let the request go on, to `endpoint` where the engine is the picker."""
 
@@ -112,17 +119,25 @@ class Refuse:
     body: bytes
     grpc_status: int
     retry_after_s: int | None = None
+    content_type: str = "application/json"
 
 
 Answer = Proceed | Exempt | Refuse
 
 
-def answer(decision: Decision, chance: float, *, continue_on_fault: bool = False) -> Answer:
+def answer(
+    decision: Decision,
+    chance: float,
+    dialect: Dialect = Dialect.OPENAI,
+    *,
+    continue_on_fault: bool = False,
+) -> Answer:
     """Put a decision into words for Envoy.
 
     Args:
         decision: of the engine, or of the gate when the engine has failed.
         chance: from 0 to 1, spreads Retry-After so that a crowd does not come back as one.
+        dialect: how its client wants to be told.
         continue_on_fault: let a request on, ungated, when it was the engine that failed.
     """
     if decision.outcome is Outcome.DISPATCHED:
@@ -131,28 +146,31 @@ def answer(decision: Decision, chance: float, *, continue_on_fault: bool = False
             decision.priority,
             decision.waited_ns,
             decision.endpoint,
+            decision.fallbacks,
             headroom=max(0.0, 1.0 - decision.saturation),
             awaits_answer=decision.awaits_answer,
         )
     if decision.outcome is Outcome.INTERNAL and continue_on_fault:
         return Exempt()
-    return refusal(decision, chance)
+    return refusal(decision, chance, dialect)
 
 
-def refusal(decision: Decision, chance: float) -> Refuse:
+def refusal(decision: Decision, chance: float, dialect: Dialect = Dialect.OPENAI) -> Refuse:
     """Put any other decision than to dispatch into words for Envoy.
 
     Args:
         decision: of the engine, or of the gate when the engine has failed.
         chance: from 0 to 1, as for `answer`.
+        dialect: how its client wants to be told.
     """
     refused = REFUSALS[decision.outcome]
     return Refuse(
         refused.status,
         refused.reason,
-        _openai_error(refused),
+        _BODIES[decision.outcome, dialect],
         refused.grpc_status,
         retry_after(decision.retry_after_ns, chance),
+        content_type_of(dialect),
     )
 
 
@@ -168,13 +186,3 @@ def retry_after(expected_ns: int | None, chance: float) -> int | None:
     if spread > RETRY_AFTER_MAX_S:
         spread = RETRY_AFTER_MAX_S * (1 - _JITTER * chance)
     return ceil(spread)
-
-
-def _openai_error(refused: Refused) -> bytes:
-    error = {
-        "message": refused.message,
-        "type": _ERROR_TYPES.get(refused.status, "server_error"),
-        "param": None,
-        "code": refused.reason,
-    }
-    return json.dumps({"error": error}).encode()

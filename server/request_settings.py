@@ -5,10 +5,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
-from server.classify import ExemptPaths, Intake
+from server.classify import READ_HEADERS, ExemptPaths, Intake
 from server.replies import ENGINE_PRIORITIES, EnginePriority
 from server.rules import BODY_NAMESPACE, FACT_RULE, Condition, Fact, Rule, as_text, parse_fact
-from server.sections import Duration, Section, broken, switched_off, written
+from server.sections import Duration, LimitFrom1, Section, broken, switched_off, written
 
 
 def _fact(value: object) -> object:
@@ -100,6 +100,10 @@ class Requests(Section):
     """Whether Envoy is to read model, max_tokens and so on from request bodies (`envoy-config`). It
     then holds a whole JSON body before anything else, and refuses one beyond its buffer limit with
     413. No body reaches this service either way."""
+    read_bodies_up_to: LimitFrom1 = written("unlimited")
+    """Bytes of a body beyond which Envoy reads nothing of it (`envoy-config`), and lets it pass
+    unheld; as announced in content-length. Reading costs Envoy about 7 us a KiB. Beyond it rules on
+    the body find nothing: with such rules a client can evade them by its prompt's size."""
     engine_priority: Annotated[Literal["off", "vllm", "sglang"], BeforeValidator(switched_off)] = (
         written("off", alias="enginePriority")
     )
@@ -143,6 +147,10 @@ class Requests(Section):
     def namespaces(self) -> list[str]:
         """Return the metadata that Envoy must forward for the rules, that of bodies apart."""
         return sorted({fact.namespace for fact in self._facts()} - {"", BODY_NAMESPACE})
+
+    def headers(self) -> list[str]:
+        """Return the headers that Envoy must forward."""
+        return sorted({*READ_HEADERS, *(fact.header for fact in self._facts())} - {""})
 
     def _facts(self) -> list[Fact]:
         """Return every fact that is asked for."""

@@ -4,13 +4,11 @@ It speaks the words of the configuration file (`server.settings`), and makes its
 scenario does not say of the engine has the service's own default.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from flowcontrol.config import ControllerConfig
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import ConfigError
 from flowcontrol.simulation.gates import Engine, ForgetfulGate, OpenGate
@@ -112,10 +110,6 @@ class Scenario(EngineSettings, _Head):
                 rule = f"faults[{index}] must name a server such as {names[0]}, got {name!r}"
                 demand(name in names, rule)
         return self
-
-    def controller_config(self) -> ControllerConfig:
-        """Return what the engine is told: what the service tells it, and to foretell every wait."""
-        return replace(super().controller_config(), forecasts=True)
 
     def engine(self) -> Engine:
         """Return who decides, new."""

@@ -7,11 +7,11 @@ from them.
 from math import isfinite
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
-from server.units import parse_duration, parse_quantity
+from server.units import format_duration, parse_duration, parse_quantity
 
 
 class Section(BaseModel):
@@ -109,11 +109,24 @@ def _part(value: object) -> object:
     return number
 
 
-Duration = Annotated[int, BeforeValidator(_duration)]
+def _size_from_1(value: object) -> object:
+    size = _limit_from_1(value)
+    if size is None:
+        rule = "must be a size from 1 such as 500k or 64Mi"
+        raise broken(rule)
+    return size
+
+
+SizeFrom1 = Annotated[int, BeforeValidator(_size_from_1)]
+"""Bytes, from 1."""
+Duration = Annotated[
+    int, BeforeValidator(_duration), PlainSerializer(format_duration, when_used="json")
+]
 """Nanoseconds, above zero."""
-Limit = Annotated[int | None, BeforeValidator(_limit)]
+_AS_WRITTEN = PlainSerializer(lambda v: "unlimited" if v is None else v, when_used="json")
+Limit = Annotated[int | None, BeforeValidator(_limit), _AS_WRITTEN]
 """From 0; None: unlimited."""
-LimitFrom1 = Annotated[int | None, BeforeValidator(_limit_from_1)]
+LimitFrom1 = Annotated[int | None, BeforeValidator(_limit_from_1), _AS_WRITTEN]
 """From 1; None: unlimited."""
 Positive = Annotated[float, BeforeValidator(_positive)]
 From0 = Annotated[float, BeforeValidator(_from_0)]

@@ -36,6 +36,8 @@ class Result(Enum):
     MALFORMED = "malformed"
     """No ticket, or a message that cannot be read."""
 
+    __hash__ = object.__hash__  # as in Outcome
+
 
 @final
 @dataclass(slots=True)
@@ -57,12 +59,10 @@ class Account:
     def add(self, entry: LogEntry) -> None:
         """Count one request."""
         self.statuses[f"{entry.status // 100}xx" if entry.status else "none"] += 1
-        for kind, count in (
-            ("input", entry.input_tokens),
-            ("cached", entry.cached_tokens),
-            ("output", entry.output_tokens),
-        ):
-            self.tokens[kind] += count or 0
+        tokens = self.tokens
+        tokens["input"] += entry.input_tokens or 0
+        tokens["cached"] += entry.cached_tokens or 0
+        tokens["output"] += entry.output_tokens or 0
         self.unmetered += entry.is_success and entry.output_tokens is None
         self.bytes["request"] += entry.request_bytes
         self.bytes["response"] += entry.response_bytes
@@ -93,7 +93,7 @@ class Settlement:
         answered: Callable[[str, bool], None] = lambda _endpoint, _is_failure: None,
         load_reported: Callable[[str, Mapping[str, str]], None] = lambda _endpoint, _headers: None,
     ) -> None:
-        self._lost_after_ns = lost_after_ns
+        self.lost_after_ns = lost_after_ns
         self._priority_in_flight = priority_in_flight
         self._settled = settled
         self._answered = answered
@@ -140,7 +140,7 @@ class Settlement:
         """Count as lost what has been waited for too long. O(1) for each."""
         while self._awaited:
             request_id, (ended_ns, _priority) = next(iter(self._awaited.items()))
-            if now_ns - ended_ns < self._lost_after_ns:
+            if now_ns - ended_ns < self.lost_after_ns:
                 return
             self._lose(request_id)
 
@@ -192,6 +192,7 @@ class Settlement:
                 ttft_ns=None if entry.ttft_us is None else entry.ttft_us * _US_NS,
                 generation_ns=None if entry.generation_us is None else entry.generation_us * _US_NS,
                 is_success=entry.is_success,
+                was_turned_away=entry.was_turned_away,
             )
         )
         return Result.SETTLED

@@ -1,18 +1,19 @@
 """The HTTP port: /metrics, /healthz, /readyz."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from aiohttp.typedefs import Middleware
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from flowcontrol.errors import NotRunningError
-from server.metrics import SnapshotCollector
 
 
 def web_application(
-    collect: Callable[[], Awaitable[SnapshotCollector]],
+    collect: Callable[[], Awaitable[CollectorRegistry]],
     is_live: Callable[[], bool],
     is_ready: Callable[[], bool],
+    middlewares: Iterable[Middleware] = (),
 ) -> web.Application:
     """Return the application.
 
@@ -20,15 +21,16 @@ def web_application(
         collect: gathers the metrics; may raise NotRunningError.
         is_live: false once the processor has failed.
         is_ready: false also while draining.
+        middlewares: what stands before the pages, outermost first.
     """
 
     async def metrics(_request: web.Request) -> web.Response:
         """Render the metrics."""
         try:
-            collector = await collect()
+            registry = await collect()
         except NotRunningError as error:
             raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
-        body = generate_latest(collector.registry())
+        body = generate_latest(registry)
         return web.Response(body=body, headers={"content-type": CONTENT_TYPE_LATEST})
 
     def health(is_well: Callable[[], bool]) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -40,7 +42,7 @@ def web_application(
 
         return handle
 
-    application = web.Application()
+    application = web.Application(middlewares=middlewares)
     application.router.add_get("/metrics", metrics)
     application.router.add_get("/healthz", health(is_live))
     application.router.add_get("/readyz", health(is_ready))

@@ -120,6 +120,10 @@ class NaivePolicy:
         """Take up the flow."""
         self.flows[flow] = None
 
+    def take_back(self, flow: Flow, now_ns: int) -> None:
+        """Take it up like any other."""
+        self.enter(flow, now_ns)
+
     def head_moved(self, flow: Flow) -> None:
         """Take no notice."""
 

@@ -10,7 +10,7 @@ from envoy.service.accesslog.v3 import als_pb2
 from flowcontrol.events import Settled
 from server.access_log import AccessLogDoor
 from server.codec import INSTANCE
-from server.log_codec import SERVICE
+from server.log_codec import REPORT_FORMAT, REPORT_TAG, SERVICE
 from server.settlement import Result, Settlement
 from tests.e2e.harness import eventually
 
@@ -21,9 +21,9 @@ def message(*request_ids: int) -> bytes:
     """A message of the log about these requests."""
     log = als_pb2.StreamAccessLogsMessage()
     for request_id in request_ids:
-        common = log.http_logs.log_entry.add().common_properties
-        metadata = common.metadata.filter_metadata["flowcontrol"]
-        metadata.fields["ticket"].string_value = f"{INSTANCE}.{request_id}"
+        tags = log.http_logs.log_entry.add().common_properties.custom_tags
+        words = (f"{INSTANCE}.{request_id}", *REPORT_FORMAT.split()[1:])
+        tags[REPORT_TAG] = " ".join(words)
     data: bytes = log.SerializeToString()
     return data
 

@@ -12,19 +12,27 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from flowcontrol.config import (
+    Adaptive,
     BandSettings,
     BandTemplate,
     Concurrency,
     ControllerConfig,
     Limits,
     Picker,
+    Utilization,
 )
-from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
+from flowcontrol.events import (
+    DrainBegan,
+    EndpointsChanged,
+    LoadObserved,
+    ObjectivesChanged,
+    Settled,
+)
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from server.admin import SERVICE, FlowControlServicer
 from server.classify import RequestFacts
-from server.gate import FlowGate, Parked
+from server.gate import NEWS_WITHIN_S, FlowGate, Parked
 
 TIMEOUT_S = 10.0
 FACTS = RequestFacts("tenant", None, 100, None, "", "/v1/completions")
@@ -88,7 +96,7 @@ async def admin(config: ControllerConfig | None = None) -> AsyncIterator[Admin]:
     async with running_gate(config or ControllerConfig()) as (gate, ended):
         server = grpc.aio.server()
         api_grpc.add_FlowControlServicer_to_server(  # type: ignore[no-untyped-call]  # generated
-            FlowControlServicer(gate, "llama"), server
+            FlowControlServicer(gate, "llama", lambda: 0), server
         )
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -186,6 +194,35 @@ class TestGetSnapshot:
 
         assert not endpoint.HasField("in_flight")
         assert endpoint.saturation == 0.0
+
+    async def test_detectors(self) -> None:
+        """Each with its limit, and how that was found; what settled requests is told as well."""
+        config = ControllerConfig(detectors=(Utilization(), Adaptive(limit_first=2)))
+        async with admin(config) as service:
+            service.gate.post(EndpointsChanged(("10.0.0.5:8000",)))
+            service.gate.post(LoadObserved("10.0.0.5:8000", 1, 1, 0.2))
+            await service.get()
+            service.gate.post(EndpointsChanged(("10.0.0.5:8000", "10.0.0.6:8000")))
+            first, second = service.gate.park(FACTS), service.gate.park(FACTS)
+            await asyncio.gather(settled(first), settled(second))
+            service.gate.post(Settled(first.request_id, 10, 0, 20))
+            service.gate.leave(first)
+            service.gate.leave(second)
+            got = await service.get()
+
+        scraped, found = got.detectors
+        assert [(each.stage, each.kind) for each in (scraped, found)] == [
+            ("both", "utilization"),
+            ("both", "adaptive"),
+        ]
+        assert not scraped.HasField("requests_limit")
+        assert found.requests_limit == 4
+        (move,) = found.moves
+        assert (move.before, move.after, move.address) == (2.0, 4.0, "")
+        assert move.reason == "1 endpoints became 2"
+        assert move.ago.ToNanoseconds() > 0
+        counts = got.settlements
+        assert (counts.received, counts.lost, counts.awaited) == (1, 0, 1)
 
     async def test_inbox_refusals(self) -> None:
         """Requests that the engine never saw are counted as well."""
@@ -308,7 +345,9 @@ class TestWatchSnapshot:
             gate = FlowGate(ControllerConfig(), 1, lambda *_: None, ended.set_result)
             gate.start()
             request = watch_request(asked_s)
-            snapshots = aiter(FlowControlServicer(gate, "llama").WatchSnapshot(request, None))
+            snapshots = aiter(
+                FlowControlServicer(gate, "llama", lambda: 0).WatchSnapshot(request, None)
+            )
             for _ in range(3):
                 await anext(snapshots)
             gate.post(DrainBegan(0))
@@ -318,7 +357,8 @@ class TestWatchSnapshot:
         with asyncio.Runner(loop_factory=lambda: loop) as runner:
             runner.run(scenario())
 
-        assert loop.delays == [pytest.approx(expected_s)] * 2
+        drain_s = NEWS_WITHIN_S
+        assert loop.delays == [pytest.approx(each) for each in (expected_s, expected_s, drain_s)]
 
     async def test_the_end(self) -> None:
         """A watcher is told when the processor has ended."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from flowcontrol.errors import ListenError
+from flowcontrol.errors import FlowControlError, ListenError
 from server.cli import main
 from server.service import Service
 from server.settings import load_settings
@@ -124,7 +126,7 @@ class TestCheckConfig:
 
         result = run("check-config", str(example))
 
-        assert result.stdout == f"{example}: ok\n"
+        assert re.fullmatch(f"{re.escape(str(example))}: ok, hash [0-9a-f]{{12}}\n", result.stdout)
         assert result.exit_code == 0
 
 
@@ -166,8 +168,8 @@ class TestServe:
 
     @pytest.fixture(name="ports")
     def _ports(self) -> list[int]:
-        """Ports for ext_proc, health and HTTP."""
-        return free_ports(3)
+        """Ports for ext_proc, health, HTTP and the direct door."""
+        return free_ports(4)
 
     @pytest.fixture(name="config")
     def _config(self, tmp_path: Path, ports: list[int]) -> Path:
@@ -178,7 +180,7 @@ class TestServe:
             "apiVersion: flowcontrol/v1alpha1\nkind: FlowControlConfig\npool: llama\n"
             "objectives: {directory: objectives}\nendpoints: {static: []}\n"
             f"listen:\n  extProc: 127.0.0.1:{ports[0]}\n  health: 127.0.0.1:{ports[1]}\n"
-            f"  http: 127.0.0.1:{ports[2]}\n"
+            f"  http: 127.0.0.1:{ports[2]}\n  direct: 127.0.0.1:{ports[3]}\n"
         )
         return path
 
@@ -191,12 +193,16 @@ class TestServe:
             stopped = lines_until(process, "service_stopped")
 
             assert process.wait(TIMEOUT_S) == 0
-        assert [line["event"] for line in started] == ["objectives_changed", "service_started"]
+        assert [line["event"] for line in started] == [
+            "endpoints_changed",
+            "objectives_changed",
+            "service_started",
+        ]
         assert [line["event"] for line in stopped] == ["drain_began", "service_stopped"]
         assert stopped[0]["cause"] == number.name
         assert stopped[1]["exit_status"] == 0
 
-    @pytest.mark.parametrize("taken", [0, 1, 2], ids=["ext_proc", "health", "http"])
+    @pytest.mark.parametrize("taken", [0, 1, 2, 3], ids=["ext_proc", "health", "http", "direct"])
     def test_port_in_use(self, config: Path, ports: list[int], taken: int) -> None:
         """A port that is taken is named as the last word; nothing is left running; status 2."""
         with socket.create_server(("127.0.0.1", ports[taken])), serving(config) as process:
@@ -212,10 +218,29 @@ class TestServe:
         """When a port is taken the processor has ended before that is said."""
         interval_s = sys.getswitchinterval()
         with socket.create_server(("127.0.0.1", ports[0])), pytest.raises(ListenError):
-            await Service(load_settings(config)).run()
+            await Service(load_settings(config), config).run()
 
         sys.setswitchinterval(interval_s)
         assert "flow-processor" not in {thread.name for thread in threading.enumerate()}
+
+    @pytest.mark.parametrize(
+        ("module", "advice"),
+        [
+            (None, r"traces.exporter needs server.otel: pip install 'flowcontrol\[otel\]'"),
+            (ModuleType("server.otel"), "pip install --force-reinstall --no-deps opentelemetry"),
+        ],
+        ids=["missing", "overwritten"],
+    )
+    async def test_traces_unusable(
+        self, config: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType | None, advice: str
+    ) -> None:
+        """Where the extra is missing, or another package wrote over its files, the cure is said."""
+        monkeypatch.setitem(sys.modules, "server.otel", module)  # None: it cannot be found
+        with config.open("a") as file:
+            file.write("traces: {exporter: otlp}\n")
+
+        with pytest.raises(FlowControlError, match=advice):
+            Service(load_settings(config), config)
 
     def test_without_assertions(self, config: Path) -> None:
         """With -O the service refuses to start: its assertions guard the ledger."""

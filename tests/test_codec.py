@@ -242,6 +242,37 @@ class TestProceed:
 
         assert expected == parsed(Proceed(8, -1, 999_999, endpoint=value))
 
+    @given(
+        st.integers(1, 2**63),
+        st.integers(-1000, 1000),
+        st.integers(0, 10**15),
+        st.floats(0, 1),
+        st.none() | st.text(min_size=1, max_size=30),
+    )
+    def test_any_values(
+        self,
+        request_id: int,
+        priority: int,
+        waited_ns: int,
+        headroom: float,
+        endpoint: str | None,
+    ) -> None:
+        """What is filled into a template reads as if the message had been written for it."""
+        response = parsed(Proceed(request_id, priority, waited_ns, endpoint, headroom=headroom))
+
+        assert response.dynamic_metadata is not None
+        fields = response.dynamic_metadata.fields
+        assert fields["flowcontrol"] == notes(
+            request_id,
+            queue_ms=waited_ns // 1_000_000,
+            priority=priority,
+            headroom=round(headroom, 3),
+        )
+        assert ("envoy.lb" in fields) == (endpoint is not None)
+        if endpoint is not None:
+            name = "x-gateway-destination-endpoint"
+            assert set_headers(response) == {name: endpoint.encode()}
+
     def test_awaits_answer(self) -> None:
         """Of one request the response headers are asked for; of others nothing is said."""
         asked = parsed(Proceed(7, -1, 0, awaits_answer=True)).mode_override

@@ -170,6 +170,7 @@ class TestCompose:
         assert path.resolve() == SETTINGS_FILE
         mounted = parsed["config"].parent / "../objectives"
         folder = on_the_host(SERVICES["flowcontrol"], Path("/", *mounted.parts))
+        assert settings.objectives.directory is not None
         assert folder.resolve() == settings.objectives.directory.resolve()
 
     def test_model_servers(self, settings: Settings) -> None:
@@ -206,13 +207,14 @@ class TestEnvoyFile:
     def test_service_is_found(self, settings: Settings) -> None:
         """Envoy finds the service by its name in Compose, at its port."""
         clusters = yaml.safe_load(ENVOY_FILE.read_text())["static_resources"]["clusters"]
-        for cluster in clusters[:2]:  # ext_proc, access_log
+        ports = (settings.listen.direct, settings.listen.ext_proc)
+        for cluster, address in zip(clusters, ports, strict=False):  # ext_proc, access_log
             (locality,) = cluster["load_assignment"]["endpoints"]
             (host,) = locality["lb_endpoints"]
             socket = host["endpoint"]["address"]["socket_address"]
 
             assert socket["address"] in SERVICES
-            assert socket["port_value"] == settings.listen.ext_proc.port
+            assert Address("0.0.0.0", socket["port_value"]) == address
             assert cluster["type"] == "STRICT_DNS"
 
     def test_is_mounted(self) -> None:
@@ -255,8 +257,10 @@ class TestDockerfile:
         """The ports it names are the defaults."""
         (ports,) = arguments_of("EXPOSE")
         listen = Listen()
+        assert isinstance(listen.direct, Address)
 
         assert [int(port) for port in ports.split()] == [
+            listen.direct.port,
             listen.ext_proc.port,
             listen.health.port,
             listen.http.port,

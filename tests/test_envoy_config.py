@@ -1,6 +1,7 @@
 """Envoy's configuration: the one made by hand, the one of Compose, and what `bootstrap` makes."""
 
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,10 +11,14 @@ from typing import Any
 import pytest
 import yaml
 from google.protobuf import duration_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flowcontrol.errors import ConfigError
+from server.classify import READ_HEADERS
 from server.envoy_binary import envoy_binary
 from server.envoy_config import EnvoyOptions, bootstrap
+from server.envoy_filters import greater_than
 from server.settings import Address, Settings, load_settings
 
 ENVOY = Path(__file__).parents[1] / "envoy"
@@ -24,6 +29,9 @@ FILES = pytest.mark.parametrize(
 )
 CLOCKS = frozenset({"stream_idle_timeout", "request_timeout", "max_stream_duration"})
 """Envoy's clocks that run while a request is parked; `idle_timeout` is one on a route alone."""
+
+
+SERVERS = "model_servers"
 
 
 def settings_with(*static: str, picker: str = "off", **sections: Any) -> Settings:
@@ -235,7 +243,7 @@ class TestGate:
             "response_trailer_mode": "SEND",
         }
         assert addresses_of(cluster_of(configuration, "model_servers")) == list(
-            load_settings(settings_file).endpoints.static
+            load_settings(settings_file).endpoints.written
         )
 
     def test_generated_says_the_same(self) -> None:
@@ -291,7 +299,7 @@ class TestAddresses:
     )
     def test_service_is_found(self, listens: str, found: Address) -> None:
         """Envoy finds the service where it listens; every interface includes loopback."""
-        settings = settings_with(listen={"extProc": listens})
+        settings = settings_with(listen={"direct": "off", "extProc": listens})
 
         assert [found] == addresses_of(cluster_of(generated(settings), "ext_proc"))
 
@@ -364,11 +372,42 @@ class TestPicker:
         }
         assert "load_assignment" not in cluster
 
+    @pytest.mark.parametrize(
+        "endpoints", [{"kubernetes": {}}, {"dns": {"srv": ["_http._tcp.vllm.test"]}}]
+    )
+    @pytest.mark.parametrize("picker", ["off", "least-loaded"])
+    def test_endpoints_that_only_the_service_knows(
+        self, endpoints: dict[str, Any], picker: str
+    ) -> None:
+        """They need an Envoy that goes wherever it is told; another is not made."""
+        settings = settings_with(picker=picker, endpoints=endpoints)
+
+        with pytest.raises(ConfigError, match="they need --original-dst"):
+            bootstrap(settings, EnvoyOptions())
+        if picker != "off":
+            cluster = cluster_of(generated(settings, EnvoyOptions(original_dst=True)), SERVERS)
+            assert cluster["type"] == "ORIGINAL_DST"
+
+    def test_names(self) -> None:
+        """Names that the service resolves Envoy resolves, too, beside the static addresses."""
+        endpoints = {"static": ["10.0.0.5:8000"], "dns": {"names": ["vllm.test:8000"]}}
+        cluster = cluster_of(generated(settings_with(endpoints=endpoints)), SERVERS)
+
+        assert cluster["type"] == "STRICT_DNS"
+        assert addresses_of(cluster) == [Address("10.0.0.5", 8000), Address("vllm.test", 8000)]
+
     def test_original_dst_without_picker(self) -> None:
         """Without a picker nobody would choose an address."""
         rule = "picker must not be off with --original-dst: nobody would choose an address"
         with pytest.raises(ConfigError, match=f"^{rule}$"):
             bootstrap(settings_with(), EnvoyOptions(original_dst=True))
+
+    def test_original_dst_takes_one_address(self) -> None:
+        """Such a cluster knows no list of addresses."""
+        settings = settings_with(picker="least-loaded", pickerFallbacks=2)
+        rule = "pickerFallbacks must be 0 with --original-dst, got 2"
+        with pytest.raises(ConfigError, match=f"^{rule}$"):
+            bootstrap(settings, EnvoyOptions(original_dst=True))
 
     def test_subset_is_forwarded(self) -> None:
         """With a picker the service is told which endpoints a request may go to."""
@@ -415,6 +454,35 @@ class TestReaders:
         assert ("request_rules" in names) is reads_bodies
         assert ("response_rules" in names) is (access_log and token_usage)
         assert ("forwarding_namespaces" in names) is reads_bodies
+
+    def test_small_bodies_alone(self) -> None:
+        """Large requests pass the reader by; what responses say of usage is read all the same."""
+        configuration = generated(settings_with(requests={"readBodiesUpTo": "64Ki"}))
+
+        readers = ["match_delegate", "json_to_metadata"]
+        assert self.filters(configuration) == [*readers, "ext_proc", "sse_to_metadata", "router"]
+        match = the_only(configuration, "single_predicate")
+        assert match["value_match"]["safe_regex"]["regex"] == greater_than(65_536)
+
+    @given(st.integers(1, 10**12), st.integers(0, 10**12))
+    def test_greater(self, limit: int, size: int) -> None:
+        """Envoy can compare no numbers, but their digits."""
+        regex = greater_than(limit)
+
+        assert (re.fullmatch(regex, str(size)) is not None) == (size > limit)
+        assert re.fullmatch(regex, str(limit)) is None
+        assert re.fullmatch(regex, str(limit + 1)) is not None
+
+    def test_headers_that_are_read(self) -> None:
+        """Envoy sends the headers that are read, and those that rules ask for; no others."""
+        rule = {"match": {"header:X-Plan": "gold"}, "flowIdFrom": "header:x-org"}
+        counted = {"inputTokensFrom": "header:x-prompt-tokens"}
+        rules = the_only(
+            generated(settings_with(requests={"rules": [rule], **counted})), "patterns"
+        )
+
+        asked = {"x-plan", "x-org", "x-prompt-tokens"}
+        assert {each["exact"] for each in rules} == {*READ_HEADERS, *asked}
 
     def test_metadata_of_rules_is_forwarded(self) -> None:
         """What another filter has found, and a rule asks for, is passed on."""

@@ -126,6 +126,17 @@ class TestForecast:
         assert found.position == 49
         assert found.wait_ns == pytest.approx(10 * SECOND, rel=0.02)
 
+    def test_band_that_waits_in_vain_knows_nothing(self) -> None:
+        """Once somebody has waited longer than that, unserved, the band may as well be gated."""
+        gated, pool = DrainRate(0), draining(5)
+        gated.began(98 * SECOND)
+
+        at_first = forecast(0, Ahead(19), gated, pool, 100 * SECOND)
+        later = forecast(0, Ahead(19), gated, pool, 103 * SECOND)
+
+        assert at_first.wait_ns == pytest.approx(4 * SECOND, rel=0.02)
+        assert later == Forecast(19, None)
+
 
 class World:
     """A pool of so many slots before an engine, and flows of which the first are hot.

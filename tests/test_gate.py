@@ -323,6 +323,7 @@ class TestRecall:
             assert (first.outcome, first.awaits_answer) == (Outcome.DISPATCHED, True)
             assert second.outcome is Outcome.RECLAIMED
             assert not person.future.done()
+            assert [each.decision for each in home.gate.recent.newest(9)] == [second, first]
 
             home.gate.leave(batch)
 
@@ -561,10 +562,21 @@ class TestBells:
                 before = loop.soon_count
                 for each in parked:
                     home.gate.leave(each)
-                assert loop.soon_count - before == 1
+                assert loop.soon_count == before, "nobody waits for a slot"
                 assert (await home.gate.snapshot()).in_flight == 0
 
         run_listening(scenario)
+
+    async def test_news_of_no_consequence_is_read_soon(self) -> None:
+        """What nobody waits for wakes the processor a moment later, if nothing else does."""
+        async with house() as home:
+            parked = home.gate.park(FACTS)
+            await decided(parked)
+            home.gate.leave(parked)
+            home.gate.post(DrainBegan(0))
+
+            await home.ended()
+            assert home.outcomes == {Outcome.DISPATCHED: 1}
 
     async def test_every_turn_rings(self) -> None:
         """The next turn rings again: no request waits for another to wake the processor."""

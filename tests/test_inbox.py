@@ -1,6 +1,6 @@
 """The inbox, with real threads and without sleeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Barrier, Event, Thread
 
@@ -51,6 +51,23 @@ class TestTake:
 
         assert inbox.take(None) == facts
 
+    def test_since(self) -> None:
+        """The taker knows since when there was something to take, leftovers included."""
+        times_ns = iter([100, 200, 300])
+        inbox = Inbox(arrivals_max=9, batch_max=2, clock=lambda: next(times_ns))
+        assert inbox.offer(arrived(1))
+        for request_id in range(2):
+            inbox.post(Left(request_id))
+        since_ns = []
+        for _ in range(2):
+            inbox.take(None)
+            since_ns.append(inbox.since_ns)
+        inbox.post(Left(2))
+        inbox.close()
+
+        assert [*since_ns, inbox.since_ns] == [100, 100, 200]
+        assert next(times_ns) == 300
+
     def test_batch_is_bounded(self) -> None:
         """What is too much for one turn stays for the next, which does not sleep."""
         inbox = Inbox(arrivals_max=9, batch_max=2)
@@ -87,7 +104,7 @@ class TestBell:
     def test_ring_wakes_the_sleeper(self) -> None:
         """Whoever puts something and rings is heard."""
         inbox = Inbox(arrivals_max=9)
-        taken: list[Fact] = []
+        taken: list[object] = []
 
         def take() -> None:
             while not taken:
@@ -200,7 +217,7 @@ class TestClose:
     def test_close_wakes_the_sleeper(self) -> None:
         """A taker that sleeps for ever is let go."""
         inbox = Inbox(arrivals_max=9)
-        taken: list[list[Fact]] = []
+        taken: list[Sequence[object]] = []
 
         in_threads(lambda: taken.append(inbox.take(None)), lambda: taken.append(inbox.close()))
 
@@ -226,7 +243,7 @@ class Race:
         self.inbox = Inbox(arrivals_max=1000, batch_max=3)
         self.is_closed = Event()
         self.accepted: list[int] = []
-        self.found: list[Fact] = []
+        self.found: list[object] = []
         """Taken, or returned by close."""
 
     def offer(self, first_id: int) -> None:

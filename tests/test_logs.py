@@ -1,13 +1,14 @@
 """The canonical line of a request."""
 
+import contextlib
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import structlog
-from structlog.testing import capture_logs
 
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
@@ -52,9 +53,13 @@ class NoFuture:
 def line_of(decision: Decision, decided_ns: int = 100 * MS, left_ns: int | None = 350 * MS) -> Any:
     """The one line that is written when such a request is over."""
     parked = Parked(7, FACTS, NoFuture(), decided_ns, left_ns)  # type: ignore[arg-type]  # unread
-    with capture_logs() as lines:
-        logs.request_ended(parked, decision)
-    (line,) = lines
+    written = io.StringIO()
+    with contextlib.redirect_stderr(written):
+        log = logs.RequestLog(lambda _write: None)
+        log.request_ended(parked, decision)
+        log.write()
+    line = json.loads(written.getvalue())
+    assert line.pop("timestamp").endswith("Z")
     return line
 
 
@@ -65,7 +70,7 @@ class TestRequestEnded:
         """A request that went on has its wait, its time in flight and its endpoint."""
         expected = {
             "event": "request_decided",
-            "log_level": "info",
+            "level": "info",
             "request_id": 7,
             "client_request_id": "e7f1",
             "flow_id": "tenant",
@@ -121,18 +126,43 @@ class TestRequestEnded:
     def test_no_header_values(self) -> None:
         """The line has these keys and no others: no path, no header, no body."""
         assert line_of(DISPATCHED).keys() == {
-            *("event", "log_level", "request_id", "client_request_id", "flow_id", "objective"),
-            *(
-                "model",
-                "priority",
-                "outcome",
-                "http_status",
-                "waited_ms",
-                "in_flight_ms",
-                "byte_size",
-            ),
+            *("event", "level", "request_id", "client_request_id", "flow_id", "objective"),
+            *("model", "priority", "outcome", "http_status", "waited_ms", "in_flight_ms"),
+            "byte_size",
             *("saturation", "waiting", "endpoint"),
         }
+
+
+class TestWriting:
+    """Many at once."""
+
+    def test_together(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """The first that ends asks to be written soon; until then the others join it."""
+        asked: list[Callable[[], None]] = []
+        log = logs.RequestLog(asked.append)
+        parked = Parked(7, FACTS, NoFuture(), 1, 2)  # type: ignore[arg-type]  # unread
+        for request_id in range(3):
+            log.request_ended(parked, replace(DISPATCHED, flow_id=f'"{request_id}\n\x00é'))
+        assert capsys.readouterr().err == ""
+
+        (write,) = asked
+        write()
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+        log.write()
+
+        assert [line["flow_id"] for line in lines] == [f'"{number}\n\x00é' for number in range(3)]
+        assert capsys.readouterr().err == ""
+        log.request_ended(parked, DISPATCHED)
+        assert len(asked) == 2
+
+    def test_level(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """They are lines of level info."""
+        logs.configure("warning")
+        log = logs.RequestLog(lambda _write: None)
+        log.request_ended(Parked(7, FACTS, NoFuture(), 1, 2), DISPATCHED)  # type: ignore[arg-type]  # unread
+        log.write()
+
+        assert capsys.readouterr().err == ""
 
 
 class TestConfigure:

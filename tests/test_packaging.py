@@ -104,7 +104,8 @@ class TestWheel:
         """Name, Python and the extras are what pyproject.toml says."""
         assert metadata["Name"] == ["flowcontrol"]
         assert metadata["Requires-Python"] == [">=3.11"]
-        assert set(metadata["Provides-Extra"]) == {"demo", "dev", "envoy"}
+        extras = {"demo", "dev", "envoy", "kubernetes", "otel", "top"}
+        assert set(metadata["Provides-Extra"]) == extras
         needed = metadata["Requires-Dist"]
         assert any(each.startswith("grpcio") for each in needed)
         assert not any(each.startswith("pytest") and "extra ==" not in each for each in needed)

@@ -44,7 +44,8 @@ class Shop:
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.inbox = Inbox(arrivals_max=100_000)
+        self.inbox_clock = Clock()
+        self.inbox = Inbox(arrivals_max=100_000, clock=self.inbox_clock)
         self.controller = FlowController(
             ControllerConfig(
                 default_settings=BandSettings(ttl_ns=5 * SECOND),
@@ -227,6 +228,24 @@ class TestSnapshot:
         assert len(decisions) == 1
         assert snapshot is not None
         assert (snapshot.waiting, snapshot.in_flight) == (2, 1)
+
+    def test_pace(self, shop: Shop) -> None:
+        """It comes with what turns took and how long facts had to wait for them."""
+        shop.clock.times_ns = [40 * MILLISECOND, 43 * MILLISECOND, 50 * MILLISECOND]
+        shop.inbox.take(0)
+        shop.inbox_clock.times_ns = [0, 39 * MILLISECOND]
+        shop.inbox.post(EndpointsChanged(("a",)))
+        shop.arrive(1)
+        shop.processor.start()
+        assert shop.decided() == [(1, Outcome.DISPATCHED)]
+        shop.processor.want_snapshot()
+        _, snapshot = shop.deliveries.get(timeout=WAIT_S)
+
+        assert snapshot is not None
+        assert snapshot.pace is not None
+        turns, lags = snapshot.pace.turns, snapshot.pace.lags
+        assert (sum(turns.counts), turns.sum_ns) == (1, 3 * MILLISECOND)
+        assert (sum(lags.counts), lags.sum_ns) == (1, 1 * MILLISECOND)
 
     def test_many_asks_make_one(self, shop: Shop) -> None:
         """Asked thrice before the turn, it is taken once."""

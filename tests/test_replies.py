@@ -16,10 +16,11 @@ from flowcontrol.events import (
     DrainBegan,
     EndpointsChanged,
     Fact,
+    FlowEvicted,
     Left,
     ObjectivesChanged,
 )
-from flowcontrol.request import Outcome, Request
+from flowcontrol.request import DEFAULT_FLOW_ID, Outcome, Request
 from server.replies import REFUSALS, Exempt, Proceed, Refuse, answer, retry_after
 
 SECOND = 1_000_000_000
@@ -34,6 +35,7 @@ TABLE = {
     "evicted-displaced": (429, "evicted-priority"),
     "evicted-cancelled": (499, "rejected-context-cancelled"),
     "evicted-drained": (503, "rejected-shutting-down"),
+    "evicted-operator": (429, "evicted-operator"),
     "reclaimed": (429, "evicted"),
     "internal": (500, "internal"),
 }
@@ -47,7 +49,7 @@ WITH_RETRY_AFTER = {
 }
 WITHOUT_RETRY_AFTER = {
     *("dispatched", "rejected-no-endpoints", "evicted-ttl"),
-    *("evicted-no-endpoints", "evicted-cancelled"),
+    *("evicted-no-endpoints", "evicted-cancelled", "evicted-operator"),
 }
 GRPC_STATUS = {429: 8, 499: 1, 500: 13, 503: 14}
 
@@ -115,9 +117,23 @@ class TestTable:
 
     def test_dispatched(self) -> None:
         """A dispatched request goes on, with what the engine knows of it."""
-        decision = replace(DECISION, endpoint="10.0.0.5:8000", retry_after_ns=9 * SECOND)
+        decision = replace(
+            DECISION,
+            endpoint="10.0.0.5:8000",
+            fallbacks=("10.0.0.6:8000",),
+            retry_after_ns=9 * SECOND,
+            saturation=0.75,
+        )
 
-        assert answer(decision, 0.5) == Proceed(1, 10, 5, "10.0.0.5:8000", headroom=1.0)
+        expected = Proceed(1, 10, 5, "10.0.0.5:8000", ("10.0.0.6:8000",), headroom=0.25)
+        assert answer(decision, 0.5) == expected
+
+    def test_no_headroom(self) -> None:
+        """A pool that is more than full has no room, not less."""
+        reply = answer(replace(DECISION, saturation=1.5), 0.5)
+
+        assert isinstance(reply, Proceed)
+        assert reply.headroom == 0
 
     def test_awaits_answer(self) -> None:
         """Whether we want to be told of the first byte is handed on."""
@@ -152,6 +168,7 @@ class TestRetryAfterByOutcome:
         decided = [
             *play([pool, chat, *crowd, Left(1), Arrived(Request(10)), urgent], then_s=50),
             *play([nobody, *crowd], then_s=40),
+            *play([nobody, crowd[0], FlowEvicted(0, DEFAULT_FLOW_ID)], then_s=1),
             *play([pool, *crowd[:2], DrainBegan(SECOND), crowd[3]], then_s=1),
         ]
 

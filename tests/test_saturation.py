@@ -385,6 +385,12 @@ class TestUtilization:
         gate.wait(100)
         assert gate.pool.saturation() == expected
 
+    def test_a_cache_not_told(self) -> None:
+        """An engine that does not say how full its cache is counts by its queue alone."""
+        gate = Gate(Utilization(), pool="a")
+        gate.pool.observed(LoadObserved("a", 2, running=None, kv_usage=None), 0)
+        assert gate.pool.saturation() == 0.4
+
     def test_who_comes_back_is_new(self) -> None:
         """What an endpoint said before it left is forgotten; who stays is remembered."""
         gate = Gate(Utilization(staleness=Staleness.HOLD))

@@ -22,6 +22,7 @@ from flowcontrol.config import (
 )
 from server.cli import main
 from server.settings import Address, Settings, load_settings, parse_address
+from server.settings_difference import settings_hash
 
 BAD_CONFIGS = sorted((Path(__file__).parent / "bad_config").glob("*.yaml"))
 EXAMPLE = Path(__file__).parents[1] / "envoy" / "flowcontrol.yaml"
@@ -127,7 +128,7 @@ class TestGoodConfig:
         """A good file is confirmed by name, with exit status 0."""
         result = check(config)
 
-        assert result.stdout == f"{config}: ok\n"
+        assert result.stdout == f"{config}: ok, hash {settings_hash(load_settings(config))}\n"
         assert not result.stderr
         assert result.exit_code == 0
 
@@ -173,6 +174,7 @@ class TestObjectivesDirectory:
 
         settings = load_settings(Path("../etc/flowcontrol.yaml"))
 
+        assert settings.objectives.directory is not None
         assert settings.objectives.directory.samefile(tmp_path / "etc" / "objectives")
 
     def test_absolute(self, tmp_path: Path) -> None:
@@ -218,6 +220,7 @@ class TestDefaults:
             no_endpoint_ttl_ns=300 * SECOND,
             detectors=(Concurrency(requests_max=64),),
             picker=Picker.OFF,
+            forecasts=True,
         )
 
         assert expected == load_settings(config).controller_config()
@@ -237,6 +240,7 @@ apiVersion: flowcontrol/v1alpha1
 kind: FlowControlConfig
 pool: qwen
 listen:
+  direct: unix:/run/flowcontrol.sock
   extProc: "[::1]:19002"
   health: 10.0.0.1:19003
   http: gateway.example:19090
@@ -287,6 +291,7 @@ class TestValues:
         )
         dumped = listen.model_dump()
         assert dumped == {
+            "direct": "unix:/run/flowcontrol.sock",
             "ext_proc": "[::1]:19002",
             "health": "10.0.0.1:19003",
             "http": "gateway.example:19090",
@@ -311,6 +316,7 @@ class TestValues:
             no_endpoint_ttl_ns=SECOND // 2,
             detectors=(Concurrency(requests_max=8),),
             picker=Picker.LEAST_LOADED,
+            forecasts=True,
         )
 
         assert expected == settings.controller_config()
@@ -351,7 +357,7 @@ class TestExample:
 
         config = settings.controller_config()
         assert settings.pool == "llama"
-        assert len(settings.endpoints.static) == 3
+        assert len(settings.endpoints.written) == 3
         assert settings.objectives.directory == EXAMPLE.parent / "objectives"
         assert config.detectors == (Concurrency(requests_max=16),)
         assert config.settings_for(10).limits == Limits(requests_max=5000)

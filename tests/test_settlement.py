@@ -77,11 +77,17 @@ class TestTake:
 
     def test_what_the_engine_is_told(self, house: House) -> None:
         """Tokens as they are, times in nanoseconds, and what is not known as None."""
-        said = {"input_tokens": 11, "output_tokens": 7, "ttft_us": 171_979, "is_success": False}
+        said = {"input_tokens": 11, "output_tokens": 7, "ttft_us": 171_979}
+        said |= {"is_success": False, "was_turned_away": True}
         house.settlement.take(entry(7, **said))
 
         expected = Settled(
-            7, input_tokens=11, output_tokens=7, ttft_ns=171_979_000, is_success=False
+            7,
+            input_tokens=11,
+            output_tokens=7,
+            ttft_ns=171_979_000,
+            is_success=False,
+            was_turned_away=True,
         )
         assert [expected] == house.settled
 

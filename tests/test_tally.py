@@ -87,3 +87,17 @@ class TestTally:
     def test_bounds_grow(self) -> None:
         """The histogram is one that Prometheus can read."""
         assert list(WAIT_BOUNDS_S) == sorted(set(WAIT_BOUNDS_S))
+
+    def test_forecasts(self) -> None:
+        """Only what was dispatched and predicted shows how true a prediction was."""
+        tally = Tally()
+        tally.count(Outcome.DISPATCHED, 900, 1000)
+        tally.count(Outcome.DISPATCHED, 5000, 1000)
+        tally.count(Outcome.DISPATCHED, 900)
+        tally.count(Outcome.DISPATCHED, 0, 0)
+        tally.count(Outcome.EVICTED_TTL, 5000, 1000)
+
+        forecasts = tally.totals().forecasts
+        assert forecasts is not None
+        assert forecasts.counts == (0, 0, 0, 1, 0, 0, 1)
+        assert forecasts.sum_ns == 5_900_000_000

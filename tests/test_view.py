@@ -62,7 +62,7 @@ class TestDetectors:
 
         (shown,) = take_snapshot(controller, 3 * SECOND, 10).detectors
 
-        assert shown.requests_limit == 4
+        assert (shown.requests_limit, shown.raised, shown.lowered) == (4, 1, 0)
         assert [(each.ago_ns, each.before, each.after) for each in shown.moves] == [
             (2 * SECOND, 2.0, 4.0)
         ]

@@ -6,11 +6,12 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from flowcontrol.errors import NotRunningError
 from flowcontrol.snapshot import Snapshot
-from server.metrics import SnapshotCollector
+from server.metrics import SnapshotCollector, registry_of
 from server.web import web_application
 
 IDLE = Snapshot(
@@ -27,12 +28,12 @@ IDLE = Snapshot(
 )
 
 
-async def collect() -> SnapshotCollector:
+async def collect() -> CollectorRegistry:
     """The metrics of an idle engine."""
-    return SnapshotCollector(IDLE, inbox_refusals=3, objective_errors=0)
+    return registry_of([SnapshotCollector(IDLE, inbox_refusals=3, objective_errors=0)])
 
 
-async def collect_from_nobody() -> SnapshotCollector:
+async def collect_from_nobody() -> CollectorRegistry:
     """What the gate says when the processor has ended."""
     message = "the processor has stopped"
     raise NotRunningError(message)
@@ -70,8 +71,8 @@ class TestMetrics:
         """Each scrape asks anew."""
         counts = iter(range(10))
 
-        async def counting() -> SnapshotCollector:
-            return SnapshotCollector(IDLE, inbox_refusals=next(counts), objective_errors=0)
+        async def counting() -> CollectorRegistry:
+            return registry_of([SnapshotCollector(IDLE, next(counts), objective_errors=0)])
 
         application = web_application(counting, lambda: True, lambda: True)
         async with client_of(application) as client:

@@ -29,7 +29,7 @@ _CONFIG = """\
 apiVersion: flowcontrol/v1alpha1
 kind: FlowControlConfig
 pool: llama
-listen: {{extProc: "{ext_proc}", health: "{health}", http: "{http}"}}
+listen: {{direct: "{direct}", extProc: "{ext_proc}", health: "{health}", http: "{http}"}}
 objectives: {{directory: ./objectives}}
 endpoints: {{static: {endpoints}}}
 picker: least-loaded
@@ -63,6 +63,7 @@ class Ports:
     bare: int = 8081
     """Envoy alone: the same routes without the external processor."""
     admin: int = 9901
+    direct: int = 9004
     ext_proc: int = 9002
     health: int = 9003
     http: int = 9090
@@ -74,6 +75,7 @@ class Ports:
             gated=self.gated + offset,
             bare=self.bare + offset,
             admin=self.admin + offset,
+            direct=self.direct + offset,
             ext_proc=self.ext_proc + offset,
             health=self.health + offset,
             http=self.http + offset,
@@ -82,8 +84,8 @@ class Ports:
 
     def all(self) -> tuple[int, ...]:
         """Return every port."""
-        fixed = (self.gated, self.bare, self.admin, self.ext_proc, self.health, self.http)
-        return (*fixed, *self.servers)
+        doors = (self.direct, self.ext_proc, self.health, self.http)
+        return (self.gated, self.bare, self.admin, *doors, *self.servers)
 
 
 @contextlib.asynccontextmanager
@@ -145,6 +147,7 @@ def _write_configuration(ports: Ports, directory: Path) -> None:
     config = directory / "flowcontrol.yaml"
     config.write_text(
         _CONFIG.format(
+            direct=Address(HOST, ports.direct),
             ext_proc=Address(HOST, ports.ext_proc),
             health=Address(HOST, ports.health),
             http=Address(HOST, ports.http),

@@ -23,7 +23,7 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
 
 from server.classify import Intake, classify
 from server.codec import INSTANCE, Encoder, decode
-from server.log_codec import decode_log
+from server.log_codec import REPORT_TAG, decode_log
 from server.replies import Proceed
 from server.rules import Condition, Rule, parse_fact
 
@@ -64,16 +64,9 @@ def log_entry() -> bytes:
     """Return a message of the access log that holds one entry."""
     message = als_pb2.StreamAccessLogsMessage()
     entry = message.http_logs.log_entry.add()
-    common = entry.common_properties
-    common.metadata.filter_metadata["flowcontrol"].update({"ticket": f"{INSTANCE}.17"})
-    common.metadata.filter_metadata["flowcontrol.request"].update(BODY)
-    common.metadata.filter_metadata["flowcontrol.usage"].update(
-        {"input_tokens": 500, "output_tokens": 120}
+    entry.common_properties.custom_tags[REPORT_TAG] = (
+        f"{INSTANCE}.17 via_upstream - 200 151764 82958 2600 500 - 120 2311 456 10.0.0.5:8000"
     )
-    for tag in ("ttft_us", "generation_us", "parked_us"):
-        common.custom_tags[tag] = "151764"
-    common.upstream_remote_address.socket_address.address = "10.0.0.5"
-    common.upstream_remote_address.socket_address.port_value = 8000
     entry.response.response_code.value = 200
     data: bytes = message.SerializeToString()
     return data

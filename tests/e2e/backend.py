@@ -99,6 +99,8 @@ class Backend:
         """Every call there ever was."""
         self.is_answering = False
         """Whether each call is answered at once, instead of by the test."""
+        self.page: bytes | None = None
+        """What /metrics says, which is asked for beside the calls; None: 404."""
         self._arrived = arrived
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -137,6 +139,10 @@ class Backend:
                     # Envoy does not pipeline: what comes before the answer is the end.
                     following = asyncio.ensure_future(reader.readuntil(b"\r\n\r\n"))
                     following.add_done_callback(partial(_note_end, call))
+                    if call.path == "/metrics":
+                        await call.respond(self.page or b"", 404 if self.page is None else 200)
+                        head = await following
+                        continue
                     self.calls.append(call)
                     if self.is_answering:
                         await call.respond()

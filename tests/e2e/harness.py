@@ -22,15 +22,18 @@ from typing import Any, final
 import yaml
 
 from server.envoy_binary import envoy_binary
+from server.guard import TOKEN_VARIABLE
 from server.settings import Address, load_settings
 from tests.e2e.client import fetch
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 POOL = "llama"
+ADMIN_TOKEN = "say-friend-and-enter"
+"""What the service's environment holds; with it the API may change things."""
 OBJECTIVES: Mapping[str, int] = {"chat": 10, "batch": -1}
-DOORS = ("grpcio",)
-"""Ways into the service for Envoy's ext_proc streams; every test that starts one runs with each."""
+DOORS = ("direct", "grpcio")
+"""Ways into the service for Envoy's ext_proc streams. Both are open; every test runs with each."""
 Edit = Callable[[dict[str, Any]], None]
 _POLL_S = 0.01
 _START_S = 20.0
@@ -95,10 +98,15 @@ class Spec:
     is_pool_empty: bool = False
     """Whether the service is told of no endpoint at all."""
     picker: str = "off"
+    picker_fallbacks: int = 0
     original_dst: bool = False
     """Whether Envoy sends requests wherever the picker says, known to it or not."""
     flow_control: Mapping[str, Any] = field(default_factory=dict)
     requests: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Sections of the service's configuration in place of those that the rest makes."""
+    prepare: "Callable[[Stack], None] | None" = None
+    """Called before anything starts: writes files that the settings name."""
     settlement: Mapping[str, Any] = field(default_factory=dict)
     log_level: str = "info"
     edit_envoy: Edit | None = None
@@ -106,6 +114,11 @@ class Spec:
     service: Sequence[str] = (str(Path(sys.executable).with_name("flowcontrol")),)
     """The command that is told `serve --config ...`."""
     door: str = DOORS[0]
+    is_socket: bool = False
+    """Whether the direct door is a Unix socket."""
+    pems: Path | None = None
+    """A folder for mutual TLS: the service's certificate.pem and key.pem, Envoy's client.pem and
+    client.key, and ca.pem."""
 
 
 @final
@@ -122,7 +135,8 @@ class Process:
         self.stdout = log.with_suffix(".stdout")
         self.is_told_to_end = False
         """Whether a test has sent it a signal."""
-        environment = os.environ | {"PYTHONWARNINGS": "default"}  # to be seen in the log
+        environment = os.environ | {TOKEN_VARIABLE: ADMIN_TOKEN}
+        environment |= {"PYTHONWARNINGS": "default"}  # to be seen in the log
         with log.open("wb") as err, self.stdout.open("wb") as out:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=ROOT, env=environment
@@ -176,6 +190,7 @@ class Stack:
         self.gateway, self.admin, self.ext_proc, self.health, self.http = (
             Address(HOST, free_port()) for _ in range(5)
         )
+        self.direct = directory / "door.sock" if spec.is_socket else Address(HOST, free_port())
         self.endpoints = [Address(HOST, free_port()) for _ in range(spec.endpoints)]
         self.objectives = directory / "objectives"
         self.config = directory / "flowcontrol.yaml"
@@ -183,6 +198,11 @@ class Stack:
         self._starts = 0
         self._service: Process | None = None
         self._envoy: Process | None = None
+
+    @property
+    def door(self) -> Address | Path:
+        """Where Envoy finds the service: the one place that has to know doors."""
+        return {"direct": self.direct, "grpcio": self.ext_proc}[self.spec.door]
 
     @property
     def service(self) -> Process:
@@ -201,9 +221,17 @@ class Stack:
         self.objectives.mkdir()
         for name, priority in OBJECTIVES.items():
             self.declare(name, priority)
-        self.config.write_text(yaml.safe_dump(self._settings(), sort_keys=False))
+        if self.spec.prepare is not None:
+            self.spec.prepare(self)
+        self.configure()
         await self.start_service()
         await self._start_envoy()
+
+    def configure(self, **changes: Any) -> None:
+        """Write the service's configuration, all at once, with other sections in place."""
+        new = self.config.with_suffix(".new")
+        new.write_text(yaml.safe_dump({**self._settings(), **changes}, sort_keys=False))
+        new.rename(self.config)
 
     async def start_service(self) -> None:
         """Start the service, again perhaps, and wait until it is ready."""
@@ -272,17 +300,24 @@ class Stack:
             "objectives": {"directory": "./objectives"},
             "endpoints": {"static": [] if spec.is_pool_empty else [*map(str, self.endpoints)]},
             "picker": spec.picker,
+            "pickerFallbacks": spec.picker_fallbacks,
             "saturation": {"maxConcurrency": spec.max_concurrency},
             "flowControl": dict(spec.flow_control),
             "requests": dict(spec.requests),
             "settlement": dict(spec.settlement),
+            "tls": self._tls(),
+            **spec.settings,
         }
 
+    def _tls(self) -> dict[str, str]:
+        files = {"certificate": "certificate.pem", "key": "key.pem", "clientCa": "ca.pem"}
+        pems = self.spec.pems
+        return {name: str(pems / file) for name, file in files.items()} if pems else {}
+
     def _listen(self) -> dict[str, str]:
-        """Return what opens the door of the spec: the one place that has to know doors."""
-        assert self.spec.door in DOORS
+        direct = f"unix:{self.direct}" if isinstance(self.direct, Path) else str(self.direct)
         ports = {"extProc": self.ext_proc, "health": self.health, "http": self.http}
-        return {name: str(address) for name, address in ports.items()}
+        return {"direct": direct} | {name: str(address) for name, address in ports.items()}
 
     def _configure_envoy(self) -> None:
         """Write the configuration that fits the service's, with the changes of the spec."""
@@ -291,9 +326,19 @@ class Stack:
             warnings.filterwarnings(
                 "ignore", category=DeprecationWarning, module="envoy_data_plane"
             )
-            from server.envoy_config import EnvoyOptions, bootstrap  # noqa: PLC0415 - it warns
+            from server.envoy_config import (  # noqa: PLC0415 - it warns
+                EnvoyOptions,
+                EnvoyTls,
+                bootstrap,
+            )
+        names = ("ca.pem", "client.pem", "client.key")
+        files = [str(self.spec.pems / name) for name in names] if self.spec.pems else []
         options = EnvoyOptions(
-            listen=self.gateway, admin=self.admin, original_dst=self.spec.original_dst
+            listen=self.gateway,
+            admin=self.admin,
+            ext_proc=self.ext_proc if self.spec.door == "grpcio" else None,
+            tls=EnvoyTls(*files) if files else None,
+            original_dst=self.spec.original_dst,
         )
         configuration = yaml.safe_load(bootstrap(load_settings(self.config), options))
         if self.spec.edit_envoy is not None:

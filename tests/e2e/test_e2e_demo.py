@@ -72,7 +72,7 @@ class TestDemo:
         said = b""
         while b"Envoy alone, " not in said:  # the live view: everything is up
             said += await process.stdout.readline()
-        assert len(listening()) == 9
+        assert len(listening()) == 10
         process.send_signal(signal.SIGINT)
 
         status, rest = await outcome(process)

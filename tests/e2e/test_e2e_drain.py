@@ -33,7 +33,7 @@ async def liveness(gateway: Gateway) -> set[int]:
 async def is_avoided(gateway: Gateway) -> bool:
     """Return whether Envoy's health checks have found the service unhealthy."""
     clusters = (await fetch(gateway.stack.admin, "/clusters")).body.decode()
-    return f"ext_proc::{gateway.stack.ext_proc}::health_flags::/failed_active_hc" in clusters
+    return f"ext_proc::{gateway.stack.door}::health_flags::/failed_active_hc" in clusters
 
 
 class TestDrain:

@@ -222,6 +222,19 @@ class TestBodies:
         assert (await caller.reply()).status == 413
 
 
+class TestSmallBodiesAlone:
+    """requests.readBodiesUpTo."""
+
+    async def test_large_body_is_not_read(self, start: Start) -> None:
+        """Beyond the size nothing is known of a body, and it passes; of others all is."""
+        gateway = await start(Spec(requests={"readBodiesUpTo": 1000}))
+        small, _, _ = await fate(gateway, {"model": "m", "prompt": "x" * 900})
+        large, _, _ = await fate(gateway, {"model": "m", "prompt": "x" * 1000})
+
+        assert (small["model"], large["model"]) == ("m", "")
+        assert small["byte_size"] < 1000 < large["byte_size"]
+
+
 class TestDistrust:
     """requests.trustHeaders: false."""
 

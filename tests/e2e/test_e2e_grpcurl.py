@@ -5,12 +5,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
+from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor import FileDescriptor
+from grpc_health.v1 import health_pb2
 
 from server import admin, codec, log_codec
 from server.settings import Address
 from tests.e2e.gateway import FREED_S, Gateway
+from tests.e2e.harness import ADMIN_TOKEN
 
 pytestmark = pytest.mark.e2e
 
@@ -19,6 +25,7 @@ HEALTH = "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 PROCESS = f"{codec.SERVICE}/Process"
 ARRIVAL = {"request_headers": {"headers": {"headers": [{"key": ":path", "value": "/v1/by-hand"}]}}}
+PROOF = ("-H", f"authorization: Bearer {ADMIN_TOKEN}")
 ANSWER_S = 20.0
 
 
@@ -30,6 +37,25 @@ async def grpcurl(*arguments: str) -> str:
     output, _ = await asyncio.wait_for(process.communicate(), ANSWER_S)
     assert process.returncode == 0, output.decode()
     return output.decode()
+
+
+def protoset(directory: Path, *files: FileDescriptor) -> str:
+    """Write what the direct door, which has no reflection, would tell; return the file's name."""
+    found: dict[str, descriptor_pb2.FileDescriptorProto] = {}
+
+    def add(file: FileDescriptor) -> None:
+        for other in file.dependencies:
+            add(other)
+        if file.name not in found:
+            found[file.name] = descriptor_pb2.FileDescriptorProto()
+            file.CopyToProto(found[file.name])
+
+    for file in files:
+        add(file)
+    path = directory / "known.protoset"
+    known = descriptor_pb2.FileDescriptorSet(file=found.values())
+    path.write_bytes(known.SerializeToString())
+    return str(path)
 
 
 class TestReflection:
@@ -60,19 +86,22 @@ class TestReflection:
 class TestCalls:
     """Calls by hand."""
 
-    async def test_health(self, gateway: Gateway) -> None:
+    async def test_health(self, gateway: Gateway, tmp_path: Path) -> None:
         """Both ports say how the service is, in all and by name."""
 
-        async def check(address: Address, service: str) -> str:
+        async def check(address: Address, service: str, *known: str) -> str:
             data = json.dumps({"service": service})
-            reply = json.loads(await grpcurl("-d", data, str(address), f"{HEALTH}/Check"))
+            reply = json.loads(await grpcurl(*known, "-d", data, str(address), f"{HEALTH}/Check"))
             return str(reply["status"])
 
         stack = gateway.stack
         answers = [await check(stack.ext_proc, name) for name in ("", codec.SERVICE)]
         answers += [await check(stack.health, name) for name in ("readiness", "liveness")]
+        assert isinstance(stack.direct, Address)
+        known = ("-protoset", protoset(tmp_path, health_pb2.DESCRIPTOR))
+        answers += [await check(stack.direct, name, *known) for name in ("", codec.SERVICE)]
 
-        assert answers == ["SERVING"] * 4
+        assert answers == ["SERVING"] * 6
 
     async def test_snapshot(self, gateway: Gateway) -> None:
         """The snapshot reads well as JSON."""
@@ -88,10 +117,41 @@ class TestCalls:
         ) == ("llama", "1", 1)
         assert [band.get("priority", 0) for band in snapshot["bands"]] == [10, 0, -1]
 
-    async def test_process(self, gateway: Gateway) -> None:
+    async def test_requests(self, gateway: Gateway) -> None:
+        """One request explained, decisions listed, a flow evicted: as the README has it."""
+        _, occupying = await gateway.occupy()
+        waiting = await gateway.call(name="waiting")
+        await gateway.until(waiting=1)
+
+        async def ask(method: str, **data: object) -> dict[str, Any]:
+            address = str(gateway.stack.ext_proc)
+            text = await grpcurl(
+                *PROOF, "-d", json.dumps(data), address, f"{admin.SERVICE}/{method}"
+            )
+            answer: dict[str, Any] = json.loads(text)
+            return answer
+
+        listed = await ask("ListDecisions", count_max=1)
+        newest = int(listed["decisions"][0]["request_id"])
+        explained = await ask("Explain", request_id=str(newest + 1))
+        evicted = await ask(
+            "EvictFlow", priority=explained.get("priority", 0), flow_id=explained["flow_id"]
+        )
+        reply = await waiting.reply()
+        await occupying.respond()
+
+        assert listed["decisions"][0]["outcome"] == "dispatched"
+        assert (explained["state"], explained["gate"]) == ("WAITING", "POOL_FULL")
+        assert evicted == {"evicted": "1"}
+        assert reply.status == 429
+        assert reply.headers["x-llm-d-request-dropped-reason"] == "evicted-operator"
+
+    async def test_process(self, gateway: Gateway, tmp_path: Path) -> None:
         """A person can be Envoy: the slot is theirs as long as their input stays open."""
+        is_direct = gateway.stack.spec.door == "direct"
+        known = ("-protoset", protoset(tmp_path, ext_proc_pb2.DESCRIPTOR)) if is_direct else ()
         process = await asyncio.create_subprocess_exec(
-            *(GRPCURL, "-plaintext", "-d", "@", str(gateway.stack.ext_proc), PROCESS),
+            *(GRPCURL, "-plaintext", *known, "-d", "@", str(gateway.stack.door), PROCESS),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -349,6 +349,18 @@ class TestAccounts:
         lines = gateway.stack.events("request_reported")[before:]
         assert [line["result"] for line in lines] == ["settled"] * 4
 
+    async def test_reclaimed(self, start: Start) -> None:
+        """What was ended in flight is settled as anything that was dispatched."""
+        reclaim = {"mode": "before-first-byte"}
+        gateway = await start(Spec(log_level="debug", flow_control={"reclaim": reclaim}))
+        batch, call = await started(gateway, objective="batch")
+        person = await gateway.call(objective="chat")
+        assert (await batch.reply()).status == 429
+        await (await gateway.next_call()).respond()
+        await person.reply()
+
+        assert (await reported(gateway, call))["result"] == "settled"
+
     async def test_every_one_of_many(self, start: Start) -> None:
         """Of many requests at once, each is settled once, and nothing is kept of any."""
         gateway = await start(Spec(max_concurrency=50))

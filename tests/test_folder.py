@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -13,7 +14,7 @@ import structlog
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
-from server.objectives import ObjectiveFolder
+from server.sources.folder import MANIFEST_BYTES_MAX, ObjectiveFolder
 
 NEW, OLD = "llm-d.ai/v1alpha2", "inference.networking.x-k8s.io/v1alpha2"
 TIMEOUT_S = 3.0
@@ -253,6 +254,41 @@ class TestMistakes:
 
         assert folder.read() == {}
         assert folder.error_count == 2
+
+    def test_what_would_never_end(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """A pipe is not read, and neither is what is too large; the others are."""
+        os.mkfifo(tmp_path / "pipe.yaml")
+        (tmp_path / "large.yaml").write_bytes(b"#" * (MANIFEST_BYTES_MAX + 1))
+        (tmp_path / "chat.yaml").write_text(CHAT)
+
+        assert folder.read() == {"chat": 10}
+        assert folder.error_count == 2
+        assert "not a regular file" in folder.problems["pipe.yaml"]
+        assert "must be at most 1048576 bytes" in folder.problems["large.yaml"]
+
+    def test_standing_mistakes(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """What is wrong now can be asked for, until it is mended."""
+        path = tmp_path / "chat.yaml"
+        path.write_text("- a")
+        folder.read()
+        assert list(folder.problems) == ["chat.yaml"]
+        path.write_text(CHAT)
+        folder.read()
+
+        assert folder.problems == {}
+
+    def test_the_folder_itself(self, tmp_path: Path) -> None:
+        """When the folder cannot be read what was known stays; that is a mistake, too."""
+        directory = tmp_path / "folder"
+        directory.mkdir()
+        (directory / "chat.yaml").write_text(CHAT)
+        folder = ObjectiveFolder(directory, "llama")
+        folder.read()
+        directory.rename(tmp_path / "elsewhere")
+
+        assert folder.read() == {"chat": 10}
+        assert folder.error_count == 1
+        assert folder.problems == {"folder": "cannot be read: No such file or directory"}
 
 
 @final

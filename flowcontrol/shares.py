@@ -1,0 +1,50 @@
+"""Pure. Who got how much lately: the part of each flow in what its band was served.
+
+A window that fades instead of ending: what was served counts half after a half-life. Accounts grow
+with time instead of shrinking (forward decay), so a dispatch touches one of them. For eyes only:
+no policy decides by it.
+"""
+
+from typing import final
+
+HALF_LIFE_NS = 30_000_000_000
+ACCOUNTS_MAX = 10_000
+_RESTART_HALF_LIVES = 64
+_FORGOTTEN = 1e-3
+"""Part of a band's sum below which an account is not worth keeping."""
+
+
+@final
+class Shares:
+    """Cost served to each flow of one band. O(1) a dispatch, amortised."""
+
+    __slots__ = ("_served", "_since_ns", "_sum")
+
+    def __init__(self, now_ns: int) -> None:
+        self._since_ns = now_ns
+        self._served: dict[str, float] = {}
+        """As seen from `_since_ns`."""
+        self._sum = 0.0
+
+    def dispatched(self, flow_id: str, cost: float, now_ns: int) -> None:
+        """Take in one dispatch."""
+        half_lives = (now_ns - self._since_ns) / HALF_LIFE_NS
+        if half_lives > _RESTART_HALF_LIVES or len(self._served) > ACCOUNTS_MAX:
+            self._count_anew(half_lives, now_ns)
+            half_lives = 0.0
+        grown = cost * 2.0**half_lives
+        self._served[flow_id] = self._served.get(flow_id, 0.0) + grown
+        self._sum += grown
+
+    def of(self, flow_id: str) -> float:
+        """Return the part a flow got, from 0 to 1; 0 while nobody got anything."""
+        return self._served.get(flow_id, 0.0) / self._sum if self._sum > 0 else 0.0
+
+    def _count_anew(self, half_lives: float, now_ns: int) -> None:
+        least = self._sum * _FORGOTTEN
+        faded = 2.0**-half_lives
+        self._served = {
+            flow_id: served * faded for flow_id, served in self._served.items() if served >= least
+        }
+        self._sum = sum(self._served.values())
+        self._since_ns = now_ns

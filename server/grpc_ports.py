@@ -1,0 +1,91 @@
+"""The ports of grpcio, each with health and reflection."""
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from typing import Any, Final, final
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from flowcontrol.errors import ListenError
+from server import health
+from server.settings import Address
+
+MESSAGE_BYTES_MAX: Final = 1 << 20
+"""Envoy sends headers of 60 KiB at most unless told otherwise, and batches of access log entries of
+16 KiB; what is larger is not read."""
+METADATA_BYTES_MAX: Final = 16 << 10
+"""Of one gRPC call, as grpc counts."""
+
+GRPC_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
+    # grpc-core refuses streams it has not yet accepted: at random above 1000, all above 3000. A
+    # burst of parked requests looks just like that.
+    ("grpc.server.max_pending_requests", 1_000_000),
+    ("grpc.server.max_pending_requests_hard_limit", 1_000_000),
+    # Two processes on one port would each gate half of the requests, unnoticed.
+    ("grpc.so_reuseport", 0),
+    # Envoy's keepalive pings are welcome, also while every stream is silently parked.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+@final
+class GrpcPorts:
+    """Opens ports, and closes them all.
+
+    Args:
+        health: what they say of themselves.
+    """
+
+    def __init__(self, health: health.Health) -> None:
+        self._health = health
+        self._servers: list[grpc.aio.Server] = []
+
+    async def open(
+        self,
+        address: Address,
+        credentials: grpc.ServerCredentials | None,
+        services: Mapping[str, "grpc.GenericRpcHandler[Any, Any]"],
+    ) -> None:
+        """Open one more port.
+
+        Args:
+            address: where.
+            credentials: for TLS; None for plain text.
+            services: by full name; health and reflection are served in any case.
+
+        Raises:
+            ListenError: naming the address.
+        """
+        server = grpc.aio.server(options=GRPC_OPTIONS)
+        server.add_generic_rpc_handlers(tuple(services.values()))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        names = (*services, health.SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        _bind(server, address, credentials)
+        self._servers.append(server)
+        await server.start()
+
+    async def close(self, grace_s: float) -> None:
+        """Take no more calls; those under way have so long."""
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+
+
+def _bind(
+    server: grpc.aio.Server, address: Address, credentials: grpc.ServerCredentials | None
+) -> None:
+    with contextlib.suppress(RuntimeError):
+        if credentials is None:
+            port = server.add_insecure_port(str(address))
+        else:
+            port = server.add_secure_port(str(address), credentials)
+        if port:
+            return
+    raise ListenError(str(address))

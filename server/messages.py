@@ -1,0 +1,178 @@
+"""What the engine says, as messages of our own gRPC API."""
+
+import time
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from flowcontrol.explain import Explanation
+from flowcontrol.request import Outcome
+from flowcontrol.snapshot import (
+    BandSnapshot,
+    DetectorSnapshot,
+    EndpointSnapshot,
+    FlowSnapshot,
+    Snapshot,
+)
+from flowcontrol.v1 import flowcontrol_pb2 as api
+from server.gate import Parked
+from server.recent import Decided, RecentDecisions
+from server.wording import reason, sentences
+
+
+def snapshot_message(
+    snapshot: Snapshot, pool: str, inbox_refusals: int, flows_max: int
+) -> api.Snapshot:
+    """Return a snapshot as a message, with so many flows of each band."""
+    message = api.Snapshot(
+        pool=pool,
+        saturation=snapshot.saturation,
+        waiting=snapshot.waiting,
+        waiting_bytes=snapshot.waiting_bytes,
+        in_flight=snapshot.in_flight,
+        draining=snapshot.is_draining,
+        inbox_refusals=inbox_refusals,
+        unknown_objectives=snapshot.unknown_objectives,
+        bands=[_band(band, snapshot, flows_max) for band in snapshot.bands],
+        endpoints=[_endpoint(endpoint) for endpoint in snapshot.endpoints],
+        objectives=[
+            api.Objective(name=name, priority=priority)
+            for name, priority in sorted(snapshot.objectives.items())
+        ],
+        detectors=[_detector(detector) for detector in snapshot.detectors],
+        settlements=api.Settlements(
+            received=snapshot.settlements,
+            lost=snapshot.lost_settlements,
+            awaited=snapshot.awaited_settlements,
+        ),
+    )
+    message.time.GetCurrentTime()
+    return message
+
+
+def _band(band: BandSnapshot, snapshot: Snapshot, flows_max: int) -> api.Band:
+    totals = snapshot.totals.get(band.priority)
+    counts = {o.value: count for o, count in totals.outcomes.items()} if totals else {}
+    if totals:
+        counts["completed"] = totals.completed
+    return api.Band(
+        priority=band.priority,
+        declared=band.is_declared,
+        waiting=band.waiting,
+        waiting_bytes=band.waiting_bytes,
+        in_flight=band.in_flight,
+        oldest_wait=duration_message(band.oldest_wait_ns),
+        ceiling=band.ceiling,
+        requests_max=band.requests_max,
+        bytes_max=band.bytes_max,
+        flow_count=band.flow_count,
+        flows=[_flow(flow) for flow in band.flows[:flows_max]],
+        outcomes=[api.OutcomeCount(outcome=o, count=count) for o, count in sorted(counts.items())],
+        expected_wait=duration_message(band.expected_wait_ns),
+    )
+
+
+def _detector(detector: DetectorSnapshot) -> api.Detector:
+    return api.Detector(
+        stage=detector.stage,
+        kind=detector.kind,
+        saturation=detector.saturation,
+        requests_limit=detector.requests_limit,
+        moves=[
+            api.Move(
+                ago=duration_message(move.ago_ns),
+                address=move.address or "",
+                before=move.before,
+                after=move.after,
+                reason=move.reason,
+            )
+            for move in detector.moves
+        ],
+    )
+
+
+def _endpoint(endpoint: EndpointSnapshot) -> api.Endpoint:
+    return api.Endpoint(
+        address=endpoint.address,
+        in_flight=endpoint.in_flight,
+        saturation=endpoint.saturation,
+    )
+
+
+def _flow(flow: FlowSnapshot) -> api.Flow:
+    return api.Flow(
+        flow_id=flow.flow_id,
+        waiting=flow.waiting,
+        waiting_bytes=flow.waiting_bytes,
+        in_flight=flow.in_flight,
+        oldest_wait=duration_message(flow.oldest_wait_ns),
+        share=flow.share,
+        fair_share=flow.fair_share,
+    )
+
+
+def decision_message(
+    decided: Decided, recent: RecentDecisions, live: Parked | None
+) -> api.DecisionRecord:
+    """Return a decision as a message; `live` while its request has not left."""
+    facts, decision, decided_ns = decided
+    in_flight_ns = None
+    if decision.outcome is Outcome.DISPATCHED and live is not None:
+        in_flight_ns = time.monotonic_ns() - decided_ns
+    time_of_day = Timestamp()
+    time_of_day.FromNanoseconds(recent.wall_ns(decided_ns))
+    return api.DecisionRecord(
+        request_id=decision.request_id,
+        client_request_id=facts.client_request_id,
+        time=time_of_day,
+        outcome=decision.outcome.value,
+        reason=reason(decision),
+        priority=decision.priority,
+        flow_id=decision.flow_id,
+        objective=facts.objective or "",
+        waited=duration_message(decision.waited_ns),
+        expected_wait=duration_message(decision.expected_wait_ns),
+        endpoint=decision.endpoint or "",
+        retry_after=duration_message(decision.retry_after_ns),
+        saturation=decision.saturation,
+        waiting=decision.waiting,
+        in_flight=duration_message(in_flight_ns),
+        ended=live is None,
+    )
+
+
+def explanation_message(explained: Explanation, parked: Parked) -> api.Explanation:
+    """Return what there is to say of a live request as a message."""
+    return api.Explanation(
+        request_id=explained.request_id,
+        client_request_id=parked.facts.client_request_id,
+        state=api.Explanation.IN_FLIGHT if explained.is_in_flight else api.Explanation.WAITING,
+        sentences=sentences(explained),
+        priority=explained.priority,
+        flow_id=explained.flow_id,
+        age=duration_message(explained.age_ns),
+        deadline_in=duration_message(explained.deadline_in_ns),
+        gate=None if explained.is_in_flight else explained.gate.name,
+        saturation=explained.saturation,
+        ceiling=explained.ceiling,
+        gating_priority=explained.gating_priority,
+        in_flight=explained.in_flight,
+        endpoints=[_endpoint(endpoint) for endpoint in explained.endpoints],
+        ahead_in_flow=explained.ahead_in_flow,
+        ahead_in_band=explained.ahead_in_band,
+        ahead_above=explained.ahead_above,
+        flow=_flow(explained.flow),
+        rivals=[_flow(flow) for flow in explained.rivals],
+        expected_wait=duration_message(explained.expected_wait_ns),
+        expected_at_arrival=duration_message(explained.expected_at_arrival_ns),
+        position=explained.position,
+    )
+
+
+def duration_message(duration_ns: int | None) -> Duration | None:
+    """Return a duration as a message."""
+    if duration_ns is None:
+        return None
+    duration = Duration()
+    duration.FromNanoseconds(duration_ns)
+    return duration

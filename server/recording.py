@@ -1,0 +1,117 @@
+"""The turns of the processor on their way to threads that write them down or run them again.
+
+The processor never waits: what does not fit is counted and missed, and told as a gap with a
+checkpoint behind it, so that a reader can go on from there.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from threading import Condition, Event, Lock
+from typing import final
+
+from flowcontrol.controller import FlowController
+from flowcontrol.ledger import Entry, Gap, Turn, take_checkpoint
+
+SIZE_MAX = 200_000
+"""Facts and decisions on the way: some seconds of all that one processor can do, or 100 MB."""
+
+
+@final
+class Feed:
+    """Entries from the processor's thread, in order, for one thread that takes them in batches.
+
+    Args:
+        size_max: facts and decisions not yet taken, at least 1; beyond it turns are missed.
+    """
+
+    def __init__(self, size_max: int = SIZE_MAX) -> None:
+        self.missed_turns = 0
+        """In all."""
+        self._size_max = size_max
+        self._entries: deque[Entry] = deque()
+        self._size = 0
+        self._gap = 0
+        self._is_checkpoint_wanted = False
+        self._bell = Condition(Lock())
+        self._closed = Event()
+
+    def turned(self, controller: FlowController, turn: Turn) -> None:
+        """Take in a turn, or count it as missed. In the processor's thread."""
+        size = _size(turn)
+        checkpoint = None
+        if self._gap or self._is_checkpoint_wanted:
+            has_room = self._size <= self._size_max // 2
+            if has_room or not self._gap:
+                checkpoint = take_checkpoint(controller, turn.now_ns)
+        with self._bell:
+            if self._closed.is_set():
+                return
+            if (self._gap and checkpoint is None) or self._size + size > self._size_max:
+                self._gap += 1
+                self.missed_turns += 1
+                return
+            if self._gap:
+                self._entries.append(Gap(self._gap))
+                self._gap = 0
+            self._entries.append(turn)
+            self._size += size
+            if checkpoint is not None:
+                self._is_checkpoint_wanted = False
+                self._entries.append(checkpoint)
+            self._bell.notify()
+
+    def put(self, entry: Entry) -> None:
+        """Take in what another thread has to say; missed when there is no room."""
+        with self._bell:
+            if self._size < self._size_max and not self._closed.is_set():
+                self._entries.append(entry)
+                self._size += _size(entry)
+                self._bell.notify()
+
+    def want_checkpoint(self) -> None:
+        """Ask for one with the next turn."""
+        self._is_checkpoint_wanted = True
+
+    def lose(self, turns: int) -> None:
+        """Note, in the taking thread, that turns it took are lost: a gap like any other."""
+        with self._bell:
+            self._gap += turns
+            self.missed_turns += turns
+
+    def take(self, linger_s: float) -> Sequence[Entry]:
+        """Return what is here; sleep while nothing is, then let more gather. None: closed.
+
+        Args:
+            linger_s: from the first entry on; a batch costs one write, and one wake-up.
+        """
+        with self._bell:
+            while not self._entries and not self._closed.is_set():
+                self._bell.wait()
+        self._closed.wait(linger_s)
+        with self._bell:
+            entries, self._entries = self._entries, deque()
+            self._size = 0
+            return entries
+
+    def close(self) -> None:
+        """Take nothing in any more; what is here can still be taken, then takes return nothing."""
+        with self._bell:
+            self._closed.set()
+            self._bell.notify()
+
+
+@final
+class Recorder:
+    """Shows every turn to every feed."""
+
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self._feeds = feeds
+
+    def turned(self, controller: FlowController, turn: Turn) -> None:
+        """Show it."""
+        for feed in self._feeds:
+            feed.turned(controller, turn)
+
+
+def _size(entry: Entry) -> int:
+    return 1 + len(entry.facts) + len(entry.decisions) if isinstance(entry, Turn) else 1

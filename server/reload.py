@@ -1,0 +1,97 @@
+"""The service's own configuration, followed live: checked, compared, applied whole or not at all.
+
+A file with a mistake, or with a change that a running service cannot make, changes nothing: what
+was in force stays in force, and that is said, counted and shown until the file is mended.
+"""
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import final
+
+import structlog
+
+from flowcontrol.errors import ConfigError, FlowControlError
+from server.settings import Settings, load_settings
+from server.settings_difference import differences, settings_hash
+from server.sources.watched import watch_folder
+
+_log = structlog.get_logger()
+
+
+@final
+class Configuration:
+    """The settings in force, and the file that may change them. Owner: the loop.
+
+    Args:
+        settings: as read at the start.
+        path: the file.
+        apply: puts other settings into force; may raise FlowControlError, and has then changed
+            nothing.
+    """
+
+    def __init__(
+        self, settings: Settings, path: Path, apply: Callable[[Settings], Awaitable[None]]
+    ) -> None:
+        self.settings = settings
+        """In force."""
+        self.hash = settings_hash(settings)
+        self.changed_s = time.time()
+        """When they were put into force, seconds since 1970."""
+        self.reload_count = 0
+        self.rejection_count = 0
+        self.problems: Sequence[str] = ()
+        """Why the file as it now is has been rejected; empty when it is in force."""
+        self._path = path
+        self._apply = apply
+        self._turn = asyncio.Lock()
+
+    async def follow(self) -> None:
+        """Read the file whenever it changes, and at SIGHUP; until cancelled."""
+        loop = asyncio.get_running_loop()
+        hangups: set[asyncio.Task[None]] = set()
+
+        def hang_up() -> None:
+            task = asyncio.create_task(self.read())
+            hangups.add(task)
+            task.add_done_callback(hangups.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
+        try:
+            await watch_folder(self._path.parent, self.read)
+        finally:
+            loop.remove_signal_handler(signal.SIGHUP)
+
+    async def read(self) -> None:
+        """Read the file, and put it into force if it is right and differs."""
+        async with self._turn:
+            try:
+                settings = await asyncio.to_thread(load_settings, self._path)
+                await self._change(settings)
+            except FlowControlError as error:
+                problems = error.problems if isinstance(error, ConfigError) else (str(error),)
+                if list(problems) != list(self.problems):
+                    self.rejection_count += 1
+                    self.problems = tuple(problems)
+                    _log.error("configuration_rejected", file=str(self._path), problems=problems)
+            else:
+                self.problems = ()
+
+    async def _change(self, settings: Settings) -> None:
+        changes = differences(self.settings, settings)
+        if not changes:
+            return
+        fixed = [change for change in changes if not change.is_live]
+        if fixed:
+            rule = "cannot change while the service runs; restart it, or take the change back"
+            raise ConfigError([f"{each.where} {rule}, got {each.after}" for each in fixed])
+        await self._apply(settings)
+        self.settings = settings
+        before, self.hash = self.hash, settings_hash(settings)
+        self.changed_s = time.time()
+        self.reload_count += 1
+        _log.info(
+            "configuration_changed", before=before, hash=self.hash, changes=[*map(str, changes)]
+        )

@@ -1,0 +1,133 @@
+"""Endpoints from a file, followed live.
+
+Write it beside, then rename it: a half-written list of endpoints looks like a shorter one.
+
+    - 10.0.0.5:8000
+    - {address: 10.0.0.6, port: 8000, role: prefill}
+    - {name: c, address: 10.0.0.7, port: "8000", labels: {llm-d.ai/role: decode}}
+
+A mapping with the list under `endpoints`, as llm-d-router's file discovery has it, is read too.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+import structlog
+from pydantic_core import PydanticCustomError
+
+from flowcontrol.config import Role
+from flowcontrol.errors import ConfigError
+from server.addresses import parse_address
+from server.sources.endpoints import ROLE_LABEL, Endpoint, role_of_label
+from server.sources.watched import LOOK_AGAIN_MS, watch_folder
+from server.yamlfile import read_documents
+
+FILE_BYTES_MAX = 2**20
+ENDPOINTS_MAX = 10_000
+"""More than this many are a mistake."""
+_log = structlog.get_logger()
+
+
+@final
+class EndpointFile:
+    """The endpoints that a file lists; what it last said without a mistake counts.
+
+    Args:
+        path: of the file. Its folder is what is watched: a file that is replaced is another file.
+        look_again_ms: how often to see whether the folder is still the one watched.
+    """
+
+    def __init__(self, path: Path, look_again_ms: int = LOOK_AGAIN_MS) -> None:
+        self.error_count = 0
+        """Mistakes met since the start."""
+        self.problems: dict[str, str] = {}
+        """The mistake that now stands, by file name."""
+        self._path = path
+        self._look_again_ms = look_again_ms
+        self._known: tuple[Endpoint, ...] | None = None
+
+    async def follow(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
+        """Tell the endpoints whenever they differ from what was told before, until cancelled."""
+        await watch_folder(self._path.parent, lambda: self._look(changed), self._look_again_ms)
+
+    async def _look(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
+        try:
+            endpoints = await asyncio.to_thread(read_endpoints, self._path)
+        except ConfigError as error:
+            if self.problems.get(self._path.name) != str(error):
+                self.error_count += 1
+                self.problems[self._path.name] = str(error)
+                _log.error("endpoints_rejected", file=str(self._path), problem=str(error))
+            return
+        self.problems.clear()
+        if endpoints != self._known:
+            self._known = endpoints
+            changed(endpoints)
+
+
+def read_endpoints(path: Path) -> tuple[Endpoint, ...]:
+    """Read a file of endpoints.
+
+    Raises:
+        ConfigError: naming every mistake in it.
+    """
+    problems: list[str] = []
+    endpoints: dict[str, Endpoint] = {}
+    for index, entry in enumerate(_entries(path)):
+        try:
+            endpoint = _read_entry(entry)
+        except ValueError as error:
+            problems.append(f"{path}: [{index}] {error}, got {entry!r}")
+            continue
+        if endpoint is not None and endpoint.address in endpoints:
+            problems.append(f"{path}: [{index}] must not come again, got {endpoint.address}")
+        elif endpoint is not None:
+            endpoints[endpoint.address] = endpoint
+    if problems:
+        raise ConfigError(problems)
+    return tuple(endpoints.values())
+
+
+def _entries(path: Path) -> list[Any]:
+    if path.exists() and not path.is_file():
+        raise ConfigError([f"{path}: cannot be read: not a regular file"])
+    if path.exists() and path.stat().st_size > FILE_BYTES_MAX:
+        raise ConfigError([f"{path}: must be at most {FILE_BYTES_MAX} bytes"])
+    documents = read_documents(path)
+    content = documents[0] if len(documents) == 1 else None
+    if isinstance(content, dict):
+        content = content.get("endpoints")
+    if not isinstance(content, list):
+        raise ConfigError([f"{path}: must be one list of endpoints"])
+    if len(content) > ENDPOINTS_MAX:
+        raise ConfigError([f"{path}: must list at most {ENDPOINTS_MAX} endpoints"])
+    return content
+
+
+def _read_entry(entry: Any) -> Endpoint | None:
+    role: Role | None = Role.BOTH
+    if isinstance(entry, dict):
+        labels = entry.get("labels")
+        if isinstance(labels, dict):
+            role = role_of_label(str(labels.get(ROLE_LABEL, "")))
+        if "role" in entry:
+            role = Role(entry["role"]) if entry["role"] in _ROLES else None
+            if role is None:
+                message = f"role must be one of {', '.join(_ROLES)}"
+                raise ValueError(message)
+        address, port = str(entry.get("address", "")), entry.get("port")
+        if port is not None:
+            bracketed = f"[{address}]" if ":" in address and address[:1] != "[" else address
+            address = f"{bracketed}:{port}"
+    else:
+        address = str(entry)
+    try:
+        parsed = parse_address(address)
+    except PydanticCustomError as error:
+        raise ValueError(error.message()) from error
+    return None if role is None else Endpoint(str(parsed), role)
+
+
+_ROLES = tuple(role.value for role in Role)

@@ -1,0 +1,123 @@
+"""InferenceObjectives from a folder of manifests, followed live.
+
+A mistake in one manifest never takes the others down: what that file last said keeps counting, and
+the mistake is reported until it is mended. The same holds for the folder itself.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import final
+
+import structlog
+
+from flowcontrol.errors import ConfigError
+from server.sources.objectives import (
+    GROUPS,
+    OBJECTIVES_MAX,
+    MalformedObjectiveError,
+    Objective,
+    read_objective,
+)
+from server.sources.watched import LOOK_AGAIN_MS, watch_folder
+from server.yamlfile import read_documents
+
+MANIFEST_BYTES_MAX = 2**20
+"""As much as a ConfigMap holds."""
+_log = structlog.get_logger()
+
+
+@final
+class ObjectiveFolder:
+    """The objectives that the manifests in a folder declare for one pool.
+
+    Args:
+        directory: its *.yaml and *.yml files are read, each of one or more documents; documents of
+            another kind or for another pool are passed over.
+        pool: name of the pool.
+        look_again_ms: how often to see whether the folder is still the one watched.
+    """
+
+    def __init__(self, directory: Path, pool: str, look_again_ms: int = LOOK_AGAIN_MS) -> None:
+        self.error_count = 0
+        """Mistakes met since the start."""
+        self.problems: dict[str, str] = {}
+        """The mistakes that now stand, by file name."""
+        self._directory = directory
+        self._pool = pool
+        self._look_again_ms = look_again_ms
+        self._last_good: dict[Path, list[Objective]] = {}
+        self._known: dict[str, int] | None = None
+        """What was last read."""
+
+    def read(self) -> dict[str, int]:
+        """Read the folder anew; return all objectives, name to priority."""
+        problems: dict[str, str] = {}
+        try:
+            paths = sorted(p for p in self._directory.iterdir() if p.suffix in {".yaml", ".yml"})
+        except OSError as error:
+            self._complain(problems, self._directory, f"cannot be read: {error.strerror}")
+            self.problems = problems
+            self._known = self._known or {}
+            return self._known
+        for gone in self._last_good.keys() - set(paths):
+            del self._last_good[gone]
+        for path in paths:
+            try:
+                self._last_good[path] = _read_file(path, self._pool)
+            except MalformedObjectiveError as error:
+                self._complain(problems, path, str(error))
+        self._known = self._merge(paths, problems)
+        self.problems = problems
+        return self._known
+
+    async def follow(self, changed: Callable[[Mapping[str, int]], None]) -> None:
+        """Tell the whole set whenever it differs from what was last read, until cancelled."""
+
+        async def look() -> None:
+            known = self._known
+            if await asyncio.to_thread(self.read) != known and self._known is not None:
+                changed(self._known)
+
+        await watch_folder(self._directory, look, self._look_again_ms)
+
+    def _merge(self, paths: list[Path], problems: dict[str, str]) -> dict[str, int]:
+        chosen: dict[str, tuple[Objective, Path]] = {}
+        for path in paths:
+            for objective in self._last_good.get(path, ()):
+                name = objective.name
+                other = chosen.get(name)
+                if other is None or GROUPS.index(objective.group) < GROUPS.index(other[0].group):
+                    chosen[name] = (objective, path)
+                elif objective.group == other[0].group:
+                    text = f"{name!r} is declared in {other[1].name} already"
+                    self._complain(problems, path, text)
+        return {name: objective.priority for name, (objective, _path) in chosen.items()}
+
+    def _complain(self, problems: dict[str, str], path: Path, problem: str) -> None:
+        self.error_count += 1
+        problems[path.name] = problem
+        _log.error("objective_rejected", file=str(path), problem=problem)
+
+
+def _read_file(path: Path, pool: str) -> list[Objective]:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        message = f"{path}: cannot be read: not a regular file"  # a pipe would never end
+        raise MalformedObjectiveError(message)
+    try:
+        size = path.stat().st_size
+        if size > MANIFEST_BYTES_MAX:
+            message = f"must be at most {MANIFEST_BYTES_MAX} bytes, got {size}"
+            raise MalformedObjectiveError(message)
+        documents = read_documents(path)
+    except OSError as error:
+        message = f"{path}: cannot be read: {error.strerror}"
+        raise MalformedObjectiveError(message) from error
+    except ConfigError as error:
+        raise MalformedObjectiveError(str(error)) from error
+    read = [read_objective(document, pool) for document in documents]
+    objectives = [objective for objective in read if objective is not None]
+    if len(objectives) > OBJECTIVES_MAX:
+        message = f"must declare at most {OBJECTIVES_MAX} objectives, got {len(objectives)}"
+        raise MalformedObjectiveError(message)
+    return objectives

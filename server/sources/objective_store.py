@@ -1,0 +1,137 @@
+"""InferenceObjectives put and deleted by the gRPC API, kept in memory and perhaps in a file.
+
+The file holds manifests, as a folder would: whoever outgrows the API moves it into one.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import final
+
+import structlog
+import yaml
+
+from flowcontrol.errors import ConfigError
+from server.sources.objectives import (
+    GROUPS,
+    NAME_LENGTH_MAX,
+    OBJECTIVES_MAX,
+    PRIORITY_MAX,
+    MalformedObjectiveError,
+    Objective,
+    priorities_of,
+    read_objective,
+    to_manifest,
+)
+from server.yamlfile import read_documents
+
+_log = structlog.get_logger()
+
+
+@final
+class ObjectiveStore:
+    """Objectives that callers change. Owner: the loop.
+
+    Args:
+        file: where they are kept across restarts; None: nowhere. One that cannot be read is left
+            alone, and nothing is taken until it can.
+        pool: name of the pool.
+    """
+
+    def __init__(self, file: Path | None, pool: str) -> None:
+        self.error_count = 0
+        """Mistakes met since the start."""
+        self.problems: dict[str, str] = {}
+        """The mistakes that now stand, by file name."""
+        self._file = file
+        self._pool = pool
+        self._priorities: dict[str, int] | None = None
+        self._changed: Callable[[Mapping[str, int]], None] | None = None
+        self._writing = asyncio.Lock()
+
+    async def follow(self, changed: Callable[[Mapping[str, int]], None]) -> None:
+        """Tell the whole set now and at every change, until cancelled."""
+        self._changed = changed
+        try:
+            self._priorities = await asyncio.to_thread(self._read)
+        except (ConfigError, MalformedObjectiveError) as error:
+            assert self._file is not None, "only a file can be wrong"
+            self.error_count += 1
+            self.problems[self._file.name] = str(error)
+            _log.error("objective_rejected", file=str(self._file), problem=str(error))
+            changed({})
+        else:
+            changed(self._priorities)
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self._changed = None
+
+    async def put(self, name: str, priority: int) -> None:
+        """Declare an objective, new or changed; on return it is kept and told.
+
+        Raises:
+            ValueError: the name or the priority is out of its range, or there are too many.
+            OSError: it could not be written, and has not been changed.
+        """
+        if not 0 < len(name) <= NAME_LENGTH_MAX or not name.isprintable():
+            message = f"name must be printable, of 1 to {NAME_LENGTH_MAX} characters, got {name!r}"
+            raise ValueError(message)
+        if not -PRIORITY_MAX - 1 <= priority <= PRIORITY_MAX:
+            message = f"priority must fit into 32 bits, got {priority}"
+            raise ValueError(message)
+        async with self._writing:
+            known = self._known()
+            if len(known) >= OBJECTIVES_MAX and name not in known:
+                message = f"there must be at most {OBJECTIVES_MAX} objectives"
+                raise ValueError(message)
+            await self._replace({**known, name: priority})
+
+    async def delete(self, name: str) -> bool:
+        """Take an objective back; whether there was one.
+
+        Raises:
+            OSError: it could not be written, and has not been changed.
+        """
+        async with self._writing:
+            known = self._known()
+            if name not in known:
+                return False
+            await self._replace({key: value for key, value in known.items() if key != name})
+            return True
+
+    def _known(self) -> dict[str, int]:
+        if self._priorities is None:
+            raise OSError(next(iter(self.problems.values()), "not yet read"))
+        return self._priorities
+
+    async def _replace(self, priorities: dict[str, int]) -> None:
+        if self._file is not None:
+            await asyncio.to_thread(_write, self._file, priorities, self._pool)
+        self._priorities = priorities
+        if self._changed is not None:
+            self._changed(priorities)
+
+    def _read(self) -> dict[str, int]:
+        if self._file is None or not self._file.exists():
+            return {}
+        read = (read_objective(document, self._pool) for document in read_documents(self._file))
+        return dict(priorities_of(objective for objective in read if objective is not None))
+
+
+def _write(path: Path, priorities: Mapping[str, int], pool: str) -> None:
+    """Write the file whole or not at all, also when the machine fails in between."""
+    objectives = (Objective(name, value, GROUPS[0]) for name, value in sorted(priorities.items()))
+    text = yaml.safe_dump_all([to_manifest(each, pool) for each in objectives], sort_keys=False)
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,99 @@
+"""Pure. What an InferenceObjective says, and which counts where several say the same name."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+GROUPS = ("llm-d.ai/v1alpha2", "inference.networking.x-k8s.io/v1alpha2")
+"""The API groups read. Where both declare a name, the first counts."""
+KIND = "InferenceObjective"
+NAME_LENGTH_MAX = 253
+"""As long as Kubernetes lets a name be."""
+OBJECTIVES_MAX = 10_000
+"""More than this many in one place are a mistake."""
+PRIORITY_MAX = 2**31 - 1
+POOL_KIND = "InferencePool"
+
+
+class Objective(NamedTuple):
+    """One declared objective."""
+
+    name: str
+    priority: int
+    group: str
+
+
+class MalformedObjectiveError(Exception):
+    """Something that should be an InferenceObjective is not; says what is wrong."""
+
+
+class _PoolRef(BaseModel):
+    """Its group is not looked at: llm-d.ai's CRD fills in llm-d.ai, which has no InferencePool."""
+
+    name: str
+    kind: str = POOL_KIND
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="ignore")  # fields of later versions are not our business
+
+    priority: int = Field(default=0, ge=-PRIORITY_MAX - 1, le=PRIORITY_MAX, strict=True)
+    poolRef: _PoolRef  # noqa: N815 - the manifest's own spelling
+
+
+class _Metadata(BaseModel):
+    name: str = Field(min_length=1, max_length=NAME_LENGTH_MAX)
+
+
+class _Manifest(BaseModel):
+    metadata: _Metadata
+    spec: _Spec
+
+
+def read_objective(document: Any, pool: str) -> Objective | None:
+    """Return the objective that a document declares; None if it is none of this pool's.
+
+    Raises:
+        MalformedObjectiveError: it is an InferenceObjective, but not a right one.
+    """
+    if document is None:
+        return None
+    if not isinstance(document, dict) or "kind" not in document:
+        message = "every document must be a mapping with apiVersion and kind"
+        raise MalformedObjectiveError(message)
+    if document["kind"] != KIND:
+        return None
+    group = document.get("apiVersion")
+    if group not in GROUPS:
+        message = f"apiVersion must be one of {', '.join(GROUPS)}, got {group!r}"
+        raise MalformedObjectiveError(message)
+    try:
+        manifest = _Manifest.model_validate(document)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise MalformedObjectiveError("; ".join(problems)) from error
+    ref = manifest.spec.poolRef
+    if ref.name != pool or ref.kind != POOL_KIND:
+        return None
+    return Objective(manifest.metadata.name, manifest.spec.priority, group)
+
+
+def to_manifest(objective: Objective, pool: str) -> dict[str, Any]:
+    """Return the document that declares an objective."""
+    return {
+        "apiVersion": objective.group,
+        "kind": KIND,
+        "metadata": {"name": objective.name},
+        "spec": {"priority": objective.priority, "poolRef": {"name": pool}},
+    }
+
+
+def priorities_of(objectives: Iterable[Objective]) -> Mapping[str, int]:
+    """Return the priority of each name; of one name in both groups, the first group's."""
+    chosen: dict[str, Objective] = {}
+    for objective in objectives:
+        other = chosen.get(objective.name)
+        if other is None or GROUPS.index(objective.group) < GROUPS.index(other.group):
+            chosen[objective.name] = objective
+    return {name: objective.priority for name, objective in chosen.items()}

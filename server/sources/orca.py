@@ -1,0 +1,130 @@
+"""Pure. ORCA load reports: what a model server says of its load in the headers of a response.
+
+One header in three formats, told apart by its first word, and two spelled-out names for the same:
+
+    endpoint-load-metrics: TEXT named_metrics.kv_cache_usage_perc=0.4, cpu_utilization=0.3
+    endpoint-load-metrics: JSON {"named_metrics": {"kv_cache_usage_perc": 0.4}}
+    endpoint-load-metrics: BIN <base64 of xds.data.orca.v3.OrcaLoadReport>
+    endpoint-load-metrics-json: {"named_metrics": ...}
+    endpoint-load-metrics-bin: <base64>
+
+vLLM sends TEXT or JSON, whichever the request asks for in a header of the same name, with the named
+metrics kv_cache_usage_perc and num_requests_waiting. In TEXT, vLLM writes name=value and Envoy
+name:value; both are read. A report is whole or nothing: half of a broken one could be half of it.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from typing import NamedTuple, final
+
+from google.protobuf.message import DecodeError
+from xds.data.orca.v3.orca_load_report_pb2 import OrcaLoadReport
+
+from server.sources.engine_metrics import COUNT_MAX, EngineLoad
+
+HEADERS = ("endpoint-load-metrics", "endpoint-load-metrics-json", "endpoint-load-metrics-bin")
+"""Names of the response headers, in lower case; the first that is there counts."""
+LENGTH_MAX = 16_384
+"""Characters of a report; a longer one is not read."""
+_WAITING = ("num_requests_waiting", "vllm:num_requests_waiting")
+_RUNNING = ("num_requests_running", "vllm:num_requests_running")
+_KV_USAGE = ("kv_cache_usage_perc", "kv_cache_utilization", "vllm:kv_cache_usage_perc")
+_PREFIX = "named_metrics."
+
+
+@final
+class LoadReport(NamedTuple):
+    """What a response said of its server's load; None where it said nothing."""
+
+    waiting: int | None
+    running: int | None
+    kv_usage: float | None
+    utilization: float | None
+    """By the server's own measure: 1.0 is its soft limit, and may be exceeded."""
+
+    @property
+    def load(self) -> EngineLoad | None:
+        """The same as a metrics page would have it; None if it does not say how many wait."""
+        if self.waiting is None:
+            return None
+        return EngineLoad(self.waiting, self.running, self.kv_usage)
+
+
+def read_report(headers: Mapping[str, str]) -> LoadReport | None:
+    """Return the load report among the headers of a response; None if there is none to be read.
+
+    Args:
+        headers: names in lower case.
+    """
+    name = next((name for name in HEADERS if name in headers), None)
+    if name is None or len(headers[name]) > LENGTH_MAX:
+        return None
+    word, _, rest = headers[name].strip().partition(" ")
+    kind, text = (word, rest) if word in _FORMATS else (_KINDS[name], headers[name])
+    try:
+        numbers = dict(_FORMATS[kind](text.strip()))
+    except (ValueError, DecodeError, RecursionError):
+        return None
+    if not all(isfinite(value) for value in numbers.values()):
+        return None
+    return LoadReport(
+        waiting=_count(numbers, _WAITING),
+        running=_count(numbers, _RUNNING),
+        kv_usage=_part(numbers, _KV_USAGE),
+        utilization=numbers.get("application_utilization"),
+    )
+
+
+def _text(text: str) -> Iterable[tuple[str, float]]:
+    for entry in text.split(","):
+        if entry.strip():
+            separator = "=" if "=" in entry else ":"
+            name, _, value = entry.rpartition(separator)
+            if not name.strip():
+                raise ValueError(entry)
+            yield name.strip().removeprefix(_PREFIX), float(value)
+
+
+def _json(text: str) -> Iterable[tuple[str, float]]:
+    report = json.loads(text)
+    if not isinstance(report, dict):
+        raise ValueError(text)  # noqa: TRY004 - a malformed value, as the other two raise
+    for name, value in report.items():
+        if name in {"named_metrics", "namedMetrics"} and isinstance(value, dict):
+            yield from ((key, _number(each)) for key, each in value.items())
+        elif name in {"application_utilization", "applicationUtilization"}:
+            yield "application_utilization", _number(value)
+
+
+def _binary(text: str) -> Iterable[tuple[str, float]]:
+    try:
+        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError(text) from error
+    report = OrcaLoadReport.FromString(data)
+    yield from report.named_metrics.items()
+    if report.application_utilization:  # proto3 does not tell 0 from unsaid
+        yield "application_utilization", report.application_utilization
+
+
+_FORMATS = {"TEXT": _text, "JSON": _json, "BIN": _binary}
+_KINDS = dict(zip(HEADERS, _FORMATS, strict=True))
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(value)  # noqa: TRY004 - a malformed value, as everything here
+    return float(value)
+
+
+def _count(numbers: Mapping[str, float], names: tuple[str, ...]) -> int | None:
+    value = next((numbers[name] for name in names if name in numbers), None)
+    return int(value) if value is not None and 0 <= value <= COUNT_MAX else None
+
+
+def _part(numbers: Mapping[str, float], names: tuple[str, ...]) -> float | None:
+    value = next((numbers[name] for name in names if name in numbers), None)
+    return value if value is not None and 0 <= value <= 1 else None

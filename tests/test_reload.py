@@ -1,0 +1,220 @@
+"""The service's own configuration, followed live."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from structlog.testing import capture_logs
+
+from flowcontrol.errors import ListenError
+from server.reload import Configuration
+from server.settings import Settings, load_settings
+from server.settings_difference import settings_hash
+from tests.told import Told, eventually, following
+
+PLAIN: dict[str, Any] = {
+    "apiVersion": "flowcontrol/v1alpha1",
+    "kind": "FlowControlConfig",
+    "pool": "llama",
+    "objectives": {"directory": "."},
+    "endpoints": {"static": ["127.0.0.1:8000"]},
+}
+
+
+def write(path: Path, **changes: Any) -> None:
+    """Write a configuration, all at once."""
+    new = path.with_suffix(".new")
+    new.write_text(yaml.safe_dump({**PLAIN, **changes}))
+    new.rename(path)
+
+
+@pytest.fixture(name="path")
+def _path(tmp_path: Path) -> Path:
+    """A configuration file."""
+    path = tmp_path / "flowcontrol.yaml"
+    write(path)
+    return path
+
+
+class _Followed:
+    def __init__(self, configuration: Configuration) -> None:
+        self._configuration = configuration
+
+    async def follow(self, _changed: object) -> None:
+        """Follow the file."""
+        await self._configuration.follow()
+
+
+@asynccontextmanager
+async def followed(path: Path) -> AsyncIterator[tuple[Configuration, Told[Settings]]]:
+    """A configuration that is followed, and what was put into force."""
+    told: Told[Settings] = Told()
+
+    async def apply(settings: Settings) -> None:
+        if settings.endpoints.static == ():
+            address = "an endpoint"
+            raise ListenError(address)
+        told.changed(settings)
+
+    configuration = Configuration(load_settings(path), path, apply)
+    async with following(_Followed(configuration), Told[object]()):
+        yield configuration, told
+
+
+class TestChanges:
+    """What is put into force."""
+
+    async def test_a_change(self, path: Path) -> None:
+        """It is applied, said with its difference, and the hash is another."""
+        with capture_logs() as lines:
+            async with followed(path) as (configuration, told):
+                before, since_s = configuration.hash, configuration.changed_s
+                write(path, picker="least-loaded")
+                settings = await told.until(lambda settings: settings.picker == "least-loaded")
+                await eventually(lambda: configuration.settings is settings)
+
+        assert configuration.hash == settings_hash(settings) != before
+        assert configuration.changed_s >= since_s
+        assert (configuration.reload_count, configuration.rejection_count) == (1, 0)
+        assert lines == [
+            {
+                "event": "configuration_changed",
+                "log_level": "info",
+                "before": before,
+                "hash": configuration.hash,
+                "changes": ['picker: "off" -> "least-loaded"'],
+            }
+        ]
+
+    async def test_no_change(self, path: Path) -> None:
+        """A file that says the same in other words is not applied."""
+        async with followed(path) as (configuration, told):
+            write(path, picker="off", saturation={})
+            write(path, picker="least-loaded")
+            await told.until(lambda settings: settings.picker == "least-loaded")
+
+            assert len(told.news) == 1
+            assert configuration.rejection_count == 0
+
+    async def test_back_again(self, path: Path) -> None:
+        """The same settings have the same hash, whatever was in between."""
+        async with followed(path) as (configuration, _told):
+            before = configuration.hash
+            write(path, picker="least-loaded")
+            await eventually(lambda: configuration.reload_count == 1)
+            write(path)
+            await eventually(lambda: configuration.reload_count == 2)
+
+            assert configuration.hash == before
+
+    async def test_hang_up(self, path: Path, tmp_path: Path) -> None:
+        """SIGHUP has the file read, also where no change of its folder is seen."""
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        write(elsewhere / "flowcontrol.yaml")
+        path.unlink()
+        path.symlink_to("elsewhere/flowcontrol.yaml")
+        async with followed(path) as (configuration, _told):
+            await eventually(lambda: signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL)
+            write(elsewhere / "flowcontrol.yaml", picker="least-loaded")
+            os.kill(os.getpid(), signal.SIGHUP)
+            await eventually(lambda: configuration.reload_count == 1)
+
+    async def test_a_mounted_config_map(self, tmp_path: Path) -> None:
+        """Kubernetes swaps a link to exchange the file."""
+        for version, picker in (("..1", "off"), ("..2", "least-loaded")):
+            (tmp_path / version).mkdir()
+            write(tmp_path / version / "flowcontrol.yaml", picker=picker)
+        (tmp_path / "..data").symlink_to("..1")
+        path = tmp_path / "flowcontrol.yaml"
+        path.symlink_to("..data/flowcontrol.yaml")
+        async with followed(path) as (configuration, _told):
+            (tmp_path / "..new").symlink_to("..2")
+            (tmp_path / "..new").rename(tmp_path / "..data")
+            await eventually(lambda: configuration.settings.picker == "least-loaded")
+
+
+class TestRejections:
+    """What leaves all as it was."""
+
+    @pytest.mark.parametrize(
+        ("changes", "problem"),
+        [
+            ({"picker": "best"}, "picker must be 'off' or 'least-loaded', got 'best'"),
+            ({"colour": "red"}, "colour is not a known setting"),
+            (
+                {"pool": "qwen", "picker": "least-loaded"},
+                (
+                    "pool cannot change while the service runs; restart it, or take the change "
+                    'back, got "qwen"'
+                ),
+            ),
+            (
+                {"listen": {"extProc": "127.0.0.1:1"}},
+                (
+                    "listen.extProc cannot change while the service runs; restart it, or take the "
+                    'change back, got "127.0.0.1:1"'
+                ),
+            ),
+            ({"endpoints": {"static": []}}, "cannot listen on an endpoint"),
+        ],
+    )
+    async def test_mistakes(self, path: Path, changes: dict[str, Any], problem: str) -> None:
+        """Nothing changes, in whole or in part; that is counted, and shown until it is mended.
+
+        So it is with a mistake, with what needs a restart and with what cannot be applied.
+        """
+        async with followed(path) as (configuration, told):
+            before = configuration.hash
+            write(path, **changes)
+            await eventually(lambda: configuration.problems)
+            assert configuration.problems[0].startswith(problem)
+            assert (configuration.hash, told.news) == (before, [])
+            write(path, picker="least-loaded")
+            await told.until(lambda settings: settings.picker == "least-loaded")
+            await eventually(lambda: not configuration.problems)
+
+            assert (configuration.reload_count, configuration.rejection_count) == (1, 1)
+
+    async def test_said_once(self, path: Path) -> None:
+        """The same mistake is said once, however often the file is looked at."""
+        with capture_logs() as lines:
+            async with followed(path) as (configuration, _told):
+                write(path, picker="best")
+                await eventually(lambda: configuration.problems)
+                for _ in range(3):
+                    await configuration.read()
+        assert [line["event"] for line in lines] == ["configuration_rejected"]
+
+    async def test_no_file(self, path: Path) -> None:
+        """A file that is removed leaves what was in force; when it is back, it counts."""
+        async with followed(path) as (configuration, _told):
+            path.unlink()
+            await eventually(lambda: configuration.problems)
+            write(path, picker="least-loaded")
+            await eventually(lambda: configuration.reload_count == 1)
+
+            assert configuration.problems == ()
+
+    async def test_one_at_a_time(self, path: Path) -> None:
+        """Two changes are applied one after the other."""
+        busy = 0
+
+        async def apply(_settings: Settings) -> None:
+            nonlocal busy
+            busy += 1
+            assert busy == 1
+            await asyncio.sleep(0)
+            busy -= 1
+
+        configuration = Configuration(load_settings(path), path, apply)
+        write(path, picker="least-loaded")
+        await asyncio.gather(configuration.read(), configuration.read(), configuration.read())
+
+        assert configuration.reload_count == 1

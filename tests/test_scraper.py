@@ -1,0 +1,268 @@
+"""Asking endpoints for their load over real HTTP, whatever they answer."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from structlog.testing import capture_logs
+
+from flowcontrol.events import LoadObserved
+from server.settings_sources import Load
+from server.sources.health import Health
+from server.sources.scraper import PAGE_BYTES_MAX, Result, Scraper
+from tests.e2e.harness import free_port
+from tests.told import Told, eventually
+
+PAGE = b"vllm:num_requests_waiting 3\nvllm:num_requests_running 8\nvllm:kv_cache_usage_perc 0.5\n"
+FAST: dict[str, Any] = {"interval": "10ms", "timeout": "200ms", "scrapesPerSecondMax": 10_000}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def well(_request: web.Request) -> web.Response:
+    """A metrics page as it should be."""
+    return web.Response(body=PAGE)
+
+
+async def hung(_request: web.Request) -> web.Response:
+    """No answer at all."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def hung_in_the_middle(request: web.Request) -> web.StreamResponse:
+    """A page that never ends, and brings nothing more."""
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await response.write(PAGE)
+    await asyncio.Event().wait()
+    return response
+
+
+async def huge(request: web.Request) -> web.StreamResponse:
+    """A page that never ends, and brings ever more."""
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await response.write(PAGE)
+    for _ in range(2 * PAGE_BYTES_MAX // 65536):
+        await response.write(b"#" * 65536)
+    return response
+
+
+async def cut(request: web.Request) -> web.StreamResponse:
+    """A page that breaks off."""
+    response = web.StreamResponse(headers={"Content-Length": "1000"})
+    await response.prepare(request)
+    await response.write(PAGE)
+    assert request.transport is not None
+    request.transport.abort()
+    return response
+
+
+async def garbage(_request: web.Request) -> web.Response:
+    """Something else than a page."""
+    return web.Response(body=b"\0\xff" * 1000)
+
+
+async def compressed(_request: web.Request) -> web.Response:
+    """A page that nobody asked to be compressed."""
+    return web.Response(body=b"\x1f\x8b" + b"\0" * 100, headers={"Content-Encoding": "gzip"})
+
+
+async def elsewhere(request: web.Request) -> web.Response:
+    """A redirection."""
+    raise web.HTTPFound(request.url.with_path("/other"))
+
+
+async def failing(_request: web.Request) -> web.Response:
+    """An error."""
+    return web.Response(status=500, body=PAGE)
+
+
+@asynccontextmanager
+async def endpoint(handle: Handler, path: str = "/metrics") -> AsyncIterator[str]:
+    """An endpoint on a real port."""
+    application = web.Application()
+    application.router.add_get(path, handle)
+    async with TestServer(application, handler_cancellation=True) as server:
+        yield f"{server.host}:{server.port}"
+
+
+Changes = list[tuple[str, bool]]
+
+
+@asynccontextmanager
+async def asking(
+    *addresses: str, **settings: Any
+) -> AsyncIterator[tuple[Scraper, Told[LoadObserved], Changes]]:
+    """A scraper that asks these, what it observed, and who went down or came up."""
+    told: Told[LoadObserved] = Told()
+    changes: Changes = []
+    load = Load(**{**FAST, **settings})
+    health = Health(load.unreachable_after, lambda address, is_up: changes.append((address, is_up)))
+    health.watch(addresses)
+    scraper = Scraper(load, told.changed, health)
+    scraper.ask(addresses)
+    try:
+        yield scraper, told, changes
+    finally:
+        await scraper.close()
+
+
+class TestLoad:
+    """What is told."""
+
+    async def test_observed(self) -> None:
+        """A page becomes a fact, again and again."""
+        async with endpoint(well) as address, asking(address) as (scraper, told, changes):
+            await eventually(lambda: len(told.news) >= 3)
+
+            assert told.news[0] == LoadObserved(address, waiting=3, running=8, kv_usage=0.5)
+            assert scraper.results[Result.OK] >= 3
+            assert changes == []
+
+    async def test_path_and_engine(self) -> None:
+        """The page may be elsewhere; of another engine than expected it says nothing."""
+        async with endpoint(well, "/stats") as address:
+            async with asking(address, path="/stats", engine="vllm") as (_scraper, told, _changes):
+                await told.until(lambda fact: fact.waiting == 3)
+            async with asking(address, path="/stats", engine="tgi") as (scraper, told, _changes):
+                await eventually(lambda: scraper.results[Result.NO_LOAD])
+
+                assert told.news == []
+
+    async def test_port(self) -> None:
+        """Where the page has a port of its own, the fact is still about the endpoint."""
+        async with endpoint(well) as address:
+            port = int(address.rpartition(":")[2])
+            async with asking("127.0.0.1:1", port=port) as (_scraper, told, _changes):
+                fact = await told.until(lambda fact: fact.waiting == 3)
+
+                assert fact.address == "127.0.0.1:1"
+
+    async def test_ollama(self) -> None:
+        """A server without metrics is only asked whether it is there."""
+        async with AsyncExitStack() as running:
+            address = await running.enter_async_context(endpoint(garbage, "/"))
+            asked = asking(address, engine="ollama")
+            scraper, told, changes = await running.enter_async_context(asked)
+            await eventually(lambda: scraper.results[Result.OK] >= 3)
+
+            assert (told.news, changes) == ([], [])
+
+
+BAD: dict[str, tuple[Handler, Result]] = {
+    "hung": (hung, Result.TIMEOUT),
+    "hung in the middle": (hung_in_the_middle, Result.TIMEOUT),
+    "huge": (huge, Result.TOO_LARGE),
+    "cut": (cut, Result.BROKEN),
+    "garbage": (garbage, Result.NO_LOAD),
+    "compressed": (compressed, Result.NO_LOAD),
+    "elsewhere": (elsewhere, Result.STATUS),
+    "failing": (failing, Result.STATUS),
+}
+
+
+class TestBadPages:
+    """They cost their endpoint its freshness, and nothing else."""
+
+    @pytest.mark.parametrize(("handle", "result"), BAD.values(), ids=BAD)
+    async def test_others_do_not_wait(self, handle: Handler, result: Result) -> None:
+        """Nothing is told of a bad page; the endpoint stays; another is asked as often as ever."""
+        async with AsyncExitStack() as running:
+            bad = await running.enter_async_context(endpoint(handle))
+            good = await running.enter_async_context(endpoint(well))
+            scraper, told, changes = await running.enter_async_context(asking(bad, good))
+            await eventually(lambda: scraper.results[result] >= 3 and len(told.news) >= 3)
+
+            assert {fact.address for fact in told.news} == {good}
+            assert scraper.seen[bad].heard_s is None
+            assert scraper.seen[bad].result is result
+            assert changes == [], "somebody listens there"
+            if result is Result.TIMEOUT:
+                assert len(told.news) > 2 * scraper.results[result], "nobody waits for the slow"
+
+    async def test_said_once(self) -> None:
+        """That an endpoint is not heard is said once, and when it is heard again."""
+        is_well = False
+
+        async def changing(request: web.Request) -> web.StreamResponse:
+            return await (well if is_well else failing)(request)
+
+        with capture_logs() as lines:
+            async with endpoint(changing) as address, asking(address) as (scraper, told, _changes):
+                await eventually(lambda: scraper.results[Result.STATUS] >= 3)
+                is_well = True
+                await told.until(lambda fact: fact.waiting == 3)
+                heard_s = scraper.seen[address].heard_s
+                is_well = False
+                count = scraper.results[Result.STATUS]
+                await eventually(lambda: scraper.results[Result.STATUS] > count)
+
+                seen = scraper.seen[address]
+                assert heard_s is not None
+                assert seen.heard_s is not None
+                assert heard_s <= seen.heard_s < time.monotonic()
+                assert seen.load is not None, "what it last said is still known, and how old it is"
+        events = [(line["event"], line.get("problem")) for line in lines]
+        assert events == [
+            ("endpoint_not_heard", "status"),
+            ("endpoint_heard_again", None),
+            ("endpoint_not_heard", "status"),
+        ]
+
+
+class TestDown:
+    """Nobody listens."""
+
+    async def test_down_and_up(self) -> None:
+        """Three attempts at which nobody listens take an endpoint out; an answer brings it back."""
+        port = free_port()
+        address = f"127.0.0.1:{port}"
+        async with asking(address, unreachableAfter=3) as (scraper, _told, changes):
+            await eventually(lambda: changes)
+            assert changes == [(address, False)]
+            assert scraper.results[Result.REFUSED] >= 3
+            application = web.Application()
+            application.router.add_get("/metrics", failing)
+            async with TestServer(application, port=port):
+                await eventually(lambda: len(changes) == 2)
+
+        assert changes == [(address, False), (address, True)]
+
+    async def test_on_another_port(self) -> None:
+        """Nobody listening where the metrics are says nothing of where requests go."""
+        async with asking("127.0.0.1:2", port=1) as (scraper, _told, changes):
+            await eventually(lambda: scraper.results[Result.REFUSED] >= 5)
+
+            assert changes == []
+
+
+class TestRate:
+    """How often is asked."""
+
+    async def test_bounded(self) -> None:
+        """With many endpoints the interval grows, so that all together keep to the bound."""
+        addresses = [f"127.0.0.1:{port}" for port in range(1, 41)]
+        async with asking(*addresses, scrapesPerSecondMax=20) as (scraper, _told, _changes):
+            assert scraper.interval_s == 2.0
+            scraper.ask(addresses[:1])
+            assert scraper.interval_s == 0.05
+        async with asking(*addresses, interval="3s") as (scraper, _told, _changes):
+            assert scraper.interval_s == 3.0
+
+    async def test_who_is_asked(self) -> None:
+        """Endpoints that come are asked, those that go are not, and nothing is known of them."""
+        async with AsyncExitStack() as running:
+            first = await running.enter_async_context(endpoint(well))
+            second = await running.enter_async_context(endpoint(well))
+            scraper, told, _changes = await running.enter_async_context(asking(first))
+            await told.until(lambda fact: fact.address == first)
+            scraper.ask([second])
+            await told.until(lambda fact: fact.address == second)
+
+            assert set(scraper.seen) == {second}

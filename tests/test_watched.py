@@ -1,0 +1,94 @@
+"""Watching a folder that is changed, swapped and removed."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+from server.sources.watched import watch_folder
+from tests.told import Told, following
+
+LOOK_AGAIN_MS = 50
+Names = tuple[str, ...]
+
+
+def contains(name: str, names: Names) -> bool:
+    """Whether a name is among some."""
+    return name in names
+
+
+class _Names:
+    """Tells the names in a folder at every look."""
+
+    def __init__(self, directory: Path, told: Told[Names]) -> None:
+        self._directory = directory
+        self._told = told
+
+    async def follow(self, _changed: object) -> None:
+        """Watch the folder."""
+        await watch_folder(self._directory, self._look, LOOK_AGAIN_MS)
+
+    async def _look(self) -> None:
+        names = (
+            (path.name for path in self._directory.iterdir()) if self._directory.is_dir() else ()
+        )
+        self._told.changed(tuple(sorted(names)))
+
+
+async def test_changes(tmp_path: Path) -> None:
+    """A look at once, and one after every change."""
+    (tmp_path / "a").touch()
+    told: Told[Names] = Told()
+    async with following(_Names(tmp_path, told), told):
+        await told.until_equal(("a",))
+        for name in "bcd":
+            (tmp_path / name).touch()
+            await told.until(partial(contains, name))
+        (tmp_path / "a").unlink()
+        await told.until_equal(("b", "c", "d"))
+
+
+async def test_a_folder_made_anew(tmp_path: Path) -> None:
+    """A folder that is removed and made again is watched again."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    told: Told[Names] = Told()
+    async with following(_Names(folder, told), told):
+        await told.until_equal(())
+        (folder / "a").touch()
+        await told.until_equal(("a",))
+        shutil.rmtree(folder)
+        await told.until_equal(())
+        folder.mkdir()
+        (folder / "b").touch()
+        await told.until_equal(("b",))
+        (folder / "c").touch()
+        await told.until_equal(("b", "c"))
+
+
+async def test_a_link_that_is_swapped(tmp_path: Path) -> None:
+    """As git-sync does: the folder is a link, which is replaced by one that leads elsewhere."""
+    for version in ("1", "2"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / f"from-{version}").touch()
+    link = tmp_path / "current"
+    link.symlink_to("1")
+    told: Told[Names] = Told()
+    async with following(_Names(link, told), told):
+        await told.until_equal(("from-1",))
+        new = tmp_path / "new"
+        new.symlink_to("2")
+        new.rename(link)
+        await told.until_equal(("from-2",))
+        (tmp_path / "2" / "later").touch()
+        await told.until_equal(("from-2", "later"))
+
+
+async def test_not_there_yet(tmp_path: Path) -> None:
+    """A folder that comes later is watched from then on."""
+    folder = tmp_path / "folder"
+    told: Told[Names] = Told()
+    async with following(_Names(folder, told), told):
+        await told.until_equal(())
+        folder.mkdir()
+        (folder / "a").touch()
+        await told.until_equal(("a",))
