@@ -46,6 +46,7 @@ class Buckets(Generic[Key]):
         assert key not in self._counts, f"{key!r} is here already"
         assert count >= 0, f"count must be >= 0, got {count}"
         self._put(key, count)
+        self._high = max(self._high, count)
 
     def remove(self, key: Key) -> int:
         """Forget a key and return its count; O(gap) when it was alone at the top."""
@@ -58,15 +59,15 @@ class Buckets(Generic[Key]):
     def increment(self, key: Key) -> None:
         """Move a key one bucket up."""
         count = self._counts[key]
-        self._take(key, count)
-        self._put(key, count + 1)
+        self._move(key, count, count + 1)
+        if count == self._high:
+            self._high = count + 1
 
     def decrement(self, key: Key) -> None:
         """Move a key one bucket down; its count must be at least 1."""
         count = self._counts[key]
         assert count > 0, f"{key!r} is at 0 already"
-        self._take(key, count)
-        self._put(key, count - 1)
+        self._move(key, count, count - 1)
         if count == self._high and count not in self._buckets:
             self._high = count - 1
 
@@ -74,13 +75,21 @@ class Buckets(Generic[Key]):
         """Return a key of the largest count; there must be one."""
         return next(iter(self._buckets[self._high]))
 
+    def _move(self, key: Key, count: int, to: int) -> None:
+        buckets = self._buckets
+        if to not in buckets and len(buckets[count]) == 1:
+            buckets[to] = buckets.pop(count)  # as it is: it holds nobody else
+            self._counts[key] = to
+        else:
+            self._take(key, count)
+            self._put(key, to)
+
     def _put(self, key: Key, count: int) -> None:
         self._counts[key] = count
         bucket = self._buckets.get(count)
         if bucket is None:
             bucket = self._buckets[count] = OrderedDict()
         bucket[key] = None
-        self._high = max(self._high, count)
 
     def _take(self, key: Key, count: int) -> None:
         bucket = self._buckets[count]
