@@ -68,7 +68,7 @@ class FairnessPolicy(Protocol):
         """
 
     def head_moved(self, flow: Flow) -> None:
-        """Notice that another request now stands at the head of a flow."""
+        """Notice that another request may now stand at the head of a flow."""
 
     def leave(self, flow: Flow) -> None:
         """Let go of a flow of which nothing waits any more."""
@@ -263,12 +263,17 @@ class WeightedTokens:
         assert first is not None, "pick needs a flow with something waiting"
         return self._flows[first[1]]
 
-    def charge(self, flow: Flow, cost: float, now_ns: int) -> None:
+    def charge(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - see enter
         """Advance the level to the lowest counter, then the flow's counter by what it is served."""
         lowest = self._ready.first()
         assert lowest is not None, "who is served was waiting"
-        self._level = max(self._level, lowest[0])
-        self.correct(flow.key.flow_id, cost, now_ns)
+        if lowest[0] > self._level:
+            self._level = lowest[0]
+            self._forget_reached()
+        flow_id = flow.key.flow_id
+        counter = self._counters[flow_id] + cost / self._weights.get(flow_id, 1.0)
+        self._counters[flow_id] = counter
+        self._ready.put(flow_id, counter)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:  # noqa: ARG002 - see enter
         """Move the flow's counter; one not known any more stands at the level."""
@@ -296,6 +301,10 @@ class WeightedTokens:
             self._away.put(flow_id, counter)
         else:
             self._forget(flow_id)
+        self._forget_reached()
+
+    def _forget_reached(self) -> None:
+        """Drop the accounts that make no difference any more, or are too many."""
         while (first := self._away.first()) is not None:
             if first[0] > self._level and len(self._away) <= ACCOUNTS_MAX:
                 return

@@ -59,6 +59,8 @@ class Outcome(Enum):
     Reject: never queued. Evict: queued, then removed undispatched.
     """
 
+    __hash__ = object.__hash__  # members are single; Enum's own is Python, and asked at each count
+
     DISPATCHED = "dispatched"
     REJECTED_CAPACITY = "rejected-capacity"
     REJECTED_NO_ENDPOINTS = "rejected-no-endpoints"
