@@ -53,6 +53,8 @@ class Lease:
     fallbacks: tuple[str, ...] = ()
     expected_wait_ns: int | None = None
     """What its wait was expected to be when it was admitted."""
+    position: int = 0
+    """How many stood ahead of it then."""
     without_room: tuple[Scope, ...] = ()
     """Whose limits have no room for it, when it is about to be rejected."""
 
