@@ -19,7 +19,7 @@ time making the requests; so it gets twice the callers more, to spread that over
 has waited for 30 s; such a cell is marked with the share that was dispatched.
 
     git clone https://github.com/llm-d/llm-d-router
-    python tests/benchmarks/reference.py llm-d-router [--rounds 5] [--cells "100     8"]
+    python tests/benchmarks/reference.py llm-d-router [--rounds 5] [--cells "^  100"]
 """
 
 import argparse
@@ -137,11 +137,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--fairness", default="global-strict", choices=[f.value for f in Fairness])
-    parser.add_argument("--cells", default="", help="only those whose row contains this")
+    parser.add_argument("--cells", default="", help="a pattern that their rows match")
     options = parser.parse_args()
     options.ordering = Ordering.FCFS
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    chosen = [cell for cell in cells() if options.cells in str(cell)]
+    chosen = [cell for cell in cells() if re.search(options.cells, str(cell))]
     theirs: dict[Cell, list[Cost | None]] = {cell: [] for cell in chosen}
     ours: dict[Cell, list[Cost | None]] = {cell: [] for cell in chosen}
     alone: dict[Cell, list[float]] = {cell: [] for cell in chosen}
