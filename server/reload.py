@@ -54,6 +54,7 @@ class Configuration:
         hangups: set[asyncio.Task[None]] = set()
 
         def hang_up() -> None:
+            """Read, and keep hold of the task until it has."""
             task = asyncio.create_task(self.read())
             hangups.add(task)
             task.add_done_callback(hangups.discard)
