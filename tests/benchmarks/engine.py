@@ -13,12 +13,12 @@ with their spread. Memory is what Python allocates while the queue is filled, en
 
 Caveats: one process, nothing but the engine; no thread, no futures, no wire (bridge.py has these).
 Python's garbage collector runs as it likes. Not all cells do the same for a request, so they cannot
-cost the same. With free flow everybody is dispatched in the turn he comes in, and is neither
-admitted nor taken out of the queue again; with a limit, whoever comes second in his flow is. With a
-limit of 1 each request has a turn of its own (one, not two: who leaves and who comes are told in the
-same), with 100 a hundredth of one; what an empty turn costs is among the last lines. The rest of the
-difference is the interpreter's: a turn that does everything once finds caches and branch predictors
-cold, one that does it a hundred times in a row does not.
+cost the same. With free flow all are dispatched in the turn they come in, and never admitted and
+taken out of the queue again; with a limit, most are. With a limit of 1 each request has a turn of
+its own (one, not two: who leaves and who comes are told in the same), with 100 a hundredth of one;
+what an empty turn costs is among the last lines. The rest of the difference is the interpreter's: a
+turn that does everything once finds caches and branch predictors cold, one that does it a hundred
+times in a row does not.
 
     python tests/benchmarks/engine.py [--rounds 5] [--requests 20000] [--fairness weighted-tokens]
 """
