@@ -165,8 +165,8 @@ class Encoder:
         mutation.remove_headers.extend(CONTROL_HEADERS)
         own = response.dynamic_metadata.fields[METADATA_NAMESPACE].struct_value.fields
         own[TICKET].string_value = (_TICKET_BEGIN + b"?" * digits).decode()
-        for key, mark in _MARKS.items():
-            own[key].number_value = mark
+        for key, number in _MARKS.items():
+            own[key].number_value = number
         own["priority"].number_value = priority
         if self._engine_priority is not None:
             name, sign = self._engine_priority
@@ -176,8 +176,8 @@ class Encoder:
         if destination is not None:
             _send_to(response, destination)
         template = _serialized(response).replace(b"%", b"%%")
-        marks = {key: _double(mark) for key, mark in _MARKS.items()}
-        for key, mark in {"ticket": _TICKET_BEGIN + b"?" * digits, **marks}.items():
+        marks = {key: _double(number) for key, number in _MARKS.items()}
+        for key, mark in {TICKET: _TICKET_BEGIN + b"?" * digits, **marks}.items():
             assert template.count(mark) == 1, "a mark is what nothing else can be"
             template = template.replace(mark, b"%%(%b)b" % key.encode())
         return template
