@@ -31,8 +31,10 @@ types: $(VENV)/ready  ## mypy --strict
 	$(BIN)/mypy
 	$(BIN)/mypy --strict tests --exclude tests/benchmarks
 
+# Those on a real Envoy measure waits, so they run one after the other, with the machine to themselves.
 unit: $(VENV)/ready  ## All tests, end to end on a real Envoy included
-	$(BIN)/pytest --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/pytest -m "not e2e" --numprocesses auto --dist loadfile --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/pytest -m e2e $(ARGS)
 
 e2e: $(VENV)/ready  ## Only the tests on a real Envoy
 	$(BIN)/pytest -m e2e $(ARGS)
