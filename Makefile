@@ -31,16 +31,22 @@ types: $(VENV)/ready  ## mypy --strict
 	$(BIN)/mypy
 	$(BIN)/mypy --strict tests --exclude tests/benchmarks
 
+# Those on a real Envoy measure waits, so they run one after the other, with the machine to themselves.
 unit: $(VENV)/ready  ## All tests, end to end on a real Envoy included
-	$(BIN)/pytest --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/pytest -m "not e2e" --numprocesses auto --dist loadfile --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/pytest -m e2e $(ARGS)
 
 e2e: $(VENV)/ready  ## Only the tests on a real Envoy
 	$(BIN)/pytest -m e2e $(ARGS)
 
-bench: $(VENV)/ready  ## Benchmarks of the doors, results in tests/benchmarks/results/; needs wrk and libgrpc++-dev
+# Each script says its question, method, caveats, and how to run it shorter. Half an hour in all.
+bench: $(VENV)/ready  ## Benchmarks, results in tests/benchmarks/results/; needs wrk, g++ and libgrpc++-dev
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/through_envoy.py
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/saturated.py
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/streaming.py
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/engine.py
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/bridge.py
+	$(BIN)/python tests/benchmarks/draw.py
 
 docs: $(VENV)/ready  ## Rewrite what pages quote from the code
 	$(BIN)/python -m tests.readme --write

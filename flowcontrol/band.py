@@ -56,18 +56,17 @@ class Band:
     def queue(self, lease: Lease, now_ns: int) -> None:
         """Let a newcomer wait in its flow."""
         flow = lease.flow
-        flow.push(lease)
+        is_head = flow.push(lease)
         self.waiting += 1
         if flow.waiting == 1:
             self.waiting_flows += 1
             self.fairness.enter(flow, now_ns)
-        elif flow.head is lease:
+        elif is_head:
             self.fairness.head_moved(flow)
 
     def remove(self, lease: Lease, now_ns: int) -> None:
         """Take a waiting request out, and its flow when nothing of it is left."""
         flow = lease.flow
-        was_head = flow.head is lease
         flow.remove(lease)
         self.waiting -= 1
         if lease.is_admitted:
@@ -85,7 +84,7 @@ class Band:
             self.waiting_flows -= 1
             self.fairness.leave(flow)
             self._forget(flow)
-        elif was_head:
+        else:
             self.fairness.head_moved(flow)
 
     def move(self, lease: Lease) -> None:

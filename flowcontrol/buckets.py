@@ -1,12 +1,11 @@
 """Pure. Keys sorted by a small count that moves by one.
 
-Which flow has the longest backlog, which endpoint the fewest in flight: both are asked on the way
-of a request, and both counts move by exactly one at a time. So keys are kept in buckets, one per
-count, and the ends follow by one step: when the top bucket empties because its key went one down,
-the bucket below now holds that key. Every operation is O(1) (amortised for `remove` at the ends).
-The same idea serves LFU caches: Shah, Mitra and Matani, "An O(1) algorithm for implementing the
-LFU cache eviction scheme", 2010.
-Ordered dictionaries, because the first key of a plain one costs O(keys deleted before it).
+Which flow has the longest backlog is asked on the way of a request, and the count moves by exactly
+one at a time. So keys are kept in buckets, one per count, and the top follows by one step: when the
+top bucket empties because its key went one down, the bucket below now holds that key. Every
+operation is O(1) (but for `remove` of a key that was alone at the top). The same idea serves LFU
+caches: Shah, Mitra and Matani, "An O(1) algorithm for implementing the LFU cache eviction scheme",
+2010. Ordered dictionaries, because the first key of a plain one costs O(keys deleted before it).
 """
 
 from collections import OrderedDict
@@ -17,17 +16,16 @@ Key = TypeVar("Key")
 
 
 class Buckets(Generic[Key]):
-    """Counts by key, the most and the fewest at hand. Ties go to the key that came there first.
+    """Counts by key, the most at hand. Ties go to the key that came there first.
 
     Owner: whoever owns the engine; not thread-safe.
     """
 
-    __slots__ = ("_buckets", "_counts", "_high", "_low")
+    __slots__ = ("_buckets", "_counts", "_high")
 
     def __init__(self) -> None:
         self._counts: dict[Key, int] = {}
         self._buckets: dict[int, OrderedDict[Key, None]] = {}
-        self._low = 0
         self._high = 0
 
     def __len__(self) -> int:
@@ -47,31 +45,21 @@ class Buckets(Generic[Key]):
         """Take up a new key."""
         assert key not in self._counts, f"{key!r} is here already"
         assert count >= 0, f"count must be >= 0, got {count}"
-        if not self._counts:
-            self._low = self._high = count
-        else:
-            self._low = min(self._low, count)
-            self._high = max(self._high, count)
         self._put(key, count)
+        self._high = max(self._high, count)
 
     def remove(self, key: Key) -> int:
-        """Forget a key and return its count; O(gap) when it was alone at one end."""
+        """Forget a key and return its count; O(gap) when it was alone at the top."""
         count = self._counts.pop(key)
         self._take(key, count)
-        if self._counts:
-            while self._high not in self._buckets:
-                self._high -= 1
-            while self._low not in self._buckets:
-                self._low += 1
+        while self._high not in self._buckets and self._high:
+            self._high -= 1
         return count
 
     def increment(self, key: Key) -> None:
         """Move a key one bucket up."""
         count = self._counts[key]
-        self._take(key, count)
-        self._put(key, count + 1)
-        if count == self._low and count not in self._buckets:
-            self._low = count + 1
+        self._move(key, count, count + 1)
         if count == self._high:
             self._high = count + 1
 
@@ -79,20 +67,22 @@ class Buckets(Generic[Key]):
         """Move a key one bucket down; its count must be at least 1."""
         count = self._counts[key]
         assert count > 0, f"{key!r} is at 0 already"
-        self._take(key, count)
-        self._put(key, count - 1)
+        self._move(key, count, count - 1)
         if count == self._high and count not in self._buckets:
             self._high = count - 1
-        if count == self._low:
-            self._low = count - 1
 
     def most(self) -> Key:
         """Return a key of the largest count; there must be one."""
         return next(iter(self._buckets[self._high]))
 
-    def fewest(self) -> Key:
-        """Return a key of the smallest count; there must be one."""
-        return next(iter(self._buckets[self._low]))
+    def _move(self, key: Key, count: int, to: int) -> None:
+        buckets = self._buckets
+        if to not in buckets and len(buckets[count]) == 1:
+            buckets[to] = buckets.pop(count)  # as it is: it holds nobody else
+            self._counts[key] = to
+        else:
+            self._take(key, count)
+            self._put(key, to)
 
     def _put(self, key: Key, count: int) -> None:
         self._counts[key] = count

@@ -342,7 +342,8 @@ class FlowController:
             self._across.admitted(lease, band)
         if self.config.forecasts:
             place = lease.flow.capacity.requests - 1  # as if in order of arrival: O(1)
-            lease.expected_wait_ns = self.forecast(band, band.ahead(lease, place), now_ns).wait_ns
+            forecast = self.forecast(band, band.ahead(lease, place), now_ns)
+            lease.position, lease.expected_wait_ns = forecast
 
     def _refuse(self, lease: Lease, band: Band, now_ns: int) -> None:
         """Reject a newcomer; where two limits refuse it, the slower one says when to come back."""

@@ -47,6 +47,7 @@ class Decisions:
                 lease.expected_wait_ns,
                 lease.without_room,
                 lease.fallbacks,
+                lease.position,
             )
         )
 

@@ -162,3 +162,5 @@ class Decision:
     """Whose limits had no room for it, where that is why it was rejected."""
     fallbacks: tuple[str, ...] = ()
     """Where to send it if the endpoint cannot be reached, best first."""
+    position: int = 0
+    """How many stood ahead of it when it began to wait, an estimate; 0 where nobody asks for it."""

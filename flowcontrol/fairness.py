@@ -68,7 +68,7 @@ class FairnessPolicy(Protocol):
         """
 
     def head_moved(self, flow: Flow) -> None:
-        """Notice that another request now stands at the head of a flow."""
+        """Notice that another request may now stand at the head of a flow."""
 
     def leave(self, flow: Flow) -> None:
         """Let go of a flow of which nothing waits any more."""
@@ -228,7 +228,7 @@ class WeightedTokens:
         flow_id = flow.key.flow_id
         lowest = self._ready.first()
         if lowest is not None:
-            self._level = max(self._level, lowest[0])
+            self._raise_level(lowest[0])
         self._flows[flow_id] = flow
         self._away.discard(flow_id)
         self._set(flow_id, max(self._counters.get(flow_id, 0.0), self._level))
@@ -250,12 +250,13 @@ class WeightedTokens:
     def leave(self, flow: Flow) -> None:
         """Keep the flow's account while it is above the level: while it is a debt."""
         flow_id = flow.key.flow_id
+        counter = self._counters[flow_id]
         del self._flows[flow_id]
         self._ready.discard(flow_id)
         if not self._flows:
             # The busy period ends, and with it the last flow's advantage over the next to come.
-            self._level = max(self._level, self._counters[flow_id])
-        self._set(flow_id, self._counters[flow_id])
+            self._raise_level(counter)
+        self._set(flow_id, counter)
 
     def pick(self) -> Flow:
         """Return the flow with the lowest counter."""
@@ -267,7 +268,7 @@ class WeightedTokens:
         """Advance the level to the lowest counter, then the flow's counter by what it is served."""
         lowest = self._ready.first()
         assert lowest is not None, "who is served was waiting"
-        self._level = max(self._level, lowest[0])
+        self._raise_level(lowest[0])
         self.correct(flow.key.flow_id, cost, now_ns)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:  # noqa: ARG002 - see enter
@@ -287,6 +288,14 @@ class WeightedTokens:
         """Take other weights: for what is served from now on."""
         self._weights = config.weights
 
+    def _raise_level(self, counter: float) -> None:
+        """Let virtual time go on; who owed less than that owes nothing any more."""
+        if counter <= self._level:
+            return
+        self._level = counter
+        while (first := self._away.first()) is not None and first[0] <= counter:
+            self._forget(first[1])
+
     def _set(self, flow_id: str, counter: float) -> None:
         if flow_id in self._flows:
             self._counters[flow_id] = counter
@@ -294,12 +303,10 @@ class WeightedTokens:
         elif counter > self._level:
             self._counters[flow_id] = counter
             self._away.put(flow_id, counter)
+            if len(self._away) > ACCOUNTS_MAX and (first := self._away.first()) is not None:
+                self._forget(first[1])
         else:
             self._forget(flow_id)
-        while (first := self._away.first()) is not None:
-            if first[0] > self._level and len(self._away) <= ACCOUNTS_MAX:
-                return
-            self._forget(first[1])
 
     def _forget(self, flow_id: str) -> None:
         self._counters.pop(flow_id, None)

@@ -53,6 +53,8 @@ class Lease:
     fallbacks: tuple[str, ...] = ()
     expected_wait_ns: int | None = None
     """What its wait was expected to be when it was admitted."""
+    position: int = 0
+    """How many stood ahead of it then."""
     without_room: tuple[Scope, ...] = ()
     """Whose limits have no room for it, when it is about to be rejected."""
 
@@ -122,15 +124,17 @@ class Flow:
         """Return where a request of this flow stands."""
         return order_of(lease, self.ordering)
 
-    def push(self, lease: Lease) -> None:
-        """Queue a newcomer."""
+    def push(self, lease: Lease) -> bool:
+        """Queue a newcomer; whether it is the head now."""
         request_id = lease.request.request_id
         assert request_id not in self._new, "a request waits once"
         assert request_id not in self._admitted, "a request waits once"
         self._new[request_id] = lease
         self.waiting += 1
-        if self._ordered is not None:
-            self._ordered.put(lease, self.order_of(lease))
+        if self._ordered is None:
+            return self.waiting == 1
+        self._ordered.put(lease, self.order_of(lease))
+        return self.head is lease
 
     def admit(self, lease: Lease) -> None:
         """Count a newcomer against the limits from now on; newcomers are admitted in order."""

@@ -1,7 +1,7 @@
 """Pure. Items sorted by a key that may change: deadlines of requests, heads of flows."""
 
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -14,9 +14,10 @@ _STALE_MIN = 64
 class KeyedHeap(Generic[Item, Key]):
     """A binary heap whose items can be moved and removed. Ties go to the item put there first.
 
-    A moved or removed item leaves its old entry behind; such entries are dropped when they surface,
-    and all at once when they outnumber the live ones, so the heap never exceeds twice its items
-    (plus a constant). `put` and `discard` are O(log items) amortised, `first` is amortised O(1).
+    A moved or removed item leaves its old entry behind, unless that is on top: the top is never
+    stale. Such entries are dropped when they surface, and all at once when they outnumber the live
+    ones, so the heap never exceeds twice its items (plus a constant). `put` and `discard` are
+    O(log items) amortised, `first` is O(1).
     """
 
     __slots__ = ("_heap", "_put_count", "_puts")
@@ -38,24 +39,40 @@ class KeyedHeap(Generic[Item, Key]):
 
     def put(self, item: Item, key: Key) -> None:
         """Add an item, or move it to another key."""
+        heap, puts = self._heap, self._puts
         self._put_count += 1
-        self._puts[item] = self._put_count
-        heappush(self._heap, (key, self._put_count, item))
-        self._compact()
+        is_new = item not in puts
+        puts[item] = self._put_count
+        if is_new:
+            heappush(heap, (key, self._put_count, item))
+        elif heap[0][2] == item:
+            heapreplace(heap, (key, self._put_count, item))
+            self._surface()
+        else:
+            heappush(heap, (key, self._put_count, item))
+            self._compact()
 
     def discard(self, item: Item) -> None:
         """Remove an item if it is here."""
-        if self._puts.pop(item, None) is not None:
+        if self._puts.pop(item, None) is None:
+            return
+        if self._heap[0][2] == item:
+            self._surface()
+        else:
             self._compact()
 
     def first(self) -> tuple[Key, Item] | None:
         """Return the smallest key and its item, or None when there is none."""
-        while self._heap:
-            key, put, item = self._heap[0]
-            if self._puts.get(item) == put:
-                return key, item
-            heappop(self._heap)
-        return None
+        if not self._heap:
+            return None
+        key, _, item = self._heap[0]
+        return key, item
+
+    def _surface(self) -> None:
+        """Drop stale entries from the top."""
+        heap, puts = self._heap, self._puts
+        while heap and puts.get(heap[0][2]) != heap[0][1]:
+            heappop(heap)
 
     def _compact(self) -> None:
         if len(self._heap) > 2 * len(self._puts) + _STALE_MIN:

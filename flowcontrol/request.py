@@ -59,6 +59,8 @@ class Outcome(Enum):
     Reject: never queued. Evict: queued, then removed undispatched.
     """
 
+    __hash__ = object.__hash__  # members are single; Enum's own is Python, and asked at each count
+
     DISPATCHED = "dispatched"
     REJECTED_CAPACITY = "rejected-capacity"
     REJECTED_NO_ENDPOINTS = "rejected-no-endpoints"
@@ -73,10 +75,6 @@ class Outcome(Enum):
     """Ended in flight for a better waiting request."""
     INTERNAL = "internal"
     """The engine failed; decided by the gate, because nobody else is left to decide."""
-
-    __hash__ = object.__hash__
-    """Every member is one object. Enum's own hash is a Python function; counting by outcome, a
-    dispatch calls it seven times: 2.4 us of the 67 that the engine takes for a request."""
 
     @property
     def was_dispatched(self) -> bool:

@@ -74,7 +74,8 @@ class DrainRate:
             self._count = 0.0
             self._time_ns = now_ns - self._began_ns
             self._at_ns = now_ns
-        self._pass(now_ns)
+        if now_ns - self._at_ns >= _SECOND_NS:
+            self._pass(now_ns)
         if self._is_busy or not self._is_known:
             self._count += 1.0
 

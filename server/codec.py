@@ -31,8 +31,12 @@ INSTANCE: Final = token_hex(4)
 one, has let go, and counters begin at 1 in each."""
 
 _TICKET_BEGIN: Final = f"{INSTANCE}.".encode()
-_MARKS: Final = (-1.7976931348623157e308, -1.7976931348623155e308)
-"""Stand in a template for milliseconds and headroom; neither is ever below 0."""
+_MARKS: Final = {
+    "queue_ms": -1.7976931348623157e308,
+    "headroom": -1.7976931348623155e308,
+    "position": -1.7976931348623153e308,
+}
+"""Stand in a template for the numbers of one request; none of them is ever below 0."""
 _TEMPLATES_MAX: Final = 1_024
 _double: Final = Struct("<d").pack
 _KINDS: Final = {kind.value: kind for kind in MessageKind}
@@ -142,6 +146,7 @@ class Encoder:
             b"ticket": _TICKET_BEGIN + number.encode(),
             b"queue_ms": _double(reply.waited_ns // 1_000_000),
             b"headroom": _double(round(reply.headroom, 3)),
+            b"position": _double(reply.position),
         }
 
     def _make_template(
@@ -160,7 +165,8 @@ class Encoder:
         mutation.remove_headers.extend(CONTROL_HEADERS)
         own = response.dynamic_metadata.fields[METADATA_NAMESPACE].struct_value.fields
         own[TICKET].string_value = (_TICKET_BEGIN + b"?" * digits).decode()
-        own["queue_ms"].number_value, own["headroom"].number_value = _MARKS
+        for key, number in _MARKS.items():
+            own[key].number_value = number
         own["priority"].number_value = priority
         if self._engine_priority is not None:
             name, sign = self._engine_priority
@@ -170,13 +176,10 @@ class Encoder:
         if destination is not None:
             _send_to(response, destination)
         template = _serialized(response).replace(b"%", b"%%")
-        for mark, key in (
-            (_TICKET_BEGIN + b"?" * digits, b"ticket"),
-            (_double(_MARKS[0]), b"queue_ms"),
-            (_double(_MARKS[1]), b"headroom"),
-        ):
+        marks = {key: _double(number) for key, number in _MARKS.items()}
+        for key, mark in {TICKET: _TICKET_BEGIN + b"?" * digits, **marks}.items():
             assert template.count(mark) == 1, "a mark is what nothing else can be"
-            template = template.replace(mark, b"%%(%b)b" % key)
+            template = template.replace(mark, b"%%(%b)b" % key.encode())
         return template
 
 

@@ -1,5 +1,6 @@
 """The settings the engine is told, as a section of files: of the service's, of a simulation's."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
@@ -358,10 +359,14 @@ class Engine(Section):
 
     @field_validator("saturation")
     @classmethod
-    def _at_least_one(
+    def _of_each_kind_one(
         cls, value: Saturation | tuple[Saturation, ...]
     ) -> Saturation | tuple[Saturation, ...]:
         if not value:
             rule = "must name a detector"
+            raise broken(rule)
+        kinds = [each.detector for each in value] if isinstance(value, tuple) else []
+        if twice := [kind for kind, count in Counter(kinds).items() if count > 1]:
+            rule = f"must name a detector of a kind once, got {', '.join(twice)} more often"
             raise broken(rule)
         return value

@@ -49,6 +49,7 @@ _ACCESS_LOG: Final = {
 }
 _RESPONSE_HEADERS: Final = {
     "queue-duration": ("x-llm-d-flow-queue-duration-ms", "queue_ms"),
+    "position": ("x-llm-d-flow-position", "position"),
     "headroom": ("x-llm-d-flow-headroom", "headroom"),
 }
 """Name and the key of our metadata that it shows, by the word in the settings."""

@@ -4,7 +4,7 @@ Envoy opens a stream and sends the request headers. Nothing else is owed until t
 answered; then the stream stays open until the request is over (ENVOY: response trailers SEND), and
 at most one more message comes, the trailers of the response, if the model server really sends any.
 
-Messages and answers are plain slots classes, built once and read once: frozen ones take three times
+Messages and answers are plain slots classes, built once and read once: frozen ones take four times
 as long to make.
 """
 

@@ -13,7 +13,7 @@ USAGE_NAMESPACE = "flowcontrol.usage"
 """Dynamic metadata that Envoy makes of a response's token usage."""
 REPORT_TAG = "flowcontrol"
 """Custom tag of an entry that says all we want to know in one line of words, as Envoy writes it.
-To ask protobuf for the same in the entry's own fields takes five times as long."""
+To ask protobuf for the same, field by field, takes a third longer."""
 _REPORT = (
     f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{TICKET})%",
     "%RESPONSE_CODE_DETAILS%",

@@ -42,7 +42,7 @@ _log = structlog.get_logger()
 
 
 @final
-class Traces:
+class RequestTraces:
     """Reports spans to an OTLP collector.
 
     Args:

@@ -47,6 +47,8 @@ class Configuration:
         self._path = path
         self._apply = apply
         self._turn = asyncio.Lock()
+        self._read_stamp: tuple[int, ...] | None = ()
+        """Of the file as it was read last; nothing is like an empty one."""
 
     async def follow(self) -> None:
         """Read the file whenever it changes, and at SIGHUP; until cancelled."""
@@ -54,19 +56,30 @@ class Configuration:
         hangups: set[asyncio.Task[None]] = set()
 
         def hang_up() -> None:
+            """Read, and keep hold of the task until it has."""
             task = asyncio.create_task(self.read())
             hangups.add(task)
             task.add_done_callback(hangups.discard)
 
         loop.add_signal_handler(signal.SIGHUP, hang_up)
         try:
-            await watch_folder(self._path.parent, self.read)
+            await watch_folder(self._path.parent, self._look)
         finally:
             loop.remove_signal_handler(signal.SIGHUP)
+
+    async def _look(self) -> None:
+        """Read the file if it is another than was read last, or a mistake stands.
+
+        The folder may hold more: with a log in it that every request writes to, reading each time
+        cost 80 us a request. What a mistake is about may be another file, there or not there.
+        """
+        if self.problems or self._stamp() != self._read_stamp:
+            await self.read()
 
     async def read(self) -> None:
         """Read the file, and put it into force if it is right and differs."""
         async with self._turn:
+            self._read_stamp = self._stamp()  # before: a change in between is read once more
             try:
                 settings = await asyncio.to_thread(load_settings, self._path)
                 await self._change(settings)
@@ -78,6 +91,14 @@ class Configuration:
                     _log.error("configuration_rejected", file=str(self._path), problems=problems)
             else:
                 self.problems = ()
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        """Return what differs once the file has been replaced or rewritten; None without a file."""
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return None
+        return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
 
     async def _change(self, settings: Settings) -> None:
         changes = differences(self.settings, settings)

@@ -83,6 +83,8 @@ class Proceed:
     """Where to send it if it cannot be sent there, best first."""
     headroom: float = 0.0
     """Room left in the pool just after, from 0 to 1."""
+    position: int = 0
+    """How many stood ahead of it when it began to wait."""
     awaits_answer: bool = False
     """Whether we want to be told when the response begins."""
 
@@ -148,6 +150,7 @@ def answer(
             decision.endpoint,
             decision.fallbacks,
             headroom=max(0.0, 1.0 - decision.saturation),
+            position=decision.position,
             awaits_answer=decision.awaits_answer,
         )
     if decision.outcome is Outcome.INTERNAL and continue_on_fault:

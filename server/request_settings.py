@@ -110,9 +110,12 @@ class Requests(Section):
     """Tell model servers the band, as a header each of them lets overrule the body's `priority`:
     vllm: x-vllm-priority (needs --scheduling-policy priority); sglang: x-override-priority (needs
     --enable-priority-scheduling)."""
-    response_headers: tuple[Literal["queue-duration", "headroom"], ...] = ("queue-duration",)
-    """Headers Envoy adds to responses (`envoy-config`): x-llm-d-flow-queue-duration-ms, and
-    x-llm-d-flow-headroom, the part of the pool still free at dispatch."""
+    response_headers: tuple[Literal["queue-duration", "position", "headroom"], ...] = (
+        "queue-duration",
+    )
+    """Headers Envoy adds to responses (`envoy-config`): x-llm-d-flow-queue-duration-ms;
+    x-llm-d-flow-position, how many stood ahead as the wait began; x-llm-d-flow-headroom, the part
+    of the pool still free at dispatch."""
 
     @field_validator("exempt_paths")
     @classmethod

@@ -8,7 +8,7 @@ from flowcontrol.errors import FlowControlError
 from server.sections import Section, switched_off
 
 if TYPE_CHECKING:
-    from server import otel
+    from server.otel import RequestTraces
 
 _TRACE_HEADERS: Final = (
     *("traceparent", "tracestate", "baggage", "b3"),
@@ -36,7 +36,7 @@ class Traces(Section):
         return () if self.exporter == "off" else _TRACE_HEADERS
 
 
-def open_traces(settings: Traces, pool: str) -> "otel.Traces | None":
+def open_traces(settings: Traces, pool: str) -> "RequestTraces | None":
     """Return what keeps traces of requests; None while they are off.
 
     Raises:
@@ -45,9 +45,9 @@ def open_traces(settings: Traces, pool: str) -> "otel.Traces | None":
     if settings.exporter == "off":
         return None
     try:
-        from server import otel  # noqa: PLC0415 - an extra, and slow to import
+        from server.otel import RequestTraces  # noqa: PLC0415 - an extra, and slow to import
 
-        return otel.Traces(pool)
+        return RequestTraces(pool)
     except ModuleNotFoundError as error:
         message = f"traces.exporter needs {error.name}: pip install 'flowcontrol[otel]'"
         raise FlowControlError(message) from error

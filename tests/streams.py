@@ -123,7 +123,10 @@ async def running(
         "apiVersion": "flowcontrol/v1alpha1",
         "kind": "FlowControlConfig",
         "pool": "llama",
-        "listen": {name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)},
+        "listen": {
+            "direct": "off",
+            **{name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)},
+        },
         "objectives": {"directory": "objectives"},
         **settings,
     }

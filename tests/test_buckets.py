@@ -28,13 +28,13 @@ def _buckets() -> Buckets[str]:
 
 
 class TestBuckets:
-    """Counts by key, both ends at hand."""
+    """Counts by key, the most at hand."""
 
     @pytest.mark.slow
     @given(steps=steps)
     @settings(max_examples=150)
     def test_agrees_with_a_dict(self, steps: list[tuple[str, str, int]]) -> None:
-        """Whatever is added, moved and removed, counts and both ends are those of a dict."""
+        """Whatever is added, moved and removed, counts and the most are those of a dict."""
         buckets: Buckets[str] = Buckets()
         oracle: dict[str, int] = {}
         for step, key, count in steps:
@@ -54,26 +54,9 @@ class TestBuckets:
             assert len(buckets) == len(oracle)
             if oracle:
                 assert oracle[buckets.most()] == max(oracle.values())
-                assert oracle[buckets.fewest()] == min(oracle.values())
-
-    @pytest.mark.slow
-    @given(moves=st.lists(st.sampled_from("abcd"), max_size=40))
-    @settings(max_examples=100)
-    def test_filling_the_fewest_keeps_the_counts_level(self, moves: list[str]) -> None:
-        """Whoever always adds to the fewest never has two keys more than one apart."""
-        buckets: Buckets[str] = Buckets()
-        for key in sorted(set(moves)):
-            buckets.add(key)
-        for _ in moves:
-            buckets.increment(buckets.fewest())
-
-        counts = [buckets.count(key) for key in buckets]
-
-        assert max(counts, default=0) - min(counts, default=0) <= 1
-        assert sum(counts) == len(moves)
 
     def test_ties_go_to_whoever_was_there_first(self, buckets: Buckets[str]) -> None:
-        """Of keys with the same count, both ends name the one that reached it first."""
+        """Of keys with the same count, the one that reached it first."""
         assert buckets.most() == "a"
 
         buckets.increment("a")
@@ -83,30 +66,25 @@ class TestBuckets:
 
         buckets.increment("b")
 
-        assert buckets.most() == buckets.fewest() == "c"
+        assert buckets.most() == "c"
 
     def test_emptied_buckets_begin_anew(self, buckets: Buckets[str]) -> None:
-        """After the last key has gone, neither end remembers it."""
+        """After the last key has gone, nothing remembers it."""
         for key in list(buckets):
             buckets.remove(key)
         buckets.add("z", 7)
 
-        assert (buckets.most(), buckets.fewest()) == ("z", "z")
+        assert buckets.most() == "z"
         assert buckets.count("z") == 7
 
-    def test_removing_an_end_finds_the_next_one(self) -> None:
-        """The end moves over gaps of any width."""
+    def test_removing_the_most_finds_the_next(self) -> None:
+        """The top moves over gaps of any width."""
         buckets: Buckets[str] = Buckets()
         for key, count in (("low", 1), ("middle", 50), ("high", 100)):
             buckets.add(key, count)
         buckets.remove("high")
 
         assert buckets.most() == "middle"
-
-        buckets.add("high", 100)
-        buckets.remove("low")
-
-        assert buckets.fewest() == "middle"
 
     def test_membership_is_by_key(self, buckets: Buckets[str]) -> None:
         """A key is in from `add` to `remove`."""

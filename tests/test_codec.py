@@ -213,11 +213,13 @@ class TestProceed:
                 )
             ),
             dynamic_metadata=Struct(
-                fields={"flowcontrol": notes(7, queue_ms=1234, priority=10, headroom=0.25)}
+                fields={
+                    "flowcontrol": notes(7, queue_ms=1234, priority=10, headroom=0.25, position=3)
+                }
             ),
         )
 
-        assert expected == parsed(Proceed(7, 10, 1_234_999_999, headroom=0.25))
+        assert expected == parsed(Proceed(7, 10, 1_234_999_999, headroom=0.25, position=3))
 
     def test_with_endpoint(self) -> None:
         """The endpoint chosen stands in the header and, the same, in envoy.lb's metadata."""
@@ -246,7 +248,7 @@ class TestProceed:
         st.integers(1, 2**63),
         st.integers(-1000, 1000),
         st.integers(0, 10**15),
-        st.floats(0, 1),
+        st.tuples(st.floats(0, 1), st.integers(0, 10**6)),
         st.none() | st.text(min_size=1, max_size=30),
     )
     def test_any_values(
@@ -254,11 +256,15 @@ class TestProceed:
         request_id: int,
         priority: int,
         waited_ns: int,
-        headroom: float,
+        around: tuple[float, int],
         endpoint: str | None,
     ) -> None:
         """What is filled into a template reads as if the message had been written for it."""
-        response = parsed(Proceed(request_id, priority, waited_ns, endpoint, headroom=headroom))
+        headroom, position = around
+        reply = Proceed(
+            request_id, priority, waited_ns, endpoint, headroom=headroom, position=position
+        )
+        response = parsed(reply)
 
         assert response.dynamic_metadata is not None
         fields = response.dynamic_metadata.fields
@@ -267,6 +273,7 @@ class TestProceed:
             queue_ms=waited_ns // 1_000_000,
             priority=priority,
             headroom=round(headroom, 3),
+            position=position,
         )
         assert ("envoy.lb" in fields) == (endpoint is not None)
         if endpoint is not None:
@@ -352,13 +359,21 @@ def set_headers(response: ProcessingResponse) -> dict[str, bytes]:
     return {each.header.key: each.header.raw_value for each in options if each.header}
 
 
-def notes(request_id: int, *, queue_ms: float, priority: float, headroom: float = 0.0) -> Value:
+def notes(
+    request_id: int,
+    *,
+    queue_ms: float,
+    priority: float,
+    headroom: float = 0.0,
+    position: float = 0.0,
+) -> Value:
     """What we note of a request for Envoy's access log."""
     fields = {
         "ticket": Value(string_value=f"{INSTANCE}.{request_id}"),
         "queue_ms": Value(number_value=queue_ms),
         "priority": Value(number_value=priority),
         "headroom": Value(number_value=headroom),
+        "position": Value(number_value=position),
     }
     return Value(struct_value=Struct(fields=fields))
 

@@ -163,6 +163,23 @@ class TestCache:
         assert places(events) == [(0, 0), (0, 1), (0, 2), (1, 0)]
         assert server.preemptions_total == 0
 
+    def test_prefilled_elsewhere(self) -> None:
+        """It brings its cache along, and computes one token of its prompt: in one step, not two."""
+        server = ModelServer(CONFIG)
+        server.submit(0, prompt_tokens=10, output_tokens=2, now_ns=0, is_prefilled=True)
+        assert server.kv_usage == 0.1
+        first = 1000 + 10 + 10
+        second = first + 1000 + 100 + 11
+        assert token_times(server.advance(FAR_NS), 0) == [first, second]
+
+    def test_prefilled_elsewhere_waits_for_room(self) -> None:
+        """What it brings along must fit, all of it."""
+        server = ModelServer(replace(CONFIG, kv_tokens=10))
+        server.submit(0, prompt_tokens=2, output_tokens=2, now_ns=0)
+        server.submit(1, prompt_tokens=9, output_tokens=1, now_ns=0, is_prefilled=True)
+        assert places(server.advance(FAR_NS)) == [(0, 0), (0, 1), (1, 0)]
+        assert server.preemptions_total == 0
+
     def test_newest_is_preempted_to_the_front_and_recomputed(self) -> None:
         """It loses its cache and its place, but no token, and nobody overtakes it."""
         server = ModelServer(replace(CONFIG, kv_tokens=12))

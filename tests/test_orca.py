@@ -14,7 +14,8 @@ HEADER = HEADERS[0]
 NAMED = {"kv_cache_usage_perc": 0.4, "num_requests_waiting": 3.0}
 EXPECTED = LoadReport(waiting=3, running=None, kv_usage=0.4, utilization=None)
 VLLM = "named_metrics.kv_cache_usage_perc=0.4, named_metrics.num_requests_waiting=3.0"
-BINARY = base64.b64encode(OrcaLoadReport(named_metrics=NAMED).SerializeToString()).decode()
+REPORT = OrcaLoadReport(named_metrics=NAMED)
+BINARY = base64.b64encode(REPORT.SerializeToString(deterministic=True)).decode()
 JSON = '{"named_metrics": {"kv_cache_usage_perc": 0.4, "num_requests_waiting": 3.0}}'
 
 

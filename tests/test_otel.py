@@ -13,7 +13,7 @@ from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
 from server.classify import classify
 from server.gate import Parked, trace_of
-from server.otel import SPAN, Traces
+from server.otel import SPAN, RequestTraces
 from tests.otlp import Collector, over_grpc, over_http, plain
 
 MILLISECOND = 1_000_000
@@ -46,7 +46,7 @@ async def reported(
     collector: Collector, *requests: tuple[Parked, Decision]
 ) -> list[tuple[dict[str, Any], Span]]:
     """Report some requests, close, and return what the collector has got by then."""
-    traces = Traces("llama")
+    traces = RequestTraces("llama")
     for each in requests:
         traces.request_ended(*each)
     await traces.close()

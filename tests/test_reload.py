@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,33 @@ async def followed(path: Path) -> AsyncIterator[tuple[Configuration, Told[Settin
 
 class TestChanges:
     """What is put into force."""
+
+    async def test_neighbours(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What else is written into its folder does not make anybody read it again."""
+        reads: list[int] = []
+        looks: list[Callable[[], Awaitable[None]]] = []
+
+        def load(path: Path) -> Settings:
+            reads.append(len(looks))
+            return load_settings(path)
+
+        async def watch(_folder: Path, look: Callable[[], Awaitable[None]]) -> None:
+            for _ in range(3):
+                looks.append(look)
+                await look()
+            write(path, picker="least-loaded")
+            await look()
+
+        async def apply(_settings: Settings) -> None:
+            pass
+
+        monkeypatch.setattr("server.reload.load_settings", load)
+        monkeypatch.setattr("server.reload.watch_folder", watch)
+        configuration = Configuration(load_settings(path), path, apply)
+        await configuration.follow()
+
+        assert reads == [1, 3]
+        assert configuration.settings.picker == "least-loaded"
 
     async def test_a_change(self, path: Path) -> None:
         """It is applied, said with its difference, and the hash is another."""

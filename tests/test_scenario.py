@@ -604,6 +604,16 @@ class TestShipped:
         assert (gated.band(0).goodput or 0) > 0.98
         assert (bare.band(0).goodput or 1) < 0.7
 
+    def test_prefill_decode(self) -> None:
+        """Short questions do not wait behind long documents, and those are still read in time."""
+        gated, bare = (
+            run_shipped(f"{folder}prefill-decode", 4) for folder in ("", "without-flow-control/")
+        )
+        assert (gated.band(10).goodput or 0) > 0.75
+        assert (bare.band(10).goodput or 1) < 0.5
+        assert gated.band(10).endings[Ending.GAVE_UP] == 0
+        assert gated.band(-1).tokens_served > 0.9 * bare.band(-1).tokens_served
+
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "priority"),

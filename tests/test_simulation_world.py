@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from flowcontrol.config import BandSettings, Limits, Picker
+from flowcontrol.config import BandSettings, Limits, Picker, Role
 from flowcontrol.events import (
     Arrived,
     Decision,
@@ -246,6 +246,80 @@ class TestBalancer:
             servers=(ServerSpec(address="late", config=SERVER, from_ns=5 * SECOND),),
         )
         assert endings(run(plan, OpenGate())) == {Ending.FAILED: 3}
+
+
+class TestLegs:
+    """Prefill and decode run apart: a request passes one server of each kind.
+
+    Ten tokens of prompt are read in a step of 10 ms, the answer takes ten more.
+    """
+
+    PLAN = replace(
+        make_plan(workload(rows(0))),
+        servers=(
+            ServerSpec(address="p0", config=SERVER, role=Role.PREFILL),
+            ServerSpec(address="d0", config=SERVER, role=Role.DECODE),
+        ),
+    )
+
+    def test_one_after_the_other(self) -> None:
+        """The first token comes from the server that decodes, the slot is given back at the end."""
+        listening = Listening(make_controller())
+        results = run(self.PLAN, listening)
+
+        assert results.transcript == ["0 1 dispatched 0 default-flow 0 d0 -"]
+        assert results.tenants[0, "default-flow"].ttfts == [(0, 20 * MILLISECOND)]
+        assert told(listening, Left) == [(110, Left(1))]
+        assert [server.tokens_generated for server in results.servers] == [1, 10]
+        assert results.in_flight_most == 1
+
+    def test_envoy_chooses_who_decodes(self) -> None:
+        """Nothing is sent whole to a server that only prefills."""
+        plan = replace(self.PLAN, workloads=(workload(AtOnce(6)),))
+        results = run(plan, OpenGate())
+        assert endings(results) == {Ending.ANSWERED: 6}
+        assert [server.tokens_generated for server in results.servers] == [6, 60]
+
+    def test_least_busy_prefills(self) -> None:
+        """Of two that prefill each has half."""
+        prefill = [ServerSpec(address=f"p{n}", config=SERVER, role=Role.PREFILL) for n in (0, 1)]
+        plan = replace(
+            self.PLAN,
+            servers=(*prefill, self.PLAN.servers[1]),
+            workloads=(workload(AtOnce(6)),),
+        )
+        most = [server.in_flight_most for server in run(plan, OpenGate()).servers]
+        assert most[:2] == [3, 3]
+
+    def test_nobody_prefills(self) -> None:
+        """Who decodes does all of it then, as a sidecar does that is given no other server."""
+        plan = replace(self.PLAN, servers=self.PLAN.servers[1:])
+        results = run(plan, OpenGate())
+        assert results.tenants[0, "default-flow"].ttfts == [(0, 10 * MILLISECOND)]
+
+    @pytest.mark.parametrize("patience_ms", [5, 10, 15])
+    def test_hanging_up_on_the_way(self, patience_ms: int) -> None:
+        """Before, at, and after the hand-over both servers are left, and the slot is free."""
+        hasty = workload(rows(0), patience=Fixed(patience_ms * MILLISECOND))
+        listening = Listening(make_controller())
+        results = run(replace(self.PLAN, workloads=(hasty,)), listening)
+
+        assert endings(results) == {Ending.GAVE_UP: 1}
+        assert told(listening, Left) == [(patience_ms, Left(1))]
+        assert results.servers[1].tokens_generated == 0
+
+    @pytest.mark.parametrize(
+        ("address", "left_ms"),
+        [("p0", 5), ("d0", 5010)],  # the second is missed at the hand-over
+    )
+    def test_a_leg_breaks(self, address: str, left_ms: int) -> None:
+        """Whichever server crashes, the request fails."""
+        gone = EndpointGone(address=address, from_ns=5 * MILLISECOND, until_ns=SECOND)
+        listening = Listening(make_controller())
+        results = run(replace(self.PLAN, faults=(gone,)), listening)
+
+        assert endings(results) == {Ending.FAILED: 1}
+        assert told(listening, Left) == [(left_ms, Left(1))]
 
 
 class TestClients:

@@ -74,6 +74,8 @@ class Attempt:
     """When the gateway let it go on."""
     address: str | None = None
     """The model server that has it."""
+    decoder: str | None = None
+    """The one that it goes to next, while it is with one that only prefills."""
     first_token_ns: int | None = None
 
 

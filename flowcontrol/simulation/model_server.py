@@ -9,7 +9,8 @@ and has no limit: the engine takes every job it is given, and nobody can reorder
 waits inside. That is the problem this project exists for, so it is modelled and not repaired.
 
 Simpler than vLLM: the KV cache is counted in tokens, not blocks; nothing is shared between prompts
-(no prefix cache); every job generates exactly the number of tokens it asked for.
+(no prefix cache); every job generates exactly the number of tokens it asked for. What another
+server has prefilled arrives with the job, in no time.
 
 A simulation asks for milestones only, the first and the last token of each job, and gets them at
 the same times for less: while all that run decode and nobody can join them, each step is longer
@@ -112,7 +113,8 @@ class _Job:
     """Tokens to compute before the next one is generated: the prompt, after a preemption also the
     tokens already generated."""
     kv_tokens: int = 0
-    """Tokens in the KV cache, those of the step under way included."""
+    """Tokens in the KV cache, those of the step under way included; of one that waits, those that
+    it brings along."""
     generated_count: int = 0
 
     def step_tokens(self, tokens_max: int) -> int:
@@ -147,7 +149,15 @@ class ModelServer:
         self._generated_tokens_total = 0
         self._preemptions_total = 0
 
-    def submit(self, job_id: int, prompt_tokens: int, output_tokens: int, now_ns: int) -> None:
+    def submit(
+        self,
+        job_id: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        now_ns: int,
+        *,
+        is_prefilled: bool = False,
+    ) -> None:
         """Append a job to the waiting queue; an idle engine begins a step with it at `now_ns`.
 
         Args:
@@ -155,6 +165,8 @@ class ModelServer:
             prompt_tokens: Length of the prompt, >= 1.
             output_tokens: Tokens it generates, >= 1.
             now_ns: The present, ns; never before that of an earlier call.
+            is_prefilled: It brings the KV cache of its prompt along, but for the last token, which
+                generates the first of the answer.
 
         Raises:
             ValueError: The id is in use, a count is below 1, or the job exceeds the KV cache, so
@@ -177,7 +189,10 @@ class ModelServer:
             raise ValueError(message)
         self._observe(now_ns)
         may_join = not self._waiting and len(self._running) < self._config.sequences_max
-        self._waiting[job_id] = _Job(job_id, prompt_tokens, output_tokens, now_ns, prompt_tokens)
+        kv_tokens = prompt_tokens - 1 if is_prefilled else 0
+        self._waiting[job_id] = _Job(
+            job_id, prompt_tokens, output_tokens, now_ns, prompt_tokens, kv_tokens
+        )
         if self._step_end_ns is None:
             self._begin_step(now_ns)
         elif may_join:
@@ -306,14 +321,15 @@ class ModelServer:
         while self._waiting and budget > 0 and preempted_before == self._preemptions_total:
             job = next(iter(self._waiting.values()))
             tokens = job.step_tokens(budget)
-            is_full = len(self._running) == config.sequences_max or tokens > kv_free
+            kv_needed = job.kv_tokens + tokens
+            is_full = len(self._running) == config.sequences_max or kv_needed > kv_free
             if is_full or job.submitted_ns > start_ns:
                 break
             self._running[job.job_id] = self._waiting.pop(job.job_id)
             prefill_tokens += tokens
-            job.kv_tokens = tokens
+            job.kv_tokens = kv_needed
             budget -= tokens
-            kv_free -= tokens
+            kv_free -= kv_needed
 
         assert self._running, "a step must run somebody"
         step_ns = (

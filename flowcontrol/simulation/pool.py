@@ -32,7 +32,7 @@ class ServerSpec:
     from_ns: int = 0
     """When it first joins the pool."""
     role: Role = Role.BOTH
-    """Requests pass one that does prefill and one that does decode."""
+    """A request goes to one that decodes; if it does nothing else, to one that prefills before."""
 
 
 @final
@@ -80,12 +80,20 @@ class SimulatedServer:
         address = self.spec.address
         return LoadObserved(address, model.waiting_count, model.running_count, model.kv_usage)
 
-    def submit(self, request_id: int, prompt_tokens: int, output_tokens: int) -> bool:
+    def submit(
+        self, request_id: int, prompt_tokens: int, output_tokens: int, *, is_prefilled: bool = False
+    ) -> bool:
         """Give it a request while it is up; whether it takes it."""
         if self._planned_ns is None:
             self._look()  # it was idle until now
         try:
-            self._model.submit(request_id, prompt_tokens, output_tokens, self._clock.now_ns)
+            self._model.submit(
+                request_id,
+                prompt_tokens,
+                output_tokens,
+                self._clock.now_ns,
+                is_prefilled=is_prefilled,
+            )
         except ValueError:
             return False  # longer than its KV cache: a real one answers 400
         self.in_flight[request_id] = None
@@ -171,27 +179,41 @@ class Pool:
         assert len(self.servers) == len(specs), "every server has an address of its own"
         self._balancer = balancer
         self._chance = chance
-        self._known: tuple[str, ...] = ()
+        self._decoding: list[str] = []
+        """Endpoints known to Envoy, to choose from."""
+        self._prefilling: list[SimulatedServer] = []
+        """The same, of those that only prefill, to which decoding servers turn."""
         self._turn = 0
 
     def set_known(self, addresses: tuple[str, ...]) -> None:
         """Tell Envoy which endpoints there are, true or not."""
-        self._known = addresses
+        known = [self.servers[address] for address in addresses]
+        self._decoding = [s.spec.address for s in known if s.spec.role is not Role.PREFILL]
+        self._prefilling = [s for s in known if s.spec.role is Role.PREFILL]
 
     def route(self, address: str | None) -> SimulatedServer | None:
         """Return the server of an address; None: of Envoy's choice, if it knows any."""
         address = self._choose() if address is None else address
         return None if address is None else self.servers[address]
 
+    def prefiller_for(self, server: SimulatedServer) -> SimulatedServer | None:
+        """Return who prefills for a server: of those there are for it, the one with least to do.
+
+        None if it does so itself, because it does everything, or there is nobody for it.
+        """
+        if server.spec.role is not Role.DECODE:
+            return None
+        return min(self._prefilling, key=lambda each: len(each.in_flight), default=None)
+
     def _choose(self) -> str | None:
-        if not self._known:
+        if not self._decoding:
             return None
         match self._balancer:
             case Balancer.ROUND_ROBIN:
                 self._turn += 1
-                return self._known[(self._turn - 1) % len(self._known)]
+                return self._decoding[(self._turn - 1) % len(self._decoding)]
             case Balancer.LEAST_REQUEST:
-                one, other = (self._chance.choice(self._known) for _ in range(2))
+                one, other = (self._chance.choice(self._decoding) for _ in range(2))
                 fewer = len(self.servers[other].in_flight) < len(self.servers[one].in_flight)
                 return other if fewer else one
             case _:

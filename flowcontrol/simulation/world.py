@@ -24,7 +24,7 @@ from flowcontrol.simulation.gates import Engine
 from flowcontrol.simulation.ledger import Ledger, LivenessError, SafetyError, Slots
 from flowcontrol.simulation.model_server import TokenEvent
 from flowcontrol.simulation.plan import Plan
-from flowcontrol.simulation.pool import Pool
+from flowcontrol.simulation.pool import Pool, SimulatedServer
 from flowcontrol.simulation.results import Results, Sample, ServerFigures
 from flowcontrol.simulation.stage import Stage
 from flowcontrol.simulation.workload import BYTES_PER_TOKEN
@@ -214,11 +214,8 @@ class World:
         """End the stream of the attempt under way."""
         attempt = call.attempt
         assert attempt is not None
-        if attempt.address is not None:
-            self._pool.servers[attempt.address].abort(attempt.request_id)
-            if call.attempt is not attempt:
-                return  # its last token came at this very moment
-        self._close(attempt)
+        if self._abort(attempt):
+            self._close(attempt)
 
     # What happens by itself
 
@@ -257,8 +254,7 @@ class World:
             self._send(attempt, decision.endpoint)
             return
         if decision.outcome is Outcome.RECLAIMED and attempt.address is not None:
-            self._pool.servers[attempt.address].abort(attempt.request_id)
-            if call.attempt is not attempt:
+            if not self._abort(attempt):
                 return
             self._close(attempt)
         else:
@@ -272,14 +268,46 @@ class World:
         server = self._pool.route(address)
         if server is None:
             self._fail(attempt)  # Envoy answers 503
-        elif not server.is_up:
+            return
+        prefiller = self._pool.prefiller_for(server)
+        if prefiller is None:
+            self._submit(attempt, server, call.output_tokens)
+        else:
+            attempt.decoder = server.spec.address
+            self._submit(attempt, prefiller, 1)
+
+    def _hand_over(self, attempt: Attempt) -> None:
+        """Let a request that is prefilled go on to the server that decodes it."""
+        assert attempt.decoder is not None
+        server, attempt.decoder, attempt.address = self._pool.servers[attempt.decoder], None, None
+        self._in_flight -= 1
+        self._submit(attempt, server, attempt.call.output_tokens, is_prefilled=True)
+
+    def _submit(
+        self,
+        attempt: Attempt,
+        server: SimulatedServer,
+        output_tokens: int,
+        *,
+        is_prefilled: bool = False,
+    ) -> None:
+        request_id, prompt_tokens = attempt.request_id, attempt.call.prompt_tokens
+        if not server.is_up:
             self._clock.after(CONNECT_TIMEOUT_NS, partial(self._fail, attempt))
-        elif not server.submit(attempt.request_id, call.prompt_tokens, call.output_tokens):
+        elif not server.submit(request_id, prompt_tokens, output_tokens, is_prefilled=is_prefilled):
             self._fail(attempt)  # it answers 400
         else:
             attempt.address = server.spec.address
             self._in_flight += 1
             self.results.in_flight_most = max(self.results.in_flight_most, self._in_flight)
+
+    def _abort(self, attempt: Attempt) -> bool:
+        """Take an attempt from its server; whether its last token does not come at this moment."""
+        left = None
+        while (address := attempt.address) not in (None, left):  # it may go on at this moment
+            self._pool.servers[address].abort(attempt.request_id)
+            left = address
+        return attempt.call.attempt is attempt
 
     def _fail(self, attempt: Attempt) -> None:
         """End an attempt for which there is no answer, unless the client has left."""
@@ -292,6 +320,9 @@ class World:
         """Hear of a first or last token."""
         attempt = self._attempts[event.job_id]
         call = attempt.call
+        if attempt.decoder is not None:
+            self._hand_over(attempt)
+            return
         if event.token_index == 0:
             attempt.first_token_ns = call.first_token_ns = event.at_ns
             if call.priority < 0:  # of sheddable requests alone Envoy is asked to tell

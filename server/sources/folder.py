@@ -75,6 +75,7 @@ class ObjectiveFolder:
         """Tell the whole set whenever it differs from what was last read, until cancelled."""
 
         async def look() -> None:
+            """Read, and tell what differs."""
             known = self._known
             if await asyncio.to_thread(self.read) != known and self._known is not None:
                 changed(self._known)

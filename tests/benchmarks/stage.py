@@ -175,7 +175,8 @@ def service(
         "endpoints": {"static": [f"{HOST}:{port}" for port in endpoints]},
         **settings,
     }
-    config = directory / f"{name}.yaml"
+    config = directory / f"{name}.config" / "flowcontrol.yaml"
+    config.parent.mkdir(exist_ok=True)  # of its own: its folder is watched, and logs change
     config.write_text(yaml.safe_dump(content))
     command = (sys.executable, "-m", "server", "serve", "--config", str(config))
     with running(command, directory / f"{name}.log", answers(http, "/readyz")) as process:

@@ -39,7 +39,7 @@ from tests.benchmarks import stage
 CONTENDERS = ("Envoy alone", "C++ no-op", "grpcio door", "direct door")
 LOADS = {"small": (64, 0), "one connection": (1, 0), "220 KB": (64, 220_000)}
 """Connections, and bytes of prompt beyond the few of a small request."""
-_SCRIPT = """\
+SCRIPT = """\
 wrk.method = "POST"
 wrk.path = "/v1/chat/completions"
 wrk.headers["content-type"] = "application/json"
@@ -127,11 +127,11 @@ def reported(configuration: Any, port: int) -> None:
 def wrk(contender: Contender, connections: int, script: Path, seconds: float) -> Figures:
     """Load one contender; every answer must be 200."""
     target = f"http://{stage.HOST}:{contender.envoy.port}"
-    arguments = ("-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script))
+    arguments = ("-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "--latency")
     processes = [contender.envoy.process, *([contender.processor] if contender.processor else [])]
     before = [each.cpu_ns() for each in processes]
     said = subprocess.run(
-        ("wrk", *arguments, target), check=True, capture_output=True, text=True
+        ("wrk", *arguments, "-s", str(script), target), check=True, capture_output=True, text=True
     ).stdout
     spent = [each.cpu_ns() - was for each, was in zip(processes, before, strict=True)]
     assert "Non-2xx" not in said, said
@@ -203,7 +203,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contenders(Path(folder)) as all_of_them:
         for load, (connections, size) in LOADS.items():
             script = Path(folder) / f"{size}.lua"
-            script.write_text(_SCRIPT.format(size=size))
+            script.write_text(SCRIPT.format(size=size))
             for contender in all_of_them.values():
                 wrk(contender, connections, script, 1)
             for _ in range(options.rounds):

@@ -29,6 +29,7 @@ RULES = [
 ]
 SLO = "x-llm-d-slo-ttft-ms"
 DURATION, HEADROOM = "x-llm-d-flow-queue-duration-ms", "x-llm-d-flow-headroom"
+POSITION = "x-llm-d-flow-position"
 
 
 def verify_claims(configuration: dict[str, Any]) -> None:
@@ -60,7 +61,7 @@ def spec() -> Spec:
         requests={
             "rules": RULES,
             "enginePriority": "vllm",
-            "responseHeaders": ["queue-duration", "headroom"],
+            "responseHeaders": ["queue-duration", "position", "headroom"],
         },
         edit_envoy=verify_claims,
     )
@@ -171,15 +172,19 @@ class TestServerAndClient:
         assert "x-vllm-priority" not in call.headers
 
     async def test_response_headers(self, gateway: Gateway) -> None:
-        """The client is told how long it was held, and how full the pool is."""
+        """The client is told how long it was held, behind how many, and how full the pool is."""
         holders = [await gateway.call() for _ in range(2)]
         calls = [await gateway.next_call() for _ in range(2)]
         caller = await gateway.call(headers=JSON)
         await gateway.until(waiting=1)
+        behind = await gateway.call(headers=JSON)
+        await gateway.until(waiting=2)
         await calls[0].respond()
         call = await gateway.next_call()
         await call.respond()
         reply = await caller.reply()
+        await (await gateway.next_call()).respond()
+        reply_behind = await behind.reply()
         await calls[1].respond()
         for holder in holders:
             await holder.reply()
@@ -187,6 +192,7 @@ class TestServerAndClient:
 
         assert int(reply.headers[DURATION]) == int(line["waited_ms"])
         assert float(reply.headers[HEADROOM]) == 0
+        assert [each.headers[POSITION] for each in (reply, reply_behind)] == ["0", "1"]
 
     async def test_first_response_has_room(self, gateway: Gateway) -> None:
         """With one of two slots taken, half of the pool is free."""

@@ -236,7 +236,8 @@ class TestParked:
         await gateway.until(in_flight=0, within_s=FREED_S)
 
         def is_the_last() -> bool:  # lines are written a moment later
-            return bool(gateway.stack.events("request_decided")[-1]["flow_id"] == "occupant")
+            lines = gateway.stack.events("request_decided")
+            return bool(lines) and bool(lines[-1]["flow_id"] == "occupant")
 
         await eventually(is_the_last, what="the line of the occupant, and none after it")
         assert len(gateway.backends[0].calls) == 1
