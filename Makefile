@@ -6,10 +6,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test lint types unit e2e bench format docs site wheel clean
+.PHONY: help demo test lint types unit e2e coverage bench format docs site wheel clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The environment is rebuilt when a dependency or a .proto file changes.
 $(VENV)/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard protos/flowcontrol/v1/*.proto)
@@ -33,8 +33,11 @@ types: $(VENV)/ready  ## mypy --strict
 
 # Those on a real Envoy measure waits, so they run one after the other, with the machine to themselves.
 unit: $(VENV)/ready  ## All tests, end to end on a real Envoy included
-	$(BIN)/pytest -m "not e2e" --numprocesses auto --dist loadfile --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/pytest -m "not e2e" --numprocesses auto --dist loadfile $(ARGS)
 	$(BIN)/pytest -m e2e $(ARGS)
+
+coverage: $(VENV)/ready  ## Which lines of the engine no unit test runs
+	$(BIN)/pytest -m "not e2e" --numprocesses auto --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 e2e: $(VENV)/ready  ## Only the tests on a real Envoy
 	$(BIN)/pytest -m e2e $(ARGS)

@@ -40,7 +40,9 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
         bands=tuple(
             replace(
                 _band_snapshot(band, ceiling, controller.config.weights, now_ns, flows_max),
-                expected_wait_ns=controller.forecast(band, Ahead(band.waiting), now_ns).wait_ns,
+                expected_wait_ns=_expected_wait_ns(
+                    controller, band, now_ns, has_room=saturation < ceiling
+                ),
             )
             for band, ceiling in controller.gates()
         ),
@@ -56,6 +58,15 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
         detectors=detector_snapshots(pool, now_ns),
         goodput=controller.decisions.goodput.snapshot(),
     )
+
+
+def _expected_wait_ns(
+    controller: FlowController, band: Band, now_ns: int, *, has_room: bool
+) -> int | None:
+    """Return what one more would wait: nothing, where there is room and nobody before it."""
+    if has_room and not band.waiting and not controller.bands.waiting_above(band):
+        return 0
+    return controller.forecast(band, Ahead(band.waiting), now_ns).wait_ns
 
 
 def endpoint_snapshots(controller: FlowController) -> tuple[EndpointSnapshot, ...]:

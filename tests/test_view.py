@@ -77,7 +77,9 @@ class TestBands:
         config = ControllerConfig(detectors=(Concurrency(requests_max=1),))
         controller = FlowController(config, 0)
         controller.handle(ObjectivesChanged({"chat": 10, "batch": -1}), 0)
+        empty = take_snapshot(controller, 0, 10)
         controller.handle(EndpointsChanged(("a",)), 0)
+        idle = take_snapshot(controller, 0, 10)
         for request_id in range(16):
             controller.handle(Arrived(Request(request_id, objective="batch")), 0)
         controller.poll(0)
@@ -89,6 +91,8 @@ class TestBands:
             controller.poll(now_ns)
         chat, batch = take_snapshot(controller, 10 * SECOND, 10).bands
 
+        assert [band.expected_wait_ns for band in empty.bands] == [None, None]
+        assert [band.expected_wait_ns for band in idle.bands] == [0, 0]
         assert before.bands[1].expected_wait_ns is None
         assert (batch.priority, batch.waiting) == (-1, 5)
         assert batch.expected_wait_ns == pytest.approx(6 * SECOND, rel=0.2)
