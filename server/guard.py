@@ -24,9 +24,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
-from pydantic import ValidationInfo, field_validator
 
-from server.sections import Section
+from server.sections import PathBeside, Section
 
 TOKEN_VARIABLE = "FLOWCONTROL_ADMIN_TOKEN"  # noqa: S105 - a name, no secret
 _TOKEN_LENGTH = range(16, 1025)
@@ -40,16 +39,10 @@ _HOW = f"with the admin token ({TOKEN_VARIABLE} or admin.tokenFile) as authoriza
 class Admin(Section):
     """Who may use our own API: flowcontrol.v1, and the pages beside /metrics."""
 
-    token_file: Path | None = None
+    token_file: PathBeside | None = None
     """File with the secret that calls show as `authorization: Bearer`; read anew at each call.
     Without it the environment's FLOWCONTROL_ADMIN_TOKEN counts. With neither, and without client
     certificates, this machine alone may ask and nobody may change anything."""
-
-    @field_validator("token_file")
-    @classmethod
-    def _from_the_configuration(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        directory: Path = (info.context or {}).get("directory", Path())
-        return None if value is None else directory / value
 
     def complaint(self) -> str | None:
         """Return what is wrong with the token, without showing it; None if nothing is."""

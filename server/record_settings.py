@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
-from server.sections import Section, SizeFrom1, broken, written
+from server.sections import FileBeside, PathBeside, Section, SizeFrom1, broken, written
 
 
 class LedgerSection(Section):
     """The decision ledger: every fact and every decision, to be decided again by `replay`."""
 
-    file: Path
+    file: PathBeside
     """Newest part; older ones are called the same with .1, .2 and so on. A relative path starts at
     the configuration file."""
     max_bytes: SizeFrom1 = written("64Mi")
@@ -22,26 +22,16 @@ class LedgerSection(Section):
 
     @field_validator("file")
     @classmethod
-    def _in_a_folder(cls, value: Path, info: ValidationInfo) -> Path:
-        path: Path = (info.context or {}).get("directory", Path()) / value
-        if not path.parent.is_dir():
-            rule = f"must lie in a folder that is there, got {str(path)!r}"
+    def _in_a_folder(cls, value: Path) -> Path:
+        if not value.parent.is_dir():
+            rule = f"must lie in a folder that is there, got {str(value)!r}"
             raise broken(rule)
-        return path
+        return value
 
 
 class ShadowSection(Section):
     """Another configuration, run beside this one on the same traffic without effect."""
 
-    config: Path
+    config: FileBeside
     """Configuration file of which picker, saturation and flowControl count. A relative path starts
     at this file."""
-
-    @field_validator("config")
-    @classmethod
-    def _is_a_file(cls, value: Path, info: ValidationInfo) -> Path:
-        path: Path = (info.context or {}).get("directory", Path()) / value
-        if not path.is_file():
-            rule = f"must be a file, got {str(path)!r}"
-            raise broken(rule)
-        return path

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from flowcontrol.errors import ConfigError
 from flowcontrol.simulation.distributions import (
@@ -37,7 +37,7 @@ from server.scenario_parts import (
     Whole,
     demand,
 )
-from server.sections import Duration, Section
+from server.sections import Duration, FileBeside, Section
 
 
 def _plain(value: object) -> object:
@@ -221,18 +221,13 @@ class ClosedLoopSection(Section):
 class TraceSection(Section):
     """Recorded traffic, with its own times and lengths."""
 
-    file: Path | None = None
+    file: FileBeside | None = None
     """Azure's CSV or Mooncake's JSON lines; `--trace` names another.
     A relative path starts at the scenario."""
     per_second: Positive | None = None
     """Replay it at this mean rate; its own when left out."""
     limit: Whole | None = None
     """The most requests to replay."""
-
-    @field_validator("file")
-    @classmethod
-    def _beside_the_scenario(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        return None if value is None else _beside(value, info)
 
     def arrivals(self, trace: Path | None) -> Arrivals:
         """Return what it means.
@@ -310,7 +305,7 @@ class WorkloadSection(Section):
     """Length of a prompt."""
     output: Tokens | None = None
     """Length of its answer."""
-    lengths_from: Path | None = None
+    lengths_from: FileBeside | None = None
     """A trace whose requests lend both lengths, in pairs."""
     announces_prompt: Switch = True
     """Whether the gateway knows the tokens of the prompt, or only its bytes."""
@@ -327,11 +322,6 @@ class WorkloadSection(Section):
     retry: RetrySection = RetrySection()
     model: str = ""
     """Names what is alike in output length."""
-
-    @field_validator("lengths_from")
-    @classmethod
-    def _beside_the_scenario(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        return None if value is None else _beside(value, info)
 
     @model_validator(mode="after")
     def _has_lengths(self) -> Self:
@@ -387,10 +377,3 @@ class WorkloadSection(Section):
         assert self.prompt is not None
         assert self.output is not None
         return Independent(self.prompt.distribution(), self.output.distribution())
-
-
-def _beside(path: Path, info: ValidationInfo) -> Path:
-    directory: Path = (info.context or {}).get("directory", Path())
-    found = directory / path
-    demand(found.is_file(), f"must be a file, got {str(found)!r}")
-    return found

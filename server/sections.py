@@ -5,9 +5,18 @@ from them.
 """
 
 from math import isfinite
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+)
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
@@ -39,6 +48,24 @@ def written(default: object, alias: str | None = None) -> Any:
 def switched_off(value: object) -> object:
     """Read what YAML makes of a bare off."""
     return "off" if value is False else value
+
+
+def _beside(value: Path, info: ValidationInfo) -> Path:
+    directory: Path = (info.context or {}).get("directory", Path())
+    return (directory / value).absolute()  # one spelling, wherever one stands: one hash
+
+
+def _is_a_file(value: Path) -> Path:
+    if not value.is_file():
+        rule = f"must be a file, got {str(value)!r}"
+        raise broken(rule)
+    return value
+
+
+PathBeside = Annotated[Path, AfterValidator(_beside)]
+"""Starts at the file it stands in, unless it is absolute."""
+FileBeside = Annotated[PathBeside, AfterValidator(_is_a_file)]
+"""The same, of a file that is there."""
 
 
 def _duration(value: object) -> object:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from flowcontrol.config import Role
 from server.addresses import Address, HostPort
-from server.sections import Duration, Section, broken, written
+from server.sections import Duration, FileBeside, PathBeside, Section, broken, written
 
 _LABEL_LENGTH_MAX = 63
 _PORTS_MAX = 8
@@ -34,12 +34,6 @@ def left_out() -> Any:
     return Field(default=None, validate_default=False)
 
 
-def _beside_the_file(value: Path, info: ValidationInfo) -> Path:
-    """Return a path that is written relative to the configuration file."""
-    directory: Path = (info.context or {}).get("directory", Path())
-    return (directory / value).absolute()  # one spelling, wherever one stands: one hash
-
-
 class KubernetesObjectives(Section):
     """InferenceObjectives of the pool's namespace, watched."""
 
@@ -51,25 +45,22 @@ class KubernetesObjectives(Section):
 class ApiObjectives(Section):
     """Objectives put and deleted by the gRPC API, flowcontrol.v1, with the admin token."""
 
-    file: Annotated[Path | None, Given] = left_out()
+    file: Annotated[PathBeside | None, Given] = left_out()
     """Where they are kept across restarts, as manifests; in memory alone if unset."""
 
     @field_validator("file")
     @classmethod
-    def _in_a_folder(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is None:
-            return None
-        path = _beside_the_file(value, info)
-        if path.is_dir() or not path.parent.is_dir():
-            rule = f"must be a file in a folder that exists, got {str(path)!r}"
+    def _in_a_folder(cls, value: Path | None) -> Path | None:
+        if value is not None and (value.is_dir() or not value.parent.is_dir()):
+            rule = f"must be a file in a folder that exists, got {str(value)!r}"
             raise broken(rule)
-        return path
+        return value
 
 
 class Objectives(Section):
     """Where InferenceObjectives come from: one of three."""
 
-    directory: Annotated[Path | None, Given] = left_out()
+    directory: Annotated[PathBeside | None, Given] = left_out()
     """Folder of InferenceObjective manifests (*.yaml, *.yml), followed live.
     A relative path starts at the configuration file."""
     kubernetes: Annotated[KubernetesObjectives | None, Given] = left_out()
@@ -77,14 +68,11 @@ class Objectives(Section):
 
     @field_validator("directory")
     @classmethod
-    def _is_a_folder(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is None:
-            return None
-        directory = _beside_the_file(value, info)
-        if not directory.is_dir():
-            rule = f"must be a folder, got {str(directory)!r}"
+    def _is_a_folder(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            rule = f"must be a folder, got {str(value)!r}"
             raise broken(rule)
-        return directory
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -166,7 +154,7 @@ class Endpoints(Section):
     """Where prefill and decode run apart, what an endpoint does, such as {10.0.0.5:8000: prefill}.
     Those not named do both. The fuller kind counts."""
     dns: Annotated[Dns | None, Given] = left_out()
-    file: Annotated[Path | None, Given] = left_out()
+    file: Annotated[FileBeside | None, Given] = left_out()
     """A YAML list of endpoints, followed live: host:port, or {address, port, role}.
     A relative path starts at the configuration file."""
     kubernetes: Annotated[KubernetesEndpoints | None, Given] = left_out()
@@ -180,17 +168,6 @@ class Endpoints(Section):
             rule = f"must name each endpoint once, {', '.join(twice)} comes again"
             raise broken(rule)
         return value
-
-    @field_validator("file")
-    @classmethod
-    def _is_a_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is None:
-            return None
-        path = _beside_the_file(value, info)
-        if not path.is_file():
-            rule = f"must be a file, got {str(path)!r}"
-            raise broken(rule)
-        return path
 
     @model_validator(mode="after")
     def _some_source(self) -> Self:
@@ -251,24 +228,20 @@ class Load(Section):
     somebody does."""
 
 
-def _kubeconfig(value: Path | None, info: ValidationInfo) -> Path | None:
-    if value is None:
-        return None
-    path = _beside_the_file(value, info)
-    if not path.is_file():
-        rule = f"must be a kubeconfig file, got {str(path)!r}"
-        raise broken(rule)
-    return path
-
-
 class Kubernetes(Section):
     """How to reach the Kubernetes API, for objectives and endpoints."""
 
     namespace: Annotated[str, Field(min_length=1, max_length=_LABEL_LENGTH_MAX)] | None = None
     """Of the pool; the pod's own, or the kubeconfig's, if unset."""
-    kubeconfig: Annotated[Path | None, Given] = left_out()
+    kubeconfig: Annotated[PathBeside | None, Given] = left_out()
     """If unset: the pod's service account, or else ~/.kube/config."""
     context: Annotated[str | None, Given] = left_out()
     """Of the kubeconfig; its current one if unset."""
 
-    _is_a_file = field_validator("kubeconfig")(_kubeconfig)
+    @field_validator("kubeconfig")
+    @classmethod
+    def _is_a_kubeconfig(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_file():
+            rule = f"must be a kubeconfig file, got {str(value)!r}"
+            raise broken(rule)
+        return value

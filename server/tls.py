@@ -14,9 +14,9 @@ from typing import NamedTuple, Self, final
 
 import grpc
 import structlog
-from pydantic import ValidationInfo, field_validator, model_validator
+from pydantic import model_validator
 
-from server.sections import Section, broken
+from server.sections import PathBeside, Section, broken
 
 _log = structlog.get_logger()
 _Stamp = tuple[int, int, int]
@@ -25,18 +25,12 @@ _Stamp = tuple[int, int, int]
 class Tls(Section):
     """TLS of the gRPC doors. Relative paths start at the configuration file."""
 
-    certificate: Path | None = None
+    certificate: PathBeside | None = None
     """PEM file with the certificate the doors show, its chain after it. Plain text if unset."""
-    key: Path | None = None
+    key: PathBeside | None = None
     """PEM file with the certificate's private key."""
-    client_ca: Path | None = None
+    client_ca: PathBeside | None = None
     """PEM file with the authorities whose certificates clients must show: mutual TLS."""
-
-    @field_validator("certificate", "key", "client_ca")
-    @classmethod
-    def _from_the_configuration(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        directory: Path = (info.context or {}).get("directory", Path())
-        return None if value is None else directory / value
 
     @model_validator(mode="after")
     def _can_be_used(self) -> Self:

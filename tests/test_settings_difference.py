@@ -46,6 +46,17 @@ class TestDifferences:
             assert differences(before, after) == []
             assert settings_hash(before) == settings_hash(after)
 
+    def test_from_anywhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Wherever one stands, paths beside the file are the same ones."""
+        path = written(tmp_path, ledger={"file": "ledger.jsonl"}, admin={"tokenFile": "token"})
+        (tmp_path / "token").write_text("say-friend-and-enter")
+        monkeypatch.chdir(tmp_path)
+
+        here, there = load_settings(Path(path.name)), load_settings(path)
+
+        assert differences(here, there) == []
+        assert settings_hash(here) == settings_hash(there)
+
     @pytest.mark.parametrize(
         ("changes", "expected"),
         [
