@@ -32,10 +32,10 @@ def registry_of(collectors: Iterable[Collector]) -> CollectorRegistry:
     return registry
 
 
-def buckets_of(histogram: HistogramSnapshot) -> list[tuple[str, float]]:
-    """Return a histogram's cumulated buckets as Prometheus has them."""
-    bounds = [*(str(float(bound)) for bound in histogram.bounds_s), "+Inf"]
-    return list(zip(bounds, accumulate(histogram.counts), strict=True))
+def buckets_of(bounds_s: Iterable[float], counts: Iterable[int]) -> list[tuple[str, float]]:
+    """Return a histogram's buckets as Prometheus has them, cumulated; the last has no bound."""
+    bounds = [*(str(float(bound)) for bound in bounds_s), "+Inf"]
+    return list(zip(bounds, accumulate(counts), strict=True))
 
 
 @final
@@ -198,13 +198,11 @@ class SnapshotCollector(Collector):
                 decided.add_metric(labels, totals.outcomes.get(outcome, 0))
                 if outcome not in totals.outcomes:
                     continue
-                counts, sum_ns = totals.wait_counts[outcome], totals.wait_sum_ns[outcome]
-                waited = HistogramSnapshot(WAIT_BOUNDS_S, counts, sum_ns)
-                waits.add_metric(labels, buckets_of(waited), sum_ns / 1e9)
-            if totals.forecasts is not None:
-                ratios.add_metric(
-                    [str(priority)], buckets_of(totals.forecasts), totals.forecasts.sum_ns / 1e9
-                )
+                buckets = buckets_of(WAIT_BOUNDS_S, totals.wait_counts[outcome])
+                waits.add_metric(labels, buckets, totals.wait_sum_ns[outcome] / 1e9)
+            if (forecasts := totals.forecasts) is not None:
+                buckets = buckets_of(forecasts.bounds_s, forecasts.counts)
+                ratios.add_metric([str(priority)], buckets, forecasts.sum_ns / 1e9)
         yield from (decided, completed, waits, ratios)
 
     def _goodput(self) -> Iterator[Metric]:
@@ -245,5 +243,6 @@ class SnapshotCollector(Collector):
         ):
             if histogram is not None:
                 family = HistogramMetricFamily(f"flowcontrol_{name}", text)
-                family.add_metric([], buckets_of(histogram), histogram.sum_ns / 1e9)
+                buckets = buckets_of(histogram.bounds_s, histogram.counts)
+                family.add_metric([], buckets, histogram.sum_ns / 1e9)
                 yield family

@@ -1,7 +1,6 @@
 """What is kept and tried of the engine's turns: the ledger and the shadow, if there are any."""
 
 from collections.abc import Iterator
-from itertools import accumulate
 from typing import final
 
 from prometheus_client.core import (
@@ -16,6 +15,7 @@ from flowcontrol.config import ControllerConfig
 from flowcontrol.errors import LedgerError
 from flowcontrol.snapshot import WAIT_BOUNDS_S
 from server.ledger import LedgerWriter
+from server.metrics import buckets_of
 from server.policies import load_policies
 from server.record_settings import LedgerSection, ShadowSection
 from server.recording import Feed, Recorder
@@ -138,17 +138,12 @@ def _shadow_families(report: ShadowReport) -> Iterator[Metric]:
         "From arrival to the candidate's decision.",
         labels=["priority", "outcome"],
     )
-    bounds = [*(str(float(bound)) for bound in WAIT_BOUNDS_S), "+Inf"]
     for priority, totals in report.totals.items():
         for outcome, count in totals.outcomes.items():
             labels = [str(priority), outcome.value]
             decided.add_metric(labels, count)
-            counts = accumulate(totals.wait_counts[outcome])
-            waits.add_metric(
-                labels,
-                buckets=list(zip(bounds, counts, strict=True)),
-                sum_value=totals.wait_sum_ns[outcome] / 1e9,
-            )
+            buckets = buckets_of(WAIT_BOUNDS_S, totals.wait_counts[outcome])
+            waits.add_metric(labels, buckets, totals.wait_sum_ns[outcome] / 1e9)
     differing = CounterMetricFamily(
         "flowcontrol_shadow_differences",
         "Requests the candidate would have decided otherwise.",

@@ -18,7 +18,6 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from flowcontrol.config import Limits
-from flowcontrol.histogram import HistogramSnapshot
 from flowcontrol.request import Outcome
 from flowcontrol.snapshot import WAIT_BOUNDS_S, BandSnapshot, Snapshot
 from server.metrics import buckets_of
@@ -77,7 +76,7 @@ class ReferenceCollector(Collector):
             cycles = HistogramMetricFamily(
                 f"{PREFIX}dispatch_cycle_duration_seconds", "What one turn of the processor took."
             )
-            cycles.add_metric([], buckets_of(turns), turns.sum_ns / 1e9)
+            cycles.add_metric([], buckets_of(turns.bounds_s, turns.counts), turns.sum_ns / 1e9)
             yield cycles
 
     def _queues(self) -> Iterator[Metric]:
@@ -144,9 +143,8 @@ class ReferenceCollector(Collector):
                 summed[word] = (added, sum_ns + totals.wait_sum_ns[outcome])
             for word, (counts_of_word, sum_ns) in summed.items():
                 decided.add_metric([word, str(priority), self._pool], sum(counts_of_word))
-                waited = HistogramSnapshot(WAIT_BOUNDS_S, tuple(counts_of_word), sum_ns)
                 labels = ["", str(priority), word, self._pool, "", ""]
-                waits.add_metric(labels, buckets_of(waited), sum_ns / 1e9)
+                waits.add_metric(labels, buckets_of(WAIT_BOUNDS_S, counts_of_word), sum_ns / 1e9)
         yield from (decided, waits)
 
 

@@ -1,7 +1,6 @@
 """Prometheus metrics of settlement, rendered when asked for."""
 
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 from typing import final
 
 from prometheus_client.core import (
@@ -13,6 +12,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from flowcontrol.snapshot import Snapshot
+from server.metrics import buckets_of
 from server.pool_view import PoolView
 from server.settlement import TTFT_BOUNDS_S, Account, Result, Settlement
 
@@ -91,15 +91,10 @@ class SettlementCollector(Collector):
             "From the request's leaving for the model server to the first byte of its answer.",
             labels=["priority"],
         )
-        bounds = [*(str(float(bound)) for bound in TTFT_BOUNDS_S), "+Inf"]
         for priority, account in self._settlement.accounts.items():
             unmetered.add_metric([str(priority)], account.unmetered)
-            counts_up_to = accumulate(account.ttft_counts)
-            ttft.add_metric(
-                [str(priority)],
-                buckets=list(zip(bounds, counts_up_to, strict=True)),
-                sum_value=account.ttft_sum_us / 1e6,
-            )
+            buckets = buckets_of(TTFT_BOUNDS_S, account.ttft_counts)
+            ttft.add_metric([str(priority)], buckets, account.ttft_sum_us / 1e6)
         yield from (unmetered, ttft)
 
     def _drift(self) -> Iterator[Metric]:
