@@ -9,11 +9,15 @@ from typing import Any, final
 
 import grpc
 
-from flowcontrol.errors import NotRunningError
 from flowcontrol.request import FlowKey
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
-from server.admin_objectives import FROM_ELSEWHERE, ObjectiveAccess, ObjectiveMethods
+from server.admin_objectives import (
+    FROM_ELSEWHERE,
+    ObjectiveAccess,
+    ObjectiveMethods,
+    while_running,
+)
 from server.gate import FlowGate
 from server.inquiry import NotKnownError, explain
 from server.messages import decision_message, duration_message, snapshot_message
@@ -71,12 +75,10 @@ class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
     ) -> api.Explanation:
         """Say of one request what it waits for, or what became of it."""
         try:
-            return await explain(self._gate, request.request_id)
+            return await while_running(explain(self._gate, request.request_id), context)
         except NotKnownError as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
-        except NotRunningError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-        raise AssertionError  # abort has raised already
+            raise  # abort has raised already
 
     async def ListDecisions(  # noqa: N802 - as the .proto says
         self, request: api.ListDecisionsRequest, _context: Any
@@ -109,18 +111,11 @@ class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
         """Refuse what waits of one flow."""
         if not request.flow_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "flow_id must not be empty")
-        try:
-            evicted = await self._gate.evict_flow(FlowKey(request.priority, request.flow_id))
-        except NotRunningError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-            raise  # abort has raised already
+        key = FlowKey(request.priority, request.flow_id)
+        evicted = await while_running(self._gate.evict_flow(key), context)
         return api.EvictFlowResponse(evicted=evicted)
 
     async def _snapshot(self, flows_max: int, context: Any) -> api.Snapshot:
-        try:
-            snapshot = await self._gate.snapshot()
-        except NotRunningError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-            raise  # abort has raised already
+        snapshot = await while_running(self._gate.snapshot(), context)
         shown = min(flows_max or _FLOWS_DEFAULT, _FLOWS_MAX)
         return snapshot_message(snapshot, self._pool, self._gate.inbox_refusals, shown)

@@ -1,8 +1,8 @@
 """Our own gRPC API, flowcontrol.v1: the objectives, and changing them where they come from here."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import grpc
 
@@ -10,6 +10,8 @@ from flowcontrol.errors import NotRunningError
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from server.gate import FlowGate
 from server.sources.objective_store import ObjectiveStore
+
+Answer = TypeVar("Answer")
 
 
 @final
@@ -24,6 +26,15 @@ class ObjectiveAccess:
 
 
 FROM_ELSEWHERE = ObjectiveAccess(lambda: None, lambda: ())
+
+
+async def while_running(answer: Awaitable[Answer], context: Any) -> Answer:
+    """Return an answer of the processor's; end the call as UNAVAILABLE when it has ended."""
+    try:
+        return await answer
+    except NotRunningError as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        raise  # abort has raised already
 
 
 class ObjectiveMethods:
@@ -44,11 +55,7 @@ class ObjectiveMethods:
         context: Any,
     ) -> api.ListObjectivesResponse:
         """Return the objectives in force, and what is wrong where they come from."""
-        try:
-            snapshot = await self._gate.snapshot()
-        except NotRunningError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-            raise  # abort has raised already
+        snapshot = await while_running(self._gate.snapshot(), context)
         return api.ListObjectivesResponse(
             objectives=[
                 api.Objective(name=name, priority=priority)
