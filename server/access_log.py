@@ -7,7 +7,8 @@ from typing import Any, final
 import grpc
 import structlog
 
-from server.log_codec import SERVICE, MalformedLogError, decode_log
+from server.codec import MalformedMessageError
+from server.log_codec import SERVICE, decode_log
 from server.settlement import Settlement
 
 _Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -58,7 +59,7 @@ class AccessLogDoor:
     def _take(self, data: bytes) -> None:
         try:
             entries = decode_log(data)
-        except MalformedLogError:
+        except MalformedMessageError:
             self._settlement.malformed()
             return
         is_told = _log.is_enabled_for(logging.DEBUG)  # to say nothing costs as much as to settle

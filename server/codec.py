@@ -8,17 +8,19 @@ from collections.abc import Callable
 from functools import lru_cache
 from secrets import token_hex
 from struct import Struct
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 from envoy.config.core.v3 import base_pb2
 from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
+from google.protobuf import message as protobuf
 from google.protobuf import struct_pb2
 
 from server.classify import CONTROL_HEADERS
 from server.exchange import Acknowledge, Message, MessageKind, Reply
 from server.replies import REASON_HEADER, EnginePriority, Exempt, Proceed, Refuse
 
+Kind = TypeVar("Kind", bound=protobuf.Message)
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 DESTINATION = "x-gateway-destination-endpoint"
 """Endpoint picker protocol: the same value as header and as dynamic metadata."""
@@ -49,7 +51,20 @@ _AWAITS_ANSWER = processing_mode_pb2.ProcessingMode(
 
 
 class MalformedMessageError(Exception):
-    """The bytes are no ProcessingRequest, or one that asks for nothing."""
+    """The bytes are not the message they should be, or one that asks for nothing."""
+
+
+def parsed(kind: type[Kind], data: bytes) -> Kind:
+    """Read one message.
+
+    Raises:
+        MalformedMessageError: naming what it should have been.
+    """
+    try:
+        return kind.FromString(data)
+    except protobuf.DecodeError as error:
+        message = f"not a {kind.DESCRIPTOR.name}"
+        raise MalformedMessageError(message) from error
 
 
 def decode(data: bytes) -> Message:
@@ -58,11 +73,7 @@ def decode(data: bytes) -> Message:
     Raises:
         MalformedMessageError: it cannot be read.
     """
-    try:
-        request = ext_proc_pb2.ProcessingRequest.FromString(data)
-    except Exception as error:  # upb's DecodeError is not exported where it can be named
-        message = "not a ProcessingRequest"
-        raise MalformedMessageError(message) from error
+    request = parsed(ext_proc_pb2.ProcessingRequest, data)
     which = request.WhichOneof("request")
     if which is None:
         message = "a ProcessingRequest without a request"

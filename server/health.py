@@ -2,11 +2,10 @@
 
 from typing import Final, final
 
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 from grpc_health.v1._async import HealthServicer
 
-from server.codec import MalformedMessageError
+from server.codec import parsed
 
 SERVICE: Final[str] = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _Status = health_pb2.HealthCheckResponse.ServingStatus
@@ -32,9 +31,4 @@ class Health:
         Raises:
             MalformedMessageError: it cannot be read.
         """
-        try:
-            service = health_pb2.HealthCheckRequest.FromString(request).service
-        except DecodeError as error:
-            message = "not a HealthCheckRequest"
-            raise MalformedMessageError(message) from error
-        return self._answers.get(service)
+        return self._answers.get(parsed(health_pb2.HealthCheckRequest, request).service)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from envoy.data.accesslog.v3 import accesslog_pb2
 from envoy.service.accesslog.v3 import als_pb2
 
-from server.codec import METADATA_NAMESPACE, TICKET
+from server.codec import METADATA_NAMESPACE, TICKET, parsed
 
 SERVICE = "envoy.service.accesslog.v3.AccessLogService"
 USAGE_NAMESPACE = "flowcontrol.usage"
@@ -78,22 +78,13 @@ class LogEntry(NamedTuple):
     """Headers in which the endpoint spoke of its load."""
 
 
-class MalformedLogError(Exception):
-    """The bytes are no StreamAccessLogsMessage."""
-
-
 def decode_log(data: bytes) -> list[LogEntry]:
     """Read one StreamAccessLogsMessage; an entry that is not of our requests has no ticket.
 
     Raises:
-        MalformedLogError: it cannot be read.
+        MalformedMessageError: it cannot be read.
     """
-    message = als_pb2.StreamAccessLogsMessage()
-    try:
-        message.ParseFromString(data)
-    except Exception as error:  # upb's DecodeError is not exported where it can be named
-        text = "not a StreamAccessLogsMessage"
-        raise MalformedLogError(text) from error
+    message = parsed(als_pb2.StreamAccessLogsMessage, data)
     return [_entry(entry) for entry in message.http_logs.log_entry]
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.log_codec import REPORT_FORMAT, REPORT_TAG, LogEntry, MalformedLogError, decode_log
+from server.codec import MalformedMessageError
+from server.log_codec import REPORT_FORMAT, REPORT_TAG, LogEntry, decode_log
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # it is not up to date with pydantic
@@ -176,7 +177,7 @@ class TestGarbage:
     @pytest.mark.parametrize("data", [b"\xff", b"GET / HTTP/1.1\r\n", b"\x12\x05abc"])
     def test_malformed(self, data: bytes) -> None:
         """They are said to be malformed."""
-        with pytest.raises(MalformedLogError, match=r"^not a StreamAccessLogsMessage$"):
+        with pytest.raises(MalformedMessageError, match=r"^not a StreamAccessLogsMessage$"):
             decode_log(data)
 
     @given(st.binary(max_size=200))
@@ -184,7 +185,7 @@ class TestGarbage:
         """Any bytes are a log or malformed, never another error."""
         try:
             entries = decode_log(data)
-        except MalformedLogError:
+        except MalformedMessageError:
             return
         assert all(isinstance(entry, LogEntry) for entry in entries)
 
