@@ -5,54 +5,22 @@ A call is told what comes on its stream, and says what is to go out. It ends in 
 """
 
 import asyncio
-import contextvars
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import ClassVar, Final, Protocol, final
 
 import structlog
 
 from flowcontrol.events import Decision
 from server import codec
-from server.classify import Intake
-from server.codec import Encoder, MalformedMessageError, decode
+from server.codec import MalformedMessageError, decode
 from server.exchange import Exchange, MessageKind, Park, Phase, ProtocolError, Reply
-from server.gate import FlowGate, Parked, trace_of
+from server.gate import Parked, trace_of
 from server.http2 import grpc_framing
 from server.http2.grpc_framing import FramingError, Status
 from server.http2.headers import RequestHead
-from server.http2.limits import Http2Limits
 from server.replies import answer, refusal
+from server.terms import Terms
 
 _log = structlog.get_logger()
-
-
-@final
-@dataclass(slots=True, kw_only=True)
-class Terms:
-    """What holds for every call at the door."""
-
-    gate: FlowGate
-    """Where requests are parked."""
-    intake: Intake = field(default_factory=Intake)
-    """How requests are read."""
-    encoder: Encoder = field(default_factory=Encoder)
-    """How answers are written."""
-    continue_on_fault: bool = False
-    """What becomes of requests when the engine has failed."""
-    trace_fields: tuple[str, ...] = ()
-    """Names of headers that tell of a trace; none while traces are off."""
-    health: Callable[[bytes], bytes | None] = lambda _request: None
-    """Answers a health check, None for an unknown service; may raise MalformedMessageError."""
-    limits: Http2Limits = field(default_factory=Http2Limits)
-    """What a client may ask for."""
-    is_closing: bool = False
-    """Requests in flight are let go, and none become so."""
-    chance: random.Random = field(default_factory=random.Random)
-    """Spreads retries, keeps no secret."""
-    context: contextvars.Context = field(default_factory=contextvars.copy_context)
-    """One for all callbacks: asyncio would copy one for each request."""
 
 
 class Wire(Protocol):

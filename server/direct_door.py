@@ -11,11 +11,9 @@ import time
 from pathlib import Path
 from typing import final
 
-from server.classify import Intake
-from server.codec import Encoder
-from server.direct_calls import Terms
 from server.direct_line import CHECK_NS, Line
 from server.listening import listen
+from server.terms import Terms
 
 
 @final
@@ -58,12 +56,6 @@ class DirectDoor:
             return 0
         port: int = server.sockets[0].getsockname()[1]
         return port
-
-    def reconfigure(self, intake: Intake, encoder: Encoder, *, continue_on_fault: bool) -> None:
-        """Take other settings, for streams that open or are answered from now on."""
-        self._terms.intake = intake
-        self._terms.encoder = encoder
-        self._terms.continue_on_fault = continue_on_fault
 
     def begin_drain(self) -> None:
         """Ask every client to use this connection no more; what is under way goes on.

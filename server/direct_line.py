@@ -12,11 +12,12 @@ from typing import Final, final
 
 import structlog
 
-from server.direct_calls import CALLS, Call, Terms
+from server.direct_calls import CALLS, Call
 from server.http2 import grpc_framing
 from server.http2.connection import Http2Connection
 from server.http2.events import Ended, Event, Opened, Received, Reset
 from server.http2.grpc_framing import FramingError, Refusal, Status
+from server.terms import Terms
 
 CHECK_NS: Final = 5_000_000_000
 """How often connections are checked for time limits, which are kept that exactly."""

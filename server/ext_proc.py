@@ -1,16 +1,15 @@
 """The grpcio door: carries the ext_proc conversation between Envoy and the gate, nothing else."""
 
 import asyncio
-import random
 from typing import Any, final
 
 import grpc
 
-from server.classify import Intake
-from server.codec import SERVICE, Encoder, MalformedMessageError, decode
+from server.codec import SERVICE, MalformedMessageError, decode
 from server.exchange import Exchange, Message, MessageKind, Park, Phase, ProtocolError
-from server.gate import FlowGate, Parked, trace_of
+from server.gate import Parked, trace_of
 from server.replies import answer, refusal
+from server.terms import Terms
 
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -20,35 +19,12 @@ class ExtProcDoor:
     """Serves `envoy.service.ext_proc.v3.ExternalProcessor/Process`, bytes to bytes.
 
     Args:
-        gate: where requests are parked.
-        intake: how requests are read.
-        encoder: how answers are written.
-        continue_on_fault: what becomes of requests when the engine has failed.
-        trace_fields: names of headers that tell of a trace; none while traces are off.
+        terms: what holds for every call.
     """
 
-    def __init__(
-        self,
-        gate: FlowGate,
-        intake: Intake,
-        encoder: Encoder,
-        *,
-        continue_on_fault: bool,
-        trace_fields: tuple[str, ...] = (),
-    ) -> None:
-        self._gate = gate
-        self._intake = intake
-        self._encoder = encoder
-        self._continue_on_fault = continue_on_fault
-        self._trace_fields = trace_fields
-        self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
         self._closing = asyncio.get_running_loop().create_future()
-
-    def reconfigure(self, intake: Intake, encoder: Encoder, *, continue_on_fault: bool) -> None:
-        """Take other settings, for streams that open or are answered from now on."""
-        self._intake = intake
-        self._encoder = encoder
-        self._continue_on_fault = continue_on_fault
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
         """Return what a grpc.aio server takes up."""
@@ -65,25 +41,27 @@ class ExtProcDoor:
             self._closing.set_result(None)
 
     async def _process(self, _requests: Any, context: _Context) -> None:
-        exchange = Exchange(self._intake)
+        terms = self._terms
+        exchange = Exchange(terms.intake)
         try:
             first = await self._read(context)
             if first is None:
                 return
             reply = exchange.receive(first)
             if isinstance(reply, Park):
-                parked = self._gate.park(reply.facts)
-                if self._trace_fields:
+                parked = terms.gate.park(reply.facts)
+                if terms.trace_fields:
                     said = dict(context.invocation_metadata() or ())
-                    parked.trace = trace_of(self._trace_fields, said, first.headers)
+                    parked.trace = trace_of(terms.trace_fields, said, first.headers)
                 await self._hold(exchange, parked, context)
             else:
-                await context.write(self._encoder.encode(reply))
+                await context.write(terms.encoder.encode(reply))
         except (ProtocolError, MalformedMessageError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     async def _hold(self, exchange: Exchange, parked: Parked, context: _Context) -> None:
         """Answer a parked request, and keep its slot until its stream ends."""
+        terms = self._terms
         # Read on while parked: with Envoy's graceful close the end of a request shows only there.
         reading = asyncio.ensure_future(self._read(context))
         try:
@@ -92,19 +70,19 @@ class ExtProcDoor:
                 message = reading.result()
                 if message is not None:
                     exchange.receive(message)  # raises: nothing may be said while parked
-                self._gate.leave(parked)  # and is told so: an unanswered request would go through
+                terms.gate.leave(parked)  # and is told so: an unanswered request would go through
             # Not awaited itself: a stream cancelled now would cancel the future with it.
             await asyncio.wait((parked.future,))
             decision = parked.future.result()
             reply = exchange.decide(
                 answer(
                     decision,
-                    self._chance.random(),
+                    terms.chance.random(),
                     parked.facts.dialect,
-                    continue_on_fault=self._continue_on_fault,
+                    continue_on_fault=terms.continue_on_fault,
                 )
             )
-            await context.write(self._encoder.encode(reply))
+            await context.write(terms.encoder.encode(reply))
             while exchange.phase is Phase.GOING:
                 news = [reading, self._closing]
                 if parked.recall is not None:
@@ -112,26 +90,26 @@ class ExtProcDoor:
                 await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
                 if parked.recall is not None and parked.recall.done():
                     ending = refusal(
-                        parked.recall.result(), self._chance.random(), parked.facts.dialect
+                        parked.recall.result(), terms.chance.random(), parked.facts.dialect
                     )
-                    await context.write(self._encoder.encode(exchange.recall(ending)))
+                    await context.write(terms.encoder.encode(exchange.recall(ending)))
                     return
                 message = reading.result() if reading.done() else None
                 if message is None:
                     return
                 if message.kind is MessageKind.RESPONSE_HEADERS:
-                    self._gate.answered(parked)
+                    terms.gate.answered(parked)
                 reading = asyncio.ensure_future(self._read(context))
                 await self._acknowledge(exchange, message, context)
         finally:
             reading.cancel()
             if parked.left_ns is None:
-                self._gate.leave(parked)
+                terms.gate.leave(parked)
 
     async def _acknowledge(self, exchange: Exchange, message: Message, context: _Context) -> None:
         reply = exchange.receive(message)
         assert not isinstance(reply, Park), "headers come once"
-        await context.write(self._encoder.encode(reply))
+        await context.write(self._terms.encoder.encode(reply))
 
     @staticmethod
     async def _read(context: _Context) -> Message | None:

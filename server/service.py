@@ -24,7 +24,6 @@ from server import admin, codec, health, log_codec, logs
 from server.access_log import AccessLogDoor
 from server.admin_objectives import ObjectiveAccess
 from server.codec import Encoder
-from server.direct_calls import Terms
 from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
@@ -40,6 +39,7 @@ from server.settings import Settings
 from server.settlement import Settlement
 from server.sources.feed import Feed
 from server.telemetry import open_traces
+from server.terms import Terms
 from server.web import web_application
 
 ARRIVALS_MAX = 100_000
@@ -100,23 +100,15 @@ class Service:
         )
         self._log_door = AccessLogDoor(self._settlement)
         self._health = health.Health()
-        terms = Terms(
+        self._terms = Terms(
             gate=self._gate,
-            intake=settings.requests.intake(),
-            encoder=self._encoder(settings),
-            continue_on_fault=settings.requests.on_internal_fault == "continue",
             trace_fields=() if self._traces is None else self._traces.fields,
             health=self._health.check,
             limits=settings.direct.http2_limits(),
         )
-        self._direct_door = DirectDoor(terms)
-        self._door = ExtProcDoor(
-            self._gate,
-            terms.intake,
-            terms.encoder,
-            continue_on_fault=terms.continue_on_fault,
-            trace_fields=terms.trace_fields,
-        )
+        self._set_terms(settings)
+        self._direct_door = DirectDoor(self._terms)
+        self._door = ExtProcDoor(self._terms)
         self._live = LiveView(self._gate, settings.pool)
         self._loop_lag = LoopLag()
         self._scrape = Scrape(
@@ -186,19 +178,18 @@ class Service:
         await self._feed.apply(settings)
         self._gate.post(Reconfigured(config))
         self._settlement.lost_after_ns = settings.settlement.lost_after
-        for door in (self._direct_door, self._door):
-            door.reconfigure(
-                settings.requests.intake(),
-                self._encoder(settings),
-                continue_on_fault=settings.requests.on_internal_fault == "continue",
-            )
+        self._set_terms(settings)
 
-    def _encoder(self, settings: Settings) -> Encoder:
-        return Encoder(
+    def _set_terms(self, settings: Settings) -> None:
+        """Let settings count for streams that open or are answered from now on."""
+        requests = settings.requests
+        self._terms.intake = requests.intake()
+        self._terms.encoder = Encoder(
             picks=settings.picker != "off",
             anywhere=self._gate.pool_view.anywhere,
-            engine_priority=settings.requests.engine(),
+            engine_priority=requests.engine(),
         )
+        self._terms.continue_on_fault = requests.on_internal_fault == "continue"
 
     def _objective_access(self) -> ObjectiveAccess:
         return ObjectiveAccess(lambda: self._feed.store, self._feed.problems)

@@ -23,7 +23,7 @@ from flowcontrol.events import Decision, ObjectivesChanged
 from flowcontrol.request import Outcome
 from server import direct_calls, direct_line
 from server.classify import ExemptPaths, Intake
-from server.direct_calls import HealthCall, ProcessCall, Terms
+from server.direct_calls import HealthCall, ProcessCall
 from server.direct_door import DirectDoor
 from server.gate import FlowGate, Parked
 from server.health import Health
@@ -32,6 +32,7 @@ from server.http2.errors import ErrorCode
 from server.http2.grpc_framing import framed
 from server.http2.headers import encode_block
 from server.http2.limits import Http2Limits, Rate
+from server.terms import Terms
 from tests.gates import TIMEOUT_S, running_gate
 from tests.test_http2_connection import Heard, heard
 

@@ -22,10 +22,10 @@ from flowcontrol.events import (
     ObjectivesChanged,
 )
 from flowcontrol.request import Outcome, Request
-from server.classify import Intake, RequestFacts
-from server.codec import Encoder
+from server.classify import RequestFacts
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
+from server.terms import Terms
 
 FACTS = RequestFacts("tenant", None, 0, None, "", "/v1/completions")
 POOL = EndpointsChanged(("10.0.0.5:8000",))
@@ -627,7 +627,7 @@ class TestCancelledStream:
     async def test_the_others_are_settled(self) -> None:
         """It takes no decision with it: its own is received, and all others of its batch."""
         async with house(starts=False) as home:
-            door = ExtProcDoor(home.gate, Intake(), Encoder(), continue_on_fault=False)
+            door = ExtProcDoor(Terms(gate=home.gate))
             method = door.handler().service(CallDetails())  # type: ignore[arg-type]  # all it reads
             assert method is not None
             process: Any = method.stream_stream

@@ -19,12 +19,12 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from server.direct_calls import Terms
 from server.direct_door import DirectDoor
 from server.http2.connection import Http2Connection
 from server.http2.events import Ended, Opened, Received
 from server.http2.headers import encode_block
 from server.http2.limits import Http2Limits
+from server.terms import Terms
 from tests.gates import running_gate
 
 ROOT = Path(__file__).parents[1]

@@ -41,10 +41,7 @@ from hpack import Encoder
 from flowcontrol.config import Concurrency, ControllerConfig, Limits
 from flowcontrol.events import EndpointsChanged
 from server import logs
-from server.classify import Intake
 from server.codec import SERVICE
-from server.codec import Encoder as AnswerEncoder
-from server.direct_calls import Terms
 from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate
@@ -52,6 +49,7 @@ from server.grpc_ports import GRPC_OPTIONS
 from server.http2 import frames
 from server.http2.grpc_framing import framed
 from server.service import ARRIVALS_MAX, SWITCH_INTERVAL_S
+from server.terms import Terms
 
 Kind = Literal["grpcio", "direct"]
 KINDS: tuple[Kind, ...] = ("grpcio", "direct")
@@ -90,7 +88,7 @@ async def serve(kind: Kind, *, has_pool: bool) -> None:
         port = await DirectDoor(terms).listen(("127.0.0.1", 0))
     else:
         server = grpc.aio.server(options=GRPC_OPTIONS)
-        door = ExtProcDoor(gate, Intake(), AnswerEncoder(), continue_on_fault=False)
+        door = ExtProcDoor(Terms(gate=gate))
         server.add_generic_rpc_handlers((door.handler(),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

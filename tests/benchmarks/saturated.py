@@ -40,10 +40,7 @@ from hpack import Encoder
 from flowcontrol.config import Concurrency, ControllerConfig, Limits
 from flowcontrol.events import EndpointsChanged
 from server import logs
-from server.classify import Intake
 from server.codec import SERVICE
-from server.codec import Encoder as AnswerEncoder
-from server.direct_calls import Terms
 from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate
@@ -51,6 +48,7 @@ from server.grpc_ports import GRPC_OPTIONS
 from server.http2 import frames
 from server.http2.grpc_framing import framed
 from server.service import ARRIVALS_MAX, SWITCH_INTERVAL_S, tune_garbage_collection
+from server.terms import Terms
 from tests.benchmarks import stage
 from tests.benchmarks.doors import HEADERS
 
@@ -76,7 +74,7 @@ async def serve(door: str, slots: int) -> None:
         port = await DirectDoor(terms).listen((stage.HOST, 0))
     else:
         server = grpc.aio.server(options=GRPC_OPTIONS)
-        handler = ExtProcDoor(gate, Intake(), AnswerEncoder(), continue_on_fault=False).handler()
+        handler = ExtProcDoor(Terms(gate=gate)).handler()
         server.add_generic_rpc_handlers((handler,))
         port = server.add_insecure_port(f"{stage.HOST}:0")
         await server.start()

@@ -19,11 +19,11 @@ import structlog
 from flowcontrol.config import Concurrency, ControllerConfig
 from flowcontrol.events import DrainBegan
 from server.classify import ExemptPaths, Intake, RequestFacts
-from server.direct_calls import Terms
 from server.direct_line import Line
 from server.gate import FlowGate
 from server.http2 import frames
 from server.http2.limits import Http2Limits
+from server.terms import Terms
 
 LIMITS = Http2Limits(
     streams_max=50, message_bytes_max=2_000, partial_bytes_max=5_000, queued_bytes_max=20_000
