@@ -26,7 +26,7 @@ from flowcontrol.ledger import (
     from_line,
     to_line,
 )
-from server.recording import Feed
+from server.recording import TurnFeed
 
 _LINGER_S = 0.1
 """How long turns gather before they are written: what a crash can cost, and one write each."""
@@ -50,7 +50,7 @@ class LedgerWriter:
     """
 
     def __init__(
-        self, path: Path, bytes_max: int, files_max: int, feed: Feed, *, hides_flows: bool
+        self, path: Path, bytes_max: int, files_max: int, feed: TurnFeed, *, hides_flows: bool
     ) -> None:
         self.turns = 0
         """Written."""

@@ -17,7 +17,7 @@ SIZE_MAX = 200_000
 
 
 @final
-class Feed:
+class TurnFeed:
     """Entries from the processor's thread, in order, for one thread that takes them in batches.
 
     Args:
@@ -104,7 +104,7 @@ class Feed:
 class Recorder:
     """Shows every turn to every feed."""
 
-    def __init__(self, feeds: Sequence[Feed]) -> None:
+    def __init__(self, feeds: Sequence[TurnFeed]) -> None:
         self._feeds = feeds
 
     def turned(self, controller: FlowController, turn: Turn) -> None:

@@ -18,7 +18,7 @@ from server.ledger import LedgerWriter
 from server.metrics import buckets_of
 from server.policies import load_policies
 from server.record_settings import LedgerSection, ShadowSection
-from server.recording import Feed, Recorder
+from server.recording import Recorder, TurnFeed
 from server.shadow import Shadow, ShadowReport
 
 _CLOSE_TIMEOUT_S = 5.0
@@ -42,7 +42,7 @@ class Records:
         feeds = []
         ledger_feed = None
         if ledger is not None:
-            ledger_feed = Feed()
+            ledger_feed = TurnFeed()
             feeds.append(ledger_feed)
             self.writer = LedgerWriter(
                 ledger.file,
@@ -52,7 +52,7 @@ class Records:
                 hides_flows=ledger.hide_flow_ids,
             )
         if shadow is not None:
-            feed = Feed()
+            feed = TurnFeed()
             feeds.append(feed)
             self.shadow = Shadow(load_policies(shadow.config), feed, ledger_feed)
         self.recorder = Recorder(feeds) if feeds else None

@@ -21,7 +21,7 @@ from flowcontrol.request import Outcome
 from flowcontrol.rerun import Rerun
 from flowcontrol.snapshot import Totals
 from flowcontrol.tally import Tally
-from server.recording import Feed
+from server.recording import TurnFeed
 
 _LINGER_S = 0.1
 _log = structlog.get_logger()
@@ -54,7 +54,7 @@ class Shadow:
         ledger: gets the candidate's decisions, if there is one.
     """
 
-    def __init__(self, config: ControllerConfig, feed: Feed, ledger: Feed | None) -> None:
+    def __init__(self, config: ControllerConfig, feed: TurnFeed, ledger: TurnFeed | None) -> None:
         self.report = ShadowReport()
         """Replaced as a whole by the thread, so anybody may read it."""
         self._config = config

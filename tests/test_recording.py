@@ -17,7 +17,7 @@ from flowcontrol.ledger import Checkpoint, Entry, Gap, Header, Shadowed, Turn
 from flowcontrol.request import Request
 from server.cli import main
 from server.ledger import LedgerWriter, parts_of, read_entries
-from server.recording import Feed, Recorder
+from server.recording import Recorder, TurnFeed
 from tests.recorded import SECOND, Recording, busy, small_config
 
 JOIN_S = 10.0
@@ -48,7 +48,7 @@ def written(
     path: Path, recording: Recording, *, bytes_max: int = LARGE, files: int = 9, hides: bool = False
 ) -> LedgerWriter:
     """Write a recording as the service would, each turn given time to be taken."""
-    feed = Feed()
+    feed = TurnFeed()
     writer = LedgerWriter(path, bytes_max, files, feed, hides_flows=hides)
     again = Recording(recording.config, recording.began_ns)
     writer.start(recording.config, recording.began_ns)
@@ -69,7 +69,7 @@ class TestFeed:
 
     def test_in_order(self) -> None:
         """What went in comes out, and nothing after the end."""
-        feed, controller = Feed(), Recording(small_config()).controller
+        feed, controller = TurnFeed(), Recording(small_config()).controller
         turns = [turn(1), turn(2)]
         for each in turns:
             feed.turned(controller, each)
@@ -83,7 +83,7 @@ class TestFeed:
 
     def test_what_does_not_fit_is_a_gap_with_a_checkpoint_behind_it(self) -> None:
         """Told as soon as there is room again."""
-        feed, controller = Feed(size_max=4), Recording(small_config()).controller
+        feed, controller = TurnFeed(size_max=4), Recording(small_config()).controller
         for now_ns in range(1, 8):
             feed.turned(controller, turn(now_ns, Left(1)))
         taken = list(feed.take(0))
@@ -98,7 +98,7 @@ class TestFeed:
 
     def test_a_checkpoint_is_taken_when_wanted(self) -> None:
         """Behind the next turn, once."""
-        feed, controller = Feed(), Recording(small_config()).controller
+        feed, controller = TurnFeed(), Recording(small_config()).controller
         feed.want_checkpoint()
         feed.turned(controller, turn(1))
         feed.turned(controller, turn(2))
@@ -107,7 +107,7 @@ class TestFeed:
 
     def test_sleep_ends_with_the_first_entry_or_the_end(self) -> None:
         """The taker waits for nothing else."""
-        feed = Feed()
+        feed = TurnFeed()
         taken: list[Sequence[Entry]] = []
         taker = Thread(target=lambda: taken.extend((feed.take(0), feed.take(0))))
         taker.start()
@@ -119,7 +119,7 @@ class TestFeed:
 
     def test_a_recorder_shows_every_turn_to_all(self) -> None:
         """Each feed has its own copy of the story."""
-        feeds = [Feed(), Feed()]
+        feeds = [TurnFeed(), TurnFeed()]
         Recorder(feeds).turned(Recording(small_config()).controller, turn(1))
 
         assert [[turn(1)], [turn(1)]] == [list(feed.take(0)) for feed in feeds]
@@ -158,7 +158,7 @@ class TestFiles:
         path = tmp_path / "ledger.jsonl"
         written(path, busy(Recording(small_config(), 5), 20))
         recording = Recording(small_config(), 5)
-        feed = Feed()
+        feed = TurnFeed()
         writer = LedgerWriter(path, 1, 9, feed, hides_flows=False)
         writer.start(recording.config, 5)
         feed.want_checkpoint()
@@ -175,7 +175,7 @@ class TestFiles:
 
     def test_a_full_disk_is_a_gap(self) -> None:
         """Counted; the processor does not notice, and the writer ends as told."""
-        feed = Feed()
+        feed = TurnFeed()
         recording = Recording(small_config(), 5)
         writer = LedgerWriter(Path("/dev/full"), LARGE, 1, feed, hides_flows=False)
         with pytest.raises(OSError, match="No space left"):
@@ -186,7 +186,7 @@ class TestFiles:
         path = tmp_path / "folder" / "ledger.jsonl"
         path.parent.mkdir()
         recording = Recording(small_config(), 5)
-        feed = Feed()
+        feed = TurnFeed()
         writer = LedgerWriter(path, 1, 2, feed, hides_flows=False)
         writer.start(recording.config, 5)
         path.unlink()
@@ -288,7 +288,7 @@ class TestReplay:
     ) -> None:
         """And with a gap, where."""
         path = tmp_path / "ledger.jsonl"
-        feed = Feed()
+        feed = TurnFeed()
         recording = Recording(small_config(), 5)
         writer = LedgerWriter(path, 1, 1, feed, hides_flows=False)
         writer.start(recording.config, 5)

@@ -6,7 +6,7 @@ from flowcontrol.config import ControllerConfig
 from flowcontrol.events import Arrived, Decision
 from flowcontrol.ledger import Entry, Gap, Shadowed, Turn
 from flowcontrol.request import Outcome, Request
-from server.recording import Feed
+from server.recording import TurnFeed
 from server.records import Records
 from server.shadow import Shadow
 from tests.recorded import Recording, busy, small_config
@@ -15,10 +15,10 @@ JOIN_S = 20.0
 
 
 def shadowed(
-    recording: Recording, candidate: ControllerConfig, *more: Entry, ledger: Feed | None = None
+    recording: Recording, candidate: ControllerConfig, *more: Entry, ledger: TurnFeed | None = None
 ) -> Shadow:
     """Let a candidate decide a whole recording."""
-    feed = Feed(1 << 30)
+    feed = TurnFeed(1 << 30)
     shadow = Shadow(candidate, feed, ledger)
     again = Recording(recording.config, recording.began_ns)
     for turn in recording.turns:
@@ -46,7 +46,7 @@ class TestShadow:
     def test_with_others_it_says_what_would_be_different(self) -> None:
         """By outcome, and in waits by band; the ledger has every decision."""
         recording = busy(Recording(small_config(), 5), 500)
-        ledger = Feed()
+        ledger = TurnFeed()
         report = shadowed(recording, small_config(8), ledger=ledger).report
         ledger.close()
         decisions: list[Decision] = []
@@ -63,7 +63,7 @@ class TestShadow:
         """It is reported, and takes nothing in any more."""
         recording = Recording(small_config(), 5)
         twice = Turn(7, [Arrived(Request(1)), Arrived(Request(1))], [])
-        feed = Feed()
+        feed = TurnFeed()
         shadow = Shadow(small_config(), feed, None)
         feed.turned(recording.controller, twice)
         shadow.start(5)
@@ -76,7 +76,7 @@ class TestShadow:
     def test_one_that_fell_behind_begins_anew(self) -> None:
         """From the checkpoint behind the gap."""
         recording = busy(Recording(small_config(), 5), 100)
-        feed = Feed()
+        feed = TurnFeed()
         shadow = Shadow(small_config(), feed, None)
         feed.turned(recording.controller, recording.turns[0])
         feed.put(Gap(len(recording.turns) - 1))

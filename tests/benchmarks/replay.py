@@ -34,14 +34,14 @@ from flowcontrol.controller import FlowController
 from flowcontrol.ledger import Turn
 from flowcontrol.rerun import Rerun
 from server.ledger import LedgerWriter, parts_of
-from server.recording import Feed
+from server.recording import TurnFeed
 from server.replay import replay
 from tests.recorded import Recording, busy, whole_config
 
 
 def record(turns: list[Turn], controller: FlowController) -> float:
     """Hand every turn to a feed that nobody takes from; return the CPU time."""
-    feed = Feed(1 << 40)
+    feed = TurnFeed(1 << 40)
     began_s = time.process_time()
     for turn in turns:
         feed.turned(controller, turn)
@@ -50,7 +50,7 @@ def record(turns: list[Turn], controller: FlowController) -> float:
 
 def write(path: Path, recording: Recording) -> float:
     """Write every turn; return the CPU time."""
-    feed = Feed(1 << 40)
+    feed = TurnFeed(1 << 40)
     for turn in recording.turns:
         feed.turned(recording.controller, turn)
     writer = LedgerWriter(path, 1 << 40, 1, feed, hides_flows=False)
