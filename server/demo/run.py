@@ -24,7 +24,7 @@ Try next{hint}:
     -H 'x-llm-d-inference-fairness-id: me' \\
     -d '{{"model":"llama","stream":true,"messages":[{{"role":"user","content":"hello"}}]}}'
   {grpcurl} -plaintext {host}:{ext_proc} flowcontrol.v1.FlowControl/GetSnapshot
-  metrics: http://{host}:{http}/metrics    Envoy: http://{host}:{admin}"""
+  dashboard: http://{host}:{http}/    metrics: http://{host}:{http}/metrics    Envoy: http://{host}:{admin}"""
 
 
 async def run_demo(
