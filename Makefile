@@ -4,9 +4,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+COMPILED := build/compiled
+ON_COMPILED = PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED) $(BIN)/pytest -o pythonpath="$(COMPILED) ."
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test lint types unit e2e coverage bench format docs site wheel clean
+.PHONY: help demo test lint types unit e2e compiled coverage bench format docs site wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,13 +44,24 @@ coverage: $(VENV)/ready  ## Which lines of the engine no unit test runs
 e2e: $(VENV)/ready  ## Only the tests on a real Envoy
 	$(BIN)/pytest -m e2e $(ARGS)
 
+# The wheel is unpacked beside the sources, which it would hide, and used only where a path says so.
+$(COMPILED)/ready: $(VENV)/ready $(wildcard flowcontrol/*.py server/*.py server/*/*.py)
+	@rm -rf build && FLOWCONTROL_COMPILE=1 $(BIN)/python -m build --wheel --no-isolation --outdir build . >/dev/null
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(COMPILED) build/*.whl
+	@touch $@
+
+compiled: $(COMPILED)/ready  ## Compile what is on the way of a request, and run all tests on that; needs gcc
+	$(ON_COMPILED) -m "not e2e and not interpreted" --numprocesses auto --dist loadfile $(ARGS)
+	$(ON_COMPILED) -m "e2e and not interpreted" $(ARGS)
+
 # Each script says its question, method, caveats, and how to run it shorter. Half an hour in all.
-bench: $(VENV)/ready  ## Benchmarks, results in tests/benchmarks/results/; needs wrk, g++ and libgrpc++-dev
+bench: $(COMPILED)/ready  ## Benchmarks, results in tests/benchmarks/results/; needs wrk, g++ and libgrpc++-dev
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/through_envoy.py
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/saturated.py
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/streaming.py
-	PYTHONPATH=. $(BIN)/python tests/benchmarks/engine.py
-	PYTHONPATH=. $(BIN)/python tests/benchmarks/bridge.py
+	for way in . $(COMPILED); do \
+	  PYTHONPATH=$$way $(BIN)/python tests/benchmarks/engine.py && PYTHONPATH=$$way $(BIN)/python tests/benchmarks/bridge.py || exit; \
+	done
 	$(BIN)/python tests/benchmarks/draw.py
 
 docs: $(VENV)/ready  ## Rewrite what pages quote from the code

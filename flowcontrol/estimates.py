@@ -88,11 +88,11 @@ class TokenEstimator:
                     answer = learned.output
                 if learned is not None and learned.prompts:
                     per_byte = learned.prompt / learned.bytes
-        prompt: float = request.byte_size * per_byte
+        prompt = request.byte_size * per_byte
         if request.input_tokens is not None:
-            prompt = request.input_tokens
+            prompt = float(request.input_tokens)
         if request.output_tokens_max is not None and request.output_tokens_max < answer:
-            answer = request.output_tokens_max
+            answer = float(request.output_tokens_max)
         return Tokens(max(1.0, prompt), answer)
 
     def learn(self, request: Request, settled: Settled) -> None:

@@ -57,8 +57,11 @@ class FirstTokens:
     one, in proportion, no less either. A prompt is as long as what of it was in no cache.
     """
 
-    few, aim, many = 0.045, 0.08, 0.115
-    cohort, cohort_first = 16, 8
+    few = 0.045
+    aim = 0.08
+    many = 0.115
+    cohort = 16
+    cohort_first = 8
     _MOST = 0.75
     """Part of the cohort that must be known: the last would be waited for too long."""
     _FADING = 1.002
@@ -112,8 +115,11 @@ class FirstTokens:
 class Residences:
     """From departures alone: how long the shortest of a cohort were in flight."""
 
-    few, aim, many = 0.05, 0.08, 0.13
-    cohort, cohort_first = 64, 64
+    few = 0.05
+    aim = 0.08
+    many = 0.13
+    cohort = 64
+    cohort_first = 64
     _SHORTEST = 0.15
     _FADING = 1.001
 

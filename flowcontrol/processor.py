@@ -69,16 +69,16 @@ class FlowProcessor:
         self._is_snapshot_wanted = False
         self._turns = Histogram(_PACE_BOUNDS_S)
         self._lags = Histogram(_PACE_BOUNDS_S)
-        self._thread = Thread(target=self._run, name="flow-processor", daemon=True)
+        self._own_thread = Thread(target=self._run, name="flow-processor", daemon=True)
 
     def start(self) -> None:
         """Begin to take facts."""
-        self._thread.start()
+        self._own_thread.start()
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread to end; whether it did."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        self._own_thread.join(timeout_s)
+        return not self._own_thread.is_alive()
 
     def want_snapshot(self) -> None:
         """Ask, from any thread, for a snapshot with the next delivery; many asks make one."""

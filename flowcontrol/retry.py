@@ -72,7 +72,7 @@ class DrainRate:
         if self._is_busy and not self._is_known:
             self._is_known = True
             self._count = 0.0
-            self._time_ns = now_ns - self._began_ns
+            self._time_ns = float(now_ns - self._began_ns)
             self._at_ns = now_ns
         if now_ns - self._at_ns >= _SECOND_NS:
             self._pass(now_ns)

@@ -18,7 +18,7 @@ from google.protobuf import struct_pb2
 
 from server.classify import CONTROL_HEADERS
 from server.exchange import Acknowledge, Message, MessageKind, Reply
-from server.replies import REASON_HEADER, EnginePriority, Exempt, Proceed, Refuse
+from server.replies import REASON_HEADER, REFUSALS_MAX, EnginePriority, Exempt, Proceed, Refuse
 
 Kind = TypeVar("Kind", bound=protobuf.Message)
 SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
@@ -194,6 +194,7 @@ class Encoder:
         return template
 
 
+@lru_cache(REFUSALS_MAX)
 def _refuse(reply: Refuse) -> bytes:
     response = ext_proc_pb2.ProcessingResponse()
     immediate = response.immediate_response

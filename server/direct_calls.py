@@ -69,8 +69,8 @@ class Call:
                 self._end()
         except FramingError as error:
             self.finish(error.status, str(error))
-        except (ProtocolError, MalformedMessageError) as error:
-            self.finish(Status.INVALID_ARGUMENT, str(error))
+        except (ProtocolError, MalformedMessageError) as mistake:
+            self.finish(Status.INVALID_ARGUMENT, str(mistake))
         except Exception:  # noqa: BLE001 - a bug; it must not end all the calls beside this one
             _log.exception("direct_call_failed")
             self.finish(Status.INTERNAL, "internal error")

@@ -1,6 +1,7 @@
 """Pure. What a client is told: the one table from outcomes to HTTP."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import NamedTuple, final
 
@@ -12,6 +13,9 @@ REASON_HEADER = "x-llm-d-request-dropped-reason"
 _SECOND_NS = 1_000_000_000
 _JITTER = 0.25
 RETRY_AFTER_MAX_S = 30
+REFUSALS_MAX = 2_048
+"""Room for all that differ: by outcome, dialect and Retry-After, none or up to 30 s. Each is made
+once, when it first comes: to make them was a quarter of what it costs to expire a whole queue."""
 
 
 class Refused(NamedTuple):
@@ -62,12 +66,6 @@ REFUSALS = {
 
 429: there is capacity, others hold it. 503: there is none.
 """
-
-_BODIES = {
-    (outcome, dialect): error_body(dialect, refused.status, refused.reason, refused.message)
-    for outcome, refused in REFUSALS.items()
-    for dialect in Dialect
-}
 
 
 @final
@@ -166,13 +164,18 @@ def refusal(decision: Decision, chance: float, dialect: Dialect = Dialect.OPENAI
         chance: from 0 to 1, as for `answer`.
         dialect: how its client wants to be told.
     """
-    refused = REFUSALS[decision.outcome]
+    return _refusal(decision.outcome, dialect, retry_after(decision.retry_after_ns, chance))
+
+
+@lru_cache(REFUSALS_MAX)
+def _refusal(outcome: Outcome, dialect: Dialect, retry_after_s: int | None) -> Refuse:
+    refused = REFUSALS[outcome]
     return Refuse(
         refused.status,
         refused.reason,
-        _BODIES[decision.outcome, dialect],
+        error_body(dialect, refused.status, refused.reason, refused.message),
         refused.grpc_status,
-        retry_after(decision.retry_after_ns, chance),
+        retry_after_s,
         content_type_of(dialect),
     )
 

@@ -236,6 +236,7 @@ class TestShares:
         assert share_excess(Across(), steps, SHARES) <= TOLERANCE
         assert share_excess(Across(), steps, dict.fromkeys(PRIORITIES, 0.9)) <= TOLERANCE
 
+    @pytest.mark.interpreted
     def test_strict_order_breaks_the_bound(self) -> None:
         """Without shares a low band gets nothing while a high one waits."""
         steps: list[Step] = [("arrive", 0, 5), ("arrive", 3, 1)] * 60 + [("dispatch", 0, 0)] * 59
@@ -243,6 +244,7 @@ class TestShares:
         assert share_excess(Strict(), steps, SHARES) > 1
         assert share_excess(Across(), steps, SHARES) <= TOLERANCE
 
+    @pytest.mark.interpreted
     def test_debts_forgiven_break_the_bound(self) -> None:
         """A band that comes with one large request at a time would pay for none of them."""
         busy: list[Step] = [("arrive", 0, 1), ("arrive", 3, 1)] * 200
@@ -253,6 +255,7 @@ class TestShares:
         assert share_excess(ForgivesDebt(), steps, shares) > 1
         assert share_excess(Across(), steps, shares) <= TOLERANCE
 
+    @pytest.mark.interpreted
     def test_promotions_that_earn_break_the_bound(self) -> None:
         """Credit earned all at once by one band is spent all at once, before the others'."""
         waiting: list[Step] = [("arrive", 3, 1), ("arrive", 1, 9)] * 60
@@ -358,6 +361,7 @@ class TestPromotions:
         """Held against a sorted list of all that wait."""
         assert self.out_of_order(Across(), steps) == 0
 
+    @pytest.mark.interpreted
     def test_wrong_orders_are_seen(self) -> None:
         """The check fails for strict order, and for promotion by arrival."""
         steps: list[Step] = [

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowcontrol.events import Decision
+from flowcontrol.request import Outcome
 from server.classify import CONTROL_HEADERS
 from server.codec import INSTANCE, Encoder, MalformedMessageError, decode
+from server.dialects import Dialect, content_type_of, error_body
 from server.exchange import Acknowledge, Message, MessageKind, Reply
-from server.replies import ENGINE_PRIORITIES, REFUSALS, Exempt, Proceed, Refuse
+from server.replies import ENGINE_PRIORITIES, REFUSALS, Exempt, Proceed, Refuse, refusal
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # it is not up to date with pydantic
@@ -30,6 +33,7 @@ with warnings.catch_warnings():
     from envoy_data_plane.envoy.service.ext_proc.v3 import (
         BodyResponse,
         CommonResponse,
+        GrpcStatus,
         HeaderMutation,
         HeadersResponse,
         HttpBody,
@@ -40,6 +44,7 @@ with warnings.catch_warnings():
         ProcessingResponse,
         TrailersResponse,
     )
+    from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
     from envoy_data_plane.google.protobuf import ListValue, NullValue, Struct, Value
 
 OVERWRITE = HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
@@ -429,6 +434,32 @@ class TestRefuse:
         assert immediate.details
         assert immediate.status is not None
         assert immediate.status.code == status
+
+    @pytest.mark.parametrize("outcome", REFUSALS)
+    def test_every_refusal(self, outcome: Outcome) -> None:
+        """Each is made once, and is the right one whenever it comes again."""
+        refused = REFUSALS[outcome]
+        cases = [(dialect, after_s) for dialect in Dialect for after_s in (None, *range(1, 31))]
+        for dialect, after_s in (*cases, *reversed(cases)):
+            after_ns = None if after_s is None else after_s * 1_000_000_000
+            decision = Decision(1, outcome, 0, "a", 5, retry_after_ns=after_ns)
+
+            immediate = self.immediate(refusal(decision, 0.0, dialect))
+
+            headers = [
+                raw("content-type", content_type_of(dialect).encode()),
+                raw("x-llm-d-request-dropped-reason", refused.reason.encode()),
+            ]
+            if after_s is not None:
+                headers.append(raw("retry-after", str(after_s).encode()))
+            body = error_body(dialect, refused.status, refused.reason, refused.message)
+            assert immediate == ImmediateResponse(
+                status=HttpStatus(code=StatusCode(refused.status)),
+                headers=HeaderMutation(set_headers=headers),
+                body=body,
+                grpc_status=GrpcStatus(status=refused.grpc_status),
+                details=refused.reason.replace("-", "_"),
+            )
 
     def test_body_is_bytes(self) -> None:
         """A body need not be text."""

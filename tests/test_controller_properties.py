@@ -1107,6 +1107,7 @@ PLANTED = {
 """Each planted bug, and what the ledger says when it finds it."""
 
 
+@pytest.mark.interpreted
 class TestPlantedBugs:
     """The ledger's checks can fail."""
 
@@ -1183,6 +1184,7 @@ class TestCuts:
 
         assert outcomes == [Outcome.DISPATCHED] * 16
 
+    @pytest.mark.interpreted
     def test_trap_is_noticed(self) -> None:
         """A controller that makes room first refuses 12 of them, in one batch only."""
         controller, arrived = burst(RefusesBeforeDispatch)

@@ -406,6 +406,7 @@ class TestReclaim:
 class TestFault:
     """Something is wrong with us."""
 
+    @pytest.mark.interpreted
     async def test_poisonous_request(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A bug that one request meets ends that one; what is parked beside it stays."""
         async with house(has_pool=False) as home, grpcio(home.port) as channel:

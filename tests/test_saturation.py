@@ -276,6 +276,7 @@ class TestUtilization:
         """Whatever is sent, ends, is scraped or falls silent, in whatever order."""
         follow(Utilization(staleness=staleness, requests_max=8), seed, picks=picks)
 
+    @pytest.mark.interpreted
     @pytest.mark.parametrize("picks", [True, False])
     def test_disagrees_with_what_is_wrong(self, picks: bool) -> None:  # noqa: FBT001 - both
         """A pool that forgets to charge, or is deaf to ends, or to one endpoint, is found out."""

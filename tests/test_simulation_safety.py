@@ -168,6 +168,7 @@ class TestWrongEngines:
         """The same plan and slots find nothing wrong with the engine itself."""
         assert run(PLAN, slots=PICKED).transcript
 
+    @pytest.mark.interpreted
     @pytest.mark.parametrize(
         ("says", "message"),
         [(0.0, "finds no free slot"), (1.0, "waits while 0 of 2 slots are taken")],

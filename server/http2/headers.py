@@ -13,7 +13,7 @@ update to 0 (RFC 7541, 4.2): `EMPTY_TABLE`.
 
 import re
 from collections.abc import Iterable
-from typing import Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, final
 
 from hpack import Decoder, Encoder, HPACKError, OversizedHeaderListError
 
@@ -151,9 +151,9 @@ class HeaderReader:
             fields = tuple(self._decoder.decode(block, raw=True))
         except OversizedHeaderListError as error:
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, str(error)) from error
-        except (HPACKError, IndexError) as error:  # IndexError: a block cut off in a literal
-            reason = f"field blocks must be HPACK, got {type(error).__name__}"
-            raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, reason) from error
+        except (HPACKError, IndexError) as fault:  # IndexError: a block cut off in a literal
+            reason = f"field blocks must be HPACK, got {type(fault).__name__}"
+            raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, reason) from fault
         before, after = self._table_state, self._table()
         is_unchanged = before[:2] == after[:2] and before[2] is after[2]
         if not is_unchanged:
@@ -164,7 +164,7 @@ class HeaderReader:
     def _table(self) -> tuple[int, int, object]:
         """Return what differs whenever the table does: each entry is an object of its own."""
         table = self._decoder.header_table
-        entries = table.dynamic_entries
+        entries: Any = table.dynamic_entries  # compiled, a tuple known as one has no identity
         return table.maxsize, len(entries), entries[0] if entries else None
 
 

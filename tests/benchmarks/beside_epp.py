@@ -3,7 +3,8 @@
 Question: requests/s, latency, CPU per request of processor and of Envoy, and resident memory, for
 flowcontrol (direct door) and for the endpoint picker of llm-d-router, the reference, with its flow
 control on: with prompts of 1 KB and of 220 KB; on one connection, for the latency that is added;
-and with slots for an eighth of the connections, so that requests wait their turn in both.
+with slots for an eighth of the connections, so that requests wait their turn in both; and with 200
+connections on which the answer is 100 server-sent events, one every 10 ms.
 
 Method: the reference as its tree builds it, in its mode without Kubernetes (file discovery), plain
 gRPC, tracing off, log level as it comes. An Envoy of one worker for each, with listener, limits and
@@ -44,6 +45,8 @@ import yaml
 from tests.benchmarks import stage
 from tests.benchmarks.through_envoy import SCRIPT, Contender, wrk
 
+_PATH = "/v1/chat/completions"
+
 
 @dataclass(frozen=True)
 class Load:
@@ -54,6 +57,7 @@ class Load:
     """Bytes."""
     slots: int = 1_000_000
     """Of one model server."""
+    path: str = _PATH
 
 
 BACKENDS = 2
@@ -62,6 +66,7 @@ LOADS = {
     "220 KB": Load(64, 220_000),
     "1 KB, one connection": Load(1, 1_000),
     "1 KB, waiting": Load(64, 1_000, slots=4),
+    "1 KB, 100 events": Load(200, 1_000, path=f"{_PATH}?stream"),
 }
 MEASURES = {
     "requests/s": 0,
@@ -139,7 +144,9 @@ def for_the_reference(content: Any) -> None:
 
 
 @contextlib.contextmanager
-def contenders(directory: Path, backend: str, epp: Path, slots: int) -> Iterator[list[Contender]]:
+def contenders(
+    directory: Path, backend: str, options: argparse.Namespace, slots: int
+) -> Iterator[list[Contender]]:
     """Start flowcontrol and the reference, and what stands around them."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -149,10 +156,14 @@ def contenders(directory: Path, backend: str, epp: Path, slots: int) -> Iterator
             enter(stage.running((backend, str(port)), log, stage.listens(port)))
         ours = enter(
             stage.service(
-                directory, "flowcontrol", endpoints=ports, saturation={"maxConcurrency": slots}
+                directory,
+                "flowcontrol",
+                endpoints=ports,
+                is_compiled=options.compiled,
+                saturation={"maxConcurrency": slots},
             )
         )
-        door, theirs = enter(reference(directory, epp, ports, slots))
+        door, theirs = enter(reference(directory, options.epp, ports, slots))
         at_ours = enter(stage.envoy(directory, "envoy-ours", ours.config, ours.direct))
         at_theirs = enter(
             stage.envoy(
@@ -188,22 +199,26 @@ def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("epp", type=Path, help="the reference's binary")
+    parser.add_argument("--compiled", action="store_true", help="run what was compiled of ours")
+    parser.add_argument("--loads", default="", help="only those whose name contains this")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3)
     options = parser.parse_args()
     lines = [
-        stage.machine(),
+        f"{stage.machine()}, flowcontrol {'compiled' if options.compiled else 'interpreted'}",
         f"{options.rounds} rounds of {options.seconds} s; median (least to most)",
     ]
     with tempfile.TemporaryDirectory() as folder:
         _, backend = stage.native(Path(folder))
         for name, load in LOADS.items():
+            if options.loads not in name:
+                continue
             script = Path(folder) / "load.lua"
-            script.write_text(SCRIPT.format(size=load.prompt))
-            with contenders(Path(folder), backend, options.epp, load.slots) as both:
+            script.write_text(SCRIPT.format(size=load.prompt).replace(_PATH, load.path))
+            with contenders(Path(folder), backend, options, load.slots) as both:
                 rounds = [
                     [measured(each, load, script, seconds) for each in both]
-                    for seconds in (1, *[options.seconds] * options.rounds)
+                    for seconds in [options.seconds] * (options.rounds + 1)
                 ][1:]  # the first warms up
             ours, theirs = (list(runs) for runs in zip(*rounds, strict=True))
             lines += ["", *report(name, ours, theirs)]

@@ -19,7 +19,6 @@ The reference's benchmark does the same work with goroutines and channels; its d
 
 import argparse
 import asyncio
-import gc
 import sys
 import time
 
@@ -30,7 +29,7 @@ from flowcontrol.config import Fairness, Ordering
 from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
 from server.classify import RequestFacts, classify
 from server.gate import FlowGate
-from server.service import SWITCH_INTERVAL_S
+from server.service import SWITCH_INTERVAL_S, tune_garbage_collection
 
 
 class Run:
@@ -90,7 +89,7 @@ def main() -> None:
 
     def measure(cell: Cell) -> float:
         run = Run(cell, options)
-        gc.collect()
+        tune_garbage_collection()
         uvloop.run(run.run())
         cpu[cell].append(run.cpu_s / options.requests)
         return run.wall_s / options.requests

@@ -16,6 +16,7 @@ COLOURS = {
     "C++ no-op": "#b98a3d",
     "grpcio door": "#8f5fc4",
     "direct door": "#0c6e76",
+    "compiled": "#0a4f8f",
 }
 PANELS = (
     ("small", 0, "requests/s, small prompts"),

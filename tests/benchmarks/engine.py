@@ -12,13 +12,13 @@ the clock starts. Time is CPU time of the process. Cells take turns; medians of 
 with their spread. Memory is what Python allocates while the queue is filled, engine and request.
 
 Caveats: one process, nothing but the engine; no thread, no futures, no wire (bridge.py has these).
-Python's garbage collector runs as it likes. Not all cells do the same for a request, so they cannot
-cost the same. With free flow all are dispatched in the turn they come in, and never admitted and
-taken out of the queue again; with a limit, most are. With a limit of 1 each request has a turn of
-its own (one, not two: who leaves and who comes are told in the same), with 100 a hundredth of one;
-what an empty turn costs is among the last lines. The rest of the difference is the interpreter's: a
-turn that does everything once finds caches and branch predictors cold, one that does it a hundred
-times in a row does not.
+The garbage collector is tuned as in the service. Not all cells do the same for a request, so they
+cannot cost the same. With free flow all are dispatched in the turn they come in, and never admitted
+and taken out of the queue again; with a limit, most are. With a limit of 1 each request has a turn
+of its own (one, not two: who leaves and who comes are told in the same), with 100 a hundredth of
+one; what an empty turn costs is among the last lines. The rest of the difference is the
+interpreter's: a turn that does everything once finds caches and branch predictors cold, one that
+does it a hundred times in a row does not.
 
     python tests/benchmarks/engine.py [--rounds 5] [--requests 20000] [--fairness weighted-tokens]
 """
@@ -34,6 +34,7 @@ from flowcontrol.config import Fairness, Ordering
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Arrived, EndpointsChanged, Left, ObjectivesChanged, Settled
 from flowcontrol.request import Outcome, Request
+from server.service import tune_garbage_collection
 
 TURN_NS = 100_000
 SECOND_NS = 1_000_000_000
@@ -82,6 +83,7 @@ class Bench:
     def per_request(self, count: int) -> float:
         """Return the CPU seconds of one request in the steady state of the cell."""
         arrivals = self.facts(self.cell.callers + 2 * count)
+        tune_garbage_collection()
         left = self.turn(arrivals[: self.cell.callers], [])
         at = self.cell.callers
         began_s, first = 0.0, 0

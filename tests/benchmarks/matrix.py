@@ -16,8 +16,10 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from flowcontrol import controller
 from flowcontrol.config import BandSettings, Concurrency, ControllerConfig, Fairness, Ordering
 
+CODE = "interpreted" if str(controller.__file__).endswith(".py") else "compiled"
 LIMITS = (0, 1, 100)
 BANDS = (1, 8)
 FLOWS = (10, 5_000, 50_000)
@@ -91,7 +93,7 @@ def begin(what: str, description: str, requests: int) -> tuple[argparse.Namespac
     options = parser.parse_args()
     print(machine())
     print(
-        f"{what}, {options.fairness}, {options.ordering}: "
+        f"{what}, {CODE}, {options.fairness}, {options.ordering}: "
         f"{options.requests} requests a cell, {options.rounds} rounds"
     )
     return options, [cell for cell in cells() if options.cells in str(cell)]

@@ -29,7 +29,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import grpc
@@ -52,6 +52,8 @@ from server.terms import Terms
 from tests.benchmarks import stage
 from tests.benchmarks.doors import HEADERS
 
+DOORS = ("grpcio", "direct", "compiled")
+"""The last is the direct door again."""
 SLOTS = 64
 FREED = 1_000
 FREED_PER_S = 250
@@ -69,7 +71,7 @@ async def serve(door: str, slots: int) -> None:
     )
     gate = FlowGate(config, ARRIVALS_MAX, log.request_ended, lambda _fault: None)
     gate.start()
-    if door == "direct":
+    if door != "grpcio":
         terms = Terms(gate=gate)
         port = await DirectDoor(terms).listen((stage.HOST, 0))
     else:
@@ -120,7 +122,8 @@ class Server(stage.Running):
 async def running(door: str, slots: int) -> AsyncIterator[Server]:
     """Run a server."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, __file__, "--serve", door, "--slots", str(slots)),
+        *stage.python(is_compiled=door == "compiled"),
+        *(__file__, "--serve", door, "--slots", str(slots)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -338,7 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--waiting", default="5000,50000")
-    parser.add_argument("--serve", choices=("direct", "grpcio"), help="be the server")
+    parser.add_argument("--serve", choices=DOORS, help="be the server")
     parser.add_argument("--slots", type=int)
     options = parser.parse_args()
     if options.serve:
@@ -346,7 +349,7 @@ def main() -> None:
         return
     gc.disable()  # of the client
     counts = [int(count) for count in options.waiting.split(",")]
-    cases = [("grpcio", min(counts)), *(("direct", count) for count in counts)]
+    cases = [("grpcio", min(counts)), *product(("direct", "compiled"), counts)]
     found: dict[tuple[str, int], dict[str, list[float]]] = {
         case: defaultdict(list) for case in cases
     }
@@ -369,5 +372,4 @@ def _digits(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     main()

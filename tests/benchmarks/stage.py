@@ -36,6 +36,9 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 HOST = "127.0.0.1"
 START_S = 30.0
+ROOT = HERE.parents[1]
+COMPILED = ROOT / "build" / "compiled"
+"""The wheel that `make build/compiled/ready` makes and unpacks."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,13 @@ class Running:
         """Its resident memory."""
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGESIZE")
+
+
+def python(*, is_compiled: bool) -> tuple[str, ...]:
+    """Return how to run Python on the sources, or on what was compiled of them."""
+    if not is_compiled:
+        return (sys.executable,)
+    return ("env", f"PYTHONPATH={COMPILED}:{ROOT}", sys.executable, "-P")
 
 
 def free_ports(count: int) -> list[int]:
@@ -148,7 +158,12 @@ class Service:
 
 @contextlib.contextmanager
 def service(
-    directory: Path, name: str, *, endpoints: Sequence[int], **settings: Any
+    directory: Path,
+    name: str,
+    *,
+    endpoints: Sequence[int],
+    is_compiled: bool = False,
+    **settings: Any,
 ) -> Iterator[Service]:
     """Run the whole service, as the product starts it, with its log written to a file.
 
@@ -156,6 +171,7 @@ def service(
         directory: gets its configuration and its log.
         name: of its files.
         endpoints: ports of the model servers.
+        is_compiled: run what was compiled.
         settings: more of its configuration.
     """
     direct, ext_proc, health, http = free_ports(4)
@@ -178,7 +194,8 @@ def service(
     config = directory / f"{name}.config" / "flowcontrol.yaml"
     config.parent.mkdir(exist_ok=True)  # of its own: its folder is watched, and logs change
     config.write_text(yaml.safe_dump(content))
-    command = (sys.executable, "-m", "server", "serve", "--config", str(config))
+    interpreter = python(is_compiled=is_compiled)
+    command = (*interpreter, "-m", "server", "serve", "--config", str(config))
     with running(command, directory / f"{name}.log", answers(http, "/readyz")) as process:
         yield Service(process, direct, ext_proc, config)
 

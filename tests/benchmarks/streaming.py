@@ -54,12 +54,21 @@ def main() -> None:
         )
         slots = {"maxConcurrency": 1_000_000}
         gate = enter(stage.service(directory, "gate", endpoints=[port], saturation=slots))
+        compiled = enter(
+            stage.service(
+                directory, "compiled", is_compiled=True, endpoints=[port], saturation=slots
+            )
+        )
         at_gate = enter(stage.envoy(directory, "envoy-gate", gate.config, gate.direct))
+        at_compiled = enter(
+            stage.envoy(directory, "envoy-compiled", compiled.config, compiled.direct)
+        )
         at_echo = enter(
             stage.envoy(directory, "envoy-echo", gate.config, noop_port, full_duplex, is_bare=True)
         )
         contenders = {
             "direct door": Contender(at_gate, gate.process),
+            "compiled": Contender(at_compiled, compiled.process),
             "FULL_DUPLEX echo": Contender(at_echo, echo),
         }
         script = directory / "stream.lua"
@@ -76,10 +85,11 @@ def main() -> None:
         cpu = stage.told([run.processor_us for run in runs])
         envoy = stage.told([run.envoy_us for run in runs])
         lines.append(f"  {name:18} processor us per response {cpu}, Envoy us {envoy}")
-    own, other = (
+    *own, other = (
         statistics.median(run.processor_us for run in figures[name]) for name in contenders
     )
-    lines.append(f"  FULL_DUPLEX echo / direct door = {other / own:.0f}")
+    for name, cpu_us in zip(contenders, own, strict=False):
+        lines.append(f"  FULL_DUPLEX echo / {name} = {other / cpu_us:.0f}")
     stage.keep("streaming", "\n".join(lines))
 
 

@@ -1,8 +1,9 @@
 """What does a gate cost a request that need not wait?
 
 Question: requests/s, latency and CPU per request through a real Envoy (one worker), for Envoy
-alone, a C++ gRPC ext_proc that does nothing, and flowcontrol at each of its doors doing its whole
-job: classify, queue, dispatch, hold the slot, log line, metrics. With small requests and with
+alone, a C++ gRPC ext_proc that does nothing, and flowcontrol at each of its doors, and at the
+direct one compiled, doing its whole job: classify, queue, dispatch, hold the slot, log line,
+metrics. With small requests and with
 prompts of 220 KB; with 64 connections, and with one for the latency that is added.
 
 Method: wrk against an Envoy for each contender, with the configuration that `flowcontrol
@@ -31,12 +32,13 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import stage
 
-CONTENDERS = ("Envoy alone", "C++ no-op", "grpcio door", "direct door")
+CONTENDERS = ("Envoy alone", "C++ no-op", "grpcio door", "direct door", "compiled")
 LOADS = {"small": (64, 0), "one connection": (1, 0), "220 KB": (64, 220_000)}
 """Connections, and bytes of prompt beyond the few of a small request."""
 SCRIPT = """\
@@ -89,11 +91,13 @@ def contenders(directory: Path) -> Iterator[dict[str, Contender]]:
         )
         at_grpcio = enter(stage.service(directory, "at-grpcio", **endless))
         at_direct = enter(stage.service(directory, "at-direct", **endless))
+        compiled = enter(stage.service(directory, "compiled", is_compiled=True, **endless))
         behind: dict[str, tuple[Path, int | None, stage.Running | None]] = {
             "Envoy alone": (at_direct.config, None, None),
             "C++ no-op": (at_direct.config, noop_port, plain),
             "grpcio door": (at_grpcio.config, at_grpcio.ext_proc, at_grpcio.process),
             "direct door": (at_direct.config, at_direct.direct, at_direct.process),
+            "compiled": (compiled.config, compiled.direct, compiled.process),
         }
         edits = {"C++ no-op": functools.partial(reported, port=noop_port)}
         yield {
@@ -181,11 +185,13 @@ def ratios(figures: dict[str, dict[str, list[Figures]]]) -> list[str]:
         return statistics.median(getattr(run, field) for run in figures[load][name])
 
     lines = ["direct door, whole job, against"]
-    for load in ("small", "220 KB"):
+    for own, load in product(("direct door", "compiled"), ("small", "220 KB")):
         for other in ("C++ no-op", "grpcio door"):
-            speed = median(load, "direct door", "per_s") / median(load, other, "per_s")
-            cpu = median(load, "direct door", "processor_us") / median(load, other, "processor_us")
-            lines.append(f"  {load:8} {other:12} {speed:.2f} x the requests/s, {cpu:.2f} x the CPU")
+            speed = median(load, own, "per_s") / median(load, other, "per_s")
+            cpu = median(load, own, "processor_us") / median(load, other, "processor_us")
+            lines.append(
+                f"  {own:12} {load:8} {other:12} {speed:.2f} x the requests/s, {cpu:.2f} x the CPU"
+            )
     one = "one connection"
     for name in CONTENDERS[1:]:
         added = median(one, name, "p50_ms") - median(one, "Envoy alone", "p50_ms")

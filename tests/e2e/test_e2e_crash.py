@@ -33,6 +33,7 @@ async def crowd(gateway: Gateway) -> tuple[Caller, Any, list[Caller]]:
     return streaming, serving, parked
 
 
+@pytest.mark.interpreted
 class TestProcessorFails:
     """A fault inside the engine ends the service, and nobody is left waiting for it."""
 

@@ -1,5 +1,5 @@
 // A model server that costs nearly nothing, so that it is never what a benchmark measures.
-// POST: reads the body, answers 200 with two bytes. A path that begins with /stream: 100 events as
+// POST: reads the body, answers 200 with two bytes. "stream" in path or query: 100 events as
 // chunked text/event-stream, one every 10 ms.
 //
 // Usage: backend PORT
@@ -29,13 +29,21 @@ const std::string kEvent =
 struct Connection {
   std::string head;
   size_t body_left = 0;
+  bool is_chunked = false;  // and its head has been read
   int events_left = 0;
   bool is_stream = false;
 };
 
-size_t ContentLength(const std::string& head) {
-  std::string lower(head);
-  std::transform(lower.begin(), lower.end(), lower.begin(), ::tolower);
+bool EndsWith(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && !text.compare(text.size() - end.size(), end.size(), end);
+}
+
+std::string Lower(std::string text) {
+  std::transform(text.begin(), text.end(), text.begin(), ::tolower);
+  return text;
+}
+
+size_t ContentLength(const std::string& lower) {
   const size_t at = lower.find("\r\ncontent-length:");
   return at == std::string::npos ? 0 : std::strtoul(lower.c_str() + at + 17, nullptr, 10);
 }
@@ -114,12 +122,20 @@ int main(int argc, char** argv) {
           continue;
         }
         connection.head += buffer[at++];
-        if (connection.head.size() < 4 || connection.head.compare(connection.head.size() - 4, 4, "\r\n\r\n"))
+        if (connection.is_chunked) {
+          if (!EndsWith(connection.head, "0\r\n\r\n")) continue;
+          connection.is_chunked = false;
+          connection.head.clear();
+          answer(fd, connection);
           continue;
-        connection.body_left = ContentLength(connection.head);
-        connection.is_stream = connection.head.find(" /stream") < 8;
+        }
+        if (!EndsWith(connection.head, "\r\n\r\n")) continue;
+        const std::string lower = Lower(connection.head);
+        connection.body_left = ContentLength(lower);
+        connection.is_chunked = lower.find("\r\ntransfer-encoding: chunked\r\n") != std::string::npos;
+        connection.is_stream = connection.head.find("stream") < connection.head.find("\r\n");
         connection.head.clear();
-        if (!connection.body_left) answer(fd, connection);
+        if (!connection.body_left && !connection.is_chunked) answer(fd, connection);
       }
     }
     const auto now = std::chrono::steady_clock::now();
