@@ -11,6 +11,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 COMPILE = "FLOWCONTROL_COMPILE"
 """Set to 1, modules on the way of a request go into the wheel as machine code, too."""
+COMPILE_NEEDS = ("mypy[mypyc]>=1.14", "types-protobuf", "hpack", "structlog")
+"""Types of what those modules import among it."""
 
 
 class Generate(BuildHookInterface[Any]):
@@ -28,19 +30,16 @@ class Generate(BuildHookInterface[Any]):
     _scratch: "TemporaryDirectory[str] | None" = None
 
     def dependencies(self) -> list[str]:
-        """Return what a compiling build needs, types of what the modules import among it."""
-        is_wanted = os.environ.get(COMPILE) == "1"
-        return ["mypy[mypyc]>=1.14", "types-protobuf", "hpack", "structlog"] if is_wanted else []
+        """Return what a build needs beyond what every build needs."""
+        return list(COMPILE_NEEDS) if _compiles() else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Make what is wanted, or stop the build."""
         root = Path(self.root)
         _messages(root)
-        is_wheel = self.target_name == "wheel" and version == "standard"
-        if is_wheel and os.environ.get(COMPILE) == "1":
-            modules = self._named("compiled") - self._named("interpreted")
+        if self.target_name == "wheel" and version == "standard" and _compiles():
             self._scratch = TemporaryDirectory(prefix="flowcontrol-")
-            made = _extensions(root, sorted(modules), Path(self._scratch.name))
+            made = _extensions(root, self.config, Path(self._scratch.name))
             build_data["force_include"].update(made)
             build_data.update(pure_python=False, infer_tag=True)
 
@@ -49,13 +48,37 @@ class Generate(BuildHookInterface[Any]):
         if self._scratch is not None:
             self._scratch.cleanup()
 
-    def _named(self, option: str) -> set[str]:
-        root = Path(self.root)
-        found = {glob: list(root.glob(glob)) for glob in self.config[option]}
-        for glob in (glob for glob, paths in found.items() if not paths):
-            message = f"tool.hatch.build.hooks.custom.{option}: no file is named {glob}"
-            raise ValueError(message)
-        return {str(path.relative_to(root)) for paths in found.values() for path in paths}
+
+def compiled_modules(root: Path, config: dict[str, Any]) -> list[str]:
+    """Return the modules that the hook's settings choose to compile, by their paths from the root.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    return sorted(_named(root, config, "compiled") - _named(root, config, "interpreted"))
+
+
+def make_c(modules: list[str], into: Path) -> list[Any]:
+    """Make C of modules; return them as extensions to be built. To be called in the root."""
+    from mypyc.build import mypycify  # noqa: PLC0415 - only a build that compiles needs it
+
+    options = ["--no-warn-unused-ignores", f"--cache-dir={into / 'mypy'}"]
+    made: list[Any] = mypycify(
+        [*options, *modules], opt_level="2", debug_level="0", target_dir=str(into)
+    )
+    return made
+
+
+def _compiles() -> bool:
+    return os.environ.get(COMPILE) == "1"
+
+
+def _named(root: Path, config: dict[str, Any], option: str) -> set[str]:
+    found = {glob: list(root.glob(glob)) for glob in config[option]}
+    for glob in (glob for glob, paths in found.items() if not paths):
+        message = f"tool.hatch.build.hooks.custom.{option}: no file is named {glob}"
+        raise ValueError(message)
+    return {str(path.relative_to(root)) for paths in found.values() for path in paths}
 
 
 def _messages(root: Path) -> None:
@@ -78,17 +101,15 @@ def _messages(root: Path) -> None:
     )
 
 
-def _extensions(root: Path, modules: list[str], scratch: Path) -> dict[str, str]:
+def _extensions(root: Path, config: dict[str, Any], scratch: Path) -> dict[str, str]:
     """Compile; return what was made, with where it goes in the wheel."""
-    from mypyc.build import mypycify  # noqa: PLC0415 - only a build that compiles needs them
-    from setuptools import Distribution  # noqa: PLC0415 - nor are they installed for others
+    from setuptools import Distribution  # noqa: PLC0415 - only a build that compiles needs it
 
     os.chdir(root)  # modules are named from here, and mypy's settings found
-    made, c = scratch / "made", str(scratch / "c")
-    options = ["--no-warn-unused-ignores", f"--cache-dir={scratch / 'mypy'}"]
-    extensions = mypycify([*options, *modules], opt_level="2", debug_level="0", target_dir=c)
+    made, c = scratch / "made", scratch / "c"
+    extensions = make_c(compiled_modules(root, config), c)
     build = Distribution({"ext_modules": extensions}).get_command_obj("build_ext")
-    build.build_lib, build.build_temp = str(made), c
+    build.build_lib, build.build_temp = str(made), str(c)
     build.ensure_finalized()
     build.run()
     return {str(path): str(path.relative_to(made)) for path in made.rglob("*.so")}

@@ -1,5 +1,6 @@
 """What FLOWCONTROL_COMPILE=1 compiles: mypyc goes on accepting it. `make compiled` runs it."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -7,21 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from hatch_build import compiled_modules
+
 ROOT = Path(__file__).parents[1]
 HOOK = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["hooks"][
     "custom"
 ]
+MODULES = compiled_modules(ROOT, HOOK)
 TO_C = """
 import sys
-from mypyc.build import mypycify
-made = mypycify(sys.argv[2:], target_dir=sys.argv[1])
-print(len(made))
+from pathlib import Path
+from hatch_build import make_c
+print(len(make_c(sys.argv[2:], Path(sys.argv[1]))))
 """
-
-
-def named(option: str) -> set[str]:
-    """Return the modules that an option of the build names."""
-    return {str(path.relative_to(ROOT)) for glob in HOOK[option] for path in ROOT.glob(glob)}
 
 
 class TestCompiled:
@@ -29,7 +28,7 @@ class TestCompiled:
 
     def test_way_of_a_request(self) -> None:
         """What every request passes is among them; what is read by its hints is not."""
-        compiled = named("compiled") - named("interpreted")
+        compiled = set(MODULES)
 
         assert {"flowcontrol/controller.py", "server/gate.py", "server/exchange.py"} < compiled
         assert {"server/http2/connection.py", "server/direct_line.py"} < compiled
@@ -38,15 +37,14 @@ class TestCompiled:
     @pytest.mark.slow
     def test_becomes_c(self, tmp_path: Path) -> None:
         """All of them, each as an extension, beside the one that holds the code."""
-        modules = sorted(named("compiled") - named("interpreted"))
-
         said = subprocess.run(
-            (sys.executable, "-c", TO_C, str(tmp_path), "--no-warn-unused-ignores", *modules),
+            (sys.executable, "-c", TO_C, str(tmp_path / "c"), *MODULES),
             cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             check=False,
         )
 
         assert (said.returncode, said.stderr) == (0, ""), said.stdout + said.stderr
-        assert said.stdout.splitlines()[-1] == str(len(modules) + 1)
+        assert said.stdout.splitlines()[-1] == str(len(MODULES) + 1)

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from hatch_build import COMPILE_NEEDS
 from server.cli import main
 from server.settings import Address, Listen, Settings, load_settings
 from server.units import parse_duration
@@ -243,6 +244,12 @@ class TestDockerfile:
         assert program == "python"
         assert f"http://127.0.0.1:{Listen().http.port}/readyz" in code
         compile(code, "healthcheck", "exec")
+
+    def test_can_compile(self) -> None:
+        """It builds without isolation, and so installs itself what compiling needs."""
+        words = " ".join(arguments_of("RUN", stage=0)).replace("'", " ").split()
+
+        assert {need.partition(">")[0] for need in COMPILE_NEEDS} < set(words)
 
     def test_command(self) -> None:
         """The image starts the service, with the configuration that is mounted."""

@@ -85,11 +85,12 @@ def main() -> None:
         cpu = stage.told([run.processor_us for run in runs])
         envoy = stage.told([run.envoy_us for run in runs])
         lines.append(f"  {name:18} processor us per response {cpu}, Envoy us {envoy}")
-    *own, other = (
-        statistics.median(run.processor_us for run in figures[name]) for name in contenders
-    )
-    for name, cpu_us in zip(contenders, own, strict=False):
-        lines.append(f"  FULL_DUPLEX echo / {name} = {other / cpu_us:.0f}")
+    medians = {
+        name: statistics.median(run.processor_us for run in runs) for name, runs in figures.items()
+    }
+    echo_us = medians.pop("FULL_DUPLEX echo")
+    for name, own_us in medians.items():
+        lines.append(f"  FULL_DUPLEX echo / {name} = {echo_us / own_us:.0f}")
     stage.keep("streaming", "\n".join(lines))
 
 

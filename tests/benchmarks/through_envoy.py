@@ -3,8 +3,8 @@
 Question: requests/s, latency and CPU per request through a real Envoy (one worker), for Envoy
 alone, a C++ gRPC ext_proc that does nothing, and flowcontrol at each of its doors, and at the
 direct one compiled, doing its whole job: classify, queue, dispatch, hold the slot, log line,
-metrics. With small requests and with
-prompts of 220 KB; with 64 connections, and with one for the latency that is added.
+metrics. With small requests and with prompts of 220 KB; with 64 connections, and with one for the
+latency that is added.
 
 Method: wrk against an Envoy for each contender, with the configuration that `flowcontrol
 envoy-config` writes (health checks off, because the C++ processor answers none) and a model server
