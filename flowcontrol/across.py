@@ -76,7 +76,7 @@ class Across:
         """Take up what waits anew, as its bands now are; O(waiting)."""
         for lease in waiting:
             if lease.is_admitted:
-                self.admitted(lease, bands[lease.flow.key.priority])
+                self.admitted(lease, bands.by_priority[lease.flow.key.priority])
 
     def admitted(self, lease: Lease, band: Band) -> None:
         """Take up a request that waits from now on."""

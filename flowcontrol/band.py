@@ -3,12 +3,12 @@
 from math import inf
 from typing import final
 
-from flowcontrol.buckets import Buckets
+from flowcontrol.backlogs import Backlogs
 from flowcontrol.capacity import Capacity
 from flowcontrol.config import BandSettings, ControllerConfig, Fairness
 from flowcontrol.fairness import FairnessPolicy, make_fairness
 from flowcontrol.flow import Flow, Lease
-from flowcontrol.forecast import Ahead, Places
+from flowcontrol.forecast import Ahead
 from flowcontrol.request import FlowKey
 from flowcontrol.retry import DrainRate
 from flowcontrol.shares import Shares
@@ -20,13 +20,21 @@ class Band:
 
     `waiting` counts newcomers too, `capacity` only what has been admitted.
     Every operation costs what the fairness policy costs: O(log flows) at worst.
+
+    Args:
+        priority: of all that waits here.
+        config: where its settings come from.
+        everything: the account of all bands together.
+        now_ns: the time.
     """
 
-    def __init__(self, priority: int, config: ControllerConfig, now_ns: int) -> None:
+    def __init__(
+        self, priority: int, config: ControllerConfig, everything: Capacity, now_ns: int
+    ) -> None:
         self.priority = priority
         self.settings: BandSettings = config.settings_for(priority)
         self.is_declared = True
-        self.capacity = Capacity(self.settings.limits)
+        self.capacity = Capacity(self.settings.limits, everything)
         self.drain_rate = DrainRate(now_ns)
         self.shares = Shares(now_ns)
         self.flows: dict[str, Flow] = {}
@@ -37,9 +45,7 @@ class Band:
         self.aside = 0
         """How many of these are set aside in the turn under way."""
         self.fairness: FairnessPolicy = make_fairness(self.settings, config, now_ns)
-        self.backlogs: Buckets[Flow] = Buckets()
-        """Flows by how many of them have been admitted."""
-        self._places = Places()
+        self.backlogs = Backlogs()
         """Of what has been admitted."""
         self._cost = 0.0
         """Of the same, added up."""
@@ -49,7 +55,8 @@ class Band:
         flow = self.flows.get(flow_id)
         if flow is None:
             key = FlowKey(self.priority, flow_id)
-            flow = Flow(key, self.settings.ordering, self.settings.flow_limits)
+            settings = self.settings
+            flow = Flow(key, settings.ordering, settings.flow_limits, self.capacity)
             self.flows[flow_id] = flow
         return flow
 
@@ -65,27 +72,14 @@ class Band:
             self.fairness.head_moved(flow)
 
     def remove(self, lease: Lease, now_ns: int) -> None:
-        """Take a waiting request out, and its flow when nothing of it is left."""
+        """Take a waiting request out undispatched, and its flow when nothing of it is left."""
         flow = lease.flow
-        flow.remove(lease)
-        self.waiting -= 1
-        if lease.is_admitted:
-            self.capacity.give_back(lease.request.byte_size)
-            self._places.remove(flow.capacity.requests)
-            self._cost -= lease.cost
-            if flow.capacity.requests:
-                self.backlogs.decrement(flow)
-            else:
-                self.backlogs.remove(flow)
-            if not self.capacity.requests:
-                self._cost = 0.0
-                self.drain_rate.ended(now_ns)
-        if not flow.waiting:
-            self.waiting_flows -= 1
+        self._take_out(lease, now_ns)
+        if flow.waiting:
+            self.fairness.head_moved(flow)
+        else:
             self.fairness.leave(flow)
             self._forget(flow)
-        else:
-            self.fairness.head_moved(flow)
 
     def move(self, lease: Lease) -> None:
         """Find a waiting request's place in its flow anew, after its deadline has changed."""
@@ -96,15 +90,10 @@ class Band:
         """Count a newcomer against the limits from now on."""
         flow = lease.flow
         flow.admit(lease)
-        self.capacity.take(lease.request.byte_size)
-        self._places.add(flow.capacity.requests - 1)
+        self.backlogs.grew(flow)
         self._cost += lease.cost
         if self.capacity.requests == 1:
             self.drain_rate.began(now_ns)
-        if flow.capacity.requests == 1:
-            self.backlogs.add(flow, 1)
-        else:
-            self.backlogs.increment(flow)
 
     def next(self) -> Lease:
         """Return the request whose turn it is; one must wait in a flow not set aside."""
@@ -131,7 +120,9 @@ class Band:
 
     def first_to_give_way(self) -> Lease:
         """Return whom a better band displaces first: the newest of the longest backlog."""
-        return next(self.backlogs.most().newest_first())
+        longest, _ = self.backlogs.longest()
+        assert longest is not None, "nothing was admitted here"
+        return next(longest.newest_first())
 
     def ahead(self, lease: Lease, place: int) -> Ahead:
         """Return about what goes before an admitted request, so many of its own flow with it.
@@ -143,8 +134,8 @@ class Band:
         turns = self.fairness.turns(lease, place, self._cost / self.capacity.requests)
         if turns == inf:
             return Ahead(place + others)
-        others = min(others, max(0, round(self._places.before(turns) - min(mine, turns))))
-        return Ahead(place + others, self._places.overtaking(turns))
+        others = min(others, max(0, round(self.backlogs.before(turns) - min(mine, turns))))
+        return Ahead(place + others, self.backlogs.overtaking(turns))
 
     def ahead_now(self, lease: Lease) -> Ahead:
         """Return what goes before an admitted request, wherever it stands; O(waiting)."""
@@ -156,14 +147,15 @@ class Band:
 
     def dispatch(self, lease: Lease, now_ns: int) -> None:
         """Move a request from waiting to in flight."""
+        flow = lease.flow
         self.drain_rate.dispatched(now_ns)
-        self._places.dispatched()
-        self.fairness.charge(lease.flow, lease.cost, now_ns)
-        self.shares.dispatched(lease.flow.key.flow_id, lease.cost, now_ns)
-        lease.flow.in_flight += 1
-        self.in_flight += 1
+        self.backlogs.dispatched()
+        self._take_out(lease, now_ns)
         lease.is_in_flight = True
-        self.remove(lease, now_ns)
+        flow.in_flight += 1
+        self.in_flight += 1
+        self.fairness.served(flow, lease.cost, now_ns)
+        self.shares.dispatched(flow.key.flow_id, lease.cost, now_ns)
 
     def complete(self, lease: Lease) -> None:
         """Let go of a request that was in flight."""
@@ -203,13 +195,25 @@ class Band:
         assert self.capacity.bytes == sum(flow.capacity.bytes for flow in flows)
         assert self.in_flight == sum(flow.in_flight for flow in flows)
         assert self.waiting_flows == sum(bool(flow) for flow in flows)
-        assert len(self.backlogs) == sum(bool(flow.capacity.requests) for flow in flows)
+        assert self.backlogs.lengths() == {flow: len(flow) for flow in flows if flow}
         for flow in flows:
             leases = flow.leases()
             assert flow.capacity.requests == flow.waiting == len(leases)
-            assert not leases or self.backlogs.count(flow) == len(leases)
             assert flow.capacity.bytes == sum(lease.request.byte_size for lease in leases)
             assert flow or flow.in_flight, "an idle flow is forgotten"
+
+    def _take_out(self, lease: Lease, now_ns: int) -> None:
+        flow = lease.flow
+        flow.remove(lease)
+        self.waiting -= 1
+        if not flow.waiting:
+            self.waiting_flows -= 1
+        if lease.is_admitted:
+            self.backlogs.shrank(flow)
+            self._cost -= lease.cost
+            if not self.capacity.requests:
+                self._cost = 0.0
+                self.drain_rate.ended(now_ns)
 
     def _forget(self, flow: Flow) -> None:
         if not flow.waiting and not flow.in_flight:

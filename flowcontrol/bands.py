@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import final
 
 from flowcontrol.band import Band
+from flowcontrol.capacity import Capacity
 from flowcontrol.config import ControllerConfig
 from flowcontrol.flow import Flow, Lease
 from flowcontrol.request import DEFAULT_PRIORITY
@@ -15,28 +16,27 @@ class Bands:
 
     A band whose last objective is gone drains: nothing new enters, what is in it keeps its place,
     and it disappears with its last request.
+
+    Args:
+        config: where bands take their settings from.
+        everything: the account of all bands together.
     """
 
-    def __init__(self, config: ControllerConfig) -> None:
+    def __init__(self, config: ControllerConfig, everything: Capacity) -> None:
         self.objectives: dict[str, int] = {}
         """Name to priority."""
         self.unknown_objectives = 0
         """How many requests named an objective that nobody declared."""
+        self.by_priority: dict[int, Band] = {}
+        """The same; for others to read."""
         self._config = config
-        self._bands: dict[int, Band] = {}
+        self._everything = everything
         self._order: list[Band] = []
         self.passed_over: list[Flow] = []
         """Flows set aside, while a turn is under way."""
 
     def __iter__(self) -> Iterator[Band]:
         return iter(self._order)
-
-    def __getitem__(self, priority: int) -> Band:
-        return self._bands[priority]
-
-    def get(self, priority: int) -> Band | None:
-        """Return the band of this priority if there is one."""
-        return self._bands.get(priority)
 
     def priority_of(self, objective: str | None) -> int:
         """Return the priority an objective means; an unknown one is counted and means 0."""
@@ -50,11 +50,11 @@ class Bands:
 
     def needed(self, priority: int, now_ns: int) -> Band:
         """Return the band of a priority, made if it is not there yet."""
-        return self._bands.get(priority) or self._add(priority, now_ns)
+        return self.by_priority.get(priority) or self._add(priority, now_ns)
 
     def waiting_of(self, priority: int, flow_id: str) -> list[Lease]:
         """Return what waits of a flow, in order of arrival; nothing, if there is no such flow."""
-        band = self._bands.get(priority)
+        band = self.by_priority.get(priority)
         flow = None if band is None else band.flows.get(flow_id)
         return [] if flow is None else flow.leases()
 
@@ -65,13 +65,13 @@ class Bands:
         for band in list(self._order):
             band.is_declared = band.priority in declared
             self.drop_if_done(band)
-        for priority in sorted(declared - {DEFAULT_PRIORITY} - self._bands.keys()):
+        for priority in sorted(declared - {DEFAULT_PRIORITY} - self.by_priority.keys()):
             self._add(priority, now_ns)
 
     def drop_if_done(self, band: Band) -> None:
         """Forget a band that has drained."""
         if not band.is_declared and band.is_idle:
-            del self._bands[band.priority]
+            del self.by_priority[band.priority]
             self._order.remove(band)
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
@@ -82,13 +82,13 @@ class Bands:
 
     def pass_over(self, flow: Flow) -> None:
         """Let others go before a flow, for this turn."""
-        self._bands[flow.key.priority].set_aside(flow)
+        self.by_priority[flow.key.priority].set_aside(flow)
         self.passed_over.append(flow)
 
     def take_back(self, now_ns: int) -> None:
         """End the turn: nobody is passed over any more."""
         for flow in reversed(self.passed_over):
-            self._bands[flow.key.priority].take_back(flow, now_ns)
+            self.by_priority[flow.key.priority].take_back(flow, now_ns)
         self.passed_over.clear()
 
     def waiting_above(self, band: Band) -> int:
@@ -109,8 +109,8 @@ class Bands:
             assert band.is_declared or not band.is_idle, "an undeclared idle band is forgotten"
 
     def _add(self, priority: int, now_ns: int) -> Band:
-        band = Band(priority, self._config, now_ns)
-        self._bands[priority] = band
+        band = Band(priority, self._config, self._everything, now_ns)
+        self.by_priority[priority] = band
         self._order.append(band)
         self._order.sort(key=lambda each: -each.priority)
         return band

@@ -7,17 +7,25 @@ from flowcontrol.config import Limits
 
 @final
 class Capacity:
-    """The account of one scope: a band, or all of them. An exact fit is accepted."""
+    """The account of one scope: a flow, a band, or all of them. An exact fit is accepted.
 
-    __slots__ = ("bytes", "limits", "requests")
+    What waits in a flow waits in its band as well, and among all: a request is counted in each.
 
-    def __init__(self, limits: Limits) -> None:
+    Args:
+        limits: of this scope.
+        around: the scope it lies in, None for the outermost.
+    """
+
+    __slots__ = ("around", "bytes", "limits", "requests")
+
+    def __init__(self, limits: Limits, around: "Capacity | None" = None) -> None:
         self.limits = limits
+        self.around = around
         self.requests = 0
         self.bytes = 0
 
     def fits(self, byte_size: int, *, freed_requests: int = 0, freed_bytes: int = 0) -> bool:
-        """Whether one more request of this size may wait, were that much freed first."""
+        """Whether one more request of this size may wait here, were that much freed first."""
         limits = self.limits
         requests = self.requests - freed_requests + 1
         size = self.bytes - freed_bytes + byte_size
@@ -25,13 +33,31 @@ class Capacity:
             limits.bytes_max is None or size <= limits.bytes_max
         )
 
+    def has_room(self, byte_size: int) -> bool:
+        """Whether it fits here and in every scope around."""
+        scope: Capacity | None = self
+        while scope is not None:
+            limits = scope.limits
+            if limits.requests_max is not None and scope.requests >= limits.requests_max:
+                return False
+            if limits.bytes_max is not None and scope.bytes + byte_size > limits.bytes_max:
+                return False
+            scope = scope.around
+        return True
+
     def take(self, byte_size: int) -> None:
-        """Count a request that waits from now on."""
-        self.requests += 1
-        self.bytes += byte_size
+        """Count a request that waits from now on, here and around."""
+        scope: Capacity | None = self
+        while scope is not None:
+            scope.requests += 1
+            scope.bytes += byte_size
+            scope = scope.around
 
     def give_back(self, byte_size: int) -> None:
-        """Count a request that waits no longer."""
+        """Count a request that waits no longer, here and around."""
         assert self.requests > 0, "nothing to give back"
-        self.requests -= 1
-        self.bytes -= byte_size
+        scope: Capacity | None = self
+        while scope is not None:
+            scope.requests -= 1
+            scope.bytes -= byte_size
+            scope = scope.around

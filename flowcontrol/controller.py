@@ -37,7 +37,7 @@ from flowcontrol.events import (
     Reconfigured,
     Settled,
 )
-from flowcontrol.expiry import Expiry
+from flowcontrol.expiry import Expiry, earlier
 from flowcontrol.flow import Lease
 from flowcontrol.forecast import Ahead, Forecast, forecast
 from flowcontrol.pool import FULL, Endpoint, Pool
@@ -62,7 +62,7 @@ class FlowController:
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
         self.config = config
         self.capacity = Capacity(config.limits)
-        self.bands = Bands(config)
+        self.bands = Bands(config, self.capacity)
         self.pool = Pool(config.picker, make_detectors(config.detectors), config.fallbacks_max)
         self.settlement = Settlement(config.prices)
         self.decisions = Decisions(self.bands, self.pool)
@@ -86,21 +86,20 @@ class FlowController:
 
     def handle(self, fact: Fact, now_ns: int) -> None:
         """Take in one fact; O(log waiting), but O(waiting) when regime or settings change."""
-        match fact:
-            case Arrived(request):
-                self._arrive(request, now_ns)
-            case Left(request_id):
-                self._leave(request_id, now_ns)
-            case Settled():
-                self._settle(fact, now_ns)
-            case Answered(request_id):
-                if (lease := self._leases.get(request_id)) is not None:
-                    self._reclaimer.answered(lease)
-            case LoadObserved():
-                self._turn_count += 1
-                self.pool.observed(fact, now_ns)
-            case _:
-                self._change(fact, now_ns)
+        if isinstance(fact, Arrived):  # thrice as fast as a match statement
+            self._arrive(fact.request, now_ns)
+        elif isinstance(fact, Left):
+            self._leave(fact.request_id, now_ns)
+        elif isinstance(fact, Settled):
+            self._settle(fact, now_ns)
+        elif isinstance(fact, Answered):
+            if (lease := self._leases.get(fact.request_id)) is not None:
+                self._reclaimer.answered(lease)
+        elif isinstance(fact, LoadObserved):
+            self._turn_count += 1
+            self.pool.observed(fact, now_ns)
+        else:
+            self._change(fact, now_ns)
 
     def _change(self, fact: Change, now_ns: int) -> None:
         match fact:
@@ -128,20 +127,13 @@ class FlowController:
             self._ended_count += 1
             self.decisions.turn_away(request, priority, Outcome.REJECTED_DRAINING, _ELSEWHERE_NS)
             return
-        band = self.bands.get(priority)
+        band = self.bands.by_priority.get(priority)
         if band is None:
             band = self.bands.needed(priority, now_ns)
             self._bands_changed()
-        tokens, tokens_cost = self.settlement.estimate(request)
-        lease = Lease(
-            request,
-            band.flow(request.flow_id),
-            self._arrived_count,
-            now_ns,
-            now_ns,
-            tokens,
-            tokens_cost,
-        )
+        tokens, cost = self.settlement.estimate(request)
+        flow = band.flow(request.flow_id)
+        lease = Lease(request, flow, self._arrived_count, now_ns, tokens, cost)
         if band.settings.ordering is Ordering.EDF:
             self._expiry.appoint(lease, band)
         self._leases[request.request_id] = lease
@@ -159,7 +151,7 @@ class FlowController:
         del self._leases[request_id]
         self._ended_count += 1
         self._turn_count += 1
-        band = self.bands[lease.flow.key.priority]
+        band = self.bands.by_priority[lease.flow.key.priority]
         self.pool.release(lease, now_ns)
         if self.config.reclaim.is_enabled:
             self._reclaimer.left(lease)
@@ -174,7 +166,7 @@ class FlowController:
         if news is None:
             return
         lease, error = news
-        band = self.bands.get(lease.flow.key.priority)
+        band = self.bands.by_priority.get(lease.flow.key.priority)
         if band is not None:
             band.fairness.correct(lease.flow.key.flow_id, error, now_ns)
         self.pool.settled(lease, settled, now_ns)
@@ -209,13 +201,15 @@ class FlowController:
 
     def poll(self, now_ns: int) -> list[Decision]:
         """Decide all that can be decided now; O(log waiting) per decision."""
-        self.pool.advance(now_ns)
+        if self.pool.has_timer:
+            self.pool.advance(now_ns)
         while (late := self._expiry.first_due(now_ns)) is not None:
             self._end_waiting(late, self._expiry.outcome, now_ns)
         self._dispatch(now_ns)
         if self.bands.passed_over:
             self.bands.take_back(now_ns)
-        self._make_room(now_ns)
+        if self._newcomers:
+            self._make_room(now_ns)
         if self._drain_until_ns is not None and now_ns >= self._drain_until_ns:
             for lease in self._waiting():
                 self._end_waiting(lease, Outcome.EVICTED_DRAINED, now_ns, _ELSEWHERE_NS)
@@ -229,14 +223,14 @@ class FlowController:
         if not self.waiting:
             return None
         first_ns = self._expiry.next_due_ns()
-        others = [self._drain_until_ns, self.pool.next_change_ns()]
+        if self._drain_until_ns is not None:
+            first_ns = earlier(first_ns, self._drain_until_ns)
+        if self.pool.has_timer:
+            first_ns = earlier(first_ns, self.pool.next_change_ns())
         if self.config.reclaim.is_enabled:
-            others.append(self._reclaimer.next_change_ns())
-        if self._across.is_active and self.pool.saturation() < FULL:
-            others.append(self._across.next_promotion_ns())  # of a request that is gated now
-        for time_ns in others:
-            if time_ns is not None and (first_ns is None or time_ns < first_ns):
-                first_ns = time_ns
+            first_ns = earlier(first_ns, self._reclaimer.next_change_ns())
+        if self._across.is_active and self.pool.saturation() < FULL:  # whoever is gated now
+            first_ns = earlier(first_ns, self._across.next_promotion_ns())
         return first_ns
 
     def _dispatch(self, now_ns: int) -> None:
@@ -246,23 +240,27 @@ class FlowController:
         only a promotion or a share (`across`) goes before the order. A flow whose head may only go
         to endpoints without room is passed over: what others take is nothing that it could have.
         """
+        saturation = self.pool.saturation()
+        if saturation >= FULL:
+            return
         for rank, band in enumerate(self.bands):
             while band.waiting_flows > band.aside:
-                saturation = self.pool.saturation()
-                if saturation >= FULL:
-                    return
                 lease = self._across.next_exception(now_ns) if self._across.is_active else None
                 if lease is not None and lease.flow in self.bands.passed_over:
                     lease = None
                 if lease is not None and self.pool.has_room_for(lease):
-                    self._send(lease, self.bands[lease.flow.key.priority], now_ns)
+                    self._send(lease, self.bands.by_priority[lease.flow.key.priority], now_ns)
+                    saturation = self.pool.saturation()
                 elif saturation < self._ceiling(rank, saturation):
                     lease = band.next()
                     if lease.request.subset is None or self.pool.has_room_for(lease):
                         self._send(lease, band, now_ns)
+                        saturation = self.pool.saturation()
                     else:
                         self.bands.pass_over(lease.flow)
                 else:
+                    return
+                if saturation >= FULL:
                     return
 
     def _send(self, lease: Lease, band: Band, now_ns: int) -> None:
@@ -277,7 +275,7 @@ class FlowController:
         if self.config.reclaim.is_enabled:
             self._reclaimer.dispatched(lease)
         self._turn_count += 1
-        self.decisions.add(lease, Outcome.DISPATCHED, now_ns)
+        self.decisions.add(lease, band, Outcome.DISPATCHED, now_ns)
 
     def _ceiling(self, rank: int, saturation: float) -> float:
         return self._ceilings.of(rank, saturation, self._turn_count)
@@ -298,7 +296,7 @@ class FlowController:
         for lease in newcomers:
             if lease.is_in_flight or lease.request.request_id not in self._leases:
                 continue
-            band = self.bands[lease.flow.key.priority]
+            band = self.bands.by_priority[lease.flow.key.priority]
             self._expiry.appoint(lease, band)
             if lease.deadline_ns is not None and lease.deadline_ns <= now_ns:
                 self._end_waiting(lease, self._expiry.outcome, now_ns)  # it came: now or never
@@ -312,9 +310,7 @@ class FlowController:
 
     def _has_room(self, lease: Lease, band: Band, now_ns: int) -> bool:
         """Make room for a newcomer where it has a claim; whether there is."""
-        size = lease.request.byte_size
-        is_free = band.capacity.fits(size) and self.capacity.fits(size)
-        if is_free and lease.flow.capacity.fits(size):
+        if lease.flow.capacity.has_room(lease.request.byte_size):
             return True
         lower = [each for each in self.bands if each.priority < band.priority]
         victims = equals_to_displace(lease, band, lower, self.capacity)
@@ -322,7 +318,7 @@ class FlowController:
             return False
         for victim in victims:
             self._displace(victim, band.drain_rate, now_ns)
-        while not self.capacity.fits(size):
+        while not self.capacity.fits(lease.request.byte_size):
             while not lower[-1].capacity.requests:
                 lower.pop()
             self._displace(lower[-1].first_to_give_way(), self._drain_rate, now_ns)
@@ -334,10 +330,10 @@ class FlowController:
 
     def _admit(self, lease: Lease, band: Band, now_ns: int) -> None:
         band.admit(lease, now_ns)
-        self.capacity.take(lease.request.byte_size)
         if self.capacity.requests == 1:
             self._drain_rate.began(now_ns)
-        self._expiry.admit(lease)
+        if lease.deadline_ns is not None:
+            self._expiry.admit(lease)
         if self._across.is_active:
             self._across.admitted(lease, band)
         if self.config.forecasts:
@@ -368,7 +364,8 @@ class FlowController:
         must_end = needed(self.pool.total.requests, saturation, ceiling, band.waiting)
         for victim in self._reclaimer.victims(must_end, band.priority, self.pool, now_ns):
             retry_after_ns = self._drain_rate.promise(now_ns, self.config.retry_after_max_ns)
-            self.decisions.add(victim, Outcome.RECLAIMED, now_ns, retry_after_ns)
+            its_band = self.bands.by_priority[victim.flow.key.priority]
+            self.decisions.add(victim, its_band, Outcome.RECLAIMED, now_ns, retry_after_ns)
 
     def _end_waiting(
         self, lease: Lease, outcome: Outcome, now_ns: int, retry_after_ns: int | None = None
@@ -376,19 +373,19 @@ class FlowController:
         """Take a request out of the queue undispatched: the one way there is."""
         del self._leases[lease.request.request_id]
         self._ended_count += 1
-        band = self.bands[lease.flow.key.priority]
+        band = self.bands.by_priority[lease.flow.key.priority]
         band.remove(lease, now_ns)
         self._forget_waiting(lease, band, now_ns)
-        self.decisions.add(lease, outcome, now_ns, retry_after_ns)
+        self.decisions.add(lease, band, outcome, now_ns, retry_after_ns)
         self._drop_if_done(band)
 
     def _forget_waiting(self, lease: Lease, band: Band, now_ns: int) -> None:
         self.waiting -= 1
         if lease.is_admitted:
-            self.capacity.give_back(lease.request.byte_size)
             if not self.capacity.requests:
                 self._drain_rate.ended(now_ns)
-            self._expiry.remove(lease)
+            if lease.deadline_ns is not None:
+                self._expiry.remove(lease)
             if self._across.is_active:
                 self._across.removed(lease, band)
 
@@ -419,7 +416,7 @@ class FlowController:
         lease = self._leases.get(request_id)
         if lease is None or lease.is_in_flight:
             return None
-        band = self.bands[lease.flow.key.priority]
+        band = self.bands.by_priority[lease.flow.key.priority]
         return self.forecast(band, band.ahead_now(lease), now_ns)
 
     def forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
@@ -439,7 +436,8 @@ class FlowController:
         assert len(waiting) == self.waiting == self.capacity.requests
         assert self.capacity.bytes == sum(lease.request.byte_size for lease in waiting)
         self.bands.check_invariants(waiting)
-        assert self._ceilings.priorities == [band.priority for band in self.bands]
+        priorities = [band.priority for band in self.bands]
+        assert self._ceilings.priorities == priorities, "ceilings of other bands"
         assert self.in_flight == sum(band.in_flight for band in self.bands)
         could = (gate for gate in self.gates() if any(map(self.pool.has_room_for, gate[0].heads())))
         assert all(self.pool.saturation() >= gate[1] for gate in islice(could, 1)), "a free slot"

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from typing import final
 
+from flowcontrol.band import Band
 from flowcontrol.bands import Bands
 from flowcontrol.events import Decision, Settled
 from flowcontrol.flow import Lease
@@ -25,9 +26,14 @@ class Decisions:
         self._made: list[Decision] = []
 
     def add(
-        self, lease: Lease, outcome: Outcome, now_ns: int, retry_after_ns: int | None = None
+        self,
+        lease: Lease,
+        band: Band,
+        outcome: Outcome,
+        now_ns: int,
+        retry_after_ns: int | None = None,
     ) -> None:
-        """Write down what becomes of a request; its band still exists."""
+        """Write down what becomes of a request of this band."""
         priority, flow_id = lease.flow.key
         waited_ns = (lease.dispatched_ns if lease.is_in_flight else now_ns) - lease.arrived_ns
         self.tallies[priority].count(outcome, waited_ns, lease.expected_wait_ns)
@@ -41,7 +47,7 @@ class Decisions:
                 lease.endpoint,
                 retry_after_ns,
                 self._pool.saturation(),
-                self._bands[priority].waiting,
+                band.waiting,
                 lease.is_reclaimable,
                 lease.is_watched,
                 lease.expected_wait_ns,

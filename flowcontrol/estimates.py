@@ -9,16 +9,16 @@ mean of the ratios: small requests must not outvote large ones). They follow a t
 """
 
 from collections import OrderedDict
-from typing import NamedTuple, final
+from typing import Final, NamedTuple, final
 
 from flowcontrol.config import TokenPrices
 from flowcontrol.events import Settled
 from flowcontrol.request import Request
 
-BYTES_PER_TOKEN = 4.0
-OUTPUT_DEFAULT = 128.0
+BYTES_PER_TOKEN: Final = 4.0
+OUTPUT_DEFAULT: Final = 128.0
 """Expected of a model nobody has been answered by yet."""
-_MEMORY = 32
+_MEMORY: Final = 32
 """Requests a mean remembers: the first 32 count alike, later ones 1/32 each."""
 _LEARNED_MAX = 10_000
 """Flows and models remembered; the one longest without news goes first. Ids are the clients'."""
@@ -35,11 +35,13 @@ class Tokens(NamedTuple):
 
 def cost(tokens: Tokens, prices: TokenPrices) -> float:
     """Return the cost of that many tokens; at least one input token's."""
-    fresh = max(0.0, tokens.input - tokens.cached)
+    fresh = tokens.input - tokens.cached
+    if fresh < 0:
+        fresh = 0.0
     total = (
         prices.input * fresh + prices.cached_input * tokens.cached + prices.output * tokens.output
     )
-    return max(prices.input, total)
+    return total if total > prices.input else prices.input
 
 
 @final
@@ -93,7 +95,7 @@ class TokenEstimator:
             prompt = float(request.input_tokens)
         if request.output_tokens_max is not None and request.output_tokens_max < answer:
             answer = float(request.output_tokens_max)
-        return Tokens(max(1.0, prompt), answer)
+        return Tokens(prompt if prompt > 1 else 1.0, answer)
 
     def learn(self, request: Request, settled: Settled) -> None:
         """Take in what a request took, as far as it is known; nothing from one that failed."""

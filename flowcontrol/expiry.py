@@ -8,7 +8,7 @@ willing to wait counts from the arrival in either regime, and only shortens.
 """
 
 from collections.abc import Iterable
-from typing import final
+from typing import Final, final
 
 from flowcontrol.band import Band
 from flowcontrol.bands import Bands
@@ -17,7 +17,14 @@ from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
 from flowcontrol.request import Outcome
 
-_NEVER = 1 << 63
+_NEVER: Final = 1 << 63
+
+
+def earlier(one_ns: int | None, other_ns: int | None) -> int | None:
+    """Return the earlier of two times, either of which may never come."""
+    if one_ns is None or other_ns is None:
+        return other_ns if one_ns is None else one_ns
+    return min(one_ns, other_ns)
 
 
 @final
@@ -76,7 +83,7 @@ class Expiry:
     def judge_anew(self, waiting: Iterable[Lease], now_ns: int) -> None:
         """Find every deadline anew; of nobody who waited before does it come within this turn."""
         for lease in waiting:
-            band = self._bands[lease.flow.key.priority]
+            band = self._bands.by_priority[lease.flow.key.priority]
             lease.deadline_ns = self._deadline_ns(lease, band)
             if lease.is_admitted:
                 if lease.deadline_ns is not None:
@@ -91,7 +98,9 @@ class Expiry:
         current_ns = empty_ttl_ns if self._is_empty else ttl_ns
         ends_ns = _NEVER if current_ns is None else lease.budget_from_ns + current_ns
         if ttl_ns is not None and empty_ttl_ns is not None:
-            ends_ns = min(ends_ns, lease.arrived_ns + ttl_ns + empty_ttl_ns)
-        if own_ttl_ns is not None:
-            ends_ns = min(ends_ns, lease.arrived_ns + own_ttl_ns)
+            both_ns = lease.arrived_ns + ttl_ns + empty_ttl_ns
+            if both_ns < ends_ns:
+                ends_ns = both_ns
+        if own_ttl_ns is not None and lease.arrived_ns + own_ttl_ns < ends_ns:
+            ends_ns = lease.arrived_ns + own_ttl_ns
         return None if ends_ns == _NEVER else ends_ns

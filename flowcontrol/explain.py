@@ -82,7 +82,7 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
     if lease is None:
         return None
     key = lease.flow.key
-    band = controller.bands[key.priority]
+    band = controller.bands.by_priority[key.priority]
     saturation = controller.pool.saturation()
     gates = controller.gates()
     ceiling = next(ceiling for each, ceiling in gates if each is band)

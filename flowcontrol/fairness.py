@@ -76,8 +76,11 @@ class FairnessPolicy(Protocol):
     def pick(self) -> Flow:
         """Return the flow that is next; at least one must have entered."""
 
-    def charge(self, flow: Flow, cost: float, now_ns: int) -> None:
-        """Account for the dispatch of a flow's head, which is about to be removed."""
+    def served(self, flow: Flow, cost: float, now_ns: int) -> None:
+        """Account for the dispatch of a request that waits in the flow no more.
+
+        Stands for `head_moved`, or for `leave` where nothing of the flow waits now.
+        """
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Add to what a flow was charged, or take from it, now that the true cost is known."""
@@ -132,11 +135,14 @@ class RoundRobin:
         """Return the flow that has waited longest for its turn."""
         return next(iter(self._line))
 
-    def charge(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - nor does cost
-        """Send the flow to the end of the line."""
+    def served(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - nor does cost
+        """Send the flow to the end of the line, or out of it."""
         self._turn += 1
-        self._line[flow] = self._turn
-        self._line.move_to_end(flow)
+        if flow.waiting:
+            self._line[flow] = self._turn
+            self._line.move_to_end(flow)
+        else:
+            del self._line[flow]
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Keep no account."""
@@ -187,8 +193,12 @@ class GlobalStrict:
         assert first is not None, "pick needs a flow with something waiting"
         return first[1]
 
-    def charge(self, flow: Flow, cost: float, now_ns: int) -> None:
-        """Keep no account: the order is all there is."""
+    def served(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - the order is all
+        """Move the flow to where its new head belongs, or let go of it."""
+        if flow.waiting:
+            self.head_moved(flow)
+        else:
+            self.leave(flow)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Keep no account."""
@@ -213,36 +223,31 @@ class WeightedTokens:
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self._weights = weights
-        self._counters: dict[str, float] = {}
         self._flows: dict[str, Flow] = {}
         """Those with something waiting."""
+        self._counters: dict[str, float] = {}
+        """Of the same."""
         self._ready: KeyedHeap[str, float] = KeyedHeap()
         """The same, by counter."""
-        self._away: KeyedHeap[str, float] = KeyedHeap()
-        """Accounts of flows with nothing waiting; dropped once the level has reached them."""
+        self._away: OrderedDict[str, float] = OrderedDict()
+        """Counters of flows with nothing waiting, whoever was looked at longest ago first."""
         self._level = 0.0
         """Virtual time: the highest that the lowest waiting counter has been. Never goes back."""
 
     def enter(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - virtual time is all it needs
         """Take the flow up, lifted to the level of those being served."""
-        flow_id = flow.key.flow_id
         lowest = self._ready.first()
-        if lowest is not None:
-            self._raise_level(lowest[0])
-        self._flows[flow_id] = flow
-        self._away.discard(flow_id)
-        self._set(flow_id, max(self._counters.get(flow_id, 0.0), self._level))
+        if lowest is not None and lowest[0] > self._level:
+            self._level = lowest[0]
+        self._enter(flow, self._level)
 
     def take_back(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - see enter
         """Take the flow up below the level, but by no more than what its head costs.
 
         So it is next, and has not saved up what it could not use.
         """
-        flow_id = flow.key.flow_id
-        credit = flow.head.cost / self._weights.get(flow_id, 1.0)
-        self._flows[flow_id] = flow
-        self._away.discard(flow_id)
-        self._set(flow_id, max(self._counters.get(flow_id, 0.0), self._level - credit))
+        credit = flow.head.cost / self._weights.get(flow.key.flow_id, 1.0)
+        self._enter(flow, self._level - credit)
 
     def head_moved(self, flow: Flow) -> None:
         """Counters do not depend on who is at the head."""
@@ -250,13 +255,15 @@ class WeightedTokens:
     def leave(self, flow: Flow) -> None:
         """Keep the flow's account while it is above the level: while it is a debt."""
         flow_id = flow.key.flow_id
-        counter = self._counters[flow_id]
+        counter = self._counters.pop(flow_id)
         del self._flows[flow_id]
         self._ready.discard(flow_id)
         if not self._flows:
             # The busy period ends, and with it the last flow's advantage over the next to come.
-            self._raise_level(counter)
-        self._set(flow_id, counter)
+            self._level = max(self._level, counter)
+        if counter > self._level:
+            self._away[flow_id] = counter
+        self._forget_paid()
 
     def pick(self) -> Flow:
         """Return the flow with the lowest counter."""
@@ -264,17 +271,30 @@ class WeightedTokens:
         assert first is not None, "pick needs a flow with something waiting"
         return self._flows[first[1]]
 
-    def charge(self, flow: Flow, cost: float, now_ns: int) -> None:
+    def served(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - see enter
         """Advance the level to the lowest counter, then the flow's counter by what it is served."""
+        flow_id = flow.key.flow_id
         lowest = self._ready.first()
         assert lowest is not None, "who is served was waiting"
-        self._raise_level(lowest[0])
-        self.correct(flow.key.flow_id, cost, now_ns)
+        if lowest[0] > self._level:
+            self._level = lowest[0]
+        counter = self._counters[flow_id] + cost / self._weights.get(flow_id, 1.0)
+        self._counters[flow_id] = counter
+        if flow.waiting:
+            self._ready.put(flow_id, counter)
+        else:
+            self.leave(flow)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:  # noqa: ARG002 - see enter
         """Move the flow's counter; one not known any more stands at the level."""
-        counter = self._counters.get(flow_id, self._level)
-        self._set(flow_id, counter + cost / self._weights.get(flow_id, 1.0))
+        change = cost / self._weights.get(flow_id, 1.0)
+        if flow_id in self._flows:
+            self._counters[flow_id] += change
+            self._ready.put(flow_id, self._counters[flow_id])
+        else:
+            counter = max(self._away.get(flow_id, 0.0), self._level) + change
+            self._away[flow_id] = counter
+            self._forget_paid()
 
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:
         """Return how far the counter will have run ahead of the lowest, in requests of others."""
@@ -288,29 +308,31 @@ class WeightedTokens:
         """Take other weights: for what is served from now on."""
         self._weights = config.weights
 
-    def _raise_level(self, counter: float) -> None:
-        """Let virtual time go on; who owed less than that owes nothing any more."""
-        if counter <= self._level:
-            return
-        self._level = counter
-        while (first := self._away.first()) is not None and first[0] <= counter:
-            self._forget(first[1])
+    def _enter(self, flow: Flow, least: float) -> None:
+        flow_id = flow.key.flow_id
+        counter = self._away.pop(flow_id, least)
+        if counter < least:
+            counter = least
+        self._flows[flow_id] = flow
+        self._counters[flow_id] = counter
+        self._ready.put(flow_id, counter)
 
-    def _set(self, flow_id: str, counter: float) -> None:
-        if flow_id in self._flows:
-            self._counters[flow_id] = counter
-            self._ready.put(flow_id, counter)
-        elif counter > self._level:
-            self._counters[flow_id] = counter
-            self._away.put(flow_id, counter)
-            if len(self._away) > ACCOUNTS_MAX and (first := self._away.first()) is not None:
-                self._forget(first[1])
-        else:
-            self._forget(flow_id)
+    def _forget_paid(self) -> None:
+        """Drop accounts that the level has reached; they make no difference any more.
 
-    def _forget(self, flow_id: str) -> None:
-        self._counters.pop(flow_id, None)
-        self._away.discard(flow_id)
+        From the front up to the first that is still in debt, which goes to the end. So with D in
+        debt D calls go round once, and at most 2 D accounts are kept: O(1) amortised, unsorted.
+        """
+        away = self._away
+        if len(away) > ACCOUNTS_MAX:  # all perhaps in debt: of two, the larger debt stays
+            one, other = away.popitem(last=False), away.popitem(last=False)
+            flow_id, counter = one if one[1] > other[1] else other
+            away[flow_id] = counter
+        while away:
+            flow_id, counter = away.popitem(last=False)
+            if counter > self._level:
+                away[flow_id] = counter
+                return
 
 
 @final
@@ -362,8 +384,10 @@ class LeastAttainedService:
         assert first is not None, "pick needs a flow with something waiting"
         return self._flows[first[1]]
 
-    def charge(self, flow: Flow, cost: float, now_ns: int) -> None:
+    def served(self, flow: Flow, cost: float, now_ns: int) -> None:
         """Add to what the flow attained."""
+        if not flow.waiting:
+            self.leave(flow)
         self.correct(flow.key.flow_id, cost, now_ns)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:

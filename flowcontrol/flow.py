@@ -1,9 +1,7 @@
 """Pure. A flow and the leases that its requests hold on it."""
 
-from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 from flowcontrol.capacity import Capacity
 from flowcontrol.config import Limits, Ordering
@@ -11,52 +9,79 @@ from flowcontrol.estimates import Tokens
 from flowcontrol.keyedheap import KeyedHeap
 from flowcontrol.request import FlowKey, Request, Scope
 
-_NEVER = 1 << 62
+_NEVER: Final = 1 << 62
 """Beyond any time; orders what has no deadline after all that has."""
 
 
 @final
-@dataclass(slots=True, eq=False)
 class Lease:
-    """A live request: waiting in its flow, or in flight. Compared by identity."""
+    """A live request: waiting in its flow, or in flight. Compared by identity.
 
-    request: Request
-    flow: "Flow"
-    arrival_index: int
-    """Position among all arrivals; settles every tie."""
-    arrived_ns: int
-    budget_from_ns: int
-    """Since when its time to live counts: its arrival, or the one change of regime after it."""
-    tokens: Tokens
-    """What it is expected to take."""
-    cost: float
-    """The same as one number: what its flow is charged."""
-    deadline_ns: int | None = None
-    """When it will have waited too long."""
-    is_admitted: bool = False
-    """Whether it counts against the limits. A newcomer does not until it is found to fit."""
-    is_in_flight: bool = False
-    dispatch_index: int = 0
-    """Position among the dispatches of what may be told to end."""
-    is_reclaimable: bool = False
-    """Whether it may be told to end."""
-    is_watched: bool = False
-    """Whether somebody looks out for its first byte."""
-    has_answered: bool = False
-    """Whether its first byte has been seen."""
-    is_reclaimed: bool = False
-    """Whether it has been told to end."""
-    is_settled: bool = False
-    """Whether what it really took is known."""
-    dispatched_ns: int = 0
-    endpoint: str | None = None
-    fallbacks: tuple[str, ...] = ()
-    expected_wait_ns: int | None = None
-    """What its wait was expected to be when it was admitted."""
-    position: int = 0
-    """How many stood ahead of it then."""
-    without_room: tuple[Scope, ...] = ()
-    """Whose limits have no room for it, when it is about to be rejected."""
+    Args:
+        request: what the gate told of it.
+        flow: where it waits, or waited.
+        arrival_index: position among all arrivals; settles every tie.
+        arrived_ns: when it came.
+        tokens: what it is expected to take.
+        cost: what its flow is charged for that.
+    """
+
+    __slots__ = (
+        *("after", "arrival_index", "arrived_ns", "before", "budget_from_ns", "cost"),
+        *("deadline_ns", "dispatch_index", "dispatched_ns", "endpoint", "expected_wait_ns"),
+        *("fallbacks", "flow", "has_answered", "is_admitted", "is_in_flight", "is_reclaimable"),
+        *("is_reclaimed", "is_settled", "is_watched", "position", "request", "tokens"),
+        *("tokens_total", "without_room"),
+    )
+
+    def __init__(  # noqa: PLR0913, PLR0917 - what is known when it comes
+        self,
+        request: Request,
+        flow: "Flow",
+        arrival_index: int,
+        arrived_ns: int,
+        tokens: Tokens,
+        cost: float,
+    ) -> None:
+        self.request = request
+        self.flow = flow
+        self.arrival_index = arrival_index
+        self.arrived_ns = arrived_ns
+        self.budget_from_ns = arrived_ns
+        """Since when its time to live counts: its arrival, or the one change of regime after it."""
+        self.tokens = tokens
+        self.tokens_total = tokens.input + tokens.output
+        self.cost = cost
+        self.deadline_ns: int | None = None
+        """When it will have waited too long."""
+        self.before: Lease | None = None
+        """Its flow's own: who came before it and waits there too."""
+        self.after: Lease | None = None
+        """And who came after it."""
+        self.is_admitted = False
+        """Whether it counts against the limits. A newcomer does not until it is found to fit."""
+        self.is_in_flight = False
+        self.is_settled = False
+        """Whether what it really took is known."""
+        self.is_reclaimable = False
+        """Whether it may be told to end."""
+        self.is_watched = False
+        """Whether somebody looks out for its first byte."""
+        self.has_answered = False
+        """Whether its first byte has been seen."""
+        self.is_reclaimed = False
+        """Whether it has been told to end."""
+        self.dispatch_index = 0
+        """Position among the dispatches of what may be told to end."""
+        self.dispatched_ns = 0
+        self.endpoint: str | None = None
+        self.fallbacks: tuple[str, ...] = ()
+        self.expected_wait_ns: int | None = None
+        """What its wait was expected to be when it was admitted."""
+        self.position = 0
+        """How many stood ahead of it then."""
+        self.without_room: tuple[Scope, ...] = ()
+        """Whose limits have no room for it, when it is about to be rejected."""
 
 
 def order_of(lease: Lease, ordering: Ordering) -> tuple[int, int]:
@@ -74,25 +99,28 @@ def order_of(lease: Lease, ordering: Ordering) -> tuple[int, int]:
 class Flow:
     """The requests of one tenant at one priority: those that wait, in order, and those in flight.
 
-    O(1) with fcfs, else O(log waiting). No dead entry is ever kept: what leaves is removed at once.
+    Those that wait hold hands in order of arrival, newcomers last, so that whoever leaves does so
+    without a search. O(1) with fcfs, else O(log waiting).
     """
 
     __slots__ = (
-        *("_admitted", "_new", "_ordered"),
+        *("_newest", "_newest_admitted", "_oldest", "_ordered"),
         *("capacity", "in_flight", "key", "ordering", "waiting"),
     )
 
-    def __init__(self, key: FlowKey, ordering: Ordering, limits: Limits) -> None:
+    def __init__(
+        self, key: FlowKey, ordering: Ordering, limits: Limits, around: Capacity | None = None
+    ) -> None:
         self.key = key
         self.ordering = ordering
-        self.capacity = Capacity(limits)
-        """What has been admitted."""
+        self.capacity = Capacity(limits, around)
+        """What has been admitted, counted in the scopes around as well."""
         self.waiting = 0
         """How many wait, newcomers included."""
         self.in_flight = 0
-        self._admitted: OrderedDict[int, Lease] = OrderedDict()
-        """By request id, in order of arrival; the newcomers came later."""
-        self._new: OrderedDict[int, Lease] = OrderedDict()
+        self._oldest: Lease | None = None
+        self._newest: Lease | None = None
+        self._newest_admitted: Lease | None = None
         self._ordered: KeyedHeap[Lease, tuple[int, int]] | None = None
         """The same in another order; None with fcfs, where the order of arrival is the order."""
         if ordering is not Ordering.FCFS:
@@ -105,7 +133,9 @@ class Flow:
     def head(self) -> Lease:
         """The one to go next; there must be one."""
         if self._ordered is None:
-            return self.oldest
+            head = self._oldest
+            assert head is not None, "nothing waits here"
+            return head
         first = self._ordered.first()
         assert first is not None, "nothing waits here"
         return first[1]
@@ -113,12 +143,15 @@ class Flow:
     @property
     def oldest(self) -> Lease:
         """The one that arrived first; there must be one."""
-        waiting = self._admitted or self._new
-        return waiting[next(iter(waiting))]
+        assert self._oldest is not None, "nothing waits here"
+        return self._oldest
 
     def newest_first(self) -> Iterator[Lease]:
         """Iterate what has been admitted, who gives up its place first coming first."""
-        return reversed(self._admitted.values())
+        lease = self._newest_admitted
+        while lease is not None:
+            yield lease
+            lease = lease.before
 
     def order_of(self, lease: Lease) -> tuple[int, int]:
         """Return where a request of this flow stands."""
@@ -126,30 +159,46 @@ class Flow:
 
     def push(self, lease: Lease) -> bool:
         """Queue a newcomer; whether it is the head now."""
-        request_id = lease.request.request_id
-        assert request_id not in self._new, "a request waits once"
-        assert request_id not in self._admitted, "a request waits once"
-        self._new[request_id] = lease
+        newest = self._newest
+        assert newest is not lease, "a request waits once"
+        if newest is None:
+            self._oldest = lease
+        else:
+            lease.before = newest
+            newest.after = lease
+        self._newest = lease
         self.waiting += 1
         if self._ordered is None:
-            return self.waiting == 1
+            return newest is None
         self._ordered.put(lease, self.order_of(lease))
         return self.head is lease
 
     def admit(self, lease: Lease) -> None:
         """Count a newcomer against the limits from now on; newcomers are admitted in order."""
-        self._admitted[lease.request.request_id] = self._new.pop(lease.request.request_id)
-        self.capacity.take(lease.request.byte_size)
+        assert lease.before is self._newest_admitted, "newcomers are admitted in order"
+        self._newest_admitted = lease
         lease.is_admitted = True
+        self.capacity.take(lease.request.byte_size)
 
     def remove(self, lease: Lease) -> None:
         """Take a request out, wherever it stands."""
-        if lease.is_admitted:
-            del self._admitted[lease.request.request_id]
-            self.capacity.give_back(lease.request.byte_size)
+        before, after = lease.before, lease.after
+        if before is None:
+            assert self._oldest is lease, "it does not wait here"
+            self._oldest = after
         else:
-            del self._new[lease.request.request_id]
+            before.after = after
+            lease.before = None
+        if after is None:
+            self._newest = before
+        else:
+            after.before = before
+            lease.after = None
         self.waiting -= 1
+        if lease.is_admitted:
+            if self._newest_admitted is lease:
+                self._newest_admitted = before
+            self.capacity.give_back(lease.request.byte_size)
         if self._ordered is not None:
             self._ordered.discard(lease)
 
@@ -172,4 +221,9 @@ class Flow:
 
     def leases(self) -> list[Lease]:
         """Return all that wait, in order of arrival; O(waiting)."""
-        return [*self._admitted.values(), *self._new.values()]
+        leases = []
+        lease = self._oldest
+        while lease is not None:
+            leases.append(lease)
+            lease = lease.after
+        return leases

@@ -15,83 +15,19 @@ while more of it comes, which takes longer by 1 / (1 - o), as for a lower class 
 How many stand ahead in its band depends on whose turn it is. A fair policy gives the other flows so
 many turns x before it (`FairnessPolicy.turns`), of which a flow with n waiting uses min(n, x). That
 sum over all flows is the number of waiting requests with fewer than x of their own flow before
-them, and it must not cost a look at every flow: requests are counted by that place, in classes that
-double in width (0, 1, 2-3, 4-7, ...), and within a class evenly. The error is less than what is in
-the one class that x falls into. The same classes tell o: of the last some hundred requests that
-came, those at a place below the turns that remain, over what was dispatched meanwhile. Remaining
-are half of x on average, and less is counted, because arrivals of its own flow stand near x. With a
-third, medians of predicted over realised waits are 0.9 to 1.25, and half of all lie within a third
-of 1 for weighted tokens and round robin (tests/test_forecast.py); exact to 10 % for a single line.
+them; `backlogs` counts them by that place, in classes. The error is less than what is in the one
+class that x falls into. The same classes tell o: of the last some hundred requests that came, those
+at a place below the turns that remain, over what was dispatched meanwhile. Remaining are half of x
+on average, and less is counted, because arrivals of its own flow stand near x. With a third,
+medians of predicted over realised waits are 0.9 to 1.25, and half of all lie within a third of 1
+for weighted tokens and round robin (tests/test_forecast.py); exact to 10 % for a single line.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 from flowcontrol.retry import DrainRate
 
 _SECOND_NS = 1_000_000_000
-_CLASSES = 64
-"""More than any count has bits."""
-_MEMORY = 512
-"""Dispatches after which what came and went counts half."""
-_REMAINING = 1 / 3
-"""Part of its turns during which others can still overtake a request."""
-_OVERTAKING_MAX = 0.9
-"""Beyond it a forecast would be a tenth of a guess; it ends there."""
-
-
-@final
-class Places:
-    """How many requests have how many of their own flow before them, by powers of two."""
-
-    __slots__ = ("_came", "_counts", "_went")
-
-    def __init__(self) -> None:
-        self._counts = [0] * _CLASSES
-        """Of what waits."""
-        self._came: list[float] = [0.0] * _CLASSES
-        """Of what came lately."""
-        self._went = 0.0
-        """What was dispatched meanwhile."""
-
-    def add(self, place: int) -> None:
-        """Count one more request with so many before it: its flow has become so much longer."""
-        self._counts[place.bit_length()] += 1
-        self._came[place.bit_length()] += 1.0
-
-    def remove(self, place: int) -> None:
-        """Count one less: a flow has become so short. O(1)."""
-        assert self._counts[place.bit_length()] > 0, "nobody is in such a place"
-        self._counts[place.bit_length()] -= 1
-
-    def dispatched(self) -> None:
-        """Count one that went. O(1) amortised."""
-        self._went += 1.0
-        if self._went >= _MEMORY:
-            self._went /= 2
-            self._came = [came / 2 for came in self._came]
-
-    def before(self, turns: float) -> float:
-        """Return about how many go while every flow has so many turns; O(log turns)."""
-        return _below(self._counts, turns)
-
-    def overtaking(self, turns: float) -> float:
-        """Return which part of what is dispatched comes and goes before so many turns are over."""
-        if not self._went:
-            return 0.0
-        return min(_below(self._came, turns * _REMAINING) / self._went, _OVERTAKING_MAX)
-
-
-def _below(counts: Sequence[float], turns: float) -> float:
-    total = 0.0
-    low = 0
-    for count in counts:
-        high = 2 * low or 1
-        if turns < high:
-            return total + count * (turns - low) / (high - low)
-        total += count
-        low = high
-    return total
 
 
 class Ahead(NamedTuple):

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 Item = TypeVar("Item")
 Key = TypeVar("Key", int, float, tuple[int, int], tuple[float, int])
 
-_STALE_MIN = 64
+_STALE_MIN: Final = 64
 """Below this many stale entries a rebuild is not worth its while."""
 
 

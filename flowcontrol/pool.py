@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from math import nextafter
-from typing import NamedTuple, Protocol, final
+from typing import Final, NamedTuple, Protocol, final
 
 from flowcontrol.config import Detector as DetectorSettings
 from flowcontrol.config import Picker, Role
@@ -20,7 +20,7 @@ from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
 
-FULL = 1.0
+FULL: Final = 1.0
 """The saturation at which a pool, or an endpoint, takes no more."""
 _ALMOST_FULL = nextafter(FULL, 0)
 
@@ -44,13 +44,13 @@ class Load:
     def add(self, lease: Lease) -> None:
         """Count a dispatch."""
         self.requests += 1
-        self.tokens += lease.tokens.input + lease.tokens.output
+        self.tokens += lease.tokens_total
 
     def take(self, lease: Lease) -> None:
         """Count its end."""
         assert self.requests > 0, "released more than was charged"
         self.requests -= 1
-        self.tokens -= lease.tokens.input + lease.tokens.output
+        self.tokens -= lease.tokens_total
         if not self.requests:
             self.tokens = 0.0  # whatever rounding has left
 
@@ -63,7 +63,7 @@ class StageLoad(Protocol):
         """The endpoints of the stage."""
 
     def pool(self) -> Load:
-        """Return what is in flight in the whole stage."""
+        """Return the account of what is in flight in the whole stage: always the same one."""
 
     def at(self, address: str) -> Load | None:
         """Return what is in flight at one endpoint, None while Envoy picks."""
@@ -165,6 +165,8 @@ class Pool:
         self.stages: dict[Role, Stage] = {}
         self.detectors: dict[Role, list[Detector]] = {}
         """Of each stage."""
+        self.has_timer = False
+        """Whether time alone can change the saturation."""
         self._make_detectors = make_detectors
         self._unplaced = Load()
         """In flight where Envoy sent it."""
@@ -209,18 +211,23 @@ class Pool:
             if self.best() is None:
                 return FULL
             # Somebody has room, whatever the sum has become by rounding.
-            load = min(self._load_sum / len(self._rooms), _ALMOST_FULL)
+            load = self._load_sum / len(self._rooms)
+            if load > _ALMOST_FULL:
+                load = _ALMOST_FULL
         # While some are still where Envoy sent them, the pool is counted as a whole as well.
         for detector in self._all if self._unplaced.requests else self._asked:
             saturation = detector.saturation()
-            load = max(load, saturation)
+            if saturation > load:
+                load = saturation
         return load
 
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint: the fullest of what its stage's detectors say."""
         load = 0.0
         for detector in self._detectors_of[address]:
-            load = max(load, detector.endpoint_saturation(address))
+            saturation = detector.endpoint_saturation(address)
+            if saturation > load:
+                load = saturation
         return load
 
     def set_endpoints(self, endpoints: Sequence[Endpoint], now_ns: int) -> None:
@@ -253,6 +260,7 @@ class Pool:
         ]
         self._counting = [each for each in self._all if each.counts_dispatches]
         self._timed = [each for each in self._all if each.has_timer]
+        self.has_timer = bool(self._timed)
         picked = wanted[-1] if self.picks else None  # of the two stages, the one that decodes
         self._asked = [
             detector
@@ -330,15 +338,12 @@ class Pool:
 
     def advance(self, now_ns: int) -> None:
         """Let time pass."""
-        if self._timed:
-            for detector in self._timed:
-                detector.advance(now_ns)
-            self._changed()
+        for detector in self._timed:
+            detector.advance(now_ns)
+        self._changed()
 
     def next_change_ns(self) -> int | None:
         """Return when time alone will change the saturation."""
-        if not self._timed:
-            return None
         changes = (detector.next_change_ns() for detector in self._timed)
         return min((change for change in changes if change is not None), default=None)
 
@@ -400,5 +405,7 @@ class Pool:
     def _find_room(self, address: str) -> None:
         load = self.endpoint_saturation(address)
         self._rooms.put(address, (load, self._turns[address]))
-        before, self._room_loads[address] = self._room_loads.get(address, 0.0), min(load, FULL)
-        self._load_sum += self._room_loads[address] - before
+        if load > FULL:
+            load = FULL
+        self._load_sum += load - self._room_loads.get(address, 0.0)
+        self._room_loads[address] = load

@@ -21,13 +21,13 @@ counting dropped requests. Jitter is the shell's (`server.replies`): there is no
 
 from collections.abc import Iterable
 from math import exp
-from typing import final
+from typing import Final, final
 
-_SECOND_NS = 1_000_000_000
+_SECOND_NS: Final = 1_000_000_000
 _FADED = exp(-1 / 15)
 """What is left of both after a second; after 15 it is 1/e. Long enough to see slow pools, short
 beside most waits. What happened within the last second counts in full."""
-_COUNT_MIN = 0.01
+_COUNT_MIN: Final = 0.01
 """Faded dispatches below which it is silence: some 70 s after one, twice that after a hundred."""
 
 

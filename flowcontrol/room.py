@@ -36,21 +36,24 @@ def equals_to_displace(
         return None
     requests = sum(each.capacity.requests for each in lower)
     size = sum(each.capacity.bytes for each in lower)
-    backlogs = band.backlogs
     own = lease.flow.capacity.requests + 1
     victims: list[Lease] = []
     rows: dict[Flow, Iterator[Lease]] = {}
+    lengths: dict[Flow, int] = {}
     freed = 0
     while not (is_enough := _fits(lease, band, everything, (len(victims), freed, requests, size))):
-        longest = backlogs.most() if backlogs else None
-        if longest is None or backlogs.count(longest) <= own or len(victims) == DISPLACED_MAX:
+        longest, length = band.backlogs.longest()
+        if longest is None or length <= own or len(victims) == DISPLACED_MAX:
             break
         victim = next(rows.setdefault(longest, longest.newest_first()))
-        backlogs.decrement(longest)
+        lengths[longest] = length - 1
+        band.backlogs.shift(longest, length, length - 1)
         victims.append(victim)
         freed += victim.request.byte_size
-    for victim in victims:
-        backlogs.increment(victim.flow)  # none of them has gone yet
+    for victim in victims:  # none of them has gone yet
+        length = lengths[victim.flow]
+        lengths[victim.flow] = length + 1
+        band.backlogs.shift(victim.flow, length, length + 1)
     return victims if is_enough else None
 
 

@@ -15,6 +15,7 @@ went to shows it (a full part of it, while Envoy picks and nobody knows which th
 """
 
 from collections.abc import Iterable, Sequence
+from math import inf
 from typing import assert_never, final
 
 from flowcontrol.adaptive import AdaptiveDetector
@@ -23,7 +24,7 @@ from flowcontrol.config import Detector as DetectorSettings
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
-from flowcontrol.pool import FULL, Detector, DetectorFactory, Load, StageLoad
+from flowcontrol.pool import FULL, Detector, DetectorFactory, StageLoad
 
 
 @final
@@ -37,27 +38,30 @@ class ConcurrencyDetector:
     def __init__(self, settings: Concurrency, stage: StageLoad) -> None:
         self.settings = settings
         self._stage = stage
+        self._load = stage.pool()
+        self._requests_each = float(settings.requests_max or inf)
+        self._tokens_each = float(settings.tokens_max or inf)
+        self._requests_max = self._requests_each
+        self._tokens_max = self._tokens_each
 
     def saturation(self) -> float:
         """Return the load of the stage."""
-        return self._of(self._stage.pool(), len(self._stage.addresses))
+        by_requests = self._load.requests / self._requests_max
+        by_tokens = self._load.tokens / self._tokens_max
+        return by_requests if by_requests > by_tokens else by_tokens
 
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint; the stage's while only that is known."""
         load = self._stage.at(address)
-        return self.saturation() if load is None else self._of(load, 1)
+        if load is None:
+            return self.saturation()
+        return max(load.requests / self._requests_each, load.tokens / self._tokens_each)
 
-    def _of(self, load: Load, endpoints: int) -> float:
-        settings = self.settings
-        by_requests = 0.0
-        if settings.requests_max is not None:
-            by_requests = load.requests / (endpoints * settings.requests_max)
-        if settings.tokens_max is None:
-            return by_requests
-        return max(by_requests, load.tokens / (endpoints * settings.tokens_max))
-
-    def endpoints_changed(self, now_ns: int) -> None:
-        """Need no account of its own."""
+    def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - at once
+        """Allow every endpoint as much."""
+        endpoints = len(self._stage.addresses)
+        self._requests_max = endpoints * self._requests_each
+        self._tokens_max = endpoints * self._tokens_each
 
     def charged(self, lease: Lease, now_ns: int) -> None:
         """Need no account of its own."""

@@ -5,12 +5,12 @@ with time instead of shrinking (forward decay), so a dispatch touches one of the
 no policy decides by it.
 """
 
-from typing import final
+from typing import Final, final
 
-HALF_LIFE_NS = 30_000_000_000
-ACCOUNTS_MAX = 10_000
-_RESTART_HALF_LIVES = 64
-_FORGOTTEN = 1e-3
+HALF_LIFE_NS: Final = 30_000_000_000
+ACCOUNTS_MAX: Final = 10_000
+_RESTART_HALF_LIVES: Final = 64
+_FORGOTTEN: Final = 1e-3
 """Part of a band's sum below which an account is not worth keeping."""
 
 

@@ -1,14 +1,14 @@
 """Pure. Counts of what became of requests, kept for as long as the process lives."""
 
 from bisect import bisect_left
-from typing import final
+from typing import Final, final
 
 from flowcontrol.histogram import Histogram
 from flowcontrol.request import Outcome
 from flowcontrol.snapshot import FORECAST_BOUNDS, WAIT_BOUNDS_S, Totals
 
 _BOUNDS_NS = tuple(round(bound * 1_000_000_000) for bound in WAIT_BOUNDS_S)
-_RATIO_1 = 1_000_000_000
+_RATIO_1: Final = 1_000_000_000
 
 
 @final

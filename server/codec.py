@@ -142,8 +142,8 @@ class Encoder:
                 return self._exempt if endpoint is None else _exempt(self._removed, endpoint)
             case Refuse():
                 return _refuse(reply)
-            case Acknowledge(kind):
-                return _ACKNOWLEDGEMENTS[kind]
+            case Acknowledge():
+                return _ACKNOWLEDGEMENTS[reply.kind]
 
     def _proceed(self, reply: Proceed) -> bytes:
         number = str(reply.request_id)

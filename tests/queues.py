@@ -55,7 +55,6 @@ class Queue:
             flow,
             self.arrived_count,
             self.now_ns,
-            self.now_ns,
             Tokens(true_cost, 0),
             cost,
         )
@@ -67,7 +66,7 @@ class Queue:
         return lease
 
     def leave(self, lease: Lease) -> None:
-        """Take a request out, dispatched or not."""
+        """Take a request out undispatched."""
         was_head = lease.flow.head is lease
         lease.flow.remove(lease)
         if not lease.flow:
@@ -77,9 +76,12 @@ class Queue:
 
     def dispatch(self) -> Lease:
         """Let the policy choose, and send the head of that flow."""
-        lease = self.policy.pick().head
-        self.policy.charge(lease.flow, lease.cost, self.now_ns)
-        self.leave(lease)
+        return self.send(self.policy.pick().head)
+
+    def send(self, lease: Lease) -> Lease:
+        """Send a request, in turn or out of it."""
+        lease.flow.remove(lease)
+        self.policy.served(lease.flow, lease.cost, self.now_ns)
         self.unsettled.append(lease)
         return lease
 
@@ -135,8 +137,10 @@ class NaivePolicy:
         """Return the flow with the longest backlog: whoever asks for most gets most."""
         return max(self.flows, key=len)
 
-    def charge(self, flow: Flow, cost: float, now_ns: int) -> None:
+    def served(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - for those below
         """Keep no account."""
+        if not flow.waiting:
+            self.leave(flow)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Keep no account."""
@@ -178,7 +182,7 @@ class NaiveTokens(NaivePolicy):
         """Return the flow with the lowest counter."""
         return min(self.flows, key=lambda flow: self.counters[flow.key.flow_id])
 
-    def charge(self, flow: Flow, cost: float, now_ns: int) -> None:
+    def served(self, flow: Flow, cost: float, now_ns: int) -> None:
         """Count by estimate."""
         self._raise_level()
         flow_id = flow.key.flow_id
@@ -186,7 +190,7 @@ class NaiveTokens(NaivePolicy):
             self.owed[flow_id] = self.owed.get(flow_id, 0.0) + cost
         else:
             self._add(flow_id, cost)
-        del now_ns
+        super().served(flow, cost, now_ns)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Count by what was true."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from flowcontrol.across import Across
 from flowcontrol.band import Band
+from flowcontrol.capacity import Capacity
 from flowcontrol.config import BandSettings, BandTemplate, ControllerConfig, Fairness
 from flowcontrol.estimates import Tokens
 from flowcontrol.flow import Lease
@@ -49,7 +50,7 @@ class Stack:
         self.across = across
         self.config = config
         self.now_ns = 0
-        self.bands = {each: Band(each, config, 0) for each in PRIORITIES}
+        self.bands = {each: Band(each, config, Capacity(config.limits), 0) for each in PRIORITIES}
         self.across.set_bands(self.bands.values())
         self.arrived_count = 0
         self.promoted_cost = 0.0
@@ -73,7 +74,6 @@ class Stack:
             Request(self.arrived_count),
             flow,
             self.arrived_count,
-            self.now_ns,
             self.now_ns,
             Tokens(cost, 0),
             cost,
@@ -107,7 +107,9 @@ class Stack:
         if is_idle:
             others = [band for band in self.bands.values() if band.priority != priority]
             self.across.set_bands(others)
-            self.bands[priority] = Band(priority, self.config, self.now_ns)
+            self.bands[priority] = Band(
+                priority, self.config, Capacity(self.config.limits), self.now_ns
+            )
             self.across.set_bands(self.bands.values())
         return is_idle
 

@@ -97,7 +97,7 @@ class Engines:
 
     def _send(self) -> None:
         number = next(self._numbers)
-        lease = Lease(Request(number), FLOW, number, 0, 0, Tokens(100, 10), 1.0)
+        lease = Lease(Request(number), FLOW, number, 0, Tokens(100, 10), 1.0)
         self.pool.charge(lease, self.now_ns)
         address = lease.endpoint or min(self.places, key=lambda name: len(self._running[name]))
         queue, places = self._running[address], self.places[address]

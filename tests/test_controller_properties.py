@@ -7,7 +7,7 @@ That the checks can fail is shown by controllers with a planted bug.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, product
 from typing import TypeAlias
 
@@ -24,7 +24,6 @@ from hypothesis.stateful import (
 
 from flowcontrol.band import Band
 from flowcontrol.bands import Bands
-from flowcontrol.capacity import Capacity
 from flowcontrol.config import (
     BandSettings,
     BandTemplate,
@@ -843,36 +842,30 @@ class RestartsEveryFlap(FlowController):  # type: ignore[misc]  # planted
         super()._change_endpoints(change, now_ns)
 
 
-class OneTooMany(Capacity):  # type: ignore[misc]  # planted
-    """Lets one more wait than may."""
-
-    def fits(self, byte_size: int, *, freed_requests: int = 0, freed_bytes: int = 0) -> bool:
-        """Whether it fits, were there one request less."""
-        return super().fits(byte_size, freed_requests=freed_requests + 1, freed_bytes=freed_bytes)
-
-
-class NoExactFit(Capacity):  # type: ignore[misc]  # planted
-    """Refuses whoever would fill the last place."""
-
-    def fits(self, byte_size: int, *, freed_requests: int = 0, freed_bytes: int = 0) -> bool:
-        """Whether it fits, were there one request more."""
-        return super().fits(byte_size, freed_requests=freed_requests - 1, freed_bytes=freed_bytes)
-
-
 class AdmitsOneTooMany(FlowController):  # type: ignore[misc]  # planted
     """Counts wrongly in the account over all bands."""
 
+    wrong_by = 1
+
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
         super().__init__(config, now_ns)
-        self.capacity = OneTooMany(config.limits)
+        self._miscount(config)
+
+    def _reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
+        super()._reconfigure(config, now_ns)
+        self._miscount(config)
+
+    def _miscount(self, config: ControllerConfig) -> None:
+        most = config.limits.requests_max
+        if most is not None:
+            limits = replace(config.limits, requests_max=max(0, most + self.wrong_by))
+            self.capacity.limits = limits
 
 
-class RefusesExactFit(FlowController):  # type: ignore[misc]  # planted
+class RefusesExactFit(AdmitsOneTooMany):  # type: ignore[misc]  # planted
     """Counts wrongly in the account over all bands, the other way."""
 
-    def __init__(self, config: ControllerConfig, now_ns: int) -> None:
-        super().__init__(config, now_ns)
-        self.capacity = NoExactFit(config.limits)
+    wrong_by = -1
 
 
 class RefusesBeforeDispatch(FlowController):  # type: ignore[misc]  # planted
@@ -908,7 +901,7 @@ class DisplacesFromTheTop(FlowController):  # type: ignore[misc]  # planted
 
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
         super().__init__(config, now_ns)
-        self.bands = self.reversible = Reversed(config)
+        self.bands = self.reversible = Reversed(config, self.capacity)
         self._expiry = Expiry(config, self.bands)
         self.decisions = Decisions(self.bands, self.pool)
 
@@ -954,7 +947,7 @@ class ServesNewestFirst(FlowController):  # type: ignore[misc]  # planted
 
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
         super().__init__(config, now_ns)
-        self.bands = OtherBands(config)
+        self.bands = OtherBands(config, self.capacity)
         self.bands.band_class = self.band_class
         self._expiry = Expiry(config, self.bands)
         self.decisions = Decisions(self.bands, self.pool)
@@ -967,9 +960,9 @@ class OtherBands(Bands):  # type: ignore[misc]  # planted
 
     def _add(self, priority: int, now_ns: int) -> Band:
         super()._add(priority, now_ns)
-        band = self.band_class(priority, self._config, now_ns)
+        band = self.band_class(priority, self._config, self._everything, now_ns)
         self._order = [band if each.priority == priority else each for each in self._order]
-        self._bands[priority] = band
+        self.by_priority[priority] = band
         return band
 
 
@@ -1005,7 +998,7 @@ class LetsOthersPay(FlowController):  # type: ignore[misc]  # planted
     """Lets the flow pay that has least."""
 
     def _displace(self, victim: Lease, scope: DrainRate, now_ns: int) -> None:
-        flows = self.bands[victim.flow.key.priority].flows.values()
+        flows = self.bands.by_priority[victim.flow.key.priority].flows.values()
         shortest = min((each for each in flows if each.capacity.requests), key=len)
         super()._displace(next(shortest.newest_first()), scope, now_ns)
 
@@ -1085,12 +1078,12 @@ PLANTED = {
     ExpiresLate: "waits past its deadline|wrong wake-up",
     ForgetsOwnTtl: "waits past its deadline|wrong wake-up",
     RestartsEveryFlap: "wrong wake-up|not evicted at its deadline|waits past its deadline",
-    AdmitsOneTooMany: "more waits than may|displaced in vain",
+    AdmitsOneTooMany: "more waits than may|displaced in vain|displaced though it did not wait",
     RefusesExactFit: "refused though",
     RefusesBeforeDispatch: "refused beside a free slot|refused though",
     DisplacesEquals: "displaced",
     DisplacesOldest: "displaced before a newer one",
-    DisplacesFromTheTop: "not the lowest band",
+    DisplacesFromTheTop: "not the lowest band|ceilings of other bands",
     DisplacesInVain: "displaced in vain",
     DisplacesInTurns: "displaced for nobody|displaced in vain",
     LetsOthersPay: "a longer backlog was spared|refused|displaced",

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowcontrol import fairness as fairness_module
-from flowcontrol.config import BandSettings, ControllerConfig, Fairness, Ordering
+from flowcontrol.config import BandSettings, ControllerConfig, Fairness, Limits, Ordering
+from flowcontrol.estimates import Tokens
 from flowcontrol.fairness import (
     FairnessPolicy,
     GlobalStrict,
@@ -19,6 +20,8 @@ from flowcontrol.fairness import (
     WeightedTokens,
     make_fairness,
 )
+from flowcontrol.flow import Flow, Lease
+from flowcontrol.request import FlowKey, Request
 from tests.queues import FLOW_IDS, NaivePolicy, NaiveTokens, Queue, Step
 
 WEIGHTS = {"a": 2.0, "b": 0.5, "c": 3.0}
@@ -294,13 +297,13 @@ class TestWeightedTokens:
             if lease is not None and step[0] == "dispatch":
                 lowest = naive.counters[naive.pick().key.flow_id]
                 assert naive.counters[lease.flow.key.flow_id] <= lowest + TOLERANCE
-                naive.charge(lease.flow, lease.cost, 0)
+                naive.served(lease.flow, lease.cost, 0)
             elif lease is not None:
                 naive.correct(lease.flow.key.flow_id, lease.tokens.input - lease.cost, 0)
             for flow_id, flow in queue.flows.items():
                 if flow and not flows[flow_id]:
                     naive.enter(flow, 0)
-                elif flows[flow_id] and not flow:
+                elif flow in naive.flows and not flow:
                     naive.leave(flow)
 
     def test_large_and_small_requests_get_equal_tokens(self) -> None:
@@ -373,8 +376,7 @@ class TestWeightedTokens:
         queue = Queue(policy)
         queue.run([*arrivals("a" * 3, 50), *arrivals("b" * 9), *dispatches(1)])
         promoted = queue.flows["a"].head
-        policy.charge(promoted.flow, promoted.cost, 0)
-        queue.leave(promoted)
+        queue.send(promoted)
         queue.run(arrivals("c" * 9))
 
         assert served(queue, 8).count("c") == 4
@@ -388,7 +390,28 @@ class TestWeightedTokens:
 
         assert served(queue, 20).count("a") == 15
 
-    def test_smallest_debts_are_forgotten_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_paid_debts_are_dropped(self) -> None:
+        """A thousand that come once, each in debt until the others have had as much."""
+        policy = WeightedTokens({})
+        flows = [
+            Flow(FlowKey(0, f"once-{index}"), Ordering.FCFS, Limits()) for index in range(1000)
+        ]
+        busy = Flow(FlowKey(0, "busy"), Ordering.FCFS, Limits())
+        busy.push(Lease(Request(0), busy, 0, 0, Tokens(1, 0), 1))
+        policy.enter(busy, 0)
+        kept = []
+        for flow in flows:
+            lease = Lease(Request(1), flow, 1, 0, Tokens(10, 0), 10)
+            flow.push(lease)
+            policy.enter(flow, 0)
+            flow.remove(lease)
+            policy.served(flow, 10, 0)
+            policy.served(busy, 1, 0)
+            kept.append(len(policy._away))  # noqa: SLF001 - forgetting is what cannot be seen
+
+        assert max(kept) <= 22  # the last ten or eleven are in debt
+
+    def test_of_two_debts_the_smaller_is_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ids are the clients' to invent, so accounts are bounded."""
         monkeypatch.setattr(fairness_module, "ACCOUNTS_MAX", 2)
         queue = Queue(WeightedTokens({}))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flowcontrol.config import BandSettings, Concurrency, ControllerConfig, Fairness, Ordering
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Arrived, EndpointsChanged, Left, ObjectivesChanged
-from flowcontrol.forecast import Ahead, Forecast, Places, forecast
+from flowcontrol.forecast import Ahead, Forecast, forecast
 from flowcontrol.request import Outcome, Request
 from flowcontrol.retry import DrainRate
 
@@ -24,73 +24,6 @@ def draining(per_second: int) -> DrainRate:
     for index in range(100 * per_second):
         rate.dispatched(index * SECOND // per_second)
     return rate
-
-
-class TestPlaces:
-    """Requests by how many of their own flow stand before them."""
-
-    @staticmethod
-    def of(lengths: list[int]) -> Places:
-        """Return the places in flows of these lengths."""
-        places = Places()
-        for length in lengths:
-            for place in range(length):
-                places.add(place)
-        return places
-
-    @given(lengths=st.lists(st.integers(0, 200), max_size=12), turns=st.integers(0, 300))
-    @settings(max_examples=100)
-    def test_agrees_with_counting(self, lengths: list[int], turns: int) -> None:
-        """Exactly at powers of two; between, off by less than what is in that class."""
-        expected = sum(min(length, turns) for length in lengths)
-        found = self.of(lengths).before(turns)
-        low = 1 << max(0, turns.bit_length() - 1)
-        in_class = sum(min(max(length - low, 0), low) for length in lengths)
-
-        assert found <= expected + 1e-9
-        assert found >= expected - in_class
-        if turns in {0, 1, 2, 4, 8, 16, 32, 64, 128, 256}:
-            assert found == expected
-
-    @given(lengths=st.lists(st.integers(0, 20), max_size=12), data=st.data())
-    @settings(max_examples=50)
-    def test_flows_become_shorter(self, lengths: list[int], data: st.DataObject) -> None:
-        """Whoever of a flow leaves, its last place is gone."""
-        places = self.of(lengths)
-        shorter = [data.draw(st.integers(0, length)) for length in lengths]
-        for length, short in zip(lengths, shorter, strict=True):
-            for place in range(short, length):
-                places.remove(place)
-
-        assert [places.before(each) for each in range(30)] == [
-            self.of(shorter).before(each) for each in range(30)
-        ]
-
-    def test_unending_turns_are_for_all(self) -> None:
-        """A line, not turns."""
-        assert self.of([3, 9, 0, 1]).before(float("inf")) == 13
-
-    def test_overtaking_is_what_came_at_lower_places(self) -> None:
-        """Of ten that went, four had none of their own before them; an old crowd is forgotten."""
-        places = Places()
-        assert places.overtaking(30) == 0.0
-
-        for place in (0, 0, 0, 0, 50, 51, 52, 53, 54, 55):
-            places.add(place)
-            places.dispatched()
-        assert places.overtaking(30) == pytest.approx(0.4)
-        assert places.overtaking(0) == 0.0
-        assert places.overtaking(300) == 0.9
-
-        for place in [40] * 5000:
-            places.add(place)
-            places.dispatched()
-        assert places.overtaking(30) < 0.001
-
-    def test_nobody_leaves_an_empty_place(self) -> None:
-        """That would be a mistake in the accounts."""
-        with pytest.raises(AssertionError, match="nobody is in such a place"):
-            self.of([1]).remove(1)
 
 
 class TestForecast:

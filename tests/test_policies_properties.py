@@ -218,7 +218,8 @@ class TestOrdering:
         for index, (what, number, due) in enumerate(steps):
             if what == "push":
                 request = Request(index, ttft_slo_ns=due)
-                lease = Lease(request, flow, index, number, number, Tokens(1, 1), 1, due)
+                lease = Lease(request, flow, index, number, Tokens(1, 1), 1)
+                lease.deadline_ns = due
                 flow.push(lease)
                 line.append(lease)
             elif what == "move" and line:
@@ -240,7 +241,9 @@ class TestOrdering:
             flow = Flow(FlowKey(0, "a"), ordering, Limits())
             for index, (deadline_ns, slo_ns) in enumerate(((3, 3), (1, 2), (2, 1))):
                 request = Request(index, ttft_slo_ns=slo_ns)
-                flow.push(Lease(request, flow, index, 0, 0, Tokens(1, 1), 1, deadline_ns))
+                lease = Lease(request, flow, index, 0, Tokens(1, 1), 1)
+                lease.deadline_ns = deadline_ns
+                flow.push(lease)
             heads.append(flow.head.arrival_index)
 
         assert heads == [0, 1, 2]

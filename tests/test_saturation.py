@@ -51,7 +51,7 @@ class Gate:
     def send(self, tokens: float = 10) -> str | None:
         """Dispatch one, and return where it went."""
         self.number += 1
-        lease = Lease(Request(self.number), FLOW, self.number, 0, 0, Tokens(tokens, 0), 1.0)
+        lease = Lease(Request(self.number), FLOW, self.number, 0, Tokens(tokens, 0), 1.0)
         self.pool.charge(lease, self.now_ns)
         self.in_flight.append(lease)
         return lease.endpoint
