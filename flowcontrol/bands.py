@@ -28,7 +28,7 @@ class Bands:
         self.unknown_objectives = 0
         """How many requests named an objective that nobody declared."""
         self.by_priority: dict[int, Band] = {}
-        """The same; for others to read."""
+        """All of them, for others to read."""
         self._config = config
         self._everything = everything
         self._order: list[Band] = []

@@ -68,6 +68,28 @@ class TestCapacity:
         assert not capacity.fits(51, freed_requests=1, freed_bytes=50)
         assert (capacity.requests, capacity.bytes) == (2, 100)
 
+    def test_flow_is_counted_in_what_lies_around_it(self) -> None:
+        """What waits in one flow leaves the other less room in their band, and all bands less."""
+        everything = Capacity(Limits(bytes_max=100))
+        band = Capacity(Limits(requests_max=2), everything)
+        one, other = (Capacity(Limits(requests_max=3), band) for _ in range(2))
+        one.take(60)
+
+        assert [(each.requests, each.bytes) for each in (one, other, band, everything)] == [
+            *((1, 60), (0, 0), (1, 60), (1, 60))
+        ]
+        assert other.fits(50)
+        assert (other.has_room(50), other.has_room(40)) == (False, True)
+
+        one.take(10)
+
+        assert (other.fits(0), other.has_room(0)) == (True, False)
+
+        one.give_back(60)
+
+        assert (band.requests, everything.bytes) == (1, 10)
+        assert other.has_room(90)
+
     @pytest.mark.slow
     @given(sizes=st.lists(st.integers(0, 30), max_size=30))
     @settings(max_examples=100)
