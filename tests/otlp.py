@@ -11,6 +11,9 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 _EXPORT = "opentelemetry.proto.collector.trace.v1.TraceService"
 
+_GRACE_S = 5.0
+"""For exports under way when the collector ends."""
+
 
 @final
 class Collector:
@@ -61,7 +64,7 @@ async def over_grpc(port: int = 0) -> AsyncIterator[tuple[Collector, str]]:
     try:
         yield collector, f"http://127.0.0.1:{port}"
     finally:
-        await server.stop(None)
+        await server.stop(_GRACE_S)  # else whoever exports is cut off, and complains
 
 
 @asynccontextmanager
