@@ -34,7 +34,7 @@ class Capacity:
         )
 
     def has_room(self, byte_size: int) -> bool:
-        """Whether it fits here and in every scope around."""
+        """Whether it fits here and in every scope around: `fits` for each, in one call."""
         scope: Capacity | None = self
         while scope is not None:
             limits = scope.limits

@@ -332,8 +332,7 @@ class FlowController:
         band.admit(lease, now_ns)
         if self.capacity.requests == 1:
             self._drain_rate.began(now_ns)
-        if lease.deadline_ns is not None:
-            self._expiry.admit(lease)
+        self._expiry.admit(lease)
         if self._across.is_active:
             self._across.admitted(lease, band)
         if self.config.forecasts:
@@ -384,8 +383,7 @@ class FlowController:
         if lease.is_admitted:
             if not self.capacity.requests:
                 self._drain_rate.ended(now_ns)
-            if lease.deadline_ns is not None:
-                self._expiry.remove(lease)
+            self._expiry.remove(lease)
             if self._across.is_active:
                 self._across.removed(lease, band)
 

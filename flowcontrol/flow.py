@@ -51,6 +51,7 @@ class Lease:
         """Since when its time to live counts: its arrival, or the one change of regime after it."""
         self.tokens = tokens
         self.tokens_total = tokens.input + tokens.output
+        """Prompt and answer: what it adds to the load of the pool."""
         self.cost = cost
         self.deadline_ns: int | None = None
         """When it will have waited too long."""

@@ -24,7 +24,7 @@ from flowcontrol.config import Detector as DetectorSettings
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
-from flowcontrol.pool import FULL, Detector, DetectorFactory, StageLoad
+from flowcontrol.pool import FULL, Detector, DetectorFactory, Load, StageLoad
 
 
 @final
@@ -46,16 +46,14 @@ class ConcurrencyDetector:
 
     def saturation(self) -> float:
         """Return the load of the stage."""
-        by_requests = self._load.requests / self._requests_max
-        by_tokens = self._load.tokens / self._tokens_max
-        return by_requests if by_requests > by_tokens else by_tokens
+        return _fuller(self._load, self._requests_max, self._tokens_max)
 
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint; the stage's while only that is known."""
         load = self._stage.at(address)
         if load is None:
             return self.saturation()
-        return max(load.requests / self._requests_each, load.tokens / self._tokens_each)
+        return _fuller(load, self._requests_each, self._tokens_each)
 
     def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - at once
         """Allow every endpoint as much."""
@@ -81,6 +79,12 @@ class ConcurrencyDetector:
     def next_change_ns(self) -> int | None:
         """Not depend on time."""
         return None
+
+
+def _fuller(load: Load, requests_max: float, tokens_max: float) -> float:
+    by_requests = load.requests / requests_max
+    by_tokens = load.tokens / tokens_max
+    return by_requests if by_requests > by_tokens else by_tokens
 
 
 @final
