@@ -29,6 +29,9 @@ and whoever is next in it goes before (k + 1) C / s of other cost has been dispa
 is declared anew begins without debt: within an interval, each that does so adds C. Costs are those
 estimated at dispatch.
 
+In both, who may only go to endpoints without room is passed over, and meanwhile not waiting in the
+sense of the bounds: others go, and it is the next of them when there is room.
+
 Both exceptions ignore the ceilings and need only a pool that is not full: a band that is gated for
 good would otherwise never get what it was promised.
 """
@@ -39,20 +42,21 @@ from typing import final
 from flowcontrol.band import Band
 from flowcontrol.bands import Bands
 from flowcontrol.flow import Lease
-from flowcontrol.keyedheap import KeyedHeap
+from flowcontrol.lines import HasRoom, Lines
 
 
 @final
 class Across:
-    """The accounts of promotion and share. O(log waiting) a request, O(shares) a dispatch.
+    """The accounts of promotion and share.
 
-    Told of every admission, of every departure from the queue and of every dispatch.
+    O(log waiting) a request, O(shares + subsets) a dispatch. Told of every admission, of every
+    departure from the queue and of every dispatch.
     """
 
     def __init__(self) -> None:
         self.is_active = False
         """Whether any band has a share or promotes, or did: else nothing here need be called."""
-        self._promotions: KeyedHeap[Lease, int] = KeyedHeap()
+        self._promotions: Lines[Lease, int] = Lines()
         """Waiting requests of bands that promote, by when they become due."""
         self._shares: dict[Band, float] = {}
         """Of the bands that have one, highest first, together at most 1."""
@@ -84,7 +88,8 @@ class Across:
         if after_ns is None:
             self._promotions.discard(lease)
         else:
-            self._promotions.put(lease, lease.arrived_ns + after_ns)
+            due_ns = lease.arrived_ns + after_ns
+            self._promotions.put(lease, due_ns, lease.request.subset)
 
     def removed(self, lease: Lease, band: Band) -> None:
         """Let go of a request that waits no longer."""
@@ -92,26 +97,28 @@ class Across:
         if not band.waiting and self._credits.get(band, 0.0) > 0:
             self._credits[band] = 0.0
 
-    def next_exception(self, now_ns: int) -> Lease | None:
-        """Return the request that goes before strict order, if there is one."""
-        promoted = self._promoted(now_ns)
+    def next_exception(self, now_ns: int, has_room: HasRoom) -> Lease | None:
+        """Return the request that goes before strict order, if there is one and it has room."""
+        promoted = self._promoted(now_ns, has_room)
         if promoted is not None:
             return promoted
         for band, credit in self._credits.items():
-            if credit > 0 and band.is_ready:
-                return band.next()
+            if credit > 0 and band.waiting:
+                lease = band.next(has_room)
+                if lease is not None:
+                    return lease
         return None
 
-    def next_promotion_ns(self) -> int | None:
-        """Return when the next request becomes due, or became."""
-        first = self._promotions.first()
+    def next_promotion_ns(self, has_room: HasRoom) -> int | None:
+        """Return when the next request becomes due, or became, of those that have room."""
+        first = self._promotions.first(has_room)
         return None if first is None else first[0]
 
-    def dispatched(self, lease: Lease, served: Band, now_ns: int) -> None:
-        """Earn and pay for one dispatch; call it before the request is `removed`."""
+    def dispatched(self, lease: Lease, served: Band, now_ns: int, has_room: HasRoom) -> None:
+        """Earn and pay for one dispatch, before the request is `removed` or takes any room."""
         if not self._credits:
             return
-        is_promotion = self._promoted(now_ns) is lease
+        is_promotion = self._promoted(now_ns, has_room) is lease
         for band, share in self._shares.items():
             has_credit = self._credits[band] > 0
             if band.waiting and not is_promotion and (has_credit or band is not served):
@@ -119,6 +126,6 @@ class Across:
             if has_credit and band is served:
                 self._credits[band] -= lease.cost
 
-    def _promoted(self, now_ns: int) -> Lease | None:
-        first = self._promotions.first()
+    def _promoted(self, now_ns: int, has_room: HasRoom) -> Lease | None:
+        first = self._promotions.first(has_room)
         return first[1] if first is not None and first[0] <= now_ns else None

@@ -1,5 +1,6 @@
 """Pure. One priority level: its flows, its account and its choice."""
 
+from collections import Counter
 from math import inf
 from typing import final
 
@@ -9,6 +10,7 @@ from flowcontrol.config import BandSettings, ControllerConfig, Fairness
 from flowcontrol.fairness import FairnessPolicy, make_fairness
 from flowcontrol.flow import Flow, Lease
 from flowcontrol.forecast import Ahead
+from flowcontrol.lines import HasRoom, Subset
 from flowcontrol.request import FlowKey
 from flowcontrol.retry import DrainRate
 from flowcontrol.shares import Shares
@@ -19,7 +21,7 @@ class Band:
     """All flows of one priority. Knows who is next and who gives way, never whether it may.
 
     `waiting` counts newcomers too, `capacity` only what has been admitted.
-    Every operation costs what the fairness policy costs: O(log flows) at worst.
+    Every operation costs what the fairness policy costs: O(log flows + subsets) at worst.
 
     Args:
         priority: of all that waits here.
@@ -39,11 +41,9 @@ class Band:
         self.shares = Shares(now_ns)
         self.flows: dict[str, Flow] = {}
         self.waiting = 0
-        self.waiting_flows = 0
-        """How many flows have something waiting."""
+        self.bound: dict[Subset, int] = {}
+        """How many of those that wait may go to some endpoints only, by these."""
         self.in_flight = 0
-        self.aside = 0
-        """How many of these are set aside in the turn under way."""
         self.fairness: FairnessPolicy = make_fairness(self.settings, config, now_ns)
         self.backlogs = Backlogs()
         """Of what has been admitted."""
@@ -65,8 +65,10 @@ class Band:
         flow = lease.flow
         is_head = flow.push(lease)
         self.waiting += 1
+        subset = lease.request.subset
+        if subset is not None:
+            self.bound[subset] = self.bound.get(subset, 0) + 1
         if flow.waiting == 1:
-            self.waiting_flows += 1
             self.fairness.enter(flow, now_ns)
         elif is_head:
             self.fairness.head_moved(flow)
@@ -95,24 +97,10 @@ class Band:
         if self.capacity.requests == 1:
             self.drain_rate.began(now_ns)
 
-    def next(self) -> Lease:
-        """Return the request whose turn it is; one must wait in a flow not set aside."""
-        return self.fairness.pick().head
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether anything waits in a flow that is not set aside."""
-        return self.waiting_flows > self.aside
-
-    def set_aside(self, flow: Flow) -> None:
-        """Pass a flow over, until it is taken back: no endpoint its head may go to has room."""
-        self.fairness.leave(flow)
-        self.aside += 1
-
-    def take_back(self, flow: Flow, now_ns: int) -> None:
-        """Take up again a flow that was set aside; its turn has not passed."""
-        self.fairness.take_back(flow, now_ns)
-        self.aside -= 1
+    def next(self, has_room: HasRoom) -> Lease | None:
+        """Return the request whose turn it is, of those that have room; None if none has."""
+        flow = self.fairness.pick(has_room)
+        return None if flow is None else flow.head
 
     def heads(self) -> list[Lease]:
         """Return the head of every flow with something waiting; O(flows)."""
@@ -193,8 +181,9 @@ class Band:
         flows = self.flows.values()
         assert self.waiting == self.capacity.requests == sum(map(len, flows))
         assert self.capacity.bytes == sum(flow.capacity.bytes for flow in flows)
+        subsets = [lease.request.subset for flow in flows for lease in flow.leases()]
+        assert self.bound == Counter(subset for subset in subsets if subset is not None)
         assert self.in_flight == sum(flow.in_flight for flow in flows)
-        assert self.waiting_flows == sum(bool(flow) for flow in flows)
         assert self.backlogs.lengths() == {flow: len(flow) for flow in flows if flow}
         for flow in flows:
             leases = flow.leases()
@@ -206,8 +195,11 @@ class Band:
         flow = lease.flow
         flow.remove(lease)
         self.waiting -= 1
-        if not flow.waiting:
-            self.waiting_flows -= 1
+        subset = lease.request.subset
+        if subset is not None:
+            self.bound[subset] -= 1
+            if not self.bound[subset]:
+                del self.bound[subset]
         if lease.is_admitted:
             self.backlogs.shrank(flow)
             self._cost -= lease.cost

@@ -6,7 +6,7 @@ from typing import final
 from flowcontrol.band import Band
 from flowcontrol.capacity import Capacity
 from flowcontrol.config import ControllerConfig
-from flowcontrol.flow import Flow, Lease
+from flowcontrol.flow import Lease
 from flowcontrol.request import DEFAULT_PRIORITY
 
 
@@ -32,8 +32,6 @@ class Bands:
         self._config = config
         self._everything = everything
         self._order: list[Band] = []
-        self.passed_over: list[Flow] = []
-        """Flows set aside, while a turn is under way."""
 
     def __iter__(self) -> Iterator[Band]:
         return iter(self._order)
@@ -80,17 +78,6 @@ class Bands:
         for band in self._order:
             band.reconfigure(config, now_ns)
 
-    def pass_over(self, flow: Flow) -> None:
-        """Let others go before a flow, for this turn."""
-        self.by_priority[flow.key.priority].set_aside(flow)
-        self.passed_over.append(flow)
-
-    def take_back(self, now_ns: int) -> None:
-        """End the turn: nobody is passed over any more."""
-        for flow in reversed(self.passed_over):
-            self.by_priority[flow.key.priority].take_back(flow, now_ns)
-        self.passed_over.clear()
-
     def waiting_above(self, band: Band) -> int:
         """Return how many wait in higher bands; O(bands)."""
         return sum(each.waiting for each in self._order if each.priority > band.priority)
@@ -100,12 +87,10 @@ class Bands:
         assert all(lease.is_admitted for lease in waiting)
         order = [band.priority for band in self._order]
         assert order == sorted(order, reverse=True)
-        assert not self.passed_over, "nobody is passed over for longer than a turn"
         for band in self._order:
             mine = [lease for lease in waiting if lease.flow.key.priority == band.priority]
             assert len(mine) == band.waiting
             band.check_invariants()
-            assert not band.aside
             assert band.is_declared or not band.is_idle, "an undeclared idle band is forgotten"
 
     def _add(self, priority: int, now_ns: int) -> Band:

@@ -41,7 +41,7 @@ from flowcontrol.expiry import Expiry, earlier
 from flowcontrol.flow import Lease
 from flowcontrol.forecast import Ahead, Forecast, forecast
 from flowcontrol.pool import FULL, Endpoint, Pool
-from flowcontrol.reclaim import Reclaimer, needed
+from flowcontrol.reclaim import Demand, Reclaimer, needed
 from flowcontrol.request import Outcome, Request, Scope
 from flowcontrol.retry import DrainRate, latest_promise
 from flowcontrol.room import equals_to_displace, without_room
@@ -206,8 +206,6 @@ class FlowController:
         while (late := self._expiry.first_due(now_ns)) is not None:
             self._end_waiting(late, self._expiry.outcome, now_ns)
         self._dispatch(now_ns)
-        if self.bands.passed_over:
-            self.bands.take_back(now_ns)
         if self._newcomers:
             self._make_room(now_ns)
         if self._drain_until_ns is not None and now_ns >= self._drain_until_ns:
@@ -230,44 +228,44 @@ class FlowController:
         if self.config.reclaim.is_enabled:
             first_ns = earlier(first_ns, self._reclaimer.next_change_ns())
         if self._across.is_active and self.pool.saturation() < FULL:  # whoever is gated now
-            first_ns = earlier(first_ns, self._across.next_promotion_ns())
+            promotion_ns = self._across.next_promotion_ns(self.pool.has_room_in)
+            first_ns = earlier(first_ns, promotion_ns)
         return first_ns
 
     def _dispatch(self, now_ns: int) -> None:
         """Let go whoever may go: the highest band first, in it whose turn it is.
 
         A band that is gated with work waiting ends the pass, so that no lower band overtakes it;
-        only a promotion or a share (`across`) goes before the order. A flow whose head may only go
-        to endpoints without room is passed over: what others take is nothing that it could have.
+        only a promotion or a share (`across`) goes before the order. Who may only go to endpoints
+        without room is passed over: what others take is nothing that it could have.
         """
         saturation = self.pool.saturation()
         if saturation >= FULL:
             return
+        has_room = self.pool.has_room_in
         for rank, band in enumerate(self.bands):
-            while band.waiting_flows > band.aside:
-                lease = self._across.next_exception(now_ns) if self._across.is_active else None
-                if lease is not None and lease.flow in self.bands.passed_over:
-                    lease = None
-                if lease is not None and self.pool.has_room_for(lease):
+            while band.waiting:
+                lease = None
+                if self._across.is_active:
+                    lease = self._across.next_exception(now_ns, has_room)
+                if lease is not None:
                     self._send(lease, self.bands.by_priority[lease.flow.key.priority], now_ns)
-                    saturation = self.pool.saturation()
-                elif saturation < self._ceiling(rank, saturation):
-                    lease = band.next()
-                    if lease.request.subset is None or self.pool.has_room_for(lease):
-                        self._send(lease, band, now_ns)
-                        saturation = self.pool.saturation()
-                    else:
-                        self.bands.pass_over(lease.flow)
-                else:
+                elif saturation >= self._ceiling(rank, saturation):
                     return
+                else:
+                    lease = band.next(has_room)
+                    if lease is None:
+                        break
+                    self._send(lease, band, now_ns)
+                saturation = self.pool.saturation()
                 if saturation >= FULL:
                     return
 
     def _send(self, lease: Lease, band: Band, now_ns: int) -> None:
         """Dispatch a request."""
-        self.pool.charge(lease, now_ns)
         if self._across.is_active:
-            self._across.dispatched(lease, band, now_ns)
+            self._across.dispatched(lease, band, now_ns, self.pool.has_room_in)
+        self.pool.charge(lease, now_ns)
         self._drain_rate.dispatched(now_ns)
         band.dispatch(lease, now_ns)
         self._forget_waiting(lease, band, now_ns)
@@ -337,8 +335,8 @@ class FlowController:
             self._across.admitted(lease, band)
         if self.config.forecasts:
             place = lease.flow.capacity.requests - 1  # as if in order of arrival: O(1)
-            forecast = self.forecast(band, band.ahead(lease, place), now_ns)
-            lease.position, lease.expected_wait_ns = forecast
+            expected = self._expected(lease, band, band.ahead(lease, place), now_ns)
+            lease.position, lease.expected_wait_ns = expected
 
     def _refuse(self, lease: Lease, band: Band, now_ns: int) -> None:
         """Reject a newcomer; where two limits refuse it, the slower one says when to come back."""
@@ -361,7 +359,8 @@ class FlowController:
         if self.pool.is_empty or saturation < ceiling:
             return
         must_end = needed(self.pool.total.requests, saturation, ceiling, band.waiting)
-        for victim in self._reclaimer.victims(must_end, band.priority, self.pool, now_ns):
+        demand = Demand(band.waiting, band.bound if self.pool.picks else {})
+        for victim in self._reclaimer.victims(must_end, band.priority, demand, self.pool, now_ns):
             retry_after_ns = self._drain_rate.promise(now_ns, self.config.retry_after_max_ns)
             its_band = self.bands.by_priority[victim.flow.key.priority]
             self.decisions.add(victim, its_band, Outcome.RECLAIMED, now_ns, retry_after_ns)
@@ -415,12 +414,18 @@ class FlowController:
         if lease is None or lease.is_in_flight:
             return None
         band = self.bands.by_priority[lease.flow.key.priority]
-        return self.forecast(band, band.ahead_now(lease), now_ns)
+        return self._expected(lease, band, band.ahead_now(lease), now_ns)
 
     def forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
         """Return what a request can expect that stands behind so much of its band; O(bands)."""
         above = self.bands.waiting_above(band)
         return forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
+
+    def _expected(self, lease: Lease, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
+        """Say nothing of when an endpoint has room that most requests do not wait for."""
+        expected = self.forecast(band, ahead, now_ns)
+        is_bound = lease.request.subset is not None and self.pool.picks
+        return Forecast(expected.position, None) if is_bound else expected
 
     @property
     def leases(self) -> Mapping[int, Lease]:

@@ -27,6 +27,8 @@ class Gate(Enum):
     """A higher band has work waiting, and is gated itself."""
     CEILING = "ceiling"
     """The pool has room, but not for this band: the saturation is at its ceiling."""
+    SUBSET = "subset"
+    """The pool has room, but not at any endpoint that the request may go to."""
     TURN = "turn"
     """Nothing; it goes in the next turns."""
     NONE = "none"
@@ -56,7 +58,7 @@ class Explanation:
     ceiling: float
     """At which its band is gated."""
     gating_priority: int
-    """Of the highest band with work waiting: its own, or the one it stands behind."""
+    """Of the band that it stands behind, or its own."""
     in_flight: int
     """In the pool."""
     endpoints: tuple[EndpointSnapshot, ...]
@@ -86,7 +88,7 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
     saturation = controller.pool.saturation()
     gates = controller.gates()
     ceiling = next(ceiling for each, ceiling in gates if each is band)
-    first = next((each for each, _ in gates if each.waiting), band)
+    gated = next((each for each, limit in gates if each.waiting and saturation >= limit), band)
     above = {
         each.priority: each.waiting
         for each in controller.bands
@@ -105,10 +107,10 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
         None if lease.is_in_flight or lease.deadline_ns is None else lease.deadline_ns - now_ns,
         lease.endpoint,
         lease.is_reclaimed,
-        _gate(controller, lease, first, saturation, ceiling),
+        _gate(controller, lease, gated, saturation, ceiling),
         saturation,
         ceiling,
-        first.priority if is_waiting else key.priority,
+        max(gated.priority, key.priority) if is_waiting else key.priority,
         controller.in_flight,
         endpoint_snapshots(controller),
         flow_snapshot(lease.flow, band, weights, now_ns),
@@ -130,7 +132,7 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
 
 
 def _gate(
-    controller: FlowController, lease: Lease, first: Band, saturation: float, ceiling: float
+    controller: FlowController, lease: Lease, gated: Band, saturation: float, ceiling: float
 ) -> Gate:
     if lease.is_in_flight:
         return Gate.NONE
@@ -138,6 +140,8 @@ def _gate(
         return Gate.NO_ENDPOINTS
     if saturation >= FULL:
         return Gate.POOL_FULL
-    if first.priority > lease.flow.key.priority:
+    if gated.priority > lease.flow.key.priority:
         return Gate.HIGHER_BAND
-    return Gate.CEILING if saturation >= ceiling else Gate.TURN
+    if saturation >= ceiling:
+        return Gate.CEILING
+    return Gate.TURN if controller.pool.has_room_for(lease) else Gate.SUBSET

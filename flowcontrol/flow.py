@@ -106,7 +106,7 @@ class Flow:
 
     __slots__ = (
         *("_newest", "_newest_admitted", "_oldest", "_ordered"),
-        *("capacity", "in_flight", "key", "ordering", "waiting"),
+        *("capacity", "counter", "in_flight", "key", "ordering", "waiting"),
     )
 
     def __init__(
@@ -119,6 +119,8 @@ class Flow:
         self.waiting = 0
         """How many wait, newcomers included."""
         self.in_flight = 0
+        self.counter = 0.0
+        """What the fairness policy of its band counts for it, while something waits."""
         self._oldest: Lease | None = None
         self._newest: Lease | None = None
         self._newest_admitted: Lease | None = None

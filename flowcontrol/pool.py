@@ -19,6 +19,7 @@ from flowcontrol.config import Picker, Role
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
+from flowcontrol.lines import Subset
 
 FULL: Final = 1.0
 """The saturation at which a pool, or an endpoint, takes no more."""
@@ -361,7 +362,13 @@ class Pool:
 
     def has_room_for(self, lease: Lease) -> bool:
         """Whether a request can go, while the pool is not full."""
-        return not self.picks or self.room_for(lease) is not None
+        return lease.request.subset is None or self.has_room_in(lease.request.subset)
+
+    def has_room_in(self, subset: Subset) -> bool:
+        """Whether any of these endpoints has room, while the pool is not full. O(subset)."""
+        if not self.picks:
+            return True
+        return any(self._room_loads.get(address, FULL) < FULL for address in subset)
 
     def room_for(self, lease: Lease) -> str | None:
         """Return where a request would go: as `best`, among those it may go to. O(its subset)."""

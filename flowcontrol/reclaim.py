@@ -12,17 +12,19 @@ largest such n. For d of them waiting, at most m + 1 can go, and for that
 
 must end in all, of which those already told to end, and still in flight, are a part (the pending
 debit). The arithmetic is exact for the concurrency detector and an estimate for the others, so the
-number told at once is bounded, and each is awaited before the next. One that never leaves is given
+number told at once is bounded, and each is awaited before the next. Where the engine picks, whoever
+is ended, or was told before, frees a slot at one endpoint: one of the waiting that may go there has
+to be set against it, and stands for no other. One that never leaves is given
 up on after a while, and does not block the rest for ever.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import ceil
 from typing import final
 
 from flowcontrol.config import Reclaim
 from flowcontrol.flow import Lease
-from flowcontrol.keyedheap import KeyedHeap
+from flowcontrol.lines import Lines, Subset
 from flowcontrol.pool import Pool
 
 
@@ -38,13 +40,46 @@ def needed(in_flight: int, saturation: float, ceiling: float, demand: int) -> in
 
 
 @final
+class Demand:
+    """What waits in one band, to be set against slots that become free. O(subsets).
+
+    Args:
+        waiting: requests that wait.
+        bound: how many of these may go to some endpoints only, by these.
+    """
+
+    def __init__(self, waiting: int, bound: Mapping[Subset, int]) -> None:
+        self._bound = dict(bound)
+        self._anywhere = waiting - sum(bound.values())
+
+    def includes(self, slot: Subset) -> bool:
+        """Whether a waiting request that is not set against another slot can use this one."""
+        return self._anywhere > 0 or self._bound_to(slot) is not None
+
+    def take(self, slot: Subset) -> None:
+        """Set a waiting request against a slot; one that can go nowhere else, if there is one."""
+        subset = self._bound_to(slot)
+        if subset is None:
+            self._anywhere -= 1
+        else:
+            self._bound[subset] -= 1
+
+    def _bound_to(self, slot: Subset) -> Subset | None:
+        for subset, count in self._bound.items():
+            if count > 0 and not set(slot).isdisjoint(subset):
+                return subset
+        return None
+
+
+@final
 class Reclaimer:
     """Knows who may be ended, and who has been told. O(log in flight) a request."""
 
     def __init__(self, settings: Reclaim) -> None:
         self._settings = settings
-        self._candidates: KeyedHeap[Lease, tuple[int, int]] = KeyedHeap()
-        """Sheddable requests in flight: the lowest band first, in it the newest."""
+        self._candidates: Lines[Lease, tuple[int, int]] = Lines()
+        """Sheddable requests in flight: the lowest band first, in it the newest; by endpoint, where
+        the engine picked it."""
         self._told: dict[Lease, int] = {}
         """Requests told to end and still in flight, with when we give up on each."""
         self._dispatch_count = 0
@@ -52,7 +87,7 @@ class Reclaimer:
     def reconfigure(self, settings: Reclaim, leases: Iterable[Lease]) -> None:
         """Go by other settings; O(requests)."""
         self._settings = settings
-        self._candidates = KeyedHeap()
+        self._candidates = Lines()
         if not settings.is_enabled:
             self._told.clear()
             return
@@ -72,7 +107,8 @@ class Reclaimer:
     def _take_up(self, lease: Lease) -> None:
         may_have_answered = lease.has_answered or not lease.is_watched
         if not (self._settings.is_only_before_first_byte and may_have_answered):
-            self._candidates.put(lease, (lease.flow.key.priority, -lease.dispatch_index))
+            slot = None if lease.endpoint is None else (lease.endpoint,)
+            self._candidates.put(lease, (lease.flow.key.priority, -lease.dispatch_index), slot)
 
     def answered(self, lease: Lease) -> None:
         """Note that a request's first byte has been seen."""
@@ -91,24 +127,30 @@ class Reclaimer:
             if given_up_ns <= now_ns:
                 del self._told[lease]
 
-    def victims(self, must_end: int, below_priority: int, pool: Pool, now_ns: int) -> list[Lease]:
-        """Return who is to be ended now, each named once; O(log in flight) each.
+    def victims(
+        self, must_end: int, below_priority: int, demand: Demand, pool: Pool, now_ns: int
+    ) -> list[Lease]:
+        """Return who is to be ended now, each named once; O(log in flight + endpoints) each.
 
         Args:
             must_end: in all, as `needed` says; whoever has been told already is part of it.
             below_priority: only bands lower than this.
+            demand: what waits; only slots that somebody of it can use are of any use.
             pool: only what holds a slot of it.
             now_ns: the time.
         """
         chosen: list[Lease] = []
         room = min(must_end, self._settings.at_once_max) - len(self._told)
-        while room > len(chosen) and (first := self._candidates.first()) is not None:
+        for lease in self._told:
+            _set_against(demand, lease)
+        while room > len(chosen) and (first := self._candidates.first(demand.includes)) is not None:
             (priority, _newest), lease = first
             if priority >= below_priority:
                 break
             self._candidates.discard(lease)
             if not pool.counts(lease):
                 continue
+            _set_against(demand, lease)
             self._told[lease] = now_ns + self._settings.patience_ns
             lease.is_reclaimed = True
             chosen.append(lease)
@@ -117,3 +159,10 @@ class Reclaimer:
     def next_change_ns(self) -> int | None:
         """Return when we next give up on somebody."""
         return min(self._told.values(), default=None)
+
+
+def _set_against(demand: Demand, lease: Lease) -> None:
+    """Set a waiting request against the slot of one that ends, where it is known and of use."""
+    slot = None if lease.endpoint is None else (lease.endpoint,)
+    if slot is not None and demand.includes(slot):
+        demand.take(slot)

@@ -90,6 +90,8 @@ def _gate(explained: Explanation) -> str:
             return (
                 f"It waits because its band may fill the pool to {ceiling} only, which is at {load}"
             )
+        case Gate.SUBSET:
+            return "It waits because no endpoint that it may go to has room; others pass meanwhile"
         case Gate.TURN | Gate.NONE:
             return "Nothing keeps it: it goes next"
 

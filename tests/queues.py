@@ -11,11 +11,18 @@ from flowcontrol.config import ControllerConfig, Limits, Ordering
 from flowcontrol.estimates import Tokens
 from flowcontrol.fairness import FairnessPolicy
 from flowcontrol.flow import Flow, Lease
+from flowcontrol.lines import HasRoom, Subset
 from flowcontrol.request import FlowKey, Request
 
 FLOW_IDS = "abcde"
 Step = tuple[str, int, int, int]
 """What happens, to whom, how large the request is said to be and is, or how much time passes."""
+
+
+def everywhere(subset: Subset) -> bool:
+    """Whether there is room: always."""
+    del subset
+    return True
 
 
 class Queue:
@@ -40,18 +47,21 @@ class Queue:
         self.arrived_count = 0
         self.unsettled: list[Lease] = []
         """Dispatched, in order."""
+        self.has_room: HasRoom = everywhere
 
     @property
     def waiting(self) -> list[Lease]:
         """All that wait, flow by flow."""
         return [lease for flow in self.flows.values() for lease in flow.leases()]
 
-    def arrive(self, flow_id: str, cost: float = 1, true_cost: float = 1) -> Lease:
+    def arrive(
+        self, flow_id: str, cost: float = 1, true_cost: float = 1, subset: Subset | None = None
+    ) -> Lease:
         """Queue a request that is charged for one cost and turns out to have another."""
         self.arrived_count += 1
         flow = self.flows[flow_id]
         lease = Lease(
-            Request(self.arrived_count, flow_id, ttft_slo_ns=round(true_cost)),
+            Request(self.arrived_count, flow_id, ttft_slo_ns=round(true_cost), subset=subset),
             flow,
             self.arrived_count,
             self.now_ns,
@@ -76,7 +86,9 @@ class Queue:
 
     def dispatch(self) -> Lease:
         """Let the policy choose, and send the head of that flow."""
-        return self.send(self.policy.pick().head)
+        flow = self.policy.pick(self.has_room)
+        assert flow is not None, "somebody waits"
+        return self.send(flow.head)
 
     def send(self, lease: Lease) -> Lease:
         """Send a request, in turn or out of it."""
@@ -122,10 +134,6 @@ class NaivePolicy:
         """Take up the flow."""
         self.flows[flow] = None
 
-    def take_back(self, flow: Flow, now_ns: int) -> None:
-        """Take it up like any other."""
-        self.enter(flow, now_ns)
-
     def head_moved(self, flow: Flow) -> None:
         """Take no notice."""
 
@@ -133,8 +141,9 @@ class NaivePolicy:
         """Let go of the flow."""
         del self.flows[flow]
 
-    def pick(self) -> Flow:
+    def pick(self, has_room: HasRoom = everywhere) -> Flow:
         """Return the flow with the longest backlog: whoever asks for most gets most."""
+        del has_room
         return max(self.flows, key=len)
 
     def served(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - for those below
@@ -178,8 +187,9 @@ class NaiveTokens(NaivePolicy):
         self.counters[flow_id] = max(self.counters.get(flow_id, 0.0), level)
         super().enter(flow, now_ns)
 
-    def pick(self) -> Flow:
+    def pick(self, has_room: HasRoom = everywhere) -> Flow:
         """Return the flow with the lowest counter."""
+        del has_room
         return min(self.flows, key=lambda flow: self.counters[flow.key.flow_id])
 
     def served(self, flow: Flow, cost: float, now_ns: int) -> None:

@@ -14,7 +14,9 @@ from flowcontrol.capacity import Capacity
 from flowcontrol.config import BandSettings, BandTemplate, ControllerConfig, Fairness
 from flowcontrol.estimates import Tokens
 from flowcontrol.flow import Lease
+from flowcontrol.lines import HasRoom
 from flowcontrol.request import Request
+from tests.queues import everywhere
 
 TOLERANCE = 1e-6
 PRIORITIES = (3, 2, 1, 0)
@@ -85,11 +87,12 @@ class Stack:
 
     def dispatch(self) -> Lease:
         """Serve the next and let it end."""
-        lease = self.across.next_exception(self.now_ns)
+        lease = self.across.next_exception(self.now_ns, everywhere)
         if lease is None:
-            lease = next(band for band in self.bands.values() if band.waiting).next()
+            lease = next(b for b in self.bands.values() if b.waiting).next(everywhere)
+        assert lease is not None, "somebody waits"
         band = self.bands[lease.flow.key.priority]
-        self.across.dispatched(lease, band, self.now_ns)
+        self.across.dispatched(lease, band, self.now_ns, everywhere)
         band.dispatch(lease, self.now_ns)
         self.across.removed(lease, band)
         band.complete(lease)
@@ -185,9 +188,9 @@ def long_run(seed: int, *kinds: str) -> list[Step]:
 class Strict(Across):  # type: ignore[misc]  # planted
     """Makes no exception."""
 
-    def next_exception(self, now_ns: int) -> Lease | None:
+    def next_exception(self, now_ns: int, has_room: HasRoom) -> Lease | None:
         """Return none."""
-        del now_ns
+        del now_ns, has_room
         return None
 
 
@@ -204,9 +207,9 @@ class ForgivesDebt(Across):  # type: ignore[misc]  # planted
 class EarnsByPromotions(Across):  # type: ignore[misc]  # planted
     """Lets promotions earn credit, as if they were not exceptions themselves."""
 
-    def dispatched(self, lease: Lease, served: Band, now_ns: int) -> None:
+    def dispatched(self, lease: Lease, served: Band, now_ns: int, has_room: HasRoom) -> None:
         """Count a promotion like any other dispatch."""
-        super().dispatched(lease, served, min(now_ns, lease.arrived_ns - 1))
+        super().dispatched(lease, served, min(now_ns, lease.arrived_ns - 1), has_room)
 
 
 class FirstComeFirst(Across):  # type: ignore[misc]  # planted
@@ -215,7 +218,7 @@ class FirstComeFirst(Across):  # type: ignore[misc]  # planted
     def admitted(self, lease: Lease, band: Band) -> None:
         """Take the arrival for the time it becomes due."""
         if band.settings.promote_after_ns is not None:
-            self._promotions.put(lease, lease.arrived_ns)
+            self._promotions.put(lease, lease.arrived_ns, None)
 
 
 SHARING = ("arrive", "arrive", "dispatch", "dispatch", "cancel", "anew")
@@ -336,7 +339,7 @@ class TestShares:
         stack.bands[0].reconfigure(ControllerConfig(), 0)
         stack.across.set_bands(stack.bands.values())
 
-        assert stack.across.next_exception(0) is None
+        assert stack.across.next_exception(0, everywhere) is None
 
 
 class TestPromotions:
@@ -398,14 +401,14 @@ class TestPromotions:
     def test_next_promotion_is_the_next_to_become_due(self) -> None:
         """So that the machine can ask to be woken then."""
         stack = Stack(Across(), configured(SHARES, AFTER_NS))
-        assert stack.across.next_promotion_ns() is None
+        assert stack.across.next_promotion_ns(everywhere) is None
 
         stack.arrive(0, 1)
         second = stack.arrive(2, 1)
-        assert stack.across.next_promotion_ns() == 7
+        assert stack.across.next_promotion_ns(everywhere) == 7
 
         stack.cancel(second)
-        assert stack.across.next_promotion_ns() == 20
+        assert stack.across.next_promotion_ns(everywhere) == 20
 
     def test_band_that_promotes_no_more_lets_its_requests_wait(self) -> None:
         """Reconfiguration counts for what waits."""
@@ -414,7 +417,7 @@ class TestPromotions:
         stack.bands[0].reconfigure(ControllerConfig(), 0)
         stack.across.admitted(lease, stack.bands[0])
 
-        assert stack.across.next_promotion_ns() is None
+        assert stack.across.next_promotion_ns(everywhere) is None
 
     def test_own_promotion_is_paid_from_credit(self) -> None:
         """It is served; that it was out of turn makes it no present."""

@@ -52,6 +52,7 @@ from flowcontrol.events import (
 from flowcontrol.events import Fact as AnyFact
 from flowcontrol.expiry import Expiry
 from flowcontrol.flow import Lease
+from flowcontrol.lines import HasRoom
 from flowcontrol.pool import FULL, Pool
 from flowcontrol.request import Outcome, Request
 from flowcontrol.retry import DrainRate
@@ -881,7 +882,8 @@ class DisplacesEquals(FlowController):  # type: ignore[misc]  # planted
 
     def _has_room(self, lease: Lease, band: Band, now_ns: int) -> bool:
         if not self.capacity.fits(lease.request.byte_size) and band.capacity.requests:
-            self._end_waiting(band.next(), Outcome.EVICTED_DISPLACED, now_ns)
+            head = next(iter(band.heads()))
+            self._end_waiting(head, Outcome.EVICTED_DISPLACED, now_ns)
         return super()._has_room(lease, band, now_ns)
 
 
@@ -927,9 +929,10 @@ class ServesLowestFirst(DisplacesFromTheTop):  # type: ignore[misc]  # planted
 class NewestFirst(Band):  # type: ignore[misc]  # planted
     """Serves the newest request of the flow whose turn it is."""
 
-    def next(self) -> Lease:
+    def next(self, has_room: HasRoom) -> Lease | None:
         """Return the newest of the flow."""
-        return super().next().flow.leases()[-1]
+        lease = super().next(has_room)
+        return None if lease is None else lease.flow.leases()[-1]
 
 
 class OldestGivesWay(Band):  # type: ignore[misc]  # planted

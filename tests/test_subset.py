@@ -1,5 +1,7 @@
 """Requests that may go to some endpoints only: to none else, within limits, in nobody's way."""
 
+from collections import Counter
+from dataclasses import replace
 from typing import final
 
 import pytest
@@ -14,6 +16,8 @@ from flowcontrol.config import (
     ControllerConfig,
     Fairness,
     Picker,
+    Reclaim,
+    TokenPrices,
 )
 from flowcontrol.controller import FlowController
 from flowcontrol.events import (
@@ -25,9 +29,14 @@ from flowcontrol.events import (
     ObjectivesChanged,
     Reconfigured,
 )
+from flowcontrol.explain import Gate, explain
+from flowcontrol.lines import Subset
+from flowcontrol.pool import Pool
+from flowcontrol.reclaim import Demand
 from flowcontrol.request import Outcome, Request
 
 A, B, C = "10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"
+BY_PROMPT = TokenPrices(output=0.0)
 
 
 def config(
@@ -213,6 +222,123 @@ class TestNobodysWay:
         assert gone.outcome is Outcome.EVICTED_CANCELLED
         assert places(house.tell(Left(1))) == [(3, A)]
 
+    @pytest.mark.parametrize(
+        ("weights", "costs"),
+        [({"gold": 9.0}, {"gold": 100, "tin": 100}), ({}, {"a": 10, "b": 1000})],
+    )
+    def test_weights_hold_while_passed_over(
+        self, weights: dict[str, float], costs: dict[str, int]
+    ) -> None:
+        """Endpoint B has room all the time, so those tied to A are passed over in every turn."""
+        settings = replace(config(Fairness.WEIGHTED_TOKENS), weights=weights, prices=BY_PROMPT)
+        controller = FlowController(settings, 0)
+        controller.handle(EndpointsChanged((A, B)), 0)
+        served: Counter[str] = Counter()
+        came = [flow_id for flow_id in costs for _ in range(3)]
+        for now_ns in range(2000):
+            first_id = 3 * len(costs) + now_ns if now_ns else 1
+            for request_id, flow_id in enumerate(came, first_id):
+                request = Request(request_id, flow_id, input_tokens=costs[flow_id], subset=(A,))
+                controller.handle(Arrived(request), now_ns)
+            (sent,) = controller.poll(now_ns)
+            controller.handle(Left(sent.request_id), now_ns)
+            came = [sent.flow_id]
+            served[sent.flow_id] += costs[sent.flow_id]
+
+        one, other = costs
+        ratio = served[one] / served[other]
+        assert ratio == pytest.approx(weights.get(one, 1.0) / weights.get(other, 1.0), rel=0.05)
+
+    @pytest.mark.interpreted
+    def test_crowd_is_passed_over_with_one_question(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However many flows wait for an endpoint, a turn in which none of them goes is short."""
+        asked: list[Subset] = []
+        has_room_in = Pool.has_room_in
+
+        def listening(pool: Pool, subset: Subset) -> bool:
+            asked.append(subset)
+            return has_room_in(pool, subset)
+
+        monkeypatch.setattr(Pool, "has_room_in", listening)
+        house = House(config(Fairness.WEIGHTED_TOKENS))
+        house.tell(house.arrived(A))
+        house.tell(*(house.arrived(A, flow_id=f"f{number}") for number in range(500)))
+        asked.clear()
+        house.controller.poll(house.now_ns + 1)
+
+        assert asked == [(A,)]
+
+
+class TestPromotion:
+    """Who waited too long goes first, of those that can go."""
+
+    def promoting(self) -> House:
+        """Requests of band 0 are due after 10 ns."""
+        templates = (BandTemplate(priority_max=0, settings=BandSettings(promote_after_ns=10)),)
+        house = House(replace(config(), templates=templates))
+        house.tell(house.arrived(A, objective="high"), house.arrived(B, objective="high"))
+        return house
+
+    def test_who_cannot_go_hides_nobody(self) -> None:
+        """The first that is due waits for A; the second may go anywhere, and goes."""
+        house = self.promoting()
+        house.tell(house.arrived(A))
+        house.tell(house.anybody("second"), house.arrived(B, flow_id="z", objective="high"))
+        house.now_ns += 20
+
+        assert places(house.tell(Left(2))) == [(4, B)]
+        assert places(house.tell(Left(1))) == [(3, A)]
+
+    def test_nobody_is_woken_for_who_cannot_go(self) -> None:
+        """Due and without room, it is no reason to wake up; else the processor would spin."""
+        house = self.promoting()
+        house.tell(Left(2), house.arrived(A))
+        before = house.controller.next_wakeup_ns()
+        house.now_ns += 20
+
+        assert house.tell() == []
+        assert (before, house.controller.next_wakeup_ns()) == (None, None)
+
+
+class TestReclaim:
+    """Ending a request in flight helps only who may go where it was."""
+
+    def test_nobody_ends_in_vain(self) -> None:
+        """The newest is at B, where the one that waits must not go; the one at A is ended."""
+        reclaim = Reclaim(is_enabled=True, is_only_before_first_byte=False)
+        house = House(replace(config(), reclaim=reclaim))
+        house.tell(ObjectivesChanged({"high": 10, "low": -1}))
+        house.tell(house.arrived(A, objective="low"), house.arrived(B, objective="low"))
+        (told,) = house.tell(house.arrived(A, objective="high"))
+
+        assert (told.request_id, told.outcome) == (1, Outcome.RECLAIMED)
+
+    def test_as_many_as_can_go(self) -> None:
+        """Two wait for A, one may go anywhere: of two slots at A and two at B, one at B is left."""
+        demand = Demand(3, {(A,): 2})
+        taken = []
+        for slot in (B, B, A, A):
+            if demand.includes((slot,)):
+                demand.take((slot,))
+                taken.append(slot)
+
+        assert taken == [B, A, A]
+
+
+class TestExplained:
+    """Whoever asks is told."""
+
+    def test_held_by_its_subset(self) -> None:
+        """There is room, but not for this one."""
+        house = House(config())
+        house.tell(house.arrived(A))
+        house.tell(house.arrived(A))
+        explained = explain(house.controller, 2, house.now_ns)
+
+        assert explained is not None
+        assert explained.gate is Gate.SUBSET
+        assert explained.expected_wait_ns is None
+
 
 class TestFallbacks:
     """Where else to send a request."""
@@ -253,7 +379,15 @@ class Crowd(RuleBasedStateMachine):
         super().__init__()
         fairness = list(Fairness)
         templates = tuple(
-            BandTemplate(priority_min=n, priority_max=n, settings=BandSettings(fairness=each))
+            BandTemplate(
+                priority_min=n,
+                priority_max=n,
+                settings=BandSettings(
+                    fairness=each,
+                    share_min=0.2 if n == 1 else 0.0,
+                    promote_after_ns=5 if n == 0 else None,
+                ),
+            )
             for n, each in enumerate(fairness)
         )
         self.controller = FlowController(
@@ -333,8 +467,10 @@ class Crowd(RuleBasedStateMachine):
 
     @invariant()
     def is_right(self) -> None:
-        """The account is right, and nobody waits who could go."""
+        """The account is right, nobody waits who could go, and the next turn is later."""
         self.controller.check_invariants()
+        wakeup_ns = self.controller.next_wakeup_ns()
+        assert wakeup_ns is None or wakeup_ns > self.now_ns
         for address in self.pool:
             if list(self.at.values()).count(address) < self.LIMIT:
                 could = [

@@ -1,0 +1,95 @@
+"""Pure. Who waits, in order, apart by the endpoints they may go to.
+
+A request with a subset may go to some endpoints only. While none of these has room, it is passed
+over, and so is everybody with the same subset: one question passes over all of them. So whoever
+cannot go costs the others nothing, keeps its place, and is found again as soon as there is room.
+Subsets come from the gateway and are few; requests are many.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from flowcontrol.keyedheap import KeyedHeap
+
+Subset = tuple[str, ...]
+"""The endpoints that a request may go to."""
+HasRoom = Callable[[Subset], bool]
+"""Whether any of these endpoints has room."""
+Item = TypeVar("Item")
+Key = TypeVar("Key", int, float, tuple[int, int])
+
+
+class Lines(Generic[Item, Key]):
+    """Items by key: a line for those that may go anywhere, and one for each subset.
+
+    `put` and `discard` are O(log items) amortised, `first` is O(subsets).
+    """
+
+    def __init__(self) -> None:
+        self.anywhere: KeyedHeap[Item, Key] = KeyedHeap()
+        """Those without a subset; for others to read."""
+        self.bound: dict[Subset, KeyedHeap[Item, Key]] = {}
+        """The others, by subset; no line is empty. For others to read, too."""
+        self._subsets: dict[Item, Subset] = {}
+        """Of the same."""
+
+    def __bool__(self) -> bool:
+        return len(self.anywhere) > 0 or len(self.bound) > 0
+
+    def __iter__(self) -> Iterator[Item]:
+        yield from self.anywhere
+        yield from self._subsets
+
+    def put(self, item: Item, key: Key, subset: Subset | None) -> None:
+        """Add an item, or move it to another key, another line, or both."""
+        if self._subsets and self.subset_of(item) != subset:
+            self._unbind(item)
+        if subset is None:
+            self.anywhere.put(item, key)
+            return
+        self.anywhere.discard(item)
+        self._subsets[item] = subset
+        line = self.bound.get(subset)
+        if line is None:
+            line = self.bound[subset] = KeyedHeap()
+        line.put(item, key)
+
+    def discard(self, item: Item) -> None:
+        """Remove an item if it is here."""
+        if self._subsets:
+            self._unbind(item)
+        self.anywhere.discard(item)
+
+    def subset_of(self, item: Item) -> Subset | None:
+        """Return the subset in whose line an item stands."""
+        return self._subsets.get(item)
+
+    def firsts(self) -> Iterator[tuple[Subset, Key, Item]]:
+        """Iterate the lines of subsets, each by its first: the smallest key and its item."""
+        for subset, line in self.bound.items():
+            first = line.first()
+            assert first is not None, "no line is empty"
+            yield subset, first[0], first[1]
+
+    def first(self, has_room: HasRoom) -> tuple[Key, Item] | None:
+        """Return the smallest key and its item, of those that have room; None if nobody has.
+
+        Whoever may go anywhere has room wherever there is any: that is not asked. Among equals it
+        comes last, since it has the choice.
+        """
+        best: tuple[Key, Item] | None = None
+        if self.bound:
+            for subset, key, item in self.firsts():
+                if (best is None or key < best[0]) and has_room(subset):
+                    best = key, item
+        free = self.anywhere.first()
+        return free if best is None or (free is not None and free[0] < best[0]) else best
+
+    def _unbind(self, item: Item) -> None:
+        subset = self._subsets.pop(item, None)
+        if subset is None:
+            return
+        line = self.bound[subset]
+        line.discard(item)
+        if not len(line):
+            del self.bound[subset]

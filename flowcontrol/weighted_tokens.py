@@ -1,0 +1,221 @@
+"""Pure. Weighted tokens: virtual-time fair queueing on the cost of tokens.
+
+Every flow has a counter: the cost of what it was served over its weight. The lowest counter goes
+next. A flow that was away is lifted to the level of those being served, so absence earns no credit;
+one that left in debt returns with its debt. This is start-time fair queueing (Goyal, Vin and Cheng,
+SIGCOMM 1996), which the virtual token counter (Sheng et al., OSDI 2024) brought to language models,
+with three changes. A dispatch is charged at once by estimate, so that a burst is paid for while it
+is in flight. A settlement corrects the counter by what the estimate was wrong. And a flow whose
+head may only go to endpoints without room is passed over, with all others of the same subset: with
+its line.
+
+A line that has room again is lifted as a whole, if its lowest counter is further below the level
+than what its head costs. So what it could not use is not saved up, it is next all the same, and
+what the flows in it owe each other stands. Who joins a line that is passed over finds it lifted.
+
+The bound. For a flow f of weight w let E be the error in the estimates of what it has in flight or
+unsettled (estimated minus true cost, summed; 0 with nothing unsettled), R how far E ranges over
+time, and A the largest true cost of one request. Let x be f's counter less E/w: what it would be
+had every estimate been right. Corrections leave x alone, since they move the counter and E alike;
+only true service and lifts raise it. Let L be the level, which never falls. It is raised to what
+the lowest waiting counter is, so a waiting f has had c_f >= L when L was last raised, or f lifted:
+x_f >= L - E_f/w_f of that moment. A flow g is in turn only as the lowest, so its last service left
+x_g <= L - E_g/w_g + A_g/w_g, with E_g of just before it. Now take any interval in which both wait
+without pause. At the last dispatch of f in it c_f <= c_g, that is x_f + E_f/w_f <= x_g + E_g/w_g;
+put together, and with the other direction by symmetry, for the true service S in that interval
+
+    |S_f/w_f - S_g/w_g|  <=  (A_f + R_f) / w_f + (A_g + R_g) / w_g
+
+whatever its length and whatever others do. With right estimates R is 0, and this is the bound of
+start-time fair queueing. With subsets it holds, for an interval in which both wait in one line,
+with one more term: a line may be lifted to K below L, K being the largest estimated cost over
+weight of a head in it. Lifts of the line move both alike. Between lines nothing is promised while
+one is passed over. Two more things are outside of it: requests that go out of turn (`across`),
+which are charged all the same, and debts forgotten when more than ACCOUNTS_MAX flows are in debt.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import final
+
+from flowcontrol.config import ControllerConfig
+from flowcontrol.flow import Flow, Lease
+from flowcontrol.lines import HasRoom, Lines, Subset
+
+ACCOUNTS_MAX = 65_536
+"""Accounts kept of flows that have nothing waiting; flow ids are the clients' to invent."""
+
+
+@final
+class WeightedTokens:
+    """Equal token cost, by weight; the module's text derives it. O(log flows + subsets).
+
+    Args:
+        weights: of flows by id, above zero; 1.0 for those not named.
+    """
+
+    __slots__ = ("_away", "_flows", "_level", "_lifts", "_lines", "_passed_over", "_weights")
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self._weights = weights
+        self._flows: dict[str, Flow] = {}
+        """Those with something waiting."""
+        self._lines: Lines[Flow, float] = Lines()
+        """The same, by counter less what their line was lifted."""
+        self._lifts: dict[Subset, float] = {}
+        """Of the lines that were lifted."""
+        self._passed_over: set[Subset] = set()
+        """Lines that had no room at the last choice."""
+        self._away: OrderedDict[str, float] = OrderedDict()
+        """Counters of flows with nothing waiting, whoever was looked at longest ago first."""
+        self._level = 0.0
+        """Virtual time: the highest that the lowest waiting counter has been. Never goes back."""
+
+    def enter(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - virtual time is all it needs
+        """Take the flow up, lifted to the level of those being served."""
+        self._raise_level()
+        flow_id = flow.key.flow_id
+        counter = self._away.pop(flow_id, self._level)
+        if counter < self._level:
+            counter = self._level
+        self._flows[flow_id] = flow
+        self._stand(flow, counter)
+
+    def head_moved(self, flow: Flow) -> None:
+        """Put the flow, with its counter, where its head may go."""
+        if self._lines.subset_of(flow) != flow.head.request.subset:
+            self._stand(flow, self._step_out(flow))
+
+    def leave(self, flow: Flow) -> None:
+        """Keep the flow's account while it is above the level: while it is a debt."""
+        self._leave(flow, self._step_out(flow))
+
+    def pick(self, has_room: HasRoom) -> Flow | None:
+        """Return the flow with the lowest counter."""
+        best: tuple[float, Flow] | None = None
+        if self._lines.bound:
+            for subset, counter, flow in self._lines.firsts():
+                if not has_room(subset):
+                    self._passed_over.add(subset)
+                    continue
+                if subset in self._passed_over:
+                    self._lift(subset)
+                    self._passed_over.discard(subset)
+                lifted = counter + self._lifts.get(subset, 0.0)
+                if best is None or lifted < best[0]:
+                    best = lifted, flow
+        free = self._lines.anywhere.first()
+        if best is None or (free is not None and free[0] < best[0]):
+            best = free
+        return None if best is None else best[1]
+
+    def served(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - see enter
+        """Advance the level to the lowest counter, then the flow's counter by what it is served."""
+        self._raise_level()
+        before = self._step_out(flow) if self._lines.bound else flow.counter
+        counter = before + cost / self._weights.get(flow.key.flow_id, 1.0)
+        if flow.waiting:
+            self._stand(flow, counter)
+        else:
+            self._lines.discard(flow)
+            self._leave(flow, counter)
+
+    def correct(self, flow_id: str, cost: float, now_ns: int) -> None:  # noqa: ARG002 - see enter
+        """Move the flow's counter; one not known any more stands at the level."""
+        change = cost / self._weights.get(flow_id, 1.0)
+        flow = self._flows.get(flow_id)
+        if flow is not None:
+            flow.counter += change
+            self._lines.put(flow, flow.counter, self._lines.subset_of(flow))
+        else:
+            counter = max(self._away.get(flow_id, 0.0), self._level) + change
+            self._away[flow_id] = counter
+            self._forget_paid()
+
+    def turns(self, lease: Lease, place: int, cost_each: float) -> float:
+        """Return how far the counter will have run ahead of the lowest, in requests of others."""
+        flow = lease.flow
+        lowest = self._lowest()
+        lead = self._counter(flow) - lowest if lowest is not None else 0.0
+        more = place * lease.cost / self._weights.get(flow.key.flow_id, 1.0)
+        return max(0.0, lead + more) / cost_each
+
+    def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:  # noqa: ARG002 - as above
+        """Take other weights: for what is served from now on."""
+        self._weights = config.weights
+
+    def _raise_level(self) -> None:
+        lowest = self._lowest()
+        if lowest is not None and lowest > self._level:
+            self._level = lowest
+
+    def _lowest(self) -> float | None:
+        """Return the lowest counter in the lines that are not passed over."""
+        first = self._lines.anywhere.first()
+        lowest = None if first is None else first[0]
+        if self._lines.bound:
+            for subset, counter, _ in self._lines.firsts():
+                lifted = counter + self._lifts.get(subset, 0.0)
+                if subset not in self._passed_over and (lowest is None or lifted < lowest):
+                    lowest = lifted
+        return lowest
+
+    def _counter(self, flow: Flow) -> float:
+        subset = self._lines.subset_of(flow)
+        return flow.counter if subset is None else flow.counter + self._lifts.get(subset, 0.0)
+
+    def _stand(self, flow: Flow, counter: float) -> None:
+        """Put a flow where its head may go."""
+        subset = flow.head.request.subset
+        if subset is not None:
+            if subset in self._passed_over:
+                self._lift(subset)
+            counter -= self._lifts.get(subset, 0.0)
+        flow.counter = counter
+        self._lines.put(flow, counter, subset)
+
+    def _step_out(self, flow: Flow) -> float:
+        """Take a flow out of its line, which ends with its last; return the counter."""
+        counter, subset = self._counter(flow), self._lines.subset_of(flow)
+        self._lines.discard(flow)
+        if subset is not None and subset not in self._lines.bound:
+            self._lifts.pop(subset, None)
+            self._passed_over.discard(subset)
+        return counter
+
+    def _lift(self, subset: Subset) -> None:
+        """Lift a line, if it is further below the level than what its head costs."""
+        first = self._lines.bound[subset].first()
+        assert first is not None, "no line is empty"
+        counter, flow = first
+        least = self._level - flow.head.cost / self._weights.get(flow.key.flow_id, 1.0)
+        if counter + self._lifts.get(subset, 0.0) < least:
+            self._lifts[subset] = least - counter
+
+    def _leave(self, flow: Flow, counter: float) -> None:
+        """Take note of a flow that stands in no line any more."""
+        flow_id = flow.key.flow_id
+        del self._flows[flow_id]
+        if not self._flows:
+            # The busy period ends, and with it the last flow's advantage over the next to come.
+            self._level = max(self._level, counter)
+        if counter > self._level:
+            self._away[flow_id] = counter
+        self._forget_paid()
+
+    def _forget_paid(self) -> None:
+        """Drop accounts that the level has reached; they make no difference any more.
+
+        From the front up to the first that is still in debt, which goes to the end. So with D in
+        debt D calls go round once, and at most 2 D accounts are kept: O(1) amortised, unsorted.
+        """
+        away = self._away
+        if len(away) > ACCOUNTS_MAX:  # all perhaps in debt: of two, the larger debt stays
+            one, other = away.popitem(last=False), away.popitem(last=False)
+            flow_id, counter = one if one[1] > other[1] else other
+            away[flow_id] = counter
+        while away:
+            flow_id, counter = away.popitem(last=False)
+            if counter > self._level:
+                away[flow_id] = counter
+                return
