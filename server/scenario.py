@@ -109,6 +109,12 @@ class Scenario(EngineSettings, _Head):
             for name in fault.server_names:
                 rule = f"faults[{index}] must name a server such as {names[0]}, got {name!r}"
                 demand(name in names, rule)
+        for index, workload in enumerate(self.workloads):
+            for name in workload.servers or ():
+                rule = (
+                    f"workloads[{index}].servers must name servers such as {names[0]}, got {name!r}"
+                )
+                demand(name in names, rule)
         return self
 
     def engine(self) -> Engine:

@@ -322,6 +322,8 @@ class WorkloadSection(Section):
     retry: RetrySection = RetrySection()
     model: str = ""
     """Names what is alike in output length."""
+    servers: tuple[str, ...] | None = None
+    """Names of those their requests may go to, as a gateway's subset hint says; any otherwise."""
 
     @model_validator(mode="after")
     def _has_lengths(self) -> Self:
@@ -367,6 +369,7 @@ class WorkloadSection(Section):
                 after_patience=retry.after_patience,
             ),
             model=self.model,
+            subset=self.servers,
         )
 
     def _lengths(self, arrivals: Arrivals) -> Lengths:

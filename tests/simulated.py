@@ -249,6 +249,7 @@ def _random_workload(chance: Random, number: int) -> Workload:
             honours_retry_after=chance.random() < 0.5,
             after_patience=chance.random() < 0.5,
         ),
+        subset=chance.choice([None, None, None, ("s0",), ("s0", "s1")]),
     )
 
 

@@ -215,6 +215,10 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
         ["faults[0] must name a server such as server-0, got 'x'"],
     ),
     (
+        people(servers=["server-0", "x"]),
+        ["workloads[0].servers must name servers such as server-0, got 'x'"],
+    ),
+    (
         {"faults": [{"metricsLie": {"from": "1s", "until": "2s", "kvUsage": 2}}]},
         ["faults[0].metricsLie.kvUsage must be a number from 0 to 1, got 2"],
     ),
@@ -408,6 +412,7 @@ class TestMeaning:
             patience={"uniform": {"min": "1s", "max": "2s"}},
             retry={"attempts": 3, "honoursRetryAfter": False, "afterPatience": True},
             model="llama",
+            servers=["server-0"],
         )
         assert workload == Workload(
             name="people",
@@ -425,6 +430,7 @@ class TestMeaning:
             patience=Uniform(SECOND, 2 * SECOND),
             retry=Retry(attempts_max=3, honours_retry_after=False, after_patience=True),
             model="llama",
+            subset=("server-0",),
         )
 
     def test_tenants(self, tmp_path: Path) -> None:
@@ -545,6 +551,14 @@ class TestShipped:
         )
         assert 0.5 < bare < by_turns < 0.7
         assert fair > 0.99
+
+    def test_tied_to_servers(self) -> None:
+        """Tokens by weight among those passed over in every turn; the others wait for nobody."""
+        results = run_shipped("tied-to-servers", 3)
+        gold, tin = (results.tenants[10, name].tokens_served for name in ("gold", "tin"))
+        assert 2.8 < gold / tin < 3.2
+        people = [results.tenants[10, f"tenant-{number}"] for number in range(5)]
+        assert all((each.wait_ns(99) or 0) < SECOND // 10 for each in people)
 
     def test_interactive_beside_batch(self) -> None:
         """People hardly notice the job with the gate, and half of them do without."""

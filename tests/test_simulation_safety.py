@@ -188,6 +188,16 @@ class TestWrongEngines:
         with pytest.raises(SafetyError, match="goes to a full endpoint"):
             run(make_plan(workload(AtOnce(2)), servers=2), engine, slots=Slots(1, is_picked=True))
 
+    def test_out_of_its_subset(self) -> None:
+        """A request goes nowhere but where it may, and waits for that beside room elsewhere."""
+        tied = make_plan(workload(AtOnce(3), subset=("s0",)), servers=2)
+        engine = Wrong(changed(endpoint="s1"))
+        with pytest.raises(SafetyError, match="goes where it may not"):
+            run(tied, engine, slots=Slots(2, is_picked=True))
+
+        results = run(tied, slots=PICKED)
+        assert [server.in_flight_most for server in results.servers] == [2, 0]
+
     def test_deaf(self) -> None:
         """Who leaves the queue must be decided in that turn."""
         lengths = Independent(Fixed(10), Fixed(500))

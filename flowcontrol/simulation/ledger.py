@@ -2,7 +2,7 @@
 
     every request that arrived is decided, once, for the band and flow it came for
     who has left before being dispatched is never dispatched
-    nothing waits beside a free slot, and no slot is taken twice
+    nothing waits beside a free slot that it may have, and no slot is taken twice
 
 The engine's accounts of its own are checked by the engine; these are the world's.
 """
@@ -12,6 +12,7 @@ from typing import NamedTuple, final
 
 from flowcontrol.config import Ceilings, Concurrency, ControllerConfig, Picker
 from flowcontrol.events import Arrived, Decision, EndpointsChanged, Fact, Left, ObjectivesChanged
+from flowcontrol.lines import Subset
 from flowcontrol.request import DEFAULT_PRIORITY, FlowKey, Outcome
 
 _SHOWN_MAX = 5
@@ -53,11 +54,15 @@ def slots_of(config: ControllerConfig) -> Slots | None:
 class _Entry(NamedTuple):
     key: FlowKey
     arrived_ns: int
+    subset: Subset | None
 
 
 @final
 class Ledger:
     """Sees every fact before the engine, and every decision after it. O(1), turns O(endpoints).
+
+    Which request is the head of its flow is not known here: a flow may wait beside a free slot
+    while any of its requests cannot have it. Turns in which some cannot are O(flows).
 
     Args:
         slots: what may be in flight; None: the engine has a rule of its own, which is not checked.
@@ -68,6 +73,8 @@ class Ledger:
         self._priorities: dict[str, int] = {}
         self._endpoints: tuple[str, ...] = ()
         self._undecided: dict[int, _Entry] = {}
+        self._waiting: dict[FlowKey, Counter[Subset | None]] = {}
+        """The same, by flow and by where they may go."""
         self._left: dict[int, None] = {}
         """Those of the undecided whose stream has ended."""
         self._in_flight: dict[int, str | None] = {}
@@ -97,7 +104,9 @@ class Ledger:
                 if objective is not None:
                     priority = self._priorities.get(objective, DEFAULT_PRIORITY)
                 key = FlowKey(priority, request.flow_id)
-                self._undecided[request.request_id] = _Entry(key, now_ns)
+                entry = _Entry(key, now_ns, request.subset)
+                self._undecided[request.request_id] = entry
+                self._waiting.setdefault(key, Counter())[entry.subset] += 1
             case Left(request_id):
                 if request_id in self._undecided:
                     self._left[request_id] = None
@@ -124,6 +133,7 @@ class Ledger:
         entry = self._undecided.pop(request_id, None)
         _demand(entry is not None, "is not waiting: decided twice, or never arrived", decision)
         assert entry is not None
+        self._forget(entry)
         key = FlowKey(decision.priority, decision.flow_id)
         _demand(key == entry.key, "came for another band or flow", decision)
         waited_ns = now_ns - entry.arrived_ns
@@ -132,7 +142,7 @@ class Ledger:
         self._left.pop(request_id, None)
         if decision.outcome is Outcome.DISPATCHED:
             _demand(not has_left, "has left before", decision)
-            self._take_slot(decision)
+            self._take_slot(decision, entry.subset)
         elif decision.outcome is Outcome.EVICTED_CANCELLED:
             _demand(has_left, "has not left", decision)
 
@@ -145,12 +155,15 @@ class Ledger:
         if self._left:
             message = f"request {next(iter(self._left))} has left and was not decided"
             raise SafetyError(message)
-        if self._slots is not None and self._undecided and self._taken() < self._most():
-            message = (
-                f"request {next(iter(self._undecided))} waits while "
-                f"{self._taken()} of {self._most()} slots are taken"
-            )
-            raise SafetyError(message)
+        if self._slots is None or not self._undecided or self._taken() >= self._most():
+            return
+        for key, subsets in self._waiting.items():
+            if all(map(self._has_slot, subsets)):
+                first = next(i for i, entry in self._undecided.items() if entry.key == key)
+                message = (
+                    f"request {first} waits while {self._taken()} of {self._most()} slots are taken"
+                )
+                raise SafetyError(message)
 
     def check_over(self) -> None:
         """Check that nothing is left when everybody has gone.
@@ -168,13 +181,33 @@ class Ledger:
         _demand(request_id not in self._reclaimed, "was reclaimed before", decision)
         self._reclaimed.add(request_id)
 
-    def _take_slot(self, decision: Decision) -> None:
+    def _forget(self, entry: _Entry) -> None:
+        waiting = self._waiting[entry.key]
+        waiting[entry.subset] -= 1
+        if not waiting[entry.subset]:
+            del waiting[entry.subset]
+            if not waiting:
+                del self._waiting[entry.key]
+
+    def _has_slot(self, subset: Subset | None) -> bool:
+        """Whether a request may have a slot that is free, while any is."""
+        assert self._slots is not None
+        if subset is None or not self._slots.is_picked:
+            return True
+        return any(
+            address in self._endpoints and self._at[address] < self._slots.each
+            for address in subset
+        )
+
+    def _take_slot(self, decision: Decision, subset: Subset | None) -> None:
         address = decision.endpoint
         if self._slots is not None:
             _demand(self._taken() < self._most(), "finds no free slot", decision)
             if self._slots.is_picked:
                 _demand(address in self._endpoints, "goes to no endpoint of the pool", decision)
                 _demand(self._at[address] < self._slots.each, "goes to a full endpoint", decision)
+                is_allowed = subset is None or address in subset
+                _demand(is_allowed, "goes where it may not", decision)
         self._in_flight[decision.request_id] = address
         self._at[address] += 1
 

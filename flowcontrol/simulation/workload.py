@@ -189,3 +189,5 @@ class Workload:
     """How long a client waits for its first token before it hangs up, ns; None: for ever."""
     retry: Retry = field(default_factory=Retry)
     model: str = ""
+    subset: tuple[str, ...] | None = None
+    """Addresses of the servers that the requests may go to; None: any."""

@@ -207,6 +207,7 @@ class World:
             output_tokens_max=workload.output_tokens_max,
             ttft_slo_ns=workload.ttft_slo_ns if workload.announces_slo else None,
             model=workload.model,
+            subset=workload.subset,
         )
         self._facts.append(Arrived(request))
 
