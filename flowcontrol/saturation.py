@@ -102,6 +102,12 @@ class _Reading:
         self.seen = seen
         """Dispatches, ever, when it spoke."""
 
+    def copy(self) -> "_Reading":
+        """Return another with the same content."""
+        other = _Reading(self.base, self.seen, is_stale=self.is_stale)
+        other.pending = self.pending
+        return other
+
 
 @final
 class UtilizationDetector:
@@ -173,14 +179,10 @@ class UtilizationDetector:
                 reading.pending = max(0.0, reading.pending - 1)
 
     def _readings_for(self, lease: Lease) -> Iterable[_Reading]:
-        if not self._is_picked:
+        if not self._stage.is_picked:
             return self._readings.values()
         reading = self._readings.get(lease.endpoint or "")
         return () if reading is None else (reading,)
-
-    @property
-    def _is_picked(self) -> bool:
-        return self._stage.at(self._stage.addresses[0]) is not None
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
         """Take in a scrape."""
@@ -219,11 +221,12 @@ class UtilizationDetector:
         return None if first is None else first[0]
 
     def inherit(self, before: "UtilizationDetector") -> None:
-        """Take over what another knows, that went by other settings."""
-        self._readings = before._readings  # noqa: SLF001 - one of us
-        self._silent_at = before._silent_at  # noqa: SLF001 - as above
+        """Take over what another knows, that went by other settings; it may have several heirs."""
+        readings, silent_at = before._readings, before._silent_at  # noqa: SLF001 - one of us
+        self._readings = {address: reading.copy() for address, reading in readings.items()}
+        self._silent_at = silent_at.copy()
         self._dispatched = before._dispatched  # noqa: SLF001 - as above
-        self._numbers = before._numbers  # noqa: SLF001 - as above
+        self._numbers = dict(before._numbers)  # noqa: SLF001 - as above
 
 
 def make_detectors(settings: Sequence[DetectorSettings]) -> DetectorFactory:

@@ -1,5 +1,6 @@
 """How full the pool is, and where there is room: detectors, in the pool that asks them."""
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from random import Random
@@ -412,6 +413,75 @@ class TestUtilization:
         gate.pool.reconfigure(gate.picker, changed, 0)
         gate.send()
         assert gate.pool.saturation() == pytest.approx(0.4 + 0.1)
+
+    @pytest.mark.parametrize("picks", [True, False])
+    def test_who_ends_in_an_empty_pool(self, picks: bool) -> None:  # noqa: FBT001 - both
+        """Endpoints that flap leave nothing behind, and forget nobody who is still there."""
+        gate = Gate(Utilization(staleness=Staleness.HOLD), picks=picks, pool="a")
+        gate.scrape("a")
+        for left in (1, 2):
+            gate.send()
+            gate.send()
+            gate.become("")
+            gate.end()
+            gate.become("a")
+            assert gate.pool.saturation() == pytest.approx(left / 5)
+        gate.become("")
+        gate.end()
+        gate.end()
+        gate.become("a")
+        assert gate.pool.saturation() == 0
+        (detector,) = gate.pool.detectors[Role.BOTH]
+        books = [each for each in gc.get_referents(detector) if isinstance(each, dict)]
+        assert [len(book) for book in books if None not in book and "a" not in book] == [0]
+
+    def test_who_ends_while_nobody_decodes(self) -> None:
+        """Each stage hears of the end of what it was charged for, and of nothing else."""
+        pool = (Endpoint("p", Role.PREFILL), Endpoint("d", Role.DECODE))
+        gate = Gate(Utilization(staleness=Staleness.HOLD), picks=False, pool=pool)
+        gate.scrape("p")
+        gate.scrape("d")
+        gate.send()
+        gate.send()
+        gate.become(pool[:1])
+        gate.send()  # to those who prefill alone
+        gate.end()
+        gate.become(pool)
+        assert gate.loads() == {"p": 0.4, "d": 0.2}
+        gate.end()
+        gate.end()
+        assert gate.loads() == {"p": 0, "d": 0}
+
+    @pytest.mark.parametrize("picks", [True, False])
+    def test_two_that_take_over_from_one(self, picks: bool) -> None:  # noqa: FBT001 - both
+        """Each has an account of its own."""
+        gate = Gate(Utilization(staleness=Staleness.HOLD), picks=picks, pool="a")
+        gate.scrape("a")
+        gate.send()
+        changed = [Utilization(waiting_max=most, staleness=Staleness.HOLD) for most in (10, 20)]
+        gate.pool.reconfigure(gate.picker, make_detectors(changed), 0)
+        gate.send()
+        assert gate.pool.saturation() == pytest.approx(2 / 10)
+        gate.scrape("a", waiting=1)
+        gate.send()
+        assert gate.pool.saturation() == pytest.approx(2 / 10)
+        for _ in range(3):
+            gate.end()
+        assert gate.pool.saturation() == pytest.approx(1 / 10)
+
+    @pytest.mark.parametrize("picks", [True, False])
+    def test_an_empty_pool_keeps_its_stages(self, picks: bool) -> None:  # noqa: FBT001 - both
+        """Where some prefill and others decode, too, an absence of all is one of moments."""
+        pool = (Endpoint("p", Role.PREFILL), Endpoint("d", Role.DECODE))
+        gate = Gate(Utilization(staleness=Staleness.HOLD), picks=picks, pool=pool)
+        gate.scrape("p", waiting=2)
+        gate.scrape("d", waiting=1)
+        gate.send()
+        before = gate.loads()
+        gate.become(())
+        assert gate.pool.saturation() == FULL
+        gate.become(pool)
+        assert gate.loads() == before
 
 
 class TestSeveral:
