@@ -76,6 +76,9 @@ class StageLoad(Protocol):
     def at(self, address: str) -> Load | None:
         """Return what is in flight at one endpoint, None while Envoy picks."""
 
+    def picked_for(self, lease: Lease) -> str | None:
+        """Return the endpoint of the stage that was picked for a request; None: Envoy's choice."""
+
 
 class Detector(Protocol):
     """Says how full one stage of the pool is. 1.0 is full.
@@ -146,6 +149,10 @@ class Stage:
         """Return what is in flight at one endpoint, None while it is not picked by the engine."""
         is_picked = self._pool.picks and self._role is not Role.PREFILL
         return self._pool.loads.get(address, _NOTHING) if is_picked else None
+
+    def picked_for(self, lease: Lease) -> str | None:
+        """Return the endpoint of the stage that was picked for a request, if one was."""
+        return None if self._role is Role.PREFILL else lease.endpoint
 
 
 class DetectorFactory(Protocol):
@@ -339,7 +346,7 @@ class Pool:
                 del self.loads[address]
         for detector in self._hearing:
             detector.released(lease, now_ns)
-        self._changed(address)
+        self._changed(address, everywhere=address is None)
 
     def counts(self, lease: Lease) -> bool:
         """Whether a request in flight holds a slot of the pool as it is now."""
