@@ -26,6 +26,7 @@ from flowcontrol.snapshot import (
 from flowcontrol.view import detector_snapshots
 from server.gate import FlowGate
 from server.recent import Decided, RecentDecisions
+from server.settlement import Settlement
 from server.wording import reason
 
 INTERVAL_S = 1.0
@@ -81,13 +82,17 @@ class LiveView:
     Args:
         gate: the way to the processor.
         pool: the name of the inference pool.
+        settlement: knows what the access log has told, and what not.
         interval_s: between two samples, and two views.
     """
 
-    def __init__(self, gate: FlowGate, pool: str, interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self, gate: FlowGate, pool: str, settlement: Settlement, interval_s: float = INTERVAL_S
+    ) -> None:
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY_MAX)
         self._gate = gate
         self._pool = pool
+        self._settlement = settlement
         self._interval_s = interval_s
         self._reading: Reading | None = None
         self._next: asyncio.Future[str] | None = None
@@ -184,11 +189,7 @@ class LiveView:
             ],
             "detectors": [_detector(detector) for detector in snapshot.detectors],
             "moves": _moves(snapshot.detectors),
-            "settlements": {
-                "received": snapshot.settlements,
-                "lost": snapshot.lost_settlements,
-                "awaited": snapshot.awaited_settlements,
-            },
+            "settlements": self._settlement.counts(time.monotonic_ns())._asdict(),
             "decisions": _newest(recent),
             "sample": self.history[-1],
         }

@@ -109,7 +109,7 @@ class Service:
         self._set_terms(settings)
         self._direct_door = DirectDoor(self._terms)
         self._door = ExtProcDoor(self._terms)
-        self._live = LiveView(self._gate, settings.pool)
+        self._live = LiveView(self._gate, settings.pool, self._settlement)
         self._loop_lag = LoopLag()
         self._scrape = Scrape(
             gate=self._gate,
@@ -251,7 +251,11 @@ class Service:
         guard = Guard(settings.admin.secret())
         service = api.DESCRIPTOR.services_by_name["FlowControl"]
         servicer = admin.FlowControlServicer(
-            self._gate, settings.pool, self._drain_by_call, self._objective_access()
+            self._gate,
+            settings.pool,
+            self._settlement,
+            self._drain_by_call,
+            self._objective_access(),
         )
         certificates = settings.tls.certificates()
         await self._grpc_ports.open(
