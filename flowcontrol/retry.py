@@ -23,10 +23,10 @@ from collections.abc import Iterable
 from math import ceil, exp
 from typing import Final, final
 
+from flowcontrol.config import RETRY_AFTER_MAX_NS
+
 _SECOND_NS: Final = 1_000_000_000
-_RETRY_AFTER_MAX_S: Final = 30
-RETRY_AFTER_MAX_NS: Final = _RETRY_AFTER_MAX_S * _SECOND_NS
-"""The longest a client is ever told, and where the schedule ends: the contract's cap."""
+_RETRY_AFTER_MAX_S: Final = RETRY_AFTER_MAX_NS // _SECOND_NS
 _SPREAD: Final = 0.25
 """How much later than its place a client may be told to come, as a part of its wait."""
 _FADED = exp(-1 / 15)

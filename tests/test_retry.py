@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowcontrol.retry import RETRY_AFTER_MAX_NS, DrainRate, retry_after_s
+from flowcontrol.config import RETRY_AFTER_MAX_NS
+from flowcontrol.retry import DrainRate, retry_after_s
 
 SECOND = 1_000_000_000
 MINUTE = 60 * SECOND
