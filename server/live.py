@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, final
 
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import NotRunningError
-from flowcontrol.request import Outcome
+from flowcontrol.request import Group, Outcome
 from flowcontrol.snapshot import (
     BandSnapshot,
     DetectorSnapshot,
@@ -209,7 +209,7 @@ def _minutes(recent: RecentDecisions) -> dict[int, list[Decided]]:
 def _band(
     band: BandSnapshot, objectives: Sequence[str], minute: Sequence[Decided]
 ) -> dict[str, Any]:
-    outcomes = Counter(each.decision.outcome.value.partition("-")[0] for each in minute)
+    outcomes = Counter(each.decision.outcome.group for each in minute)
     waits = sorted(
         each.decision.waited_ns for each in minute if each.decision.outcome is Outcome.DISPATCHED
     )
@@ -226,9 +226,7 @@ def _band(
         "flow_count": band.flow_count,
         "flows": [_flow(flow) for flow in band.flows[:_FLOWS_SHOWN_MAX]],
         "minute": {
-            "dispatched": outcomes["dispatched"],
-            "refused": outcomes["rejected"] + outcomes["internal"],
-            "evicted": outcomes["evicted"] + outcomes["reclaimed"],
+            **{group.value: outcomes[group] for group in Group},
             "wait_p50": _seconds(waits[len(waits) // 2]) if waits else None,
             "wait_p95": _seconds(waits[len(waits) * 95 // 100]) if waits else None,
         },
