@@ -253,9 +253,8 @@ class AdaptiveDetector:
         if not before:
             limit = float(self.settings.limit_first * len(self._endpoints))
             self._watched = {None: self._watch(None, limit, now_ns)}
-            return
         shared = self._watched.get(None)
-        if shared is not None and before != self._endpoints:
+        if before and shared is not None and before != self._endpoints:
             reason = f"{len(before)} endpoints became {len(self._endpoints)}"
             shared.scale(len(self._endpoints) / len(before), reason, now_ns)
         self._arrange(now_ns)
@@ -311,8 +310,10 @@ class AdaptiveDetector:
     def _arrange(self, now_ns: int) -> None:
         """Have a limit for each endpoint where settlements judge and the engine picks; else one."""
         old = self._watched
+        if not old:
+            return  # there never was an endpoint
         shared = old.get(None)
-        if self._is_settled and self._stage.at(self._endpoints[0]) is not None:
+        if self._is_settled and self._stage.is_picked:
             limits = [watched.limit for watched in old.values()]
             usual = shared.limit / len(self._endpoints) if shared else median(limits)
             like = next(iter(old.values()))
@@ -328,7 +329,8 @@ class AdaptiveDetector:
 
     def inherit(self, before: "AdaptiveDetector", now_ns: int) -> None:
         """Take over what another knows, that went by other settings."""
-        self.moves, self._endpoints = before.moves, before._endpoints  # noqa: SLF001 - one of us
+        self.moves = before.moves.copy()
+        self._endpoints = before._endpoints  # noqa: SLF001 - one of us
         self.raised, self.lowered = before.raised, before.lowered
         self._is_settled, self._settled_ns = before._is_settled, before._settled_ns  # noqa: SLF001 - as above
         self._watched = {

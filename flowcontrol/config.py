@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import isfinite
-from typing import final
+from typing import ClassVar, Final, final
 
 from flowcontrol.errors import ConfigError
+
+RETRY_AFTER_MAX_NS: Final = 30_000_000_000
+"""The longest a refused client is ever told to wait: the contract's cap, llm-d-router#2487."""
 
 
 class Fairness(Enum):
@@ -227,8 +230,8 @@ class ControllerConfig:
     forecasts: bool = False
     """Whether each decision says what wait was expected when it began; doubles what waiting costs.
     Whoever asks for one request is told in any case."""
-    retry_after_max_ns: int = 30_000_000_000
-    """Longest Retry-After ever told to a client."""
+    retry_after_max_ns: ClassVar[int] = RETRY_AFTER_MAX_NS
+    """No setting."""
 
     def __post_init__(self) -> None:
         problems = [*_own_problems(self), *_detector_problems(self), *_tenant_problems(self)]
@@ -252,11 +255,6 @@ def _own_problems(config: ControllerConfig) -> list[str]:
     low, high = ceilings.ceiling_min, ceilings.ceiling_max
     checks = [
         ("fallbacks_max must be >= 0", config.fallbacks_max, config.fallbacks_max >= 0),
-        (
-            "retry_after_max_ns must be >= 0",
-            config.retry_after_max_ns,
-            config.retry_after_max_ns >= 0,
-        ),
         (
             "no_endpoint_ttl_ns must be >= 0",
             config.no_endpoint_ttl_ns,

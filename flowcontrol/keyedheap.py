@@ -61,6 +61,13 @@ class KeyedHeap(Generic[Item, Key]):
         else:
             self._compact()
 
+    def copy(self) -> "KeyedHeap[Item, Key]":
+        """Return another with the same content; O(items)."""
+        other: KeyedHeap[Item, Key] = KeyedHeap()
+        other._heap, other._puts = list(self._heap), dict(self._puts)
+        other._put_count = self._put_count
+        return other
+
     def first(self) -> tuple[Key, Item] | None:
         """Return the smallest key and its item, or None when there is none."""
         if not self._heap:

@@ -56,6 +56,10 @@ class Load:
             self.tokens = 0.0  # whatever rounding has left
 
 
+_NOTHING: Final = Load()
+"""In flight at an endpoint that has left."""
+
+
 class StageLoad(Protocol):
     """What a detector can read of the stage it watches."""
 
@@ -63,18 +67,26 @@ class StageLoad(Protocol):
     def addresses(self) -> Sequence[str]:
         """The endpoints of the stage."""
 
+    @property
+    def is_picked(self) -> bool:
+        """Whether the engine picks which endpoint of the stage a request goes to."""
+
     def pool(self) -> Load:
         """Return the account of what is in flight in the whole stage: always the same one."""
 
     def at(self, address: str) -> Load | None:
         """Return what is in flight at one endpoint, None while Envoy picks."""
 
+    def picked_for(self, lease: Lease) -> str | None:
+        """Return the endpoint of the stage that was picked for a request; None: Envoy's choice."""
+
 
 class Detector(Protocol):
     """Says how full one stage of the pool is. 1.0 is full.
 
-    Told of everything that happens; both questions cost O(1), but for the endpoints of the stage
-    when they or their metrics change.
+    Told of everything that happens, but of nothing except ends and settlements while its stage has
+    no endpoints. Both questions cost O(1), but for the endpoints of the stage when they or their
+    metrics change.
     """
 
     @property
@@ -82,7 +94,7 @@ class Detector(Protocol):
         """What it goes by."""
 
     counts_dispatches: bool
-    """Whether it keeps an account of its own that has to hear of dispatches and their ends."""
+    """Whether it keeps an account of its own: hears of dispatches, their ends and settlements."""
     has_timer: bool
     """Whether time alone can change its answers."""
     revision: int
@@ -125,6 +137,11 @@ class Stage:
         self._role = role
         self.addresses = addresses
 
+    @property
+    def is_picked(self) -> bool:
+        """Whether the engine picks an endpoint here: never for who only prefills."""
+        return self._pool.picks and self._role is not Role.PREFILL
+
     def pool(self) -> Load:
         """Return what is in flight: every request passes every stage."""
         return self._pool.total
@@ -132,7 +149,11 @@ class Stage:
     def at(self, address: str) -> Load | None:
         """Return what is in flight at one endpoint, None while it is not picked by the engine."""
         is_picked = self._pool.picks and self._role is not Role.PREFILL
-        return self._pool.loads[address] if is_picked else None
+        return self._pool.loads.get(address, _NOTHING) if is_picked else None
+
+    def picked_for(self, lease: Lease) -> str | None:
+        """Return the endpoint of the stage that was picked for a request, if one was."""
+        return None if self._role is Role.PREFILL else lease.endpoint
 
 
 class DetectorFactory(Protocol):
@@ -172,7 +193,11 @@ class Pool:
         self._unplaced = Load()
         """In flight where Envoy sent it."""
         self._all: list[Detector] = []
+        """Of the stages that have endpoints."""
         self._counting: list[Detector] = []
+        """Those of them that hear of dispatches."""
+        self._hearing: list[Detector] = []
+        """Those of every stage: what was dispatched may end while no endpoint is there."""
         self._timed: list[Detector] = []
         self._asked: list[Detector] = []
         """Those that say how full the pool is; with a picker, of the stage that is not picked."""
@@ -246,7 +271,10 @@ class Pool:
 
     def _set_stages(self, now_ns: int, *, renews: bool = False) -> None:
         roles = {endpoint.role for endpoint in self.endpoints}
-        wanted = (Role.BOTH,) if roles <= {Role.BOTH} else (Role.PREFILL, Role.DECODE)
+        if not roles and self.stages:
+            wanted = tuple(self.stages)  # an absence, not another pool
+        else:
+            wanted = (Role.BOTH,) if roles <= {Role.BOTH} else (Role.PREFILL, Role.DECODE)
         for gone in [role for role in self.stages if role not in wanted]:
             del self.stages[gone], self.detectors[gone]
         for role in wanted:
@@ -260,6 +288,8 @@ class Pool:
             d for role in wanted if self.stages[role].addresses for d in self.detectors[role]
         ]
         self._counting = [each for each in self._all if each.counts_dispatches]
+        everywhere = [detector for role in wanted for detector in self.detectors[role]]
+        self._hearing = [each for each in everywhere if each.counts_dispatches]
         self._timed = [each for each in self._all if each.has_timer]
         self.has_timer = bool(self._timed)
         picked = wanted[-1] if self.picks else None  # of the two stages, the one that decodes
@@ -315,9 +345,9 @@ class Pool:
                 self.total.take(lease)
             elif not self.loads[address].requests:
                 del self.loads[address]
-        for detector in self._counting:
+        for detector in self._hearing:
             detector.released(lease, now_ns)
-        self._changed(address)
+        self._changed(address, everywhere=address is None)
 
     def counts(self, lease: Lease) -> bool:
         """Whether a request in flight holds a slot of the pool as it is now."""
@@ -333,7 +363,7 @@ class Pool:
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
         """Take in what a request really took."""
-        for detector in self._all:
+        for detector in self._hearing:
             detector.settled(lease, settled, now_ns)
         self._changed()
 

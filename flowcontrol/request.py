@@ -1,5 +1,7 @@
 """Pure. A request as the engine knows it, and the ways it can end."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, final
@@ -81,5 +83,36 @@ class Outcome(Enum):
         """Whether the request reached a model server."""
         return self in _REACHED
 
+    @property
+    def group(self) -> "Group":
+        """What it is counted as where few numbers have room."""
+        if self is Outcome.DISPATCHED:
+            return Group.DISPATCHED
+        return Group.REFUSED if self in _REFUSED else Group.EVICTED
+
+
+class Group(Enum):
+    """Outcomes that mean much the same to whoever looks at many."""
+
+    DISPATCHED = "dispatched"
+    REFUSED = "refused"
+    """Rejected, or the engine failed."""
+    EVICTED = "evicted"
+    """Evicted, or reclaimed: it had been taken in, and was ended all the same."""
+
 
 _REACHED = (Outcome.DISPATCHED, Outcome.RECLAIMED)
+_REFUSED = (
+    Outcome.REJECTED_CAPACITY,
+    Outcome.REJECTED_NO_ENDPOINTS,
+    Outcome.REJECTED_DRAINING,
+    Outcome.INTERNAL,
+)
+
+
+def by_group(counts: Mapping[Outcome, int]) -> Counter[Group]:
+    """Return how many outcomes there were of each group."""
+    groups: Counter[Group] = Counter()
+    for outcome, count in counts.items():
+        groups[outcome.group] += count
+    return groups

@@ -110,10 +110,6 @@ class Rerun:
         self._note(decided, now_ns)
         return decisions + decided
 
-    def run_until(self, until_ns: int) -> list[Decision]:
-        """Let time pass up to a moment, excluded, in which nothing was recorded."""
-        return self._advance(until_ns)
-
     def _advance(self, until_ns: int) -> list[Decision]:
         decisions: list[Decision] = []
         while (due_ns := self._next_ns()) is not None and due_ns < until_ns:

@@ -16,14 +16,19 @@ for all: were everybody told 1/rate, everybody would return at the same moment a
 be refused again. So every refusal here takes the next free place in a schedule that advances 1/rate
 a place (the virtual scheduling form of the leaky bucket, ITU-T I.371), and returning clients come
 at the rate the queue can take them. Kubernetes' API priority and fairness reaches for the same by
-counting dropped requests. Jitter is the shell's (`server.replies`): there is no chance in here.
+counting dropped requests. What a client is then told is jittered by the chance of whoever tells it.
 """
 
 from collections.abc import Iterable
-from math import exp
+from math import ceil, exp
 from typing import Final, final
 
+from flowcontrol.config import RETRY_AFTER_MAX_NS
+
 _SECOND_NS: Final = 1_000_000_000
+_RETRY_AFTER_MAX_S: Final = RETRY_AFTER_MAX_NS // _SECOND_NS
+_SPREAD: Final = 0.25
+"""How much later than its place a client may be told to come, as a part of its wait."""
 _FADED = exp(-1 / 15)
 """What is left of both after a second; after 15 it is 1/e. Long enough to see slow pools, short
 beside most waits. What happened within the last second counts in full."""
@@ -126,6 +131,25 @@ class DrainRate:
         # Each of these seconds fades by those after it and by itself, like what is counted in it.
         time_ns = self._time_ns * faded + _SECOND_NS * _FADED * (1 - faded) / (1 - _FADED)
         return self._count * faded, time_ns, self._at_ns + seconds * _SECOND_NS
+
+
+def retry_after_s(expected_ns: int | None, chance: float) -> int | None:
+    """Return whole seconds to wait before trying again, None when under a second or unknown.
+
+    Rounded up and spread upwards, by a quarter or what the cap leaves of it: nobody is told to come
+    before its place, but for what the cap cuts off.
+
+    Args:
+        expected_ns: the client's place in the schedule.
+        chance: from 0 to 1, differs from client to client so that a crowd comes back as none.
+    """
+    if expected_ns is None or expected_ns < _SECOND_NS:
+        return None
+    if expected_ns >= RETRY_AFTER_MAX_NS:
+        return _RETRY_AFTER_MAX_S
+    seconds = expected_ns / _SECOND_NS
+    spread = min(seconds * _SPREAD, _RETRY_AFTER_MAX_S - seconds)
+    return min(ceil(seconds + spread * chance), _RETRY_AFTER_MAX_S)  # the sum is rounded
 
 
 def latest_promise(rates: Iterable[DrainRate], now_ns: int, most_ns: int) -> int | None:

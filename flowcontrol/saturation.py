@@ -8,13 +8,13 @@ utilization: what the endpoints say of themselves, the mean over them of
 
 A scrape is old when it comes and older until the next: whatever was dispatched since is not in it.
 So every dispatch counts as one waiting request until it ends, or until a scrape of the endpoint it
-went to shows it (a full part of it, while Envoy picks and nobody knows which that is): at most
+went to shows it (where Envoy picks nobody knows which that is: each has its part): at most
 `waiting_max` are sent to an endpoint and not ended between two scrapes, however late the second
 (the failure of llm-d-router#2066). Absence is never zero: an endpoint never heard of, or not for
 `stale_after_ns`, counts as its staleness setting says.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import inf
 from typing import assert_never, final
 
@@ -91,16 +91,24 @@ def _fuller(load: Load, requests_max: float, tokens_max: float) -> float:
 class _Reading:
     """What one endpoint last said, and what has happened since."""
 
-    __slots__ = ("base", "is_stale", "pending", "seen")
+    __slots__ = ("base", "is_stale", "pending", "seen", "spread")
 
     def __init__(self, base: float | None, seen: int, *, is_stale: bool) -> None:
         self.base = base
         """Its own load, in parts of full; None as long as it was never heard of."""
         self.is_stale = is_stale
         self.pending = 0.0
-        """Dispatched since, and not ended: to it, or while Envoy picks to any."""
+        """Dispatched to it since, and not ended."""
+        self.spread = 0.0
+        """Dispatched since to wherever Envoy chose, and not ended."""
         self.seen = seen
         """Dispatches, ever, when it spoke."""
+
+    def copy(self) -> "_Reading":
+        """Return another with the same content."""
+        other = _Reading(self.base, self.seen, is_stale=self.is_stale)
+        other.pending, other.spread = self.pending, self.spread
+        return other
 
 
 @final
@@ -118,6 +126,8 @@ class UtilizationDetector:
         self.revision = 0
         self._stage = stage
         self._readings: dict[str, _Reading] = {}
+        self._share = 1.0
+        """Of each endpoint, in what Envoy spreads."""
         self._silent_at: KeyedHeap[str, int] = KeyedHeap()
         """When each endpoint becomes stale, or staler."""
         self._dispatched = 0
@@ -127,26 +137,26 @@ class UtilizationDetector:
 
     def saturation(self) -> float:
         """Return the mean load of the endpoints."""
-        share = 1 / len(self._readings)
-        in_flight = self._stage.pool().requests * share
-        return sum(self._of(each, in_flight, share) for each in self._readings.values()) * share
+        in_flight = self._stage.pool().requests * self._share
+        return sum(self._of(each, in_flight) for each in self._readings.values()) * self._share
 
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint; the stage's while Envoy picks."""
         load = self._stage.at(address)
         if load is None:
             return self.saturation()
-        return self._of(self._readings[address], load.requests, 1)
+        return self._of(self._readings[address], load.requests)
 
-    def _of(self, reading: _Reading, in_flight: float, share: float) -> float:
-        """Return an endpoint's load, `share` being its part of what is dispatched."""
+    def _of(self, reading: _Reading, in_flight: float) -> float:
+        """Return an endpoint's load, `in_flight` being what a stale one has."""
         staleness = self.settings.staleness
         if reading.is_stale and staleness is Staleness.FALLBACK:
             return in_flight / self.settings.requests_max
         if reading.is_stale and (staleness is Staleness.CLOSED or reading.base is None):
             return FULL
         assert reading.base is not None, "what was never heard of is stale"
-        return reading.base + reading.pending * share / self.settings.waiting_max
+        pending = reading.pending + reading.spread * self._share
+        return reading.base + pending / self.settings.waiting_max
 
     def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - silence begins with a word
         """Keep the readings of those that stay; who is new has not been heard of."""
@@ -155,6 +165,7 @@ class UtilizationDetector:
             address: self._readings.get(address) or _Reading(None, self._dispatched, is_stale=True)
             for address in addresses
         }
+        self._share = 1 / len(addresses)
         for address in set(self._silent_at) - set(addresses):
             self._silent_at.discard(address)
 
@@ -162,25 +173,25 @@ class UtilizationDetector:
         """Count the dispatch until it ends or a scrape shows it."""
         self._dispatched += 1
         self._numbers[lease.request.request_id] = self._dispatched
-        for reading in self._readings_for(lease):
-            reading.pending += 1
+        address = self._stage.picked_for(lease)
+        if address is None:
+            for reading in self._readings.values():
+                reading.spread += 1
+        else:
+            self._readings[address].pending += 1
 
     def released(self, lease: Lease, now_ns: int) -> None:  # noqa: ARG002 - counted, not timed
-        """Count a dispatch that no scrape has shown no longer."""
+        """Count a dispatch that no scrape has shown no longer, where it was counted."""
         number = self._numbers.pop(lease.request.request_id, 0)
-        for reading in self._readings_for(lease):
-            if number > reading.seen:
-                reading.pending = max(0.0, reading.pending - 1)
-
-    def _readings_for(self, lease: Lease) -> Iterable[_Reading]:
-        if not self._is_picked:
-            return self._readings.values()
-        reading = self._readings.get(lease.endpoint or "")
-        return () if reading is None else (reading,)
-
-    @property
-    def _is_picked(self) -> bool:
-        return self._stage.at(self._stage.addresses[0]) is not None
+        address = self._stage.picked_for(lease)
+        if address is None:
+            for reading in self._readings.values():
+                if number > reading.seen:  # never below 0: what is left may have decayed
+                    reading.spread = reading.spread - 1 if reading.spread > 1 else 0.0
+            return
+        picked = self._readings.get(address)
+        if picked is not None and number > picked.seen:
+            picked.pending = picked.pending - 1 if picked.pending > 1 else 0.0
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
         """Take in a scrape."""
@@ -211,6 +222,7 @@ class UtilizationDetector:
             assert reading.base is not None, "it was heard of once"
             reading.base *= halved
             reading.pending *= halved
+            reading.spread *= halved
             self._silent_at.put(address, now_ns - rest_ns + self.settings.stale_after_ns)
 
     def next_change_ns(self) -> int | None:
@@ -219,11 +231,12 @@ class UtilizationDetector:
         return None if first is None else first[0]
 
     def inherit(self, before: "UtilizationDetector") -> None:
-        """Take over what another knows, that went by other settings."""
-        self._readings = before._readings  # noqa: SLF001 - one of us
-        self._silent_at = before._silent_at  # noqa: SLF001 - as above
+        """Take over what another knows, that went by other settings; it may have several heirs."""
+        readings, silent_at = before._readings, before._silent_at  # noqa: SLF001 - one of us
+        self._readings = {address: reading.copy() for address, reading in readings.items()}
+        self._silent_at = silent_at.copy()
         self._dispatched = before._dispatched  # noqa: SLF001 - as above
-        self._numbers = before._numbers  # noqa: SLF001 - as above
+        self._numbers = dict(before._numbers)  # noqa: SLF001 - as above
 
 
 def make_detectors(settings: Sequence[DetectorSettings]) -> DetectorFactory:

@@ -2,7 +2,8 @@
 
 The access log speaks after the fact, in batches, and may be lost. So what was charged for a request
 that has ended is kept until its settlement comes, but only once any settlement has ever come
-(without an access log nothing is kept), and only for so many.
+(without an access log nothing is kept), and only for so many. How many never came is counted where
+the log is read, by the time that has passed.
 """
 
 from collections import OrderedDict
@@ -24,18 +25,11 @@ class Settlement:
 
     def __init__(self, prices: TokenPrices) -> None:
         self.prices = prices
-        self.lost = 0
-        """Ended requests whose settlement never came, since the first that did."""
         self.seen = 0
         """Settlements that came."""
         self._estimator = TokenEstimator()
         self._ended: OrderedDict[int, Lease] = OrderedDict()
         """Leases of ended requests that are not settled, by request id, in the order they ended."""
-
-    @property
-    def awaited(self) -> int:
-        """Ended requests whose settlement may still come."""
-        return len(self._ended)
 
     def estimate(self, request: Request) -> tuple[Tokens, float]:
         """Return what a request will take, as far as can be told, and what that costs."""
@@ -49,7 +43,6 @@ class Settlement:
         self._ended[lease.request.request_id] = lease
         if len(self._ended) > UNSETTLED_MAX:
             self._ended.popitem(last=False)
-            self.lost += 1
 
     def settle(self, settled: Settled, live: Lease | None) -> tuple[Lease, float] | None:
         """Take in what a request really took.

@@ -149,12 +149,6 @@ class Snapshot:
     objectives: Mapping[str, int]
     """Name to priority."""
     unknown_objectives: int
-    settlements: int = 0
-    """Settlements that came."""
-    lost_settlements: int = 0
-    """Requests of which none came in time."""
-    awaited_settlements: int = 0
-    """Ended requests of which one may still come."""
     detectors: tuple[DetectorSnapshot, ...] = ()
     goodput: Mapping[str, GoodputSnapshot] = field(default_factory=dict)
     """By objective; empty for requests that named none."""

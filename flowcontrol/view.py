@@ -52,9 +52,6 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
         endpoints=endpoint_snapshots(controller),
         objectives=dict(controller.bands.objectives),
         unknown_objectives=controller.bands.unknown_objectives,
-        settlements=controller.settlement.seen,
-        lost_settlements=controller.settlement.lost,
-        awaited_settlements=controller.settlement.awaited,
         detectors=detector_snapshots(pool, now_ns),
         goodput=controller.decisions.goodput.snapshot(),
     )

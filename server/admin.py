@@ -4,6 +4,7 @@ Nothing here reads or touches the engine: questions and orders go to the process
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, final
 
@@ -21,6 +22,7 @@ from server.admin_objectives import (
 from server.gate import FlowGate
 from server.inquiry import NotKnownError, explain
 from server.messages import decision_message, duration_message, snapshot_message
+from server.settlement import Settlement
 
 SERVICE = api.DESCRIPTOR.services_by_name["FlowControl"].full_name
 _FLOWS_DEFAULT = 20
@@ -38,6 +40,7 @@ class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
     Args:
         gate: the way to the processor.
         pool: the name of the inference pool.
+        settlement: knows what the access log has told, and what not.
         drain: begins what SIGTERM begins, and returns its budget; called again it changes nothing.
         objectives: where they come from.
     """
@@ -46,11 +49,13 @@ class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
         self,
         gate: FlowGate,
         pool: str,
+        settlement: Settlement,
         drain: Callable[[], int],
         objectives: ObjectiveAccess = FROM_ELSEWHERE,
     ) -> None:
         super().__init__(gate, objectives)
         self._pool = pool
+        self._settlement = settlement
         self._drain = drain
 
     async def GetSnapshot(  # noqa: N802 - as the .proto says
@@ -118,4 +123,5 @@ class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
     async def _snapshot(self, flows_max: int, context: Any) -> api.Snapshot:
         snapshot = await while_running(self._gate.snapshot(), context)
         shown = min(flows_max or _FLOWS_DEFAULT, _FLOWS_MAX)
-        return snapshot_message(snapshot, self._pool, self._gate.inbox_refusals, shown)
+        counts = self._settlement.counts(time.monotonic_ns())
+        return snapshot_message(snapshot, self._pool, self._gate.inbox_refusals, counts, shown)

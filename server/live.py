@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, final
 
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import NotRunningError
-from flowcontrol.request import Outcome
+from flowcontrol.request import Group, Outcome
 from flowcontrol.snapshot import (
     BandSnapshot,
     DetectorSnapshot,
@@ -26,6 +26,7 @@ from flowcontrol.snapshot import (
 from flowcontrol.view import detector_snapshots
 from server.gate import FlowGate
 from server.recent import Decided, RecentDecisions
+from server.settlement import Settlement
 from server.wording import reason
 
 INTERVAL_S = 1.0
@@ -81,13 +82,17 @@ class LiveView:
     Args:
         gate: the way to the processor.
         pool: the name of the inference pool.
+        settlement: knows what the access log has told, and what not.
         interval_s: between two samples, and two views.
     """
 
-    def __init__(self, gate: FlowGate, pool: str, interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self, gate: FlowGate, pool: str, settlement: Settlement, interval_s: float = INTERVAL_S
+    ) -> None:
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY_MAX)
         self._gate = gate
         self._pool = pool
+        self._settlement = settlement
         self._interval_s = interval_s
         self._reading: Reading | None = None
         self._next: asyncio.Future[str] | None = None
@@ -184,11 +189,7 @@ class LiveView:
             ],
             "detectors": [_detector(detector) for detector in snapshot.detectors],
             "moves": _moves(snapshot.detectors),
-            "settlements": {
-                "received": snapshot.settlements,
-                "lost": snapshot.lost_settlements,
-                "awaited": snapshot.awaited_settlements,
-            },
+            "settlements": self._settlement.counts(time.monotonic_ns())._asdict(),
             "decisions": _newest(recent),
             "sample": self.history[-1],
         }
@@ -208,7 +209,7 @@ def _minutes(recent: RecentDecisions) -> dict[int, list[Decided]]:
 def _band(
     band: BandSnapshot, objectives: Sequence[str], minute: Sequence[Decided]
 ) -> dict[str, Any]:
-    outcomes = Counter(each.decision.outcome.value.partition("-")[0] for each in minute)
+    outcomes = Counter(each.decision.outcome.group for each in minute)
     waits = sorted(
         each.decision.waited_ns for each in minute if each.decision.outcome is Outcome.DISPATCHED
     )
@@ -225,9 +226,7 @@ def _band(
         "flow_count": band.flow_count,
         "flows": [_flow(flow) for flow in band.flows[:_FLOWS_SHOWN_MAX]],
         "minute": {
-            "dispatched": outcomes["dispatched"],
-            "refused": outcomes["rejected"] + outcomes["internal"],
-            "evicted": outcomes["evicted"] + outcomes["reclaimed"],
+            **{group.value: outcomes[group] for group in Group},
             "wait_p50": _seconds(waits[len(waits) // 2]) if waits else None,
             "wait_p95": _seconds(waits[len(waits) * 95 // 100]) if waits else None,
         },

@@ -17,11 +17,12 @@ from flowcontrol.snapshot import (
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from server.gate import Parked
 from server.recent import Decided, RecentDecisions
+from server.settlement import Counts
 from server.wording import reason, sentences
 
 
 def snapshot_message(
-    snapshot: Snapshot, pool: str, inbox_refusals: int, flows_max: int
+    snapshot: Snapshot, pool: str, inbox_refusals: int, settlements: Counts, flows_max: int
 ) -> api.Snapshot:
     """Return a snapshot as a message, with so many flows of each band."""
     message = api.Snapshot(
@@ -40,11 +41,7 @@ def snapshot_message(
             for name, priority in sorted(snapshot.objectives.items())
         ],
         detectors=[_detector(detector) for detector in snapshot.detectors],
-        settlements=api.Settlements(
-            received=snapshot.settlements,
-            lost=snapshot.lost_settlements,
-            awaited=snapshot.awaited_settlements,
-        ),
+        settlements=api.Settlements(**settlements._asdict()),
     )
     message.time.GetCurrentTime()
     return message

@@ -21,7 +21,7 @@ from flowcontrol.ledger import (
     disguise_with,
     disguised_config,
 )
-from flowcontrol.request import FlowKey, Outcome
+from flowcontrol.request import FlowKey, Group, by_group
 from flowcontrol.rerun import Rerun
 from server.ledger import parts_of, read_entries
 
@@ -229,17 +229,12 @@ def _tenants(comparison: Comparison, priority: int) -> list[FlowKey]:
 
 def _cells(recorded: Figures, again: Figures) -> list[str]:
     both = (recorded, again)
+    counts = [by_group(each.outcomes) for each in both]
     return [
-        _pair([str(each.outcomes[Outcome.DISPATCHED]) for each in both]),
-        _pair([_count(each, "rejected") for each in both]),
-        _pair([_count(each, "evicted") for each in both]),
+        *(_pair([str(each[group]) for each in counts]) for group in Group),
         _pair([_ms(each.wait_ns(0.5)) for each in both]),
         _pair([_ms(each.wait_ns(0.95)) for each in both]),
     ]
-
-
-def _count(figures: Figures, word: str) -> str:
-    return str(sum(n for outcome, n in figures.outcomes.items() if outcome.value.startswith(word)))
 
 
 def _pair(both: Sequence[str]) -> str:

@@ -2,17 +2,14 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
 from typing import NamedTuple, final
 
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
+from flowcontrol.retry import retry_after_s
 from server.dialects import Dialect, content_type_of, error_body
 
 REASON_HEADER = "x-llm-d-request-dropped-reason"
-_SECOND_NS = 1_000_000_000
-_JITTER = 0.25
-RETRY_AFTER_MAX_S = 30
 REFUSALS_MAX = 2_048
 """Room for all that differ: by outcome, dialect and Retry-After, none or up to 30 s. Each is made
 once, when it first comes: to make them was a quarter of what it costs to expire a whole queue."""
@@ -164,7 +161,7 @@ def refusal(decision: Decision, chance: float, dialect: Dialect = Dialect.OPENAI
         chance: from 0 to 1, as for `answer`.
         dialect: how its client wants to be told.
     """
-    return _refusal(decision.outcome, dialect, retry_after(decision.retry_after_ns, chance))
+    return _refusal(decision.outcome, dialect, retry_after_s(decision.retry_after_ns, chance))
 
 
 @lru_cache(REFUSALS_MAX)
@@ -178,17 +175,3 @@ def _refusal(outcome: Outcome, dialect: Dialect, retry_after_s: int | None) -> R
         retry_after_s,
         content_type_of(dialect),
     )
-
-
-def retry_after(expected_ns: int | None, chance: float) -> int | None:
-    """Return whole seconds to wait before trying again, None when under a second or unknown.
-
-    Rounded up and spread upwards by a quarter; beyond the cap of 30 s spread downwards instead.
-    """
-    if expected_ns is None or expected_ns < _SECOND_NS:
-        return None
-    seconds = expected_ns / _SECOND_NS
-    spread = seconds * (1 + _JITTER * chance)
-    if spread > RETRY_AFTER_MAX_S:
-        spread = RETRY_AFTER_MAX_S * (1 - _JITTER * chance)
-    return ceil(spread)

@@ -40,6 +40,7 @@ from server.settlement import Settlement
 from server.sources.feed import Feed
 from server.telemetry import open_traces
 from server.terms import Terms
+from server.unknown_objectives import UnknownObjectives
 from server.web import web_application
 
 ARRIVALS_MAX = 100_000
@@ -90,7 +91,8 @@ class Service:
             recorder=self._records.recorder,
             recent_max=settings.recent_decisions,
         )
-        self._feed = Feed(self._gate.post)
+        self._unknown_objectives = UnknownObjectives(self._gate.post)
+        self._feed = Feed(self._unknown_objectives.post)
         self._settlement = Settlement(
             settings.settlement.lost_after,
             self._gate.priority_in_flight,
@@ -109,7 +111,7 @@ class Service:
         self._set_terms(settings)
         self._direct_door = DirectDoor(self._terms)
         self._door = ExtProcDoor(self._terms)
-        self._live = LiveView(self._gate, settings.pool)
+        self._live = LiveView(self._gate, settings.pool, self._settlement)
         self._loop_lag = LoopLag()
         self._scrape = Scrape(
             gate=self._gate,
@@ -203,6 +205,7 @@ class Service:
         if decision.outcome.was_dispatched and settlement.access_log:
             now_ns = parked.left_ns or parked.decided_ns
             self._settlement.request_ended(parked.request_id, decision.priority, now_ns)
+        self._unknown_objectives.request_ended(parked.facts.objective, decision.priority)
         self._request_log.request_ended(parked, decision)
         if self._traces is not None:
             self._traces.request_ended(parked, decision)
@@ -251,7 +254,11 @@ class Service:
         guard = Guard(settings.admin.secret())
         service = api.DESCRIPTOR.services_by_name["FlowControl"]
         servicer = admin.FlowControlServicer(
-            self._gate, settings.pool, self._drain_by_call, self._objective_access()
+            self._gate,
+            settings.pool,
+            self._settlement,
+            self._drain_by_call,
+            self._objective_access(),
         )
         certificates = settings.tls.certificates()
         await self._grpc_ports.open(

@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import final
+from typing import NamedTuple, final
 
 from flowcontrol.events import Settled
 from server.codec import INSTANCE
@@ -37,6 +37,14 @@ class Result(Enum):
     """No ticket, or a message that cannot be read."""
 
     __hash__ = object.__hash__  # as in Outcome
+
+
+class Counts(NamedTuple):
+    """How many requests the log has told of, and of how many it has not."""
+
+    received: int
+    lost: int
+    awaited: int
 
 
 @final
@@ -111,6 +119,11 @@ class Settlement:
         """Dispatched requests that ended and were never reported, since there is a log."""
         self.accounts: dict[int, Account] = {}
         """By priority."""
+
+    def counts(self, now_ns: int) -> Counts:
+        """Return what whoever looks is shown, wherever."""
+        self.give_up(now_ns)
+        return Counts(self.results[Result.SETTLED], self.lost, self.awaited)
 
     @property
     def awaited(self) -> int:

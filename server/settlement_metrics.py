@@ -31,19 +31,19 @@ class SettlementCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
-        self._settlement.give_up(self._now_ns)
         yield from self._log()
         yield from self._accounts()
         yield from self._drift()
 
     def _log(self) -> Iterator[Metric]:
         settlement = self._settlement
+        counts = settlement.counts(self._now_ns)
         for name, text, value in (
             ("access_log_streams", "Open streams of Envoy's access log.", settlement.streams),
             (
                 "awaited_settlements",
                 "Ended requests that the access log has not told of yet.",
-                settlement.awaited,
+                counts.awaited,
             ),
         ):
             yield GaugeMetricFamily(f"flowcontrol_{name}", text, value)
@@ -56,7 +56,7 @@ class SettlementCollector(Collector):
             (
                 "lost_settlements",
                 "Requests that ended and were never told of; what they took stays estimated.",
-                settlement.lost,
+                counts.lost,
             ),
         ):
             yield CounterMetricFamily(f"flowcontrol_{name}", text, value)

@@ -1,6 +1,7 @@
 """`flowcontrol top`: what the dashboard shows, in a terminal, over the admin API."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from heapq import nsmallest
 from typing import Any, ClassVar, final
@@ -13,6 +14,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Label, Sparkline, Static
 
+from flowcontrol.request import Group, Outcome, by_group
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from server.admin_client import AdminSource, Source
 from server.wording import duration
@@ -168,7 +170,7 @@ class Top(App[None]):
     def _show_bands(self, snapshot: api.Snapshot) -> None:
         rows = []
         for band in snapshot.bands:
-            counts = {each.outcome: each.count for each in band.outcomes}
+            counts = _by_group(band)
             is_gated = snapshot.saturation >= band.ceiling
             names = [each.name for each in snapshot.objectives if each.priority == band.priority]
             rows.append(
@@ -183,9 +185,7 @@ class Top(App[None]):
                         f"{band.ceiling:.0%}",
                         Text("gated", "red") if is_gated else Text("open", "green"),
                         str(band.in_flight),
-                        str(counts.get("dispatched", 0)),
-                        str(_sum(counts, "rejected")),
-                        str(_sum(counts, "evicted")),
+                        *(str(counts[group]) for group in Group),
                     ),
                 )
             )
@@ -359,8 +359,10 @@ def _said(message: Any, field: str) -> str:
     return duration(getattr(message, field).ToNanoseconds())
 
 
-def _sum(counts: dict[str, int], word: str) -> int:
-    return sum(count for outcome, count in counts.items() if outcome.startswith(word))
+def _by_group(band: api.Band) -> Counter[Group]:
+    known = {outcome.value: outcome for outcome in Outcome}  # and what else a service may count
+    counts = {known[each.outcome]: each.count for each in band.outcomes if each.outcome in known}
+    return by_group(counts)
 
 
 def _load_style(load: float) -> str:

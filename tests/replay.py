@@ -6,7 +6,7 @@ stands what came of it, rewritten by `pytest --rewrite`.
 
     # With one slot, chat overtakes batch.
 
-    config in-flight-max=1 requests-max=2       bytes-max no-endpoint-ttl picker retry-after-max
+    config in-flight-max=1 requests-max=2       bytes-max no-endpoint-ttl picker
     bands ..-1 ttl=1s                           as -1, 3..7, 10.. or any, first match wins;
                                                 requests-max bytes-max flow-requests-max
                                                 flow-bytes-max ttl fairness ordering share-min
@@ -118,7 +118,6 @@ _CONFIG: _Words = {
     "in-flight-max": int,
     "no-endpoint-ttl": nanoseconds,
     "picker": Picker,
-    "retry-after-max": nanoseconds,
 }
 _BAND: _Words = {
     **_LIMITS,
@@ -230,7 +229,6 @@ class _Settings:
             no_endpoint_ttl_ns=words.get("no-endpoint-ttl"),
             detectors=detectors,
             picker=words.get("picker", Picker.OFF),
-            retry_after_max_ns=words.get("retry-after-max", 30_000_000_000),
             **self.others,
         )
 

@@ -91,9 +91,13 @@ class Engines:
             if self.settles:
                 self.pool.settled(over.lease, self._settled(over), self.now_ns)
 
+    @property
+    def in_flight(self) -> int:
+        """Return how many are inside, wherever."""
+        return sum(map(len, self._running.values()))
+
     def _is_wanted(self) -> bool:
-        in_flight = sum(map(len, self._running.values()))
-        return self.demand_max is None or in_flight < self.demand_max
+        return self.demand_max is None or self.in_flight < self.demand_max
 
     def _send(self) -> None:
         number = next(self._numbers)
@@ -288,6 +292,60 @@ class TestChanges:
         engines.reconfigure(Adaptive(limit_first=4), Picker.LEAST_LOADED)
         engines.run(300)
         assert sum(engines.limits.values()) == engines.detector.limit >= 20
+
+    @pytest.mark.parametrize("picks", [True, False])
+    def test_who_ends_in_an_empty_pool(self, picks: bool) -> None:  # noqa: FBT001 - both
+        """While every endpoint is away, what they answer still counts, by whichever evidence."""
+        engines = Engines({"a": 10}, picks=picks, settings=Adaptive(limit_first=10))
+        engines.run(10)
+        engines.turned_away = True
+        engines.become()
+        engines.run(9)
+        engines.become("a")
+        assert "6 of 6 were turned away" in engines.reasons()
+        assert engines.detector.limit < 10
+
+        engines = Engines({"a": 200}, picks=picks, settings=Adaptive(limit_first=90))
+        engines.settles = False
+        engines.demand_max = 90
+        engines.run(1)
+        engines.become()
+        engines.run(engines.in_flight)
+        engines.become("a")
+        assert engines.detector.limit == 135
+
+    @pytest.mark.parametrize("picks", [True, False])
+    def test_news_in_an_empty_pool(self, picks: bool) -> None:  # noqa: FBT001 - both
+        """Settings and the first settlement may come while no endpoint is there."""
+        engines = Engines({"a": 10, "b": 10}, picks=picks)
+        engines.settles = False
+        engines.run(10)
+        engines.settles = True
+        engines.become()
+        engines.run(1)
+        engines.become("a", "b")
+        engines.run(3000)
+        before = engines.limits
+        engines.become()
+        engines.run(engines.in_flight)
+        engines.reconfigure(Adaptive(limit_first=4, limit_max=100))
+        engines.become("a", "b")
+        assert engines.limits == before
+        assert (None in engines.whose()[-9:]) is not picks
+
+    def test_settled_before_anybody_decodes(self) -> None:
+        """A stage that has never had an endpoint learns nothing, until one comes."""
+        pool = (Endpoint("p", Role.PREFILL), Endpoint("d", Role.DECODE))
+        gate = Pool(Picker.OFF, make_detectors([Adaptive(limit_first=4)]))
+        gate.set_endpoints(pool[:1], 0)
+        lease = Lease(Request(1), FLOW, 1, 0, Tokens(100, 10), 1.0)
+        gate.charge(lease, 0)
+        gate.release(lease, SECOND)
+        gate.settled(lease, Settled(1, ttft_ns=SECOND // 10), SECOND)
+        gate.set_endpoints(pool, SECOND)
+        (decodes,) = gate.detectors[Role.DECODE]
+        assert isinstance(decodes, AdaptiveDetector)
+        assert (decodes.limit, decodes.saturation()) == (4, 0)
 
     def test_needs_no_metrics(self) -> None:
         """A scrape changes nothing, nor does time alone."""

@@ -26,13 +26,13 @@ from flowcontrol.events import (
     EndpointsChanged,
     LoadObserved,
     ObjectivesChanged,
-    Settled,
 )
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from server.admin import SERVICE, FlowControlServicer
 from server.classify import RequestFacts
 from server.gate import NEWS_WITHIN_S, FlowGate, Parked
+from tests.silent_log import SILENT, silent_log
 
 TIMEOUT_S = 10.0
 FACTS = RequestFacts("tenant", None, 100, None, "", "/v1/completions")
@@ -96,7 +96,7 @@ async def admin(config: ControllerConfig | None = None) -> AsyncIterator[Admin]:
     async with running_gate(config or ControllerConfig()) as (gate, ended):
         server = grpc.aio.server()
         api_grpc.add_FlowControlServicer_to_server(  # type: ignore[no-untyped-call]  # generated
-            FlowControlServicer(gate, "llama", lambda: 0), server
+            FlowControlServicer(gate, "llama", silent_log(gate), lambda: 0), server
         )
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -205,7 +205,6 @@ class TestGetSnapshot:
             service.gate.post(EndpointsChanged(("10.0.0.5:8000", "10.0.0.6:8000")))
             first, second = service.gate.park(FACTS), service.gate.park(FACTS)
             await asyncio.gather(settled(first), settled(second))
-            service.gate.post(Settled(first.request_id, 10, 0, 20))
             service.gate.leave(first)
             service.gate.leave(second)
             got = await service.get()
@@ -222,7 +221,7 @@ class TestGetSnapshot:
         assert move.reason == "1 endpoints became 2"
         assert move.ago.ToNanoseconds() > 0
         counts = got.settlements
-        assert (counts.received, counts.lost, counts.awaited) == (1, 0, 1)
+        assert (counts.received, counts.lost, counts.awaited) == SILENT
 
     async def test_inbox_refusals(self) -> None:
         """Requests that the engine never saw are counted as well."""
@@ -345,9 +344,8 @@ class TestWatchSnapshot:
             gate = FlowGate(ControllerConfig(), 1, lambda *_: None, ended.set_result)
             gate.start()
             request = watch_request(asked_s)
-            snapshots = aiter(
-                FlowControlServicer(gate, "llama", lambda: 0).WatchSnapshot(request, None)
-            )
+            servicer = FlowControlServicer(gate, "llama", silent_log(gate), lambda: 0)
+            snapshots = aiter(servicer.WatchSnapshot(request, None))
             for _ in range(3):
                 await anext(snapshots)
             gate.post(DrainBegan(0))

@@ -17,6 +17,7 @@ from server.admin import FlowControlServicer
 from server.admin_objectives import FROM_ELSEWHERE, ObjectiveAccess
 from server.gate import FlowGate
 from server.sources.objective_store import ObjectiveStore
+from tests.silent_log import silent_log
 from tests.told import Told
 
 TIMEOUT_S = 10.0
@@ -54,7 +55,7 @@ async def served(access: ObjectiveAccess, store: ObjectiveStore | None) -> Async
     gate.start()
     server = grpc.aio.server()
     api_grpc.add_FlowControlServicer_to_server(  # type: ignore[no-untyped-call]  # generated
-        FlowControlServicer(gate, "llama", lambda: 0, access), server
+        FlowControlServicer(gate, "llama", silent_log(gate), lambda: 0, access), server
     )
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -18,6 +18,7 @@ from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from server.admin import FlowControlServicer
 from server.classify import RequestFacts
 from server.gate import FlowGate, Parked
+from tests.silent_log import silent_log
 
 TIMEOUT_S = 10.0
 POOL = EndpointsChanged(("10.0.0.5:8000",))
@@ -88,7 +89,7 @@ async def house() -> AsyncIterator[House]:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         each = House(channel)
         api_grpc.add_FlowControlServicer_to_server(  # type: ignore[no-untyped-call]  # generated
-            FlowControlServicer(each.gate, "llama", each.drain), server
+            FlowControlServicer(each.gate, "llama", silent_log(each.gate), each.drain), server
         )
         await server.start()
         each.gate.start()

@@ -40,7 +40,6 @@ class TestControllerConfig:
         assert config.no_endpoint_ttl_ns is None
         assert config.detectors == (Concurrency(requests_max=64),)
         assert config.picker is Picker.OFF
-        assert config.retry_after_max_ns == 30_000_000_000
 
     def test_zero_is_a_value(self) -> None:
         """None may wait, nobody may wait any time: that can be wanted."""
@@ -49,7 +48,6 @@ class TestControllerConfig:
             default_settings=band(ttl_ns=0, requests_max=0),
             no_endpoint_ttl_ns=0,
             detectors=(Concurrency(requests_max=1),),
-            retry_after_max_ns=0,
         )
 
         assert config.limits.requests_max == 0
@@ -61,7 +59,6 @@ class TestControllerConfig:
                 {"detectors": (Concurrency(requests_max=0),)},
                 "detectors[0].requests_max must be >= 1, got 0",
             ),
-            ({"retry_after_max_ns": -1}, "retry_after_max_ns must be >= 0, got -1"),
             ({"no_endpoint_ttl_ns": -1}, "no_endpoint_ttl_ns must be >= 0, got -1"),
             (
                 {"limits": Limits(requests_max=-1)},

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 from flowcontrol.band import Band
 from flowcontrol.bands import Bands
 from flowcontrol.config import (
+    RETRY_AFTER_MAX_NS,
     BandSettings,
     BandTemplate,
     Concurrency,
@@ -96,7 +97,6 @@ configs = st.builds(
     no_endpoint_ttl_ns=st.none() | seconds(9),
     detectors=st.integers(1, 3).map(lambda most: (Concurrency(requests_max=most),)),
     picker=st.sampled_from(Picker),
-    retry_after_max_ns=seconds(9),
     weights=st.just({}) | st.just({"a": 3.0, "b": 0.5}),
     reclaim=st.just(Reclaim())
     | st.builds(
@@ -387,7 +387,7 @@ class ControllerLedger(RuleBasedStateMachine):
                 assert self.drain_until_ns is not None
                 assert retry_after_ns == ELSEWHERE_NS
             case Outcome.REJECTED_CAPACITY | Outcome.EVICTED_DISPLACED:
-                assert retry_after_ns is None or retry_after_ns <= self.config.retry_after_max_ns
+                assert retry_after_ns is None or retry_after_ns <= RETRY_AFTER_MAX_NS
             case _:
                 assert retry_after_ns is None
 
@@ -1082,7 +1082,7 @@ PLANTED = {
     ForgetsOwnTtl: "waits past its deadline|wrong wake-up",
     RestartsEveryFlap: "wrong wake-up|not evicted at its deadline|waits past its deadline",
     AdmitsOneTooMany: "more waits than may|displaced in vain|displaced though it did not wait",
-    RefusesExactFit: "refused though",
+    RefusesExactFit: "refused though|displaced in vain",
     RefusesBeforeDispatch: "refused beside a free slot|refused though",
     DisplacesEquals: "displaced",
     DisplacesOldest: "displaced before a newer one",

@@ -16,6 +16,7 @@ from server.classify import RequestFacts
 from server.gate import FlowGate, Parked
 from server.live import LiveView
 from server.pages import WATCHERS_MAX, add_pages
+from tests.silent_log import SILENT, silent_log
 
 TIMEOUT_S = 15.0
 HOSTILE = "</script><img src=x onerror=alert(1)>\n\ndata: {}"
@@ -49,7 +50,7 @@ async def house(detector: Detector | None = None) -> AsyncIterator[House]:
     gate.start()
     gate.post(ObjectivesChanged({"chat": 10}))
     gate.post(EndpointsChanged(("10.0.0.5:8000",)))
-    live = LiveView(gate, "llama", interval_s=0.02)
+    live = LiveView(gate, "llama", silent_log(gate), interval_s=0.02)
     application = web.Application()
     add_pages(application, gate, live)
     runner = web.AppRunner(application, access_log=None)
@@ -150,7 +151,7 @@ class TestEvents:
                 {"stage": "both", "kind": "concurrency", "saturation": 1.0, "limit": 1}
             ]
             assert view["moves"] == []
-            assert view["settlements"] == {"received": 0, "lost": 0, "awaited": 0}
+            assert view["settlements"] == SILENT._asdict()
             assert band["expected_wait"] is None
             del second
 

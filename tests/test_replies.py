@@ -2,11 +2,8 @@
 
 import json
 from dataclasses import replace
-from math import ceil
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from flowcontrol.config import BandSettings, Concurrency, ControllerConfig, Limits
 from flowcontrol.controller import FlowController
@@ -21,7 +18,7 @@ from flowcontrol.events import (
     ObjectivesChanged,
 )
 from flowcontrol.request import DEFAULT_FLOW_ID, Outcome, Request
-from server.replies import REFUSALS, Exempt, Proceed, Refuse, answer, retry_after
+from server.replies import REFUSALS, Exempt, Proceed, Refuse, answer
 
 SECOND = 1_000_000_000
 
@@ -190,48 +187,3 @@ class TestRetryAfterByOutcome:
     def test_known(self, outcome: str) -> None:
         """An expectation is passed on."""
         assert refused(outcome, 3 * SECOND).retry_after_s == 3
-
-
-class TestRetryAfter:
-    """Whole seconds, rounded up, spread and capped."""
-
-    @pytest.mark.parametrize(
-        ("expected_ns", "chance", "seconds"),
-        [
-            (None, 0.0, None),
-            (0, 0.0, None),
-            (SECOND - 1, 1.0, None),
-            (SECOND, 0.0, 1),
-            (SECOND, 1.0, 2),
-            (SECOND + 1, 0.0, 2),
-            (4 * SECOND, 0.0, 4),
-            (4 * SECOND, 0.5, 5),
-            (4 * SECOND, 1.0, 5),
-            (24 * SECOND, 1.0, 30),
-            (30 * SECOND, 0.0, 30),
-            (31 * SECOND, 0.0, 30),
-            (31 * SECOND, 1.0, 23),
-            (10**6 * SECOND, 0.0, 30),
-            (10**6 * SECOND, 0.5, 27),
-        ],
-    )
-    def test_table(self, expected_ns: int | None, chance: float, seconds: int | None) -> None:
-        """Under a second nothing is said; beyond 30 s the spread goes down from there."""
-        assert seconds == retry_after(expected_ns, chance)
-
-    @given(st.integers(SECOND, 10**6 * SECOND), st.floats(0, 1))
-    def test_bounds(self, expected_ns: int, chance: float) -> None:
-        """Never over 30 s, never a quarter too late, and too early only because of the cap."""
-        seconds = retry_after(expected_ns, chance)
-
-        assert seconds is not None
-        expected_s = expected_ns / SECOND
-        assert min(expected_s, 0.75 * 30) <= seconds <= min(30, ceil(1.25 * expected_s))
-
-    @given(st.integers(SECOND, 24 * SECOND), st.floats(0, 1))
-    def test_never_early(self, expected_ns: int, chance: float) -> None:
-        """Where the cap is out of reach nobody is called back too early."""
-        seconds = retry_after(expected_ns, chance)
-
-        assert seconds is not None
-        assert seconds >= expected_ns / SECOND

@@ -256,7 +256,7 @@ class TestAnotherConfiguration:
         recording = busy(Recording(small_config(4), 5), 2500)
         rerun = Rerun(FlowController(small_config(8), 5), has_own_config=True)
         comparison = compared(recording.turns, rerun)
-        rerun.run_until(recording.turns[-1].now_ns + 10 * SECOND)
+        rerun.turn(Turn(recording.turns[-1].now_ns + 10 * SECOND, [], []))
         before, after = by_priority(comparison.recorded)[0], by_priority(comparison.candidate)[0]
 
         assert after.outcomes[Outcome.DISPATCHED] > 1.3 * before.outcomes[Outcome.DISPATCHED]

@@ -1,17 +1,19 @@
 """How fast a queue drains, and what refused clients are told."""
 
+from math import ceil
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowcontrol.retry import DrainRate
+from flowcontrol.config import RETRY_AFTER_MAX_NS
+from flowcontrol.retry import DrainRate, retry_after_s
 
 SECOND = 1_000_000_000
 MINUTE = 60 * SECOND
 HOUR = 60 * MINUTE
-MOST = 30 * SECOND
+MOST = RETRY_AFTER_MAX_NS
 
 
 def dispatched(count: int, now_ns: int = 0) -> DrainRate:
@@ -263,3 +265,46 @@ class TestPromise:
                 assert 0 <= promise_ns <= most_ns
                 assert now_ns + promise_ns >= latest_ns
                 latest_ns = now_ns + promise_ns
+
+
+class TestRetryAfter:
+    """Whole seconds, rounded up, spread and capped."""
+
+    @pytest.mark.parametrize(
+        ("expected_ns", "chance", "seconds"),
+        [
+            (None, 0.0, None),
+            (0, 0.0, None),
+            (SECOND - 1, 1.0, None),
+            (SECOND, 0.0, 1),
+            (SECOND, 1.0, 2),
+            (SECOND + 1, 0.0, 2),
+            (4 * SECOND, 0.0, 4),
+            (4 * SECOND, 0.5, 5),
+            (4 * SECOND, 1.0, 5),
+            (24 * SECOND, 1.0, 30),
+            (25 * SECOND, 0.99, 30),
+            (28 * SECOND, 0.5, 29),
+            (30 * SECOND, 0.0, 30),
+            (30 * SECOND, 1.0, 30),
+            (10**6 * SECOND, 0.5, 30),
+        ],
+    )
+    def test_table(self, expected_ns: int | None, chance: float, seconds: int | None) -> None:
+        """Under a second nothing is said; the spread ends where the cap does."""
+        assert seconds == retry_after_s(expected_ns, chance)
+
+    @given(st.integers(SECOND, 10**6 * SECOND), st.floats(0, 1))
+    def test_bounds(self, expected_ns: int, chance: float) -> None:
+        """Never over 30 s, never a quarter too late, and too early only because of the cap."""
+        seconds = retry_after_s(expected_ns, chance)
+
+        assert seconds is not None
+        expected_s = expected_ns / SECOND
+        assert min(expected_s, 30) <= seconds <= min(30, ceil(1.25 * expected_s))
+
+    def test_spread_up_to_the_cap(self) -> None:
+        """A crowd with a place near the cap is not called back as one at the cap."""
+        told = [retry_after_s(25 * SECOND, number / 1000) for number in range(1001)]
+
+        assert [told.count(seconds) for seconds in (25, 26, 27, 28, 29, 30)] == [1] + [200] * 5

@@ -1,5 +1,6 @@
 """How full the pool is, and where there is room: detectors, in the pool that asks them."""
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from random import Random
@@ -47,6 +48,12 @@ class Gate:
         """Have other endpoints; each letter is one."""
         endpoints = tuple(Endpoint(name) for name in pool) if isinstance(pool, str) else pool
         self.pool.set_endpoints(endpoints, self.now_ns)
+
+    def switch(self) -> None:
+        """Turn the picker on, or off."""
+        self.picker = Picker.OFF if self.pool.picks else Picker.LEAST_LOADED
+        detectors = [each.settings for each in self.pool.detectors[Role.BOTH]]
+        self.pool.reconfigure(self.picker, make_detectors(detectors), self.now_ns)
 
     def send(self, tokens: float = 10) -> str | None:
         """Dispatch one, and return where it went."""
@@ -201,6 +208,7 @@ class Scraped:
     def __init__(self, settings: Utilization, *, picks: bool) -> None:
         self.settings = settings
         self.picks = picks
+        """Now; who was sent before it changed counts as it did."""
         self.said: dict[str, tuple[int, float, int]] = {}
         """When, what, and after how many dispatches."""
         self.sent: list[tuple[str | None, bool]] = []
@@ -208,29 +216,34 @@ class Scraped:
 
     def load(self, pool: str, address: str, now_ns: int) -> float:
         """Return the load of one endpoint."""
-        part = 1 if self.picks else 1 / len(pool)
-        mine = [is_in_flight for at, is_in_flight in self.sent if at in (None, address)]
+        parts = {None: 1 / len(pool), address: 1}
+        mine = [is_in_flight * parts.get(at, 0) for at, is_in_flight in self.sent]
         limit = self.settings.requests_max
         if address not in self.said:
             is_fallback = self.settings.staleness is Staleness.FALLBACK
-            return sum(mine) * part / limit if is_fallback else FULL
+            return sum(mine) / limit if is_fallback else FULL
         at_ns, base, number = self.said[address]
         is_stale = now_ns - at_ns >= self.settings.stale_after_ns
         if is_stale and self.settings.staleness is Staleness.CLOSED:
             return FULL
         if is_stale and self.settings.staleness is Staleness.FALLBACK:
-            return sum(mine) * part / limit
-        later = [flies for at, flies in self.sent[number:] if at in (None, address)]
-        return base + sum(later) * part / self.settings.waiting_max
+            return sum(mine) / limit
+        return base + sum(mine[number:]) / self.settings.waiting_max
 
     def saturation(self, pool: str, now_ns: int) -> float:
         """Return the load of the pool."""
         loads = [self.load(pool, address, now_ns) for address in pool]
-        return sum(min(FULL, load) if self.picks else load for load in loads) / len(loads)
+        is_sure = self.picks and not any(flies for at, flies in self.sent if at is None)
+        return sum(min(FULL, load) if is_sure else load for load in loads) / len(loads)
 
 
 def follow(
-    settings: Utilization, seed: int, *, picks: bool, make: Callable[[Gate], Gate] = lambda g: g
+    settings: Utilization,
+    seed: int,
+    *,
+    picks: bool,
+    make: Callable[[Gate], Gate] = lambda g: g,
+    more: tuple[str, ...] = (),
 ) -> None:
     """Hold a pool of two or three against the oracle, for a hundred events by chance."""
     chance = Random(seed)
@@ -239,7 +252,7 @@ def follow(
     oracle = Scraped(settings, picks=picks)
     numbers: list[int] = []
     for _ in range(100):
-        match chance.choice(["send", "send", "send", "end", "scrape", "wait"]):
+        match chance.choice(["send", "send", "send", "end", "scrape", "wait", *more]):
             case "send" if gate.pool.saturation() < FULL:
                 oracle.sent.append((gate.send(), True))
                 numbers.append(len(oracle.sent) - 1)
@@ -255,6 +268,12 @@ def follow(
                 oracle.said[address] = (gate.now_ns, base, len(oracle.sent))
             case "wait":
                 gate.wait(chance.choice([0.1, 1.0, 3.0]))
+            case "switch":
+                gate.switch()
+                oracle.picks = gate.pool.picks
+            case "flap":
+                gate.become("")
+                gate.become(pool)
             case _:
                 pass
         if gate.pool.saturation() < FULL:
@@ -263,7 +282,7 @@ def follow(
         for address, load in gate.loads().items():
             mine = oracle.load(pool, address, gate.now_ns)
             whole = oracle.saturation(pool, gate.now_ns)
-            assert load == pytest.approx(mine if picks else whole)
+            assert load == pytest.approx(mine if oracle.picks else whole)
 
 
 class TestUtilization:
@@ -275,6 +294,28 @@ class TestUtilization:
     def test_agrees_with_counting(self, staleness: Staleness, seed: int, picks: bool) -> None:  # noqa: FBT001 - both
         """Whatever is sent, ends, is scraped or falls silent, in whatever order."""
         follow(Utilization(staleness=staleness, requests_max=8), seed, picks=picks)
+
+    @pytest.mark.parametrize("picks", [True, False])
+    @pytest.mark.parametrize("staleness", [Staleness.HOLD, Staleness.CLOSED])
+    @pytest.mark.parametrize("seed", range(8))
+    def test_switching_the_picker(self, staleness: Staleness, seed: int, picks: bool) -> None:  # noqa: FBT001 - both
+        """Whoever picks from now on, who was sent before counts where it went, if that is known."""
+        follow(Utilization(staleness=staleness), seed, picks=picks, more=("switch", "flap"))
+
+    def test_picker_switched_on(self) -> None:
+        """A hundred that Envoy spread over ten endpoints are ten at each, and then none."""
+        gate = Gate(Utilization(waiting_max=100), picks=False, pool="abcdefghij")
+        for address in "abcdefghij":
+            gate.scrape(address)
+        for _ in range(100):
+            gate.send()
+        gate.switch()
+        assert gate.pool.saturation() == pytest.approx(0.1)
+        assert set(gate.loads().values()) == {0.1}
+        for _ in range(100):
+            gate.end()
+        assert set(gate.loads().values()) == {0}
+        assert gate.pool.saturation() == 0
 
     @pytest.mark.interpreted
     @pytest.mark.parametrize("picks", [True, False])
@@ -412,6 +453,75 @@ class TestUtilization:
         gate.pool.reconfigure(gate.picker, changed, 0)
         gate.send()
         assert gate.pool.saturation() == pytest.approx(0.4 + 0.1)
+
+    @pytest.mark.parametrize("picks", [True, False])
+    def test_who_ends_in_an_empty_pool(self, picks: bool) -> None:  # noqa: FBT001 - both
+        """Endpoints that flap leave nothing behind, and forget nobody who is still there."""
+        gate = Gate(Utilization(staleness=Staleness.HOLD), picks=picks, pool="a")
+        gate.scrape("a")
+        for left in (1, 2):
+            gate.send()
+            gate.send()
+            gate.become("")
+            gate.end()
+            gate.become("a")
+            assert gate.pool.saturation() == pytest.approx(left / 5)
+        gate.become("")
+        gate.end()
+        gate.end()
+        gate.become("a")
+        assert gate.pool.saturation() == 0
+        (detector,) = gate.pool.detectors[Role.BOTH]
+        books = [each for each in gc.get_referents(detector) if isinstance(each, dict)]
+        assert [len(book) for book in books if None not in book and "a" not in book] == [0]
+
+    def test_who_ends_while_nobody_decodes(self) -> None:
+        """Each stage hears of the end of what it was charged for, and of nothing else."""
+        pool = (Endpoint("p", Role.PREFILL), Endpoint("d", Role.DECODE))
+        gate = Gate(Utilization(staleness=Staleness.HOLD), picks=False, pool=pool)
+        gate.scrape("p")
+        gate.scrape("d")
+        gate.send()
+        gate.send()
+        gate.become(pool[:1])
+        gate.send()  # to those who prefill alone
+        gate.end()
+        gate.become(pool)
+        assert gate.loads() == {"p": 0.4, "d": 0.2}
+        gate.end()
+        gate.end()
+        assert gate.loads() == {"p": 0, "d": 0}
+
+    @pytest.mark.parametrize("picks", [True, False])
+    def test_two_that_take_over_from_one(self, picks: bool) -> None:  # noqa: FBT001 - both
+        """Each has an account of its own."""
+        gate = Gate(Utilization(staleness=Staleness.HOLD), picks=picks, pool="a")
+        gate.scrape("a")
+        gate.send()
+        changed = [Utilization(waiting_max=most, staleness=Staleness.HOLD) for most in (10, 20)]
+        gate.pool.reconfigure(gate.picker, make_detectors(changed), 0)
+        gate.send()
+        assert gate.pool.saturation() == pytest.approx(2 / 10)
+        gate.scrape("a", waiting=1)
+        gate.send()
+        assert gate.pool.saturation() == pytest.approx(2 / 10)
+        for _ in range(3):
+            gate.end()
+        assert gate.pool.saturation() == pytest.approx(1 / 10)
+
+    @pytest.mark.parametrize("picks", [True, False])
+    def test_an_empty_pool_keeps_its_stages(self, picks: bool) -> None:  # noqa: FBT001 - both
+        """Where some prefill and others decode, too, an absence of all is one of moments."""
+        pool = (Endpoint("p", Role.PREFILL), Endpoint("d", Role.DECODE))
+        gate = Gate(Utilization(staleness=Staleness.HOLD), picks=picks, pool=pool)
+        gate.scrape("p", waiting=2)
+        gate.scrape("d", waiting=1)
+        gate.send()
+        before = gate.loads()
+        gate.become(())
+        assert gate.pool.saturation() == FULL
+        gate.become(pool)
+        assert gate.loads() == before
 
 
 class TestSeveral:

@@ -11,7 +11,7 @@ from flowcontrol.events import Settled
 from server import settlement as module
 from server.codec import INSTANCE
 from server.log_codec import LogEntry
-from server.settlement import Account, Result, Settlement
+from server.settlement import Account, Counts, Result, Settlement
 
 SECOND = 1_000_000_000
 LOST_AFTER = 10 * SECOND
@@ -144,6 +144,16 @@ class TestLoss:
 
         assert (before, house.settlement.lost) == (0, 1)
         assert house.settlement.take(entry(7)) is Result.UNKNOWN
+
+    def test_counts(self, house: House) -> None:
+        """Who looks after a quiet hour sees what has been lost since, though nothing else did."""
+        house.in_flight[8] = 0
+        house.end(7, now_ns=SECOND)
+        house.end(8, now_ns=SECOND)
+        house.settlement.take(entry(8))
+
+        assert house.settlement.counts(2 * SECOND) == Counts(received=1, lost=0, awaited=1)
+        assert house.settlement.counts(SECOND + LOST_AFTER) == Counts(1, 1, 0)
 
     def test_no_log(self) -> None:
         """Where there never was a log nothing is lost, and nothing is kept."""

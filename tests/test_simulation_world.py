@@ -358,6 +358,7 @@ class TestClients:
         ("told_ns", "honours", "least_ms", "most_ms"),
         [
             (2100 * MILLISECOND, True, 3000, 3000),  # spread by up to a quarter, in whole seconds
+            (30_000 * MILLISECOND, True, 30_000, 30_000),  # the most that is told
             (2100 * MILLISECOND, False, 500, 1500),
             (900 * MILLISECOND, True, 500, 1500),  # below a second nothing is told
             (None, True, 500, 1500),

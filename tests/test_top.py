@@ -40,6 +40,10 @@ def snapshot() -> api.Snapshot:
                     api.OutcomeCount(outcome="dispatched", count=11),
                     api.OutcomeCount(outcome="evicted-ttl", count=2),
                     api.OutcomeCount(outcome="evicted-displaced", count=1),
+                    api.OutcomeCount(outcome="reclaimed", count=4),
+                    api.OutcomeCount(outcome="internal", count=5),
+                    api.OutcomeCount(outcome="rejected-capacity", count=1),
+                    api.OutcomeCount(outcome="completed", count=10),
                 ],
             ),
         ],
@@ -160,7 +164,7 @@ class TestTop:
             assert "saturation 90%" in summary
             assert rows(top, "bands") == [
                 ["10", "", "0", "-", "-", "100%", "open", "4", "0", "0", "0"],
-                ["-1", "batch", "5", "7.0 s", "9.0 s", "80%", "gated", "0", "11", "0", "3"],
+                ["-1", "batch", "5", "7.0 s", "9.0 s", "80%", "gated", "0", "11", "6", "7"],
             ]
             assert [row[1] for row in rows(top, "flows")] == [HOSTILE]
             assert rows(top, "endpoints")[0][2:] == ["90%", "9"]

@@ -4,7 +4,7 @@ import pytest
 
 from flowcontrol.config import Adaptive, Concurrency, ControllerConfig, Role, Utilization
 from flowcontrol.controller import FlowController
-from flowcontrol.events import Arrived, EndpointsChanged, Left, ObjectivesChanged, Settled
+from flowcontrol.events import Arrived, EndpointsChanged, Left, ObjectivesChanged
 from flowcontrol.request import Request
 from flowcontrol.snapshot import DetectorSnapshot
 from flowcontrol.view import take_snapshot
@@ -116,24 +116,3 @@ class TestBands:
             places[request_id] = None if forecast is None else forecast.position
 
         assert places == {0: None, 1: 1, 3: 3, 9: 0, 77: None}
-
-
-class TestSettlements:
-    """What is known of what requests really took."""
-
-    def test_counts(self) -> None:
-        """Once any has come, those that are awaited are counted."""
-        controller = FlowController(ControllerConfig(), 0)
-        controller.handle(EndpointsChanged(("a",)), 0)
-        for request_id in range(3):
-            controller.handle(Arrived(Request(request_id)), 0)
-        controller.poll(0)
-        controller.handle(Settled(0, 10, 0, 20), 0)
-        for request_id in range(3):
-            controller.handle(Left(request_id), 0)
-        controller.handle(Settled(1, 10, 0, 20), 0)
-
-        snapshot = take_snapshot(controller, 0, 10)
-
-        assert (snapshot.settlements, snapshot.awaited_settlements) == (2, 1)
-        assert snapshot.lost_settlements == 0

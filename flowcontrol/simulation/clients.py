@@ -13,14 +13,13 @@ from random import Random
 from typing import Protocol, assert_never, final
 
 from flowcontrol.events import Decision
+from flowcontrol.retry import retry_after_s
 from flowcontrol.simulation.clock import VirtualClock
 from flowcontrol.simulation.distributions import Shares
 from flowcontrol.simulation.traces import TraceRow
 from flowcontrol.simulation.workload import AtOnce, ClosedLoop, Poisson, Replayed, Workload
 
 _SECOND_NS = 1_000_000_000
-_RETRY_AFTER_SPREAD = 0.25
-"""How far the service spreads a Retry-After upwards, see `server.replies`."""
 _BACKOFF_DOUBLINGS_MAX = 20
 _ROUND_TRIP_NS = 1_000_000
 """No user asks again sooner, and who was not answered not before backing off once: else one who is
@@ -141,12 +140,12 @@ class Clients:
 
     def refused(self, call: Call, decision: Decision) -> None:
         """Take the gateway's no for an answer, or ask again."""
-        told_ns = _retry_after(decision.retry_after_ns, self._retry_chance)
+        told_s = retry_after_s(decision.retry_after_ns, self._retry_chance.random())
         retry = self._workload.retry
         if call.attempt_count >= retry.attempts_max:
             self._end(call, Ending.REFUSED)
-        elif retry.honours_retry_after and told_ns is not None:
-            self._clock.after(told_ns, partial(self._ask, call))
+        elif retry.honours_retry_after and told_s is not None:
+            self._clock.after(told_s * _SECOND_NS, partial(self._ask, call))
         else:
             self._back_off(call)
 
@@ -249,11 +248,3 @@ class Clients:
             is_answered = ending is Ending.ANSWERED
             least_ns = _ROUND_TRIP_NS if is_answered else self._workload.retry.backoff_ns
             self._plan_user(call.user, self._clock.now_ns + max(think_ns, least_ns))
-
-
-def _retry_after(expected_ns: int | None, chance: Random) -> int | None:
-    """Return what the header says to a client: whole seconds, spread upwards, none below one."""
-    if expected_ns is None or expected_ns < _SECOND_NS:
-        return None
-    spread_ns = expected_ns * (1 + _RETRY_AFTER_SPREAD * chance.random())
-    return -(-round(spread_ns) // _SECOND_NS) * _SECOND_NS

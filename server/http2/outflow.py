@@ -27,7 +27,6 @@ class Outflow:
         "_is_table_empty",
         "_starved",
         "_waiting",
-        "data_frame_count",
         "ended",
         "frame_bytes_max",
         "initial_window",
@@ -47,7 +46,6 @@ class Outflow:
         """Of the connection."""
         self.initial_window = frames.WINDOW_DEFAULT
         self.frame_bytes_max = frames.FRAME_BYTES_DEFAULT
-        self.data_frame_count = 0
         self._is_table_empty = False
         self._waiting: dict[int, Stream] = {}
         """Streams with an outbox."""
@@ -178,7 +176,6 @@ class Outflow:
         size = len(data)
         self.window -= size
         stream.credit -= size
-        self.data_frame_count += 1
         stream.is_answered = True
         flags = frames.END_STREAM if is_end else 0
         self.ready.append(frames.frame(frames.DATA, flags, stream.stream_id, data))

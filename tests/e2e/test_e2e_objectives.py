@@ -90,6 +90,7 @@ class TestLive:
 
     async def test_removed_objective(self, gateway: Gateway) -> None:
         """A band whose objective is removed drains; a newcomer that names it counts as unknown."""
+        gateway.expected_complaints.add("objective_unknown")
         gateway.stack.declare("bronze", 5)
         await gateway.until_so(lambda now: 5 in bands(now), SEEN_S)
         _, occupying = await gateway.occupy()

@@ -80,7 +80,8 @@ class TestOrder:
         assert names == ["greedy-1", "modest-1", "greedy-2", "modest-2", "greedy-3", "greedy-4"]
 
     async def test_unknown_objective_counts_as_none(self, gateway: Gateway) -> None:
-        """An objective nobody declared means priority 0, and is counted."""
+        """An objective nobody declared means priority 0, is counted, and is told to the log."""
+        gateway.expected_complaints.add("objective_unknown")
         before = (await gateway.snapshot()).unknown_objectives
         caller = await gateway.call(objective="nobody-knows", name="unknown")
         await (await gateway.next_call()).respond()
@@ -90,6 +91,8 @@ class TestOrder:
 
         assert (line["priority"], line["objective"]) == (0, "nobody-knows")
         assert after - before == 1
+        (told,) = gateway.stack.events("objective_unknown")
+        assert told["objective"] == "nobody-knows"
 
 
 class TestHeaders:
