@@ -1,6 +1,7 @@
 """The sources together: what becomes of what they tell, and of other settings."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from flowcontrol.events import EndpointsChanged, Fact, LoadObserved, ObjectivesC
 from server.settings import Settings
 from server.settings_sources import Load
 from server.sources import feed as feed_module
+from server.sources import health
 from server.sources.feed import Feed
 from server.sources.folder import ObjectiveFolder
 from server.sources.health import FAILURES_MAX
@@ -269,6 +271,27 @@ class TestDown:
                 feed.outcome(both[0], 0.0, is_failure=True)
 
             assert latest(told)[0] == (both[1],)
+
+    async def test_failing_and_nobody_scrapes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is back when the while is over, also where nobody asks for loads; the next is longer.
+
+        Where the engine picks, no request goes to it meanwhile, whose outcome could be told.
+        """
+        monkeypatch.setattr(health, "REST_FIRST_S", 0.02)
+        four = [f"127.0.0.1:800{index}" for index in range(4)]
+        async with feeding(settings(endpoints={"static": four})) as (feed, told):
+            assert feed.scraper is None
+            for address in four[:2]:
+                for _ in range(FAILURES_MAX):
+                    feed.outcome(address, time.monotonic(), is_failure=True)
+            assert feed.down == set(four[:2])
+            await told.until(lambda _fact: latest(told)[0] == tuple(four))
+            began_s = time.monotonic()
+            feed.outcome(four[0], began_s, is_failure=True)
+            assert feed.down == {four[0]}
+            await told.until(lambda _fact: latest(told)[0] == tuple(four))
+
+            assert time.monotonic() - began_s >= 0.04
 
 
 class TestFaults:

@@ -94,6 +94,20 @@ class TestFailing:
 
         assert changes == [(A, False), (A, True)]
 
+    def test_when_to_advance(self, health: Health) -> None:
+        """It says when the first of those out for failing may try again; None: nobody is out."""
+        health.watch([A, B, C, "10.0.0.8:8000"])
+        times = [health.next_s]
+        fail(health, A, 0)
+        fail(health, B, 3)
+        times.append(health.next_s)
+        health.advance(REST_FIRST_S)
+        times.append(health.next_s)
+        health.watch([A, C])
+        times.append(health.next_s)
+
+        assert times == [None, REST_FIRST_S, 3 + REST_FIRST_S, None]
+
     def test_a_success_in_between(self, health: Health, changes: Changes) -> None:
         """Failures must come in a row."""
         for _ in range(10):

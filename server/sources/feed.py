@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -105,6 +106,8 @@ class Feed:
         self._roles = dict[str, Role]()
         self._load: Load | None = None
         self._health = Health(1, lambda address, is_up: self._health_changed(address, is_up=is_up))
+        self._resumption: asyncio.TimerHandle | None = None
+        """When the next endpoint out for failing may try again."""
         self._scraper: Scraper | None = None
         self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
 
@@ -156,6 +159,8 @@ class Feed:
     def outcome(self, address: str, now_s: float, *, is_failure: bool) -> None:
         """Take in what became of a request: whether it ended in 5xx or broke off at the server."""
         self._health.outcome(address, now_s, is_failure=is_failure)
+        if is_failure:
+            self._await_resumption()
 
     def load_reported(self, address: str, headers: Mapping[str, str]) -> None:
         """Take in the load report among the headers of a response, if there is one in full."""
@@ -220,6 +225,8 @@ class Feed:
         for name in list(self._running):
             await self._end(name)
         await self._change_load(None)
+        if self._resumption is not None:
+            self._resumption.cancel()
 
     # One source
 
@@ -278,6 +285,21 @@ class Feed:
     def _health_changed(self, address: str, *, is_up: bool) -> None:
         _log.warning("endpoint_up" if is_up else "endpoint_down", endpoint=address)
         self._roster.mark(address, is_up=is_up)
+
+    def _await_resumption(self) -> None:
+        """Let time pass for whoever is out for failing, also where nobody asks for loads."""
+        if self._resumption is not None:
+            self._resumption.cancel()
+        until_s = self._health.next_s
+        if until_s is None:
+            self._resumption = None
+        else:
+            wait_s = max(0.0, until_s - time.monotonic())
+            self._resumption = asyncio.get_running_loop().call_later(wait_s, self._resume)
+
+    def _resume(self) -> None:
+        self._health.advance(time.monotonic())
+        self._await_resumption()
 
     async def _change_load(self, load: Load | None) -> None:
         if load == self._load:

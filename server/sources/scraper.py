@@ -169,7 +169,6 @@ class Scraper:
                 self._health.missed(address, now_s)
             else:
                 self._health.reached(address, now_s)
-        self._health.advance(now_s)
         if load is not None:
             self._observed(LoadObserved(address, *load))
 
