@@ -263,6 +263,34 @@ class TestDown:
 
             assert feed.down == frozenset()
 
+    @pytest.mark.parametrize("load", [None, {"interval": "10ms", "port": 1}])
+    async def test_nobody_looks_any_more(self, load: Any) -> None:
+        """When nobody asks there any more, an unreachable endpoint is back, as it was before."""
+        address = f"127.0.0.1:{free_port()}"
+        endpoints = {"static": [address]}
+        first = settings(load={"interval": "10ms"}, endpoints=endpoints)
+        async with feeding(first) as (feed, told):
+            await told.until(lambda _fact: latest(told)[0] == ())
+            await feed.apply(settings(load={"interval": "20ms"}, endpoints=endpoints))
+            assert feed.down == {address}, "it is asked still"
+            changes = {} if load is None else {"load": load}
+            await feed.apply(settings(endpoints=endpoints, **changes))
+
+            assert feed.down == frozenset()
+            assert latest(told)[0] == (address,)
+
+    async def test_stopping_is_no_news(self) -> None:
+        """A feed that stops looks no more, either, but does not tell that all are up."""
+        endpoints = {"static": [f"127.0.0.1:{free_port()}"]}
+        async with feeding(settings(load={"interval": "10ms"}, endpoints=endpoints)) as (
+            feed,
+            told,
+        ):
+            await told.until(lambda _fact: latest(told)[0] == ())
+
+        assert latest(told)[0] == ()
+        assert feed.scraper is None
+
     async def test_failing(self) -> None:
         """An endpoint that fails request after request leaves the pool for a while."""
         both = ["127.0.0.1:8000", "127.0.0.1:8001"]

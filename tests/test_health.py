@@ -58,6 +58,19 @@ class TestUnreachable:
 
         assert changes == [(A, False), (A, True)]
 
+    def test_nobody_looks_any_more(self, health: Health, changes: Changes) -> None:
+        """What was missed is forgotten, and who fails stays out for that."""
+        fail(health, B, 5)
+        for now_s in range(3):
+            health.missed(A, now_s)
+            health.missed(B, now_s)
+        health.missed(C, 2)
+        health.forget_misses(6)
+        health.missed(C, 7)
+        health.missed(C, 8)
+
+        assert changes == [(B, False), (A, False), (A, True)]
+
     def test_all_may_be_unreachable(self, health: Health, changes: Changes) -> None:
         """When nobody listens anywhere the pool is empty."""
         for address in (A, B, C):

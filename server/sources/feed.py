@@ -224,7 +224,7 @@ class Feed:
         """End every source."""
         for name in list(self._running):
             await self._end(name)
-        await self._change_load(None)
+        await self._end_scraping()
         if self._resumption is not None:
             self._resumption.cancel()
 
@@ -305,13 +305,18 @@ class Feed:
         if load == self._load:
             return
         self._load = load
-        if self._scraper is not None:
-            await self._scraper.close()
-            self._scraper = None
+        await self._end_scraping()
+        if load is None or load.port is not None:
+            self._health.forget_misses(time.monotonic())
         if load is not None:
             self._health.misses_max = load.unreachable_after
             self._scraper = Scraper(load, self._post, self._health)
             self._scraper.ask(self._roster.addresses)
+
+    async def _end_scraping(self) -> None:
+        if self._scraper is not None:
+            await self._scraper.close()
+            self._scraper = None
 
 
 def _wanted(settings: Settings) -> dict[str, _Wanted]:

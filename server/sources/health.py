@@ -75,6 +75,12 @@ class Health:
             record.misses += 1
             self._judge(address, record, now_s)
 
+    def forget_misses(self, now_s: float) -> None:
+        """Nobody looks any more whether somebody listens: take it that everybody does."""
+        for address, record in tuple(self._records.items()):
+            record.misses = 0
+            self._judge(address, record, now_s)
+
     def outcome(self, address: str, now_s: float, *, is_failure: bool) -> None:
         """Note what became of a request: whether it ended in 5xx or broke off at the server."""
         record = self._records.get(address)
