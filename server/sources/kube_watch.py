@@ -85,15 +85,17 @@ class Reflector:
     async def follow(self, changed: Callable[[], None]) -> NoReturn:
         """Keep the copy and tell of every change, and once when it is first known; for ever.
 
-        Told, too, is that it is refused from the start.
+        Told, too, is that it is refused from the start. Whoever follows again, after an error of
+        `changed`, has everything listed and told again: it may have missed the last of it.
         """
+        self._version = None
         while True:
             wait_s: float | None = None
             try:
                 if self._version is None:
-                    await self._list()
+                    self._version = await self._list()
                     changed()
-                await self._watch(self._version or "", changed)
+                await self._watch(self._version, changed)
             except _ListAgainError as error:
                 self._version = None
                 _log.info("kubernetes_lists_again", path=self._path, reason=str(error))
@@ -107,7 +109,8 @@ class Reflector:
                 self._failed(f"{type(error).__name__}: {error}".rstrip(": "))
             await asyncio.sleep(max(self._backoff.next_s(), min(wait_s or 0, RETRY_LONGEST_S)))
 
-    async def _list(self) -> None:
+    async def _list(self) -> str:
+        """Take the whole copy; return its version."""
         objects: dict[str, Object] = {}
         parameters = dict(self._selection)
         while True:
@@ -123,9 +126,10 @@ class Reflector:
                 break
             parameters["continue"] = more
         self.list_count += 1
-        self.objects, self._version = objects, version
+        self.objects = objects
         self.is_known, self.is_absent, self._absences = True, False, 0
         self._works()
+        return version
 
     async def _watch(self, version: str, changed: Callable[[], None]) -> None:
         """Follow one watch to its end; one that lived, or said anything, has worked."""
