@@ -206,6 +206,19 @@ class TestInterruptions:
 
         assert reflector.list_count == 1
 
+    async def test_a_mistake_of_ours(self, server: Served) -> None:
+        """What the told one makes of it is no mistake of the server's: it is not taken for one."""
+
+        def odd() -> None:
+            int("odd")
+
+        async with connected(server[1]) as api:
+            reflector = Reflector(api, PATH, retry_s=FAST)
+            with pytest.raises(ValueError, match="invalid literal"):
+                await asyncio.wait_for(reflector.follow(odd), 5)
+
+        assert (reflector.error_count, reflector.problem) == (0, None)
+
     @pytest.mark.parametrize(
         "line",
         [

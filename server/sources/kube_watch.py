@@ -19,7 +19,7 @@ from typing import NoReturn, final
 import structlog
 
 from server.sources.backoff import Backoff
-from server.sources.kube_api import UNREACHABLE, ApiError, KubeApi, Object
+from server.sources.kube_api import UNREACHABLE, ApiError, KubeApi, NoJsonError, Object
 
 WATCH_S = 300
 """How long the server is asked to keep one watch open, give or take a fifth: many who began
@@ -102,7 +102,7 @@ class Reflector:
             except ApiError as error:
                 self._refused(error, changed)
                 wait_s = error.retry_after_s
-            except ValueError as error:
+            except NoJsonError as error:
                 self._version = None
                 self._failed(f"no JSON: {error}")
             except UNREACHABLE as error:
@@ -120,7 +120,7 @@ class Reflector:
                     objects[item["metadata"]["name"]] = item
                 version = str(page["metadata"]["resourceVersion"])
                 more = page["metadata"].get("continue")
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (NoJsonError, LookupError, TypeError, AttributeError) as error:
                 raise ApiError(HTTPStatus.BAD_GATEWAY, f"no list: {error!r}") from error
             if not more:
                 break
