@@ -207,6 +207,37 @@ class TestApply:
 
         assert fact.roles == {"127.0.0.1:1": Role.PREFILL, "127.0.0.1:2": Role.DECODE}
 
+    async def test_other_roles(self, tmp_path: Path) -> None:
+        """Other roles in the settings are told at once, also of endpoints that stay the same."""
+        file = tmp_path / "endpoints"
+        file.write_text("- 127.0.0.1:1\n- 127.0.0.1:2\n")
+        endpoints = {"file": str(file)}
+        async with feeding(settings(endpoints=endpoints)) as (feed, told):
+            count = len(told.news)
+            others = {**endpoints, "roles": {"127.0.0.1:1": "prefill"}}
+            await feed.apply(settings(endpoints=others))
+            both = ("127.0.0.1:1", "127.0.0.1:2")
+            news = [EndpointsChanged(both, {"127.0.0.1:1": Role.PREFILL})]
+            assert told.news[count:] == news
+            await feed.apply(settings(picker="least-loaded", endpoints=others))
+
+            assert told.news[count:] == news, "nothing more has changed"
+
+    async def test_other_roles_of_nobody_known(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While no source has told its endpoints, the pool is not empty but unknown."""
+        monkeypatch.setattr(feed_module, "PATIENCE_S", 0.01)
+        kubeconfig = tmp_path / "kubeconfig"
+        kubeconfig.write_text(kubeconfig_for("http://127.0.0.1:1"))
+        kubernetes = {"kubeconfig": str(kubeconfig)}
+        first = settings(endpoints={"kubernetes": {}}, kubernetes=kubernetes)
+        async with feeding(first) as (feed, told):
+            endpoints = {"kubernetes": {}, "roles": {"127.0.0.1:1": "decode"}}
+            await feed.apply(settings(endpoints=endpoints, kubernetes=kubernetes))
+
+            assert latest(told)[0] is None
+
     async def test_a_detector_that_needs_load(self) -> None:
         """Endpoints are asked for their load where a detector goes by it, said or not."""
         needed = settings(saturation={"detector": "utilization"})

@@ -13,7 +13,7 @@ import structlog
 from flowcontrol.config import Role
 from flowcontrol.events import EndpointsChanged, Fact, LoadObserved, ObjectivesChanged
 from server.settings import Settings
-from server.settings_sources import Load
+from server.settings_sources import Endpoints, Load
 from server.sources.backoff import Backoff
 from server.sources.dns import DnsEndpoints
 from server.sources.endpoint_file import EndpointFile
@@ -207,16 +207,8 @@ class Feed:
             raise
         for name in [*(self._running.keys() - wanted.keys()), *(self._running.keys() & made)]:
             await self._end(name)
-        self._roles = settings.endpoints.role_of()
         await self._change_load(settings.scraping)
-        if settings.endpoints.static is None:
-            self._roster.forget("endpoints.static")
-        else:
-            addresses = settings.endpoints.static
-            self._roster.know("endpoints.static", (Endpoint(str(each)) for each in addresses))
-        for name in ("endpoints.dns", "endpoints.file", "endpoints.kubernetes"):
-            if name not in wanted:
-                self._roster.forget(name)
+        self._change_endpoints(settings.endpoints)
         for name, running in made.items():
             self._begin(name, running)
 
@@ -281,6 +273,23 @@ class Feed:
             roles = {each.address: each.role for each in present if each.role is not Role.BOTH}
             self._post(EndpointsChanged(tuple(each.address for each in present), roles))
             _log.info("endpoints_changed", endpoints=[each.address for each in present])
+
+    def _change_endpoints(self, endpoints: Endpoints) -> None:
+        """Take the static endpoints and the roles, and forget what sources no longer named knew."""
+        self._roles = endpoints.role_of()
+        if endpoints.static is None:
+            self._roster.forget("endpoints.static")
+        else:
+            self._roster.know("endpoints.static", (Endpoint(str(a)) for a in endpoints.static))
+        for name, source in (
+            ("endpoints.dns", endpoints.dns),
+            ("endpoints.file", endpoints.file),
+            ("endpoints.kubernetes", endpoints.kubernetes),
+        ):
+            if source is None:
+                self._roster.forget(name)
+        if self._told is not None:  # other roles of the same endpoints are news, too
+            self._roster_changed()
 
     def _health_changed(self, address: str, *, is_up: bool) -> None:
         _log.warning("endpoint_up" if is_up else "endpoint_down", endpoint=address)
