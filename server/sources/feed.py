@@ -164,9 +164,9 @@ class Feed:
 
     def load_reported(self, address: str, headers: Mapping[str, str]) -> None:
         """Take in the load report among the headers of a response, if there is one in full."""
-        report = read_report(headers)
-        if report is not None and report.load is not None:
-            self._post(LoadObserved(address, *report.load))
+        load = read_report(headers)
+        if load is not None:
+            self._post(LoadObserved(address, *load))
 
     async def start(self, settings: Settings) -> None:
         """Begin; return when every source has told what it knows, or patience is at its end.
