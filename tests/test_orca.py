@@ -89,6 +89,7 @@ class TestNone:
             (HEADER, 'JSON {"named_metrics": {"num_requests_waiting": "3"}}'),
             (HEADER, 'JSON {"named_metrics": {"num_requests_waiting": true}}'),
             (HEADER, "JSON " + "[" * 10_000),
+            (HEADER, "JSON " + JSON.replace("3.0", "1" + "0" * 400)),
             (HEADER, "BIN ***"),
             (HEADERS[2], "////"),
             (HEADER, "TEXT a=1," * LENGTH_MAX),

@@ -49,7 +49,7 @@ def read_report(headers: Mapping[str, str]) -> EngineLoad | None:
     kind, text = (word, rest) if word in _FORMATS else (_KINDS[name], headers[name])
     try:
         numbers = dict(_FORMATS[kind](text.strip()))
-    except (ValueError, DecodeError, RecursionError):
+    except (ValueError, OverflowError, DecodeError, RecursionError):
         return None
     if not all(isfinite(value) for value in numbers.values()):
         return None
