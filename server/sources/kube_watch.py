@@ -72,7 +72,6 @@ class Reflector:
         """Failures since the start."""
         self.problem: str | None = None
         """What is wrong now."""
-        self.list_count = 0
         self._api = api
         self._path = path
         self._selection = dict(selection or {})
@@ -125,7 +124,6 @@ class Reflector:
             if not more:
                 break
             parameters["continue"] = more
-        self.list_count += 1
         self.objects = objects
         self.is_known, self.is_absent, self._absences = True, False, 0
         self._works()
