@@ -27,14 +27,10 @@ from envoy_data_plane.xds.type.matcher import v3 as xds
 
 from server.classify import SUBSET_NAMESPACE
 from server.codec import METADATA_NAMESPACE, TICKET
-from server.log_codec import (
-    LOAD_REPORT_HEADERS,
-    REPORT_FORMAT,
-    REPORT_TAG,
-    USAGE_NAMESPACE,
-)
+from server.log_codec import REPORT_FORMAT, REPORT_TAG, USAGE_NAMESPACE
 from server.rules import BODY_FIELDS, BODY_NAMESPACE
 from server.settings import Settings
+from server.sources import orca
 
 LOG_CLUSTER: Final = "access_log"
 _ACCESS_LOG: Final = {
@@ -231,7 +227,7 @@ def _settlement_log() -> accesslog.AccessLog:
                     buffer_size_bytes=_LOG_BUFFER_BYTES,
                     custom_tags=[tracing.CustomTag(tag=REPORT_TAG, value=REPORT_FORMAT)],
                 ),
-                additional_response_headers_to_log=list(LOAD_REPORT_HEADERS),
+                additional_response_headers_to_log=list(orca.HEADERS),
             )
         ),
     )

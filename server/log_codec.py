@@ -33,10 +33,6 @@ _REPORT = (
 )
 REPORT_FORMAT = " ".join(_REPORT)
 """What Envoy does not know it writes as a dash."""
-LOAD_REPORT_HEADERS = (
-    *("endpoint-load-metrics", "endpoint-load-metrics-json", "endpoint-load-metrics-bin"),
-)
-"""Where a model server reports its load in its responses (ORCA)."""
 
 _FAULTS = frozenset(("UT", "UR", "UF", "UC", "UPE", "UH", "URX", "SI", "UMSDR"))
 """Flags of a response that the model server failed to give, whatever its status: upstream timeout,

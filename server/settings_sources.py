@@ -221,8 +221,9 @@ class Load(Section):
     timeout: Duration = written("1s")
     """How long one answer may take, in all."""
     scrapes_per_second_max: Annotated[int, Field(ge=1, strict=True)] = 100
-    """Of all endpoints together; with many of them the interval grows. Each takes about half a
-    millisecond of CPU: a hundred a second, 5 % of a core."""
+    """Of all endpoints together; with many of them the interval grows: past 180, to more than the
+    2 s that `saturation.metricsStalenessThreshold` lets pass. Each takes about half a millisecond
+    of CPU: a hundred a second, 5 % of a core."""
     unreachable_after: Annotated[int, Field(ge=1, strict=True)] = 3
     """Attempts in a row at which nobody listens, after which an endpoint leaves the pool until
     somebody does."""

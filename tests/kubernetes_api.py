@@ -53,6 +53,8 @@ class FakeApiServer:
         self.page_max = 500
         """Objects a page holds, at most."""
         self.retry_after: str | None = None
+        self.list_count = 0
+        """Lists answered to their last page."""
         self._version = 100
         self._oldest = 0
         self._collections: dict[str, dict[str, Json]] = {}
@@ -172,6 +174,8 @@ class FakeApiServer:
         metadata: Json = {"resourceVersion": str(self._version)}
         if len(items) > first + size:
             metadata["continue"] = str(first + size)
+        else:
+            self.list_count += 1
         return web.json_response({"metadata": metadata, "items": items[first : first + size]})
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:

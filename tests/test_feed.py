@@ -1,6 +1,7 @@
 """The sources together: what becomes of what they tell, and of other settings."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from flowcontrol.events import EndpointsChanged, Fact, LoadObserved, ObjectivesC
 from server.settings import Settings
 from server.settings_sources import Load
 from server.sources import feed as feed_module
+from server.sources import health
 from server.sources.feed import Feed
 from server.sources.folder import ObjectiveFolder
 from server.sources.health import FAILURES_MAX
@@ -205,6 +207,37 @@ class TestApply:
 
         assert fact.roles == {"127.0.0.1:1": Role.PREFILL, "127.0.0.1:2": Role.DECODE}
 
+    async def test_other_roles(self, tmp_path: Path) -> None:
+        """Other roles in the settings are told at once, also of endpoints that stay the same."""
+        file = tmp_path / "endpoints"
+        file.write_text("- 127.0.0.1:1\n- 127.0.0.1:2\n")
+        endpoints = {"file": str(file)}
+        async with feeding(settings(endpoints=endpoints)) as (feed, told):
+            count = len(told.news)
+            others = {**endpoints, "roles": {"127.0.0.1:1": "prefill"}}
+            await feed.apply(settings(endpoints=others))
+            both = ("127.0.0.1:1", "127.0.0.1:2")
+            news = [EndpointsChanged(both, {"127.0.0.1:1": Role.PREFILL})]
+            assert told.news[count:] == news
+            await feed.apply(settings(picker="least-loaded", endpoints=others))
+
+            assert told.news[count:] == news, "nothing more has changed"
+
+    async def test_other_roles_of_nobody_known(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While no source has told its endpoints, the pool is not empty but unknown."""
+        monkeypatch.setattr(feed_module, "PATIENCE_S", 0.01)
+        kubeconfig = tmp_path / "kubeconfig"
+        kubeconfig.write_text(kubeconfig_for("http://127.0.0.1:1"))
+        kubernetes = {"kubeconfig": str(kubeconfig)}
+        first = settings(endpoints={"kubernetes": {}}, kubernetes=kubernetes)
+        async with feeding(first) as (feed, told):
+            endpoints = {"kubernetes": {}, "roles": {"127.0.0.1:1": "decode"}}
+            await feed.apply(settings(endpoints=endpoints, kubernetes=kubernetes))
+
+            assert latest(told)[0] is None
+
     async def test_a_detector_that_needs_load(self) -> None:
         """Endpoints are asked for their load where a detector goes by it, said or not."""
         needed = settings(saturation={"detector": "utilization"})
@@ -261,6 +294,34 @@ class TestDown:
 
             assert feed.down == frozenset()
 
+    @pytest.mark.parametrize("load", [None, {"interval": "10ms", "port": 1}])
+    async def test_nobody_looks_any_more(self, load: Any) -> None:
+        """When nobody asks there any more, an unreachable endpoint is back, as it was before."""
+        address = f"127.0.0.1:{free_port()}"
+        endpoints = {"static": [address]}
+        first = settings(load={"interval": "10ms"}, endpoints=endpoints)
+        async with feeding(first) as (feed, told):
+            await told.until(lambda _fact: latest(told)[0] == ())
+            await feed.apply(settings(load={"interval": "20ms"}, endpoints=endpoints))
+            assert feed.down == {address}, "it is asked still"
+            changes = {} if load is None else {"load": load}
+            await feed.apply(settings(endpoints=endpoints, **changes))
+
+            assert feed.down == frozenset()
+            assert latest(told)[0] == (address,)
+
+    async def test_stopping_is_no_news(self) -> None:
+        """A feed that stops looks no more, either, but does not tell that all are up."""
+        endpoints = {"static": [f"127.0.0.1:{free_port()}"]}
+        async with feeding(settings(load={"interval": "10ms"}, endpoints=endpoints)) as (
+            feed,
+            told,
+        ):
+            await told.until(lambda _fact: latest(told)[0] == ())
+
+        assert latest(told)[0] == ()
+        assert feed.scraper is None
+
     async def test_failing(self) -> None:
         """An endpoint that fails request after request leaves the pool for a while."""
         both = ["127.0.0.1:8000", "127.0.0.1:8001"]
@@ -269,6 +330,27 @@ class TestDown:
                 feed.outcome(both[0], 0.0, is_failure=True)
 
             assert latest(told)[0] == (both[1],)
+
+    async def test_failing_and_nobody_scrapes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is back when the while is over, also where nobody asks for loads; the next is longer.
+
+        Where the engine picks, no request goes to it meanwhile, whose outcome could be told.
+        """
+        monkeypatch.setattr(health, "REST_FIRST_S", 0.02)
+        four = [f"127.0.0.1:800{index}" for index in range(4)]
+        async with feeding(settings(endpoints={"static": four})) as (feed, told):
+            assert feed.scraper is None
+            for address in four[:2]:
+                for _ in range(FAILURES_MAX):
+                    feed.outcome(address, time.monotonic(), is_failure=True)
+            assert feed.down == set(four[:2])
+            await told.until(lambda _fact: latest(told)[0] == tuple(four))
+            began_s = time.monotonic()
+            feed.outcome(four[0], began_s, is_failure=True)
+            assert feed.down == {four[0]}
+            await told.until(lambda _fact: latest(told)[0] == tuple(four))
+
+            assert time.monotonic() - began_s >= 0.04
 
 
 class TestFaults:

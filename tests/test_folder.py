@@ -229,12 +229,11 @@ class TestMistakes:
 
         path.write_text(manifest("chat", 20) + "---\nspec: {}\n")
         assert folder.read() == {"chat": 10, "batch": -1}
-        assert folder.read() == {"chat": 10, "batch": -1}
-        assert folder.error_count == 2
+        assert folder.error_count == 1
 
         path.write_text(manifest("chat", 20))
         assert folder.read() == {"chat": 20}
-        assert folder.error_count == 2
+        assert folder.error_count == 1
 
     def test_last_good_goes_with_its_file(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
         """What a removed file once said does not count when it comes back bad."""
@@ -277,6 +276,36 @@ class TestMistakes:
 
         assert folder.problems == {}
 
+    def test_said_once(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """A mistake that stands is said and counted once; another, and one that comes again, too.
+
+        However often the folder is looked at, and whatever becomes of other files.
+        """
+        bad, twice = tmp_path / "a.yaml", tmp_path / "c.yaml"
+        bad.write_text("- a")
+        (tmp_path / "b.yaml").write_text(CHAT + "---\n" + manifest("batch", -1))
+        twice.write_text(CHAT + "---\n" + manifest("batch", -2))
+
+        with capture_logs() as lines:
+            for index in range(10):
+                (tmp_path / "d.yaml").write_text(manifest("other", index))
+                assert folder.read() == {"chat": 10, "batch": -1, "other": index}
+            assert [(Path(line["file"]).name, line["problem"]) for line in lines] == [
+                ("c.yaml", "'chat' is declared in b.yaml already, and 1 more"),
+                ("a.yaml", "every document must be a mapping with apiVersion and kind"),
+            ]
+            assert folder.error_count == 2
+            twice.write_text(CHAT)
+            folder.read()
+            assert folder.problems["c.yaml"] == "'chat' is declared in b.yaml already"
+            bad.unlink()
+            folder.read()
+            assert list(folder.problems) == ["c.yaml"]
+            bad.write_text("- a")
+            folder.read()
+
+        assert folder.error_count == len(lines) == 4
+
     def test_the_folder_itself(self, tmp_path: Path) -> None:
         """When the folder cannot be read what was known stays; that is a mistake, too."""
         directory = tmp_path / "folder"
@@ -286,6 +315,7 @@ class TestMistakes:
         folder.read()
         directory.rename(tmp_path / "elsewhere")
 
+        assert folder.read() == {"chat": 10}
         assert folder.read() == {"chat": 10}
         assert folder.error_count == 1
         assert folder.problems == {"folder": "cannot be read: No such file or directory"}
@@ -339,7 +369,7 @@ async def following(folder: ObjectiveFolder, directory: Path) -> AsyncIterator[T
 
 
 @asynccontextmanager
-async def reads_heard() -> AsyncIterator[asyncio.Event]:
+async def mistakes_heard() -> AsyncIterator[asyncio.Event]:
     """An event that is set when a mistake is complained of, in whatever thread."""
     loop, heard = asyncio.get_running_loop(), asyncio.Event()
 
@@ -419,10 +449,10 @@ class TestFollow:
         """A file that is touched but says the same is no news."""
         path = tmp_path / "chat.yaml"
         path.write_text(CHAT)
-        (tmp_path / "bad.yaml").write_text("[")  # complained of at every read: so reads are heard
-        async with following(folder, tmp_path) as told, reads_heard() as read:
+        async with following(folder, tmp_path) as told, mistakes_heard() as heard:
             path.write_text("# a comment\n" + CHAT)
-            await asyncio.wait_for(read.wait(), TIMEOUT_S)
+            (tmp_path / "bad.yaml").write_text("[")  # so that the read is heard
+            await asyncio.wait_for(heard.wait(), TIMEOUT_S)
             (tmp_path / "last.yaml").write_text(manifest("last", 1))
             await told.until({"chat": 10, "last": 1})
 

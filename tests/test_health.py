@@ -58,6 +58,19 @@ class TestUnreachable:
 
         assert changes == [(A, False), (A, True)]
 
+    def test_nobody_looks_any_more(self, health: Health, changes: Changes) -> None:
+        """What was missed is forgotten, and who fails stays out for that."""
+        fail(health, B, 5)
+        for now_s in range(3):
+            health.missed(A, now_s)
+            health.missed(B, now_s)
+        health.missed(C, 2)
+        health.forget_misses(6)
+        health.missed(C, 7)
+        health.missed(C, 8)
+
+        assert changes == [(B, False), (A, False), (A, True)]
+
     def test_all_may_be_unreachable(self, health: Health, changes: Changes) -> None:
         """When nobody listens anywhere the pool is empty."""
         for address in (A, B, C):
@@ -93,6 +106,20 @@ class TestFailing:
         health.advance(REST_FIRST_S)
 
         assert changes == [(A, False), (A, True)]
+
+    def test_when_to_advance(self, health: Health) -> None:
+        """It says when the first of those out for failing may try again; None: nobody is out."""
+        health.watch([A, B, C, "10.0.0.8:8000"])
+        times = [health.next_s]
+        fail(health, A, 0)
+        fail(health, B, 3)
+        times.append(health.next_s)
+        health.advance(REST_FIRST_S)
+        times.append(health.next_s)
+        health.watch([A, C])
+        times.append(health.next_s)
+
+        assert times == [None, REST_FIRST_S, 3 + REST_FIRST_S, None]
 
     def test_a_success_in_between(self, health: Health, changes: Changes) -> None:
         """Failures must come in a row."""

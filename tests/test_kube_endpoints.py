@@ -1,5 +1,6 @@
 """Endpoints from Kubernetes: an InferencePool's ready pods at its target ports."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -62,18 +63,24 @@ async def _fake(tmp_path: Path) -> AsyncIterator[FakeApiServer]:
 
 
 @asynccontextmanager
+async def connected(
+    tmp_path: Path, settings: KubernetesEndpoints
+) -> AsyncIterator[tuple[KubeEndpoints, Told[Endpoints]]]:
+    """The endpoints of the pool llama, not yet followed."""
+    api = await KubeApi.connect(Kubernetes(kubeconfig=tmp_path / "kubeconfig"))
+    try:
+        yield KubeEndpoints(api, "llama", settings, retry_s=FAST), Told[Endpoints]()
+    finally:
+        await api.close()
+
+
+@asynccontextmanager
 async def followed(
     tmp_path: Path, settings: KubernetesEndpoints = FROM_THE_POOL
 ) -> AsyncIterator[tuple[KubeEndpoints, Told[Endpoints]]]:
-    """The endpoints of the pool llama, followed."""
-    api = await KubeApi.connect(Kubernetes(kubeconfig=tmp_path / "kubeconfig"))
-    source = KubeEndpoints(api, "llama", settings, retry_s=FAST)
-    told: Told[Endpoints] = Told()
-    try:
-        async with following(source, told):
-            yield source, told
-    finally:
-        await api.close()
+    """The same, followed."""
+    async with connected(tmp_path, settings) as (source, told), following(source, told):
+        yield source, told
 
 
 class TestPods:
@@ -263,3 +270,41 @@ class TestPool:
 
             assert source.problems["pods"] == f'403: cannot list resource at "{PODS}"'
             assert told.news == []
+
+
+class TestFollowedAgain:
+    """What nobody thought of ends the following; then it is followed again."""
+
+    @pytest.mark.parametrize(
+        "settings",
+        [FROM_THE_POOL, KubernetesEndpoints(selector={"app": "vllm"}, ports=(8000,))],
+        ids=["pool", "selector"],
+    )
+    async def test_after_a_failure(
+        self, fake: FakeApiServer, tmp_path: Path, settings: KubernetesEndpoints
+    ) -> None:
+        """Everything is listed anew; what was told and counted before stays."""
+        fake.put(POOLS, pool())
+        fake.put(PODS, pod("a", "10.0.0.5"))
+        fake.failing, fake.failures_left = 500, 1
+        odd = pod("odd", "10.0.0.6")
+        odd["status"]["conditions"] = ["odd"]
+        async with connected(tmp_path, settings) as (source, told):
+
+            async def break_it() -> None:
+                await told.until_equal(at("10.0.0.5:8000"))
+                await fake.until_asked("GET", PODS, watch="1")
+                fake.put(PODS, odd)
+
+            breaking = asyncio.create_task(break_it())
+            with pytest.raises(ExceptionGroup) as failure:
+                await source.follow(told.changed)
+            await breaking
+            assert failure.group_contains(AttributeError)
+            assert source.error_count == 1
+            fake.put(PODS, pod("odd", "10.0.0.6"))
+            async with following(source, told):
+                await told.until_equal(at("10.0.0.5:8000", "10.0.0.6:8000"))
+
+            assert source.error_count == 1
+            assert told.news == [at("10.0.0.5:8000"), at("10.0.0.5:8000", "10.0.0.6:8000")]

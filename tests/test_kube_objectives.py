@@ -184,6 +184,30 @@ class TestObjectives:
             fake.failing = None
             await told.until_equal({})
 
+    async def test_followed_again(
+        self, fake: FakeApiServer, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After what nobody thought of all is listed and told again, also what was not told yet."""
+
+        def odd(*_arguments: object) -> None:
+            raise ZeroDivisionError
+
+        fake.put(NEW, objective("chat", 10))
+        api = await KubeApi.connect(Kubernetes(kubeconfig=kubeconfig))
+        source = KubeObjectives(api, "llama", writes_status=False, retry_s=FAST)
+        told: Told[Mapping[str, int]] = Told()
+        try:
+            with monkeypatch.context() as oddity:
+                oddity.setattr(kube_objectives, "read_objective", odd)
+                with pytest.raises(ExceptionGroup) as failure:
+                    await source.follow(told.changed)
+            assert failure.group_contains(ZeroDivisionError)
+            assert told.news == []
+            async with following(source, told):
+                await told.until_equal({"chat": 10})
+        finally:
+            await api.close()
+
 
 class TestStatus:
     """The condition Accepted."""

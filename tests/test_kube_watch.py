@@ -83,7 +83,7 @@ class TestFollowing:
             fake.delete(PATH, "a")
             await told.until_equal(("b",))
 
-        assert reflector.list_count == 1
+        assert fake.list_count == 1
         assert reflector.error_count == 0
         assert reflector.problem is None
 
@@ -129,7 +129,7 @@ class TestInterruptions:
         """After a bookmark and a cut, the watch goes on from the bookmark, without a list."""
         fake, kubeconfig = server
         fake.put(PATH, item("a"))
-        async with reflected(kubeconfig) as (reflector, told):
+        async with reflected(kubeconfig) as (_reflector, told):
             await told.until_equal(("a",))
             await fake.until_asked("GET", PATH, watch="1")
             for _ in range(3):
@@ -147,20 +147,20 @@ class TestInterruptions:
             await told.until_equal(("a", "b", "c", "d"))
 
         assert int(again.query["resourceVersion"]) == 109
-        assert reflector.list_count == 1
+        assert fake.list_count == 1
 
     @pytest.mark.parametrize("end", ["cut", "end_watches"])
     async def test_nothing_is_missed(self, server: Served, end: str) -> None:
         """What happens while no watch is open comes with the next one."""
         fake, kubeconfig = server
-        async with reflected(kubeconfig) as (reflector, told):
+        async with reflected(kubeconfig) as (_reflector, told):
             await told.until_equal(())
             await fake.until_asked("GET", PATH, watch="1")
             getattr(fake, end)()
             fake.put(PATH, item("meanwhile"))
             await told.until_equal(("meanwhile",))
 
-        assert reflector.list_count == 1
+        assert fake.list_count == 1
 
     async def test_gone_within_the_watch(self, server: Served) -> None:
         """An ERROR event with 410 brings a new list: what was deleted unseen is missing in it."""
@@ -175,13 +175,13 @@ class TestInterruptions:
             fake.forget_history()
             await told.until_equal(("b",))
 
-        assert reflector.list_count == 2
+        assert fake.list_count == 2
         assert reflector.error_count <= 1, "the cut, if anything"
 
     async def test_gone_as_a_status(self, server: Served) -> None:
         """410 as the answer to the watch itself does the same."""
         fake, kubeconfig = server
-        async with reflected(kubeconfig) as (reflector, told):
+        async with reflected(kubeconfig) as (_reflector, told):
             await told.until_equal(())
             await fake.until_asked("GET", PATH, watch="1")
             fake.failing = 410
@@ -191,12 +191,12 @@ class TestInterruptions:
             fake.put(PATH, item("a"))
             await told.until_equal(("a",))
 
-            assert reflector.list_count == 2
+            assert fake.list_count == 2
 
     async def test_cut_in_the_middle_of_a_line(self, server: Served) -> None:
         """Half an event is none: it comes again whole."""
         fake, kubeconfig = server
-        async with reflected(kubeconfig) as (reflector, told):
+        async with reflected(kubeconfig) as (_reflector, told):
             await told.until_equal(())
             await fake.until_asked("GET", PATH, watch="1")
             fake.say(b'{"type": "ADDED", "object": {"metadata": {"na')
@@ -204,7 +204,20 @@ class TestInterruptions:
             fake.put(PATH, item("a"))
             await told.until_equal(("a",))
 
-        assert reflector.list_count == 1
+        assert fake.list_count == 1
+
+    async def test_a_mistake_of_ours(self, server: Served) -> None:
+        """What the told one makes of it is no mistake of the server's: it is not taken for one."""
+
+        def odd() -> None:
+            int("odd")
+
+        async with connected(server[1]) as api:
+            reflector = Reflector(api, PATH, retry_s=FAST)
+            with pytest.raises(ValueError, match="invalid literal"):
+                await asyncio.wait_for(reflector.follow(odd), 5)
+
+        assert (reflector.error_count, reflector.problem) == (0, None)
 
     @pytest.mark.parametrize(
         "line",
@@ -219,11 +232,11 @@ class TestInterruptions:
     async def test_nonsense(self, server: Served, line: bytes) -> None:
         """An event that is none makes the copy doubtful: it is listed anew."""
         fake, kubeconfig = server
-        async with reflected(kubeconfig) as (reflector, told):
+        async with reflected(kubeconfig) as (_reflector, told):
             await told.until_equal(())
             await fake.until_asked("GET", PATH, watch="1")
             fake.say(line)
-            await eventually(lambda: reflector.list_count == 2)
+            await eventually(lambda: fake.list_count == 2)
             await fake.until_asked("GET", PATH, 2, watch="1")
             fake.put(PATH, item("a"))
             await told.until_equal(("a",))
@@ -232,13 +245,13 @@ class TestInterruptions:
         """A connection on which nothing comes is given up, without a complaint or a new list."""
         fake, kubeconfig = server
         with capture_logs() as lines:
-            async with reflected(kubeconfig, silence_s=0.1) as (reflector, told):
+            async with reflected(kubeconfig, silence_s=0.1) as (_reflector, told):
                 await told.until_equal(())
                 await fake.until_asked("GET", PATH, 3, watch="1")
                 fake.put(PATH, item("a"))
                 await told.until_equal(("a",))
 
-        assert reflector.list_count == 1
+        assert fake.list_count == 1
         assert [line for line in lines if line["log_level"] == "warning"] == []
 
 
@@ -352,9 +365,10 @@ class TestAbsence:
             await fake.until_asked("GET", PATH, watch="1")
             fake.failing, fake.failures_left = 404, 2
             fake.end_watches()
-            await eventually(lambda: reflector.list_count == 2)
+            await eventually(lambda: len(told.news) == 2)
 
             assert told.news == [("a",), ("a",)]
+            assert fake.list_count == 2
             assert reflector.error_count == 2
 
     async def test_removed(self, server: Served) -> None:

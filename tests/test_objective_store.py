@@ -5,11 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import yaml
+from structlog.testing import capture_logs
 
 from server.sources.folder import ObjectiveFolder
 from server.sources.objective_store import ObjectiveStore
-from server.sources.objectives import NAME_LENGTH_MAX, OBJECTIVES_MAX, PRIORITY_MAX
-from tests.told import Told, following
+from server.sources.objectives import (
+    GROUPS,
+    NAME_LENGTH_MAX,
+    OBJECTIVES_MAX,
+    PRIORITY_MAX,
+    Objective,
+    to_manifest,
+)
+from tests.told import Told, eventually, following
 
 Priorities = Mapping[str, int]
 
@@ -129,14 +138,48 @@ class TestFile:
         file.write_text("[")
         store, told = ObjectiveStore(file, "llama"), Told[Priorities]()
         async with following(store, told):
-            await told.until_equal({})
+            await eventually(lambda: store.problems)
             with pytest.raises(OSError, match="is not YAML"):
                 await store.put("chat", 10)
             with pytest.raises(OSError, match="is not YAML"):
                 await store.delete("chat")
 
+        assert told.news == [], "what was in force before stays"
         assert file.read_text() == "["
         assert (store.error_count, list(store.problems)) == (1, [file.name])
+
+    async def test_a_bad_file_that_is_mended(self, file: Path) -> None:
+        """As soon as it can be read it is told, and changes are taken; a mistake is said once."""
+
+        def replace(text: str) -> None:
+            (file.parent / "new").write_text(text)
+            (file.parent / "new").rename(file)
+
+        replace("[")
+        store, told = ObjectiveStore(file, "llama"), Told[Priorities]()
+        with capture_logs() as lines:
+            async with following(store, told):
+                await eventually(lambda: store.error_count == 1)
+                replace("[")
+                replace("- a")
+                await eventually(lambda: store.error_count == 2)
+                replace(yaml.safe_dump(to_manifest(Objective("chat", 10, GROUPS[0]), "llama")))
+                await told.until_equal({"chat": 10})
+                assert store.problems == {}
+                await store.put("batch", -1)
+
+        assert told.news == [{"chat": 10}, {"chat": 10, "batch": -1}]
+        assert [line["event"] for line in lines] == ["objective_rejected"] * 2
+
+    async def test_followed_again(self) -> None:
+        """What is kept in memory alone outlives the following."""
+        store, told = ObjectiveStore(None, "llama"), Told[Priorities]()
+        async with following(store, told):
+            await told.until_equal({})
+            await store.put("chat", 10)
+        again: Told[Priorities] = Told()
+        async with following(store, again):
+            await again.until_equal({"chat": 10})
 
     async def test_not_written(self, file: Path) -> None:
         """What could not be kept has not changed."""

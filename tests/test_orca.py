@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 from xds.data.orca.v3.orca_load_report_pb2 import OrcaLoadReport
 
 from server.sources.engine_metrics import EngineLoad
-from server.sources.orca import HEADERS, LENGTH_MAX, LoadReport, read_report
+from server.sources.orca import HEADERS, LENGTH_MAX, read_report
 
 HEADER = HEADERS[0]
 NAMED = {"kv_cache_usage_perc": 0.4, "num_requests_waiting": 3.0}
-EXPECTED = LoadReport(waiting=3, running=None, kv_usage=0.4, utilization=None)
+EXPECTED = EngineLoad(waiting=3, running=None, kv_usage=0.4)
 VLLM = "named_metrics.kv_cache_usage_perc=0.4, named_metrics.num_requests_waiting=3.0"
 REPORT = OrcaLoadReport(named_metrics=NAMED)
 BINARY = base64.b64encode(REPORT.SerializeToString(deterministic=True)).decode()
+UTILIZATION = OrcaLoadReport(application_utilization=1.25)
 JSON = '{"named_metrics": {"kv_cache_usage_perc": 0.4, "num_requests_waiting": 3.0}}'
 
 
@@ -48,31 +49,11 @@ class TestFormats:
         """Each is read."""
         assert read_report({"content-type": "text/plain", name: value}) == EXPECTED
 
-    def test_load(self) -> None:
-        """A report is a load when it says how many wait."""
-        report = read_report({HEADER: f"JSON {JSON}"})
-
-        assert report is not None
-        assert report.load == EngineLoad(waiting=3, running=None, kv_usage=0.4)
-
-    def test_utilization(self) -> None:
-        """A server's own measure is kept apart; alone it is no load."""
-        message = OrcaLoadReport(application_utilization=1.25)
-        value = base64.b64encode(message.SerializeToString()).decode()
-        for headers in (
-            {HEADER: "TEXT application_utilization=1.25"},
-            {HEADER: 'JSON {"application_utilization": 1.25}'},
-            {HEADERS[2]: value},
-        ):
-            report = read_report(headers)
-            assert report == LoadReport(None, None, None, 1.25)
-            assert report.load is None
-
     def test_values_out_of_range(self) -> None:
         """A value that cannot be is none; the others stand."""
         value = "TEXT kv_cache_usage_perc=40, num_requests_waiting=2, num_requests_running=-1"
 
-        assert read_report({HEADER: value}) == LoadReport(2, None, None, None)
+        assert read_report({HEADER: value}) == EngineLoad(2, running=None, kv_usage=None)
 
 
 class TestNone:
@@ -81,6 +62,19 @@ class TestNone:
     def test_no_header(self) -> None:
         """Most responses have none."""
         assert read_report({"content-type": "text/plain"}) is None
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            (HEADER, "TEXT kv_cache_usage_perc=0.4"),
+            (HEADER, "TEXT num_requests_waiting=-1, kv_cache_usage_perc=0.4"),
+            (HEADER, 'JSON {"application_utilization": 1.25}'),
+            (HEADERS[2], base64.b64encode(UTILIZATION.SerializeToString()).decode()),
+        ],
+    )
+    def test_no_load(self, name: str, value: str) -> None:
+        """A report that does not say how many wait is no load."""
+        assert read_report({name: value}) is None
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -95,6 +89,7 @@ class TestNone:
             (HEADER, 'JSON {"named_metrics": {"num_requests_waiting": "3"}}'),
             (HEADER, 'JSON {"named_metrics": {"num_requests_waiting": true}}'),
             (HEADER, "JSON " + "[" * 10_000),
+            (HEADER, "JSON " + JSON.replace("3.0", "1" + "0" * 400)),
             (HEADER, "BIN ***"),
             (HEADERS[2], "////"),
             (HEADER, "TEXT a=1," * LENGTH_MAX),

@@ -1,6 +1,7 @@
 """Asking endpoints for their load over real HTTP, whatever they answer."""
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -185,6 +186,21 @@ class TestBadPages:
             assert changes == [], "somebody listens there"
             if result is Result.TIMEOUT:
                 assert len(told.news) > 2 * scraper.results[result], "nobody waits for the slow"
+
+    async def test_many_hang(self) -> None:
+        """However many hang, each for long, another is asked as often as ever."""
+        async with AsyncExitStack() as running:
+            silent = [
+                running.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(100)
+            ]
+            hung = [f"127.0.0.1:{each.getsockname()[1]}" for each in silent]
+            good = await running.enter_async_context(endpoint(well))
+            asked = asking(good, *hung, timeout="60s")
+            scraper, told, changes = await running.enter_async_context(asked)
+            await eventually(lambda: len(told.news) >= 10)
+
+            assert scraper.results == {Result.OK: len(told.news)}
+            assert changes == []
 
     async def test_said_once(self) -> None:
         """That an endpoint is not heard is said once, and when it is heard again."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import structlog
 from flowcontrol.config import Role
 from flowcontrol.events import EndpointsChanged, Fact, LoadObserved, ObjectivesChanged
 from server.settings import Settings
-from server.settings_sources import Load
+from server.settings_sources import Endpoints, Load
 from server.sources.backoff import Backoff
 from server.sources.dns import DnsEndpoints
 from server.sources.endpoint_file import EndpointFile
@@ -105,6 +106,8 @@ class Feed:
         self._roles = dict[str, Role]()
         self._load: Load | None = None
         self._health = Health(1, lambda address, is_up: self._health_changed(address, is_up=is_up))
+        self._resumption: asyncio.TimerHandle | None = None
+        """When the next endpoint out for failing may try again."""
         self._scraper: Scraper | None = None
         self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
 
@@ -156,12 +159,14 @@ class Feed:
     def outcome(self, address: str, now_s: float, *, is_failure: bool) -> None:
         """Take in what became of a request: whether it ended in 5xx or broke off at the server."""
         self._health.outcome(address, now_s, is_failure=is_failure)
+        if is_failure:
+            self._await_resumption()
 
     def load_reported(self, address: str, headers: Mapping[str, str]) -> None:
         """Take in the load report among the headers of a response, if there is one in full."""
-        report = read_report(headers)
-        if report is not None and report.load is not None:
-            self._post(LoadObserved(address, *report.load))
+        load = read_report(headers)
+        if load is not None:
+            self._post(LoadObserved(address, *load))
 
     async def start(self, settings: Settings) -> None:
         """Begin; return when every source has told what it knows, or patience is at its end.
@@ -202,16 +207,8 @@ class Feed:
             raise
         for name in [*(self._running.keys() - wanted.keys()), *(self._running.keys() & made)]:
             await self._end(name)
-        self._roles = settings.endpoints.role_of()
         await self._change_load(settings.scraping)
-        if settings.endpoints.static is None:
-            self._roster.forget("endpoints.static")
-        else:
-            addresses = settings.endpoints.static
-            self._roster.know("endpoints.static", (Endpoint(str(each)) for each in addresses))
-        for name in ("endpoints.dns", "endpoints.file", "endpoints.kubernetes"):
-            if name not in wanted:
-                self._roster.forget(name)
+        self._change_endpoints(settings.endpoints)
         for name, running in made.items():
             self._begin(name, running)
 
@@ -219,7 +216,9 @@ class Feed:
         """End every source."""
         for name in list(self._running):
             await self._end(name)
-        await self._change_load(None)
+        await self._end_scraping()
+        if self._resumption is not None:
+            self._resumption.cancel()
 
     # One source
 
@@ -275,21 +274,58 @@ class Feed:
             self._post(EndpointsChanged(tuple(each.address for each in present), roles))
             _log.info("endpoints_changed", endpoints=[each.address for each in present])
 
+    def _change_endpoints(self, endpoints: Endpoints) -> None:
+        """Take the static endpoints and the roles, and forget what sources no longer named knew."""
+        self._roles = endpoints.role_of()
+        if endpoints.static is None:
+            self._roster.forget("endpoints.static")
+        else:
+            self._roster.know("endpoints.static", (Endpoint(str(a)) for a in endpoints.static))
+        for name, source in (
+            ("endpoints.dns", endpoints.dns),
+            ("endpoints.file", endpoints.file),
+            ("endpoints.kubernetes", endpoints.kubernetes),
+        ):
+            if source is None:
+                self._roster.forget(name)
+        if self._told is not None:  # other roles of the same endpoints are news, too
+            self._roster_changed()
+
     def _health_changed(self, address: str, *, is_up: bool) -> None:
         _log.warning("endpoint_up" if is_up else "endpoint_down", endpoint=address)
         self._roster.mark(address, is_up=is_up)
+
+    def _await_resumption(self) -> None:
+        """Let time pass for whoever is out for failing, also where nobody asks for loads."""
+        if self._resumption is not None:
+            self._resumption.cancel()
+        until_s = self._health.next_s
+        if until_s is None:
+            self._resumption = None
+        else:
+            wait_s = max(0.0, until_s - time.monotonic())
+            self._resumption = asyncio.get_running_loop().call_later(wait_s, self._resume)
+
+    def _resume(self) -> None:
+        self._health.advance(time.monotonic())
+        self._await_resumption()
 
     async def _change_load(self, load: Load | None) -> None:
         if load == self._load:
             return
         self._load = load
-        if self._scraper is not None:
-            await self._scraper.close()
-            self._scraper = None
+        await self._end_scraping()
+        if load is None or load.port is not None:
+            self._health.forget_misses(time.monotonic())
         if load is not None:
             self._health.misses_max = load.unreachable_after
             self._scraper = Scraper(load, self._post, self._health)
             self._scraper.ask(self._roster.addresses)
+
+    async def _end_scraping(self) -> None:
+        if self._scraper is not None:
+            await self._scraper.close()
+            self._scraper = None
 
 
 def _wanted(settings: Settings) -> dict[str, _Wanted]:

@@ -5,7 +5,8 @@ the mistake is reported until it is mended. The same holds for the folder itself
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import final
 
@@ -13,10 +14,10 @@ import structlog
 
 from flowcontrol.errors import ConfigError
 from server.sources.objectives import (
-    GROUPS,
     OBJECTIVES_MAX,
     MalformedObjectiveError,
     Objective,
+    priorities_of,
     read_objective,
 )
 from server.sources.watched import LOOK_AGAIN_MS, watch_folder
@@ -52,12 +53,11 @@ class ObjectiveFolder:
 
     def read(self) -> dict[str, int]:
         """Read the folder anew; return all objectives, name to priority."""
-        problems: dict[str, str] = {}
+        problems: dict[Path, str] = {}
         try:
             paths = sorted(p for p in self._directory.iterdir() if p.suffix in {".yaml", ".yml"})
         except OSError as error:
-            self._complain(problems, self._directory, f"cannot be read: {error.strerror}")
-            self.problems = problems
+            self._complain({self._directory: f"cannot be read: {error.strerror}"})
             self._known = self._known or {}
             return self._known
         for gone in self._last_good.keys() - set(paths):
@@ -66,9 +66,10 @@ class ObjectiveFolder:
             try:
                 self._last_good[path] = _read_file(path, self._pool)
             except MalformedObjectiveError as error:
-                self._complain(problems, path, str(error))
-        self._known = self._merge(paths, problems)
-        self.problems = problems
+                problems[path] = str(error)
+        declared = {path: self._last_good.get(path, []) for path in paths}
+        self._complain({**_repeated(declared), **problems})
+        self._known = dict(priorities_of(chain.from_iterable(declared.values())))
         return self._known
 
     async def follow(self, changed: Callable[[Mapping[str, int]], None]) -> None:
@@ -82,23 +83,29 @@ class ObjectiveFolder:
 
         await watch_folder(self._directory, look, self._look_again_ms)
 
-    def _merge(self, paths: list[Path], problems: dict[str, str]) -> dict[str, int]:
-        chosen: dict[str, tuple[Objective, Path]] = {}
-        for path in paths:
-            for objective in self._last_good.get(path, ()):
-                name = objective.name
-                other = chosen.get(name)
-                if other is None or GROUPS.index(objective.group) < GROUPS.index(other[0].group):
-                    chosen[name] = (objective, path)
-                elif objective.group == other[0].group:
-                    text = f"{name!r} is declared in {other[1].name} already"
-                    self._complain(problems, path, text)
-        return {name: objective.priority for name, (objective, _path) in chosen.items()}
+    def _complain(self, problems: Mapping[Path, str]) -> None:
+        """Say and count what was not wrong before, or otherwise."""
+        for path, problem in problems.items():
+            if self.problems.get(path.name) != problem:
+                self.error_count += 1
+                _log.error("objective_rejected", file=str(path), problem=problem)
+        self.problems = {path.name: problem for path, problem in problems.items()}
 
-    def _complain(self, problems: dict[str, str], path: Path, problem: str) -> None:
-        self.error_count += 1
-        problems[path.name] = problem
-        _log.error("objective_rejected", file=str(path), problem=problem)
+
+def _repeated(declared: Mapping[Path, Iterable[Objective]]) -> dict[Path, str]:
+    """Return what is wrong with files that declare what has been declared in the same group."""
+    first: dict[tuple[str, str], Path] = {}
+    repeated: dict[Path, list[str]] = {}
+    for path, objectives in declared.items():
+        for name, _priority, group in objectives:
+            if (name, group) in first:
+                text = f"{name!r} is declared in {first[name, group].name} already"
+                repeated.setdefault(path, []).append(text)
+            first.setdefault((name, group), path)
+    return {
+        path: texts[0] if len(texts) == 1 else f"{texts[0]}, and {len(texts) - 1} more"
+        for path, texts in repeated.items()
+    }
 
 
 def _read_file(path: Path, pool: str) -> list[Objective]:

@@ -13,6 +13,7 @@ failing       it answers, and several requests in a row came back with 5xx or br
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 from typing import final
 
 FAILURES_MAX = 5
@@ -31,7 +32,6 @@ class _Record:
     """Requests in a row that failed."""
     rests: int = 0
     """How often it has been taken out for failing since it last worked."""
-    resting_until_s: float | None = None
     is_down: bool = False
 
 
@@ -48,10 +48,18 @@ class Health:
         self.misses_max = misses_max
         self._changed = changed
         self._records: dict[str, _Record] = {}
+        self._rests: dict[str, float] = {}
+        """Who is out for failing, and until when."""
+
+    @property
+    def next_s(self) -> float | None:
+        """When the first of those out for failing may try again, if anybody is: `advance` then."""
+        return min(self._rests.values(), default=None)
 
     def watch(self, addresses: Iterable[str]) -> None:
         """Replace the endpoints judged; those that stay keep their record."""
         self._records = {a: self._records.get(a) or _Record() for a in addresses}
+        self._rests = {a: until_s for a, until_s in self._rests.items() if a in self._records}
 
     def reached(self, address: str, now_s: float) -> None:
         """Note that somebody answered there."""
@@ -67,6 +75,12 @@ class Health:
             record.misses += 1
             self._judge(address, record, now_s)
 
+    def forget_misses(self, now_s: float) -> None:
+        """Nobody looks any more whether somebody listens: take it that everybody does."""
+        for address, record in tuple(self._records.items()):
+            record.misses = 0
+            self._judge(address, record, now_s)
+
     def outcome(self, address: str, now_s: float, *, is_failure: bool) -> None:
         """Note what became of a request: whether it ended in 5xx or broke off at the server."""
         record = self._records.get(address)
@@ -74,28 +88,27 @@ class Health:
             return
         if not is_failure:
             record.failures = record.rests = 0
-        elif record.resting_until_s is None:
+        elif address not in self._rests:
             record.failures += 1
             if record.failures >= (1 if record.rests else FAILURES_MAX) and self._may_rest():
                 rest_s = min(REST_FIRST_S * 2**record.rests, REST_LONGEST_S)
                 record.rests += 1
                 record.failures = 0
-                record.resting_until_s = now_s + rest_s
+                self._rests[address] = now_s + rest_s
         self._judge(address, record, now_s)
 
     def advance(self, now_s: float) -> None:
         """Let time pass: whoever has rested long enough may try again."""
-        for address, record in self._records.items():
-            self._judge(address, record, now_s)
+        for address in tuple(self._rests):
+            self._judge(address, self._records[address], now_s)
 
     def _may_rest(self) -> bool:
-        resting = sum(record.resting_until_s is not None for record in self._records.values())
-        return (resting + 1) * 2 <= len(self._records)
+        return (len(self._rests) + 1) * 2 <= len(self._records)
 
     def _judge(self, address: str, record: _Record, now_s: float) -> None:
-        if record.resting_until_s is not None and record.resting_until_s <= now_s:
-            record.resting_until_s = None
-        is_down = record.misses >= self.misses_max or record.resting_until_s is not None
+        if self._rests.get(address, inf) <= now_s:
+            del self._rests[address]
+        is_down = record.misses >= self.misses_max or address in self._rests
         if is_down != record.is_down:
             record.is_down = is_down
             self._changed(address, not is_down)

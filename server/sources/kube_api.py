@@ -6,7 +6,8 @@ are hundreds of classes for three fields, the other decides by itself when to li
 """
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -33,6 +34,10 @@ class ApiError(Exception):
         super().__init__(f"{status}: {message}")
         self.status = status
         self.retry_after_s = retry_after_s
+
+
+class NoJsonError(Exception):
+    """The API server has answered, but not in JSON, or in lines that are too long."""
 
 
 UNREACHABLE = (aiohttp.ClientError, OSError, TimeoutError)
@@ -95,11 +100,12 @@ class KubeApi:
         Raises:
             ApiError: refused.
             UNREACHABLE: one of these.
-            ValueError: the answer is no JSON.
+            NoJsonError: likewise.
         """
         query = {**parameters, "limit": str(PAGE_OBJECTS)}
         async with await self._send("GET", path, query, _timeout(total_s=ANSWER_S)) as response:
-            page: Object = json.loads(await response.read())
+            with _in_json():
+                page: Object = json.loads(await response.read())
             return page
 
     async def watch(
@@ -117,10 +123,13 @@ class KubeApi:
         """
         timeout = _timeout(read_s=silence_s)
         async with await self._send("GET", path, {**parameters, "watch": "1"}, timeout) as response:
-            while line := await response.content.readline():
-                if not line.endswith(b"\n"):
-                    return  # cut off in the middle: what it would have said comes again
-                yield json.loads(line)
+            while True:
+                with _in_json():
+                    line = await response.content.readline()
+                    if not line.endswith(b"\n"):
+                        return  # the end, or cut off in the middle: the rest comes again
+                    event: Object = json.loads(line)
+                yield event
 
     async def merge(self, path: str, patch: Object) -> None:
         """Merge a patch into an object.
@@ -157,6 +166,14 @@ class KubeApi:
             async with response:
                 raise _error(response.status, await response.content.read(65536), response.headers)
         return response
+
+
+@contextmanager
+def _in_json() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise NoJsonError(str(error)) from error
 
 
 def _own_namespace() -> str | None:

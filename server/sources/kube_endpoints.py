@@ -80,6 +80,7 @@ class KubeEndpoints:
 
     async def follow(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
         """Tell the endpoints whenever they differ from what was told before, until cancelled."""
+        self._begin_anew()
         async with asyncio.TaskGroup() as group:
             if self._settings.selector:
                 labels = tuple(sorted(self._settings.selector.items()))
@@ -93,6 +94,12 @@ class KubeEndpoints:
             )
             for reflector in self._pools:
                 group.create_task(reflector.follow(lambda: self._look_at_pools(group, changed)))
+
+    def _begin_anew(self) -> None:
+        """Drop the copies that an earlier following has left, but not what was told."""
+        self._drop_pods()
+        self._past_errors += sum(each.error_count for each in self._pools)
+        self._selection, self._pools = None, ()
 
     def _reflectors(self) -> Iterator[Reflector]:
         yield from self._pools

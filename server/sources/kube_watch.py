@@ -19,7 +19,7 @@ from typing import NoReturn, final
 import structlog
 
 from server.sources.backoff import Backoff
-from server.sources.kube_api import UNREACHABLE, ApiError, KubeApi, Object
+from server.sources.kube_api import UNREACHABLE, ApiError, KubeApi, NoJsonError, Object
 
 WATCH_S = 300
 """How long the server is asked to keep one watch open, give or take a fifth: many who began
@@ -72,7 +72,6 @@ class Reflector:
         """Failures since the start."""
         self.problem: str | None = None
         """What is wrong now."""
-        self.list_count = 0
         self._api = api
         self._path = path
         self._selection = dict(selection or {})
@@ -85,29 +84,32 @@ class Reflector:
     async def follow(self, changed: Callable[[], None]) -> NoReturn:
         """Keep the copy and tell of every change, and once when it is first known; for ever.
 
-        Told, too, is that it is refused from the start.
+        Told, too, is that it is refused from the start. Whoever follows again, after an error of
+        `changed`, has everything listed and told again: it may have missed the last of it.
         """
+        self._version = None
         while True:
             wait_s: float | None = None
             try:
                 if self._version is None:
-                    await self._list()
+                    self._version = await self._list()
                     changed()
-                await self._watch(self._version or "", changed)
+                await self._watch(self._version, changed)
             except _ListAgainError as error:
                 self._version = None
                 _log.info("kubernetes_lists_again", path=self._path, reason=str(error))
             except ApiError as error:
                 self._refused(error, changed)
                 wait_s = error.retry_after_s
-            except ValueError as error:
+            except NoJsonError as error:
                 self._version = None
                 self._failed(f"no JSON: {error}")
             except UNREACHABLE as error:
                 self._failed(f"{type(error).__name__}: {error}".rstrip(": "))
             await asyncio.sleep(max(self._backoff.next_s(), min(wait_s or 0, RETRY_LONGEST_S)))
 
-    async def _list(self) -> None:
+    async def _list(self) -> str:
+        """Take the whole copy; return its version."""
         objects: dict[str, Object] = {}
         parameters = dict(self._selection)
         while True:
@@ -117,15 +119,15 @@ class Reflector:
                     objects[item["metadata"]["name"]] = item
                 version = str(page["metadata"]["resourceVersion"])
                 more = page["metadata"].get("continue")
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (NoJsonError, LookupError, TypeError, AttributeError) as error:
                 raise ApiError(HTTPStatus.BAD_GATEWAY, f"no list: {error!r}") from error
             if not more:
                 break
             parameters["continue"] = more
-        self.list_count += 1
-        self.objects, self._version = objects, version
+        self.objects = objects
         self.is_known, self.is_absent, self._absences = True, False, 0
         self._works()
+        return version
 
     async def _watch(self, version: str, changed: Callable[[], None]) -> None:
         """Follow one watch to its end; one that lived, or said anything, has worked."""

@@ -24,6 +24,7 @@ from server.sources.objectives import (
     read_objective,
     to_manifest,
 )
+from server.sources.watched import watch_folder
 from server.yamlfile import read_documents
 
 _log = structlog.get_logger()
@@ -35,7 +36,7 @@ class ObjectiveStore:
 
     Args:
         file: where they are kept across restarts; None: nowhere. One that cannot be read is left
-            alone, and nothing is taken until it can.
+            alone, and nothing is told or taken until it can: it is looked at whenever it changes.
         pool: name of the pool.
     """
 
@@ -51,22 +52,35 @@ class ObjectiveStore:
         self._writing = asyncio.Lock()
 
     async def follow(self, changed: Callable[[Mapping[str, int]], None]) -> None:
-        """Tell the whole set now and at every change, until cancelled."""
+        """Tell the whole set as soon as it is known and at every change, until cancelled."""
         self._changed = changed
-        try:
-            self._priorities = await asyncio.to_thread(self._read)
-        except (ConfigError, MalformedObjectiveError) as error:
-            assert self._file is not None, "only a file can be wrong"
-            self.error_count += 1
-            self.problems[self._file.name] = str(error)
-            _log.error("objective_rejected", file=str(self._file), problem=str(error))
-            changed({})
-        else:
+        if self._priorities is not None:  # followed again
             changed(self._priorities)
         try:
-            await asyncio.get_running_loop().create_future()
+            if self._file is None:
+                await self._look(changed)
+                await asyncio.get_running_loop().create_future()
+            else:
+                await watch_folder(self._file.parent, lambda: self._look(changed))
         finally:
             self._changed = None
+
+    async def _look(self, changed: Callable[[Mapping[str, int]], None]) -> None:
+        """Read the file and tell what it says, until that has been done once."""
+        if self._priorities is not None:
+            return
+        try:
+            priorities = await asyncio.to_thread(self._read)
+        except (ConfigError, MalformedObjectiveError) as error:
+            assert self._file is not None, "only a file can be wrong"
+            if self.problems.get(self._file.name) != str(error):
+                self.error_count += 1
+                self.problems[self._file.name] = str(error)
+                _log.error("objective_rejected", file=str(self._file), problem=str(error))
+            return
+        self.problems.clear()
+        self._priorities = priorities
+        changed(priorities)
 
     async def put(self, name: str, priority: int) -> None:
         """Declare an objective, new or changed; on return it is kept and told.

@@ -18,7 +18,6 @@ import binascii
 import json
 from collections.abc import Iterable, Mapping
 from math import isfinite
-from typing import NamedTuple, final
 
 from google.protobuf.message import DecodeError
 from xds.data.orca.v3.orca_load_report_pb2 import OrcaLoadReport
@@ -35,26 +34,10 @@ _KV_USAGE = ("kv_cache_usage_perc", "kv_cache_utilization", "vllm:kv_cache_usage
 _PREFIX = "named_metrics."
 
 
-@final
-class LoadReport(NamedTuple):
-    """What a response said of its server's load; None where it said nothing."""
+def read_report(headers: Mapping[str, str]) -> EngineLoad | None:
+    """Return the load reported among the headers of a response.
 
-    waiting: int | None
-    running: int | None
-    kv_usage: float | None
-    utilization: float | None
-    """By the server's own measure: 1.0 is its soft limit, and may be exceeded."""
-
-    @property
-    def load(self) -> EngineLoad | None:
-        """The same as a metrics page would have it; None if it does not say how many wait."""
-        if self.waiting is None:
-            return None
-        return EngineLoad(self.waiting, self.running, self.kv_usage)
-
-
-def read_report(headers: Mapping[str, str]) -> LoadReport | None:
-    """Return the load report among the headers of a response; None if there is none to be read.
+    None: nothing is, or what cannot be read, or not how many requests wait.
 
     Args:
         headers: names in lower case.
@@ -66,16 +49,14 @@ def read_report(headers: Mapping[str, str]) -> LoadReport | None:
     kind, text = (word, rest) if word in _FORMATS else (_KINDS[name], headers[name])
     try:
         numbers = dict(_FORMATS[kind](text.strip()))
-    except (ValueError, DecodeError, RecursionError):
+    except (ValueError, OverflowError, DecodeError, RecursionError):
         return None
     if not all(isfinite(value) for value in numbers.values()):
         return None
-    return LoadReport(
-        waiting=_count(numbers, _WAITING),
-        running=_count(numbers, _RUNNING),
-        kv_usage=_part(numbers, _KV_USAGE),
-        utilization=numbers.get("application_utilization"),
-    )
+    waiting = _count(numbers, _WAITING)
+    if waiting is None:
+        return None
+    return EngineLoad(waiting, _count(numbers, _RUNNING), _part(numbers, _KV_USAGE))
 
 
 def _text(text: str) -> Iterable[tuple[str, float]]:
@@ -95,8 +76,6 @@ def _json(text: str) -> Iterable[tuple[str, float]]:
     for name, value in report.items():
         if name in {"named_metrics", "namedMetrics"} and isinstance(value, dict):
             yield from ((key, _number(each)) for key, each in value.items())
-        elif name in {"application_utilization", "applicationUtilization"}:
-            yield "application_utilization", _number(value)
 
 
 def _binary(text: str) -> Iterable[tuple[str, float]]:
@@ -104,10 +83,7 @@ def _binary(text: str) -> Iterable[tuple[str, float]]:
         data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except binascii.Error as error:
         raise ValueError(text) from error
-    report = OrcaLoadReport.FromString(data)
-    yield from report.named_metrics.items()
-    if report.application_utilization:  # proto3 does not tell 0 from unsaid
-        yield "application_utilization", report.application_utilization
+    yield from OrcaLoadReport.FromString(data).named_metrics.items()
 
 
 _FORMATS = {"TEXT": _text, "JSON": _json, "BIN": _binary}

@@ -3,6 +3,9 @@
 A hung, huge or senseless page costs its endpoint the freshness of its load and nothing else: each
 attempt is bounded in time and bytes, none waits for another, and what is not understood is not
 told. Nobody listening is another matter: `health` is told of that.
+
+At most one attempt for each endpoint is under way, and in all as many as begin within one timeout:
+`scrapesPerSecondMax` times `timeout`, 100 with the defaults, give or take the jitter.
 """
 
 import asyncio
@@ -23,8 +26,6 @@ from server.sources.health import Health
 
 PAGE_BYTES_MAX = 2 * 2**20
 """A page of vLLM's has about 100 KiB; what is larger than this is no metrics page."""
-AT_ONCE_MAX = 64
-"""Attempts under way at the same time."""
 _JITTER = 0.1
 _HEADERS = {"Accept": "text/plain", "Accept-Encoding": "identity"}
 _log = structlog.get_logger()
@@ -169,7 +170,6 @@ class Scraper:
                 self._health.missed(address, now_s)
             else:
                 self._health.reached(address, now_s)
-        self._health.advance(now_s)
         if load is not None:
             self._observed(LoadObserved(address, *load))
 
@@ -177,7 +177,8 @@ class Scraper:
         if self._session is None:
             timeout_s = self._settings.timeout / 1e9
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=AT_ONCE_MAX, limit_per_host=1),
+                # No limit of its own: whoever waited for those that hang would be heard late.
+                connector=aiohttp.TCPConnector(limit=0, limit_per_host=1),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=timeout_s * 0.9),
                 auto_decompress=False,
