@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar, final
 from flowcontrol.config import ControllerConfig
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import NotRunningError
-from flowcontrol.events import Answered, Arrived, Decision, Fact, FlowEvicted, Left
+from flowcontrol.events import Answered, Arrived, Decision, DrainBegan, Fact, FlowEvicted, Left
 from flowcontrol.inbox import Inbox
 from flowcontrol.processor import FlowProcessor, Recorder
 from flowcontrol.question import Asked
@@ -110,6 +110,15 @@ class FlowGate:
         """Start the processor."""
         self._processor.start()
 
+    def fail(self, fault: Exception) -> None:
+        """Settle all that is parked, as when the processor fails, and let the processor end.
+
+        For a callback on the loop that failed: what it was doing is half done, perhaps of ours.
+        """
+        self._inbox.post(DrainBegan(0))
+        self._inbox.ring()
+        self._close(fault)
+
     def join(self, timeout_s: float) -> bool:
         """Wait for the processor thread, which has said it ended; whether it did."""
         return self._processor.join(timeout_s)
@@ -132,12 +141,13 @@ class FlowGate:
             model=facts.model,
             subset=facts.subset,
         )
+        if self._closed_as is not None:
+            self._settle(self._own_decision(parked, self._closed_as))
+            return parked
         try:
             is_taken = self._inbox.offer(Arrived(request))
         except NotRunningError:
-            if self._closed_as is not None:  # else that news is on its way, and settles it
-                self._settle(self._own_decision(parked, self._closed_as))
-            return parked
+            return parked  # that news is on its way, and settles it
         if is_taken:
             self._ring()
         else:
@@ -266,6 +276,8 @@ class FlowGate:
         self._loop.call_soon_threadsafe(self._receive, decisions, snapshot)
 
     def _receive(self, decisions: list[Decision], snapshot: Snapshot | None) -> None:
+        if self._closed_as is not None:
+            return  # we have failed meanwhile, and decided ourselves
         if snapshot is not None and self._snapshot is not None:
             self._snapshot.set_result(snapshot)
             self._snapshot = None
@@ -309,10 +321,12 @@ class FlowGate:
 
     def _close(self, fault: BaseException | None) -> None:
         """Settle what the processor left behind: nothing after a drain, all after a fault."""
+        if self._closed_as is not None:
+            return
         self._closed_as = Outcome.REJECTED_DRAINING if fault is None else Outcome.INTERNAL
-        for parked in list(self._parked.values()):
-            if not parked.future.done():
-                self._settle(self._own_decision(parked, self._closed_as))
+        for parked in self._parked.values():
+            if not parked.future.done():  # each by itself: one that fails keeps no other from it
+                self._loop.call_soon(self._settle, self._own_decision(parked, self._closed_as))
         if self._snapshot is not None:
             self._snapshot.set_exception(NotRunningError(_STOPPED))
             self._snapshot = None

@@ -3,7 +3,8 @@
 start: processor ─▶ sources known ─▶ doors open ─▶ health SERVING
 drain: SIGTERM ─▶ health NOT_SERVING, liveness stays ─▶ engine drains: refuses arrivals, decides
        what waits within the budget ─▶ streams in flight end politely ─▶ doors close ─▶ exit 0
-crash: the processor fails ─▶ every parked request is settled ─▶ all health NOT_SERVING ─▶ exit 1
+crash: the processor or a callback of the loop fails ─▶ every parked request is settled ─▶ all
+       health NOT_SERVING ─▶ exit 1
 """
 
 import asyncio
@@ -165,7 +166,7 @@ class Service:
         await self._feed.stop()
         self._is_serving = False
         await self._tell_health(is_live=fault is None)
-        self._gate.join(JOIN_TIMEOUT_S)
+        await asyncio.to_thread(self._gate.join, JOIN_TIMEOUT_S)
         self._records.close()
         await self._close_doors()
         self._request_log.write()
@@ -233,10 +234,14 @@ class Service:
 
     def _callback_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """End the service when a callback of the gate's fails: what it was doing is half done."""
-        if "handle" in context and isinstance(context.get("exception"), Exception):
-            self._processor_ended(context["exception"])
-        elif "protocol" in context and isinstance(context.get("exception"), Exception):
-            _log.error("connection_failed", exc_info=context["exception"])  # and is closed
+        exception = context.get("exception")
+        if "handle" in context and isinstance(exception, Exception):
+            if self._ended.done():
+                _log.error("callback_failed", exc_info=exception)
+            else:
+                self._gate.fail(exception)
+        elif "protocol" in context and isinstance(exception, Exception):
+            _log.error("connection_failed", exc_info=exception)  # and is closed
         else:
             loop.default_exception_handler(context)
 

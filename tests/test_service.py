@@ -1,0 +1,47 @@
+"""When something of the service's own fails."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession
+
+from server.service import JOIN_TIMEOUT_S
+from tests import faulty_gate
+from tests.streams import PATIENCE_S, Streams, running
+
+FOUR_WAIT = 'flowcontrol_waiting_requests{priority="0"} 4.0'
+pytestmark = pytest.mark.slow
+
+
+async def test_a_callback_that_fails_ends_the_service(tmp_path: Path) -> None:
+    """Who is parked gets 500, at once; it is said, and the exit status is 1."""
+    settings: dict[str, Any] = {"endpoints": {"static": []}}
+    program = (faulty_gate.__file__,)
+    async with (
+        running(tmp_path, settings, {}, program=program) as service,
+        ClientSession() as session,
+    ):
+        streams = Streams(service.grpc)
+        asking = [asyncio.create_task(streams.ask("tenant")) for _ in range(3)]
+        culprit = asyncio.create_task(streams.ask(faulty_gate.FAULT))
+        async with asyncio.timeout(PATIENCE_S):
+            while FOUR_WAIT not in await metrics(session, service.http):  # noqa: ASYNC110 - another process
+                await asyncio.sleep(0.01)
+        culprit.cancel()
+        async with asyncio.timeout(JOIN_TIMEOUT_S / 2):
+            statuses = await asyncio.gather(*asking)
+        status = await service.ended()
+        await streams.close()
+
+        assert statuses == [500] * 3
+        assert status == 1
+        assert len(service.lines("processor_failed")) == 1
+        assert [line["outcome"] for line in service.lines("request_decided")] == ["internal"] * 3
+
+
+async def metrics(session: ClientSession, address: str) -> str:
+    """What Prometheus would read."""
+    async with session.get(f"{address}/metrics") as answer:
+        return await answer.text()
