@@ -108,10 +108,12 @@ class LedgerWriter:
                     self._take(entry)
                 self._flush()
                 self._is_failing = False
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - a bug, too, is said and costs a batch
                 self._give_part_up()
                 lost_turns = self._feed.lose(self._unwritten)
-                if not self._is_failing:
+                if not isinstance(error, OSError):
+                    _log.error("ledger_not_written", exc_info=error, lost_turns=lost_turns)
+                elif not self._is_failing:
                     _log.error("ledger_not_written", error=str(error), lost_turns=lost_turns)
                 self._is_failing = True
         self._close_file()

@@ -24,6 +24,7 @@ from flowcontrol.v1 import flowcontrol_pb2 as api
 from server import admin, codec, health, log_codec, logs
 from server.access_log import AccessLogDoor
 from server.admin_objectives import ObjectiveAccess
+from server.background import in_background
 from server.codec import Encoder
 from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
@@ -151,9 +152,8 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._drain, number.name)
         await self._tell_health()
-        following = asyncio.create_task(self._configuration.follow())
-        following.add_done_callback(self._following_ended)
-        looking = asyncio.create_task(self._live.run())
+        following = in_background(self._configuration.follow(), "configuration_not_followed")
+        looking = in_background(self._live.run(), "dashboard_not_sampled")
         _log.info(
             "service_started",
             pool=settings.pool,
@@ -208,17 +208,13 @@ class Service:
         if self._traces is not None:
             self._traces.request_ended(parked, decision)
 
-    def _following_ended(self, following: asyncio.Task[None]) -> None:
-        if not following.cancelled():
-            _log.error("configuration_not_followed", error=repr(following.exception()))
-
     def _drain(self, cause: str) -> None:
         if not self._is_serving:
             return
         self._is_serving = False
         budget_ns = self._configuration.settings.flow_control.drain_budget
         _log.info("drain_began", cause=cause, budget_ms=budget_ns / 1e6)
-        task = asyncio.ensure_future(self._tell_health())
+        task = in_background(self._tell_health(), "health_not_told")
         task.add_done_callback(lambda _task: self._direct_door.begin_drain())
         task.add_done_callback(lambda _task: self._gate.post(DrainBegan(budget_ns)))
 

@@ -80,15 +80,15 @@ class Told:
         self.count = 0
         """Of turns so far."""
         self._recording = Recording(small_config(), 5)
-        self._feed = TurnFeed()
-        self.writer = LedgerWriter(path, bytes_max, 4, self._feed, hides_flows=False)
+        self.feed = TurnFeed()
+        self.writer = LedgerWriter(path, bytes_max, 4, self.feed, hides_flows=False)
         self.writer.start(self._recording.config, 5)
 
     def turn(self) -> None:
         """Let the engine take another, in which a request arrives."""
         self.count += 1
         self._recording.turn(self.count * SECOND, Arrived(Request(self.count)))
-        self._feed.turned(self._recording.controller, self._recording.turns[-1])
+        self.feed.turned(self._recording.controller, self._recording.turns[-1])
 
     async def until(self, *, turns: int, lost_turns: int = 0) -> None:
         """Wait until so many are written, and so many lost."""
@@ -277,6 +277,18 @@ class TestFiles:
 
         assert result.exit_code == 0, result.output
         assert "approximate from" in result.output
+
+    def test_what_cannot_be_put_into_a_line_is_a_gap(self, tmp_path: Path) -> None:
+        """Said with where it came from; the thread goes on."""
+        path = tmp_path / "ledger.jsonl"
+        told = Told(path, LARGE)
+        with capture_logs() as logs:
+            told.turn()
+            told.feed.put(Turn(5, [Arrived(Request(1, b"no text"))], []))  # type: ignore[arg-type]  # the fault
+            told.writer.close(JOIN_S)
+
+        assert [type(line["exc_info"]) for line in logs] == [TypeError]
+        assert (told.writer.turns, told.writer.lost_turns) == (0, 2)
 
     async def test_parts_that_cannot_be_begun_push_none_out(self, tmp_path: Path) -> None:
         """However often that is tried."""

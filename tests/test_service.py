@@ -8,8 +8,9 @@ import pytest
 from aiohttp import ClientSession
 
 from server.service import JOIN_TIMEOUT_S
-from tests import faulty_gate
+from tests import faulty
 from tests.streams import PATIENCE_S, Streams, running
+from tests.told import eventually
 
 FOUR_WAIT = 'flowcontrol_waiting_requests{priority="0"} 4.0'
 pytestmark = pytest.mark.slow
@@ -18,14 +19,14 @@ pytestmark = pytest.mark.slow
 async def test_a_callback_that_fails_ends_the_service(tmp_path: Path) -> None:
     """Who is parked gets 500, at once; it is said, and the exit status is 1."""
     settings: dict[str, Any] = {"endpoints": {"static": []}}
-    program = (faulty_gate.__file__,)
+    program = (faulty.__file__,)
     async with (
         running(tmp_path, settings, {}, program=program) as service,
         ClientSession() as session,
     ):
         streams = Streams(service.grpc)
         asking = [asyncio.create_task(streams.ask("tenant")) for _ in range(3)]
-        culprit = asyncio.create_task(streams.ask(faulty_gate.FAULT))
+        culprit = asyncio.create_task(streams.ask(faulty.FAULT))
         async with asyncio.timeout(PATIENCE_S):
             while FOUR_WAIT not in await metrics(session, service.http):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.01)
@@ -39,6 +40,18 @@ async def test_a_callback_that_fails_ends_the_service(tmp_path: Path) -> None:
         assert status == 1
         assert len(service.lines("processor_failed")) == 1
         assert [line["outcome"] for line in service.lines("request_decided")] == ["internal"] * 3
+
+
+async def test_a_task_that_fails_is_said(tmp_path: Path) -> None:
+    """At once, with where it failed; the service goes on without it."""
+    settings: dict[str, Any] = {"endpoints": {"static": []}}
+    program = (faulty.__file__,)
+    async with running(tmp_path, settings, {}, program=program, PLANTED="sample") as service:
+        await eventually(lambda: "planted" in service.log)
+        (line,) = service.lines("dashboard_not_sampled")
+
+        assert line["exception"][0]["exc_type"] == "ValueError"
+        assert await service.stopped() == 0
 
 
 async def metrics(session: ClientSession, address: str) -> str:

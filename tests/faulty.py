@@ -1,6 +1,13 @@
-"""A test double: the real service, in which the end of a tenant's requests cannot be told."""
+"""A test double: the real service with a planted fault.
+
+Where the environment says PLANTED=sample, the dashboard's samples fail. The end of requests of the
+tenant FAULT cannot be told.
+"""
+
+import os
 
 from flowcontrol.events import Decision
+from server import live
 from server.cli import main
 from server.gate import Parked
 from server.logs import RequestLog
@@ -17,6 +24,13 @@ def _end_or_fail(self: RequestLog, parked: Parked, decision: Decision) -> None:
     _request_ended(self, parked, decision)
 
 
+def _fail(*_arguments: object) -> live.Reading:
+    message = "a planted fault"
+    raise ValueError(message)
+
+
 if __name__ == "__main__":
+    if os.environ.get("PLANTED") == "sample":
+        live.read = _fail  # type: ignore[assignment]  # the planted fault
     RequestLog.request_ended = _end_or_fail  # type: ignore[method-assign]  # the planted fault
     main()
