@@ -54,6 +54,15 @@ class Parked:
 
 
 @final
+@dataclass(slots=True, eq=False)
+class _Eviction:
+    """One caller's wish that a flow be evicted, and how many of it were since."""
+
+    key: FlowKey
+    count: int = 0
+
+
+@final
 class FlowGate:
     """Parks requests on futures and settles them with the processor's decisions.
 
@@ -101,8 +110,8 @@ class FlowGate:
         self._snapshot: asyncio.Future[Snapshot] | None = None
         self._questions: set[asyncio.Future[Any]] = set()
         """Asked and not answered yet."""
-        self._evictions: dict[FlowKey, int] = {}
-        """Flows being evicted, with how many of each have been so far."""
+        self._evictions: set[_Eviction] = set()
+        """Asked for and not answered yet."""
         self._closed_as: Outcome | None = None
         """How arrivals are answered once the processor has ended."""
 
@@ -197,18 +206,19 @@ class FlowGate:
         return max(theirs, key=lambda parked: parked.request_id, default=None)
 
     async def evict_flow(self, key: FlowKey) -> int:
-        """Refuse everything of a flow that waits; return how many that were.
+        """Refuse everything of a flow that waits; return how many were, by whoever asked meanwhile.
 
         Raises:
             NotRunningError: the processor has ended.
         """
-        self._evictions.setdefault(key, 0)
+        eviction = _Eviction(key)
+        self._evictions.add(eviction)
         self.post(FlowEvicted(key.priority, key.flow_id))
         try:
             await self.ask(_nothing)  # its answer comes behind the evictions
-            return self._evictions.get(key, 0)
+            return eviction.count
         finally:
-            self._evictions.pop(key, None)
+            self._evictions.discard(eviction)
 
     async def ask(self, question: Callable[[FlowController, int], Answer]) -> Answer:
         """Return the processor's answer to a question: all posted before it has been decided.
@@ -298,8 +308,8 @@ class FlowGate:
         self.recent.keep(parked.facts, decision, parked.decided_ns)
         if decision.outcome is Outcome.EVICTED_OPERATOR:
             key = FlowKey(decision.priority, decision.flow_id)
-            if key in self._evictions:
-                self._evictions[key] += 1
+            for eviction in self._evictions:
+                eviction.count += eviction.key == key
         if parked.left_ns is not None:
             self._finish(parked, decision)
 

@@ -21,7 +21,7 @@ from flowcontrol.events import (
     Left,
     ObjectivesChanged,
 )
-from flowcontrol.request import Outcome, Request
+from flowcontrol.request import FlowKey, Outcome, Request
 from server.classify import RequestFacts
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
@@ -656,6 +656,24 @@ class TestBells:
             home.gate.leave(first)
 
             assert (await decided(second)).outcome is Outcome.DISPATCHED
+
+
+class TestEvictFlow:
+    """An operator clears a queue."""
+
+    async def test_two_at_once(self) -> None:
+        """Each is told what was evicted while it asked, of its own flow."""
+        async with house(has_pool=False) as home:
+            parked = [home.gate.park(FACTS) for _ in range(5)]
+            flow, other = FlowKey(0, FACTS.flow_id), FlowKey(0, "other")
+            evicted = await asyncio.gather(
+                *(home.gate.evict_flow(key) for key in (flow, other, flow))
+            )
+
+            assert evicted == [5, 0, 5]
+            assert await home.gate.evict_flow(flow) == 0
+            outcomes = {(await decided(each)).outcome for each in parked}
+            assert outcomes == {Outcome.EVICTED_OPERATOR}
 
 
 @final
