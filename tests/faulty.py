@@ -10,14 +10,14 @@ from flowcontrol.events import Decision
 from server import live
 from server.cli import main
 from server.gate import Parked
-from server.logs import RequestLog
+from server.service import Service
 
 FAULT = "planted-fault"
 
-_request_ended = RequestLog.request_ended
+_request_ended = Service._request_ended  # noqa: SLF001 - not compiled, unlike what it calls
 
 
-def _end_or_fail(self: RequestLog, parked: Parked, decision: Decision) -> None:
+def _end_or_fail(self: Service, parked: Parked, decision: Decision) -> None:
     if decision.flow_id == FAULT:
         message = "a planted fault"
         raise RuntimeError(message)
@@ -32,5 +32,5 @@ def _fail(*_arguments: object) -> live.Reading:
 if __name__ == "__main__":
     if os.environ.get("PLANTED") == "sample":
         live.read = _fail  # type: ignore[assignment]  # the planted fault
-    RequestLog.request_ended = _end_or_fail  # type: ignore[method-assign]  # the planted fault
+    Service._request_ended = _end_or_fail  # type: ignore[method-assign]  # noqa: SLF001 - the fault
     main()
