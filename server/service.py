@@ -200,10 +200,13 @@ class Service:
         self._feed.outcome(endpoint, time.monotonic(), is_failure=is_failure)
 
     def _request_ended(self, parked: Parked, decision: Decision) -> None:
-        settlement = self._configuration.settings.settlement
-        if decision.outcome.was_dispatched and settlement.access_log:
-            now_ns = parked.left_ns or parked.decided_ns
-            self._settlement.request_ended(parked.request_id, decision.priority, now_ns)
+        if decision.outcome.was_dispatched:
+            self._settlement.request_ended(
+                parked.request_id,
+                decision.priority,
+                parked.left_ns or parked.decided_ns,
+                is_reported=self._configuration.settings.settlement.access_log,
+            )
         self._request_log.request_ended(parked, decision)
         if self._traces is not None:
             self._traces.request_ended(parked, decision)
