@@ -51,6 +51,7 @@ class Parked:
     can come."""
     trace: Mapping[str, str] | None = None
     """Headers that tell of the trace it belongs to; None while traces are off."""
+    arrived_ns: int = 0
 
 
 @final
@@ -135,7 +136,8 @@ class FlowGate:
     def park(self, facts: RequestFacts) -> Parked:
         """Take in a request; its future resolves with the decision. `leave` must follow, once."""
         request_id = next(self._ids)
-        parked = Parked(request_id, facts, self._loop.create_future())
+        now_ns = time.monotonic_ns()
+        parked = Parked(request_id, facts, self._loop.create_future(), arrived_ns=now_ns)
         self._parked[request_id] = parked
         self._undecided += 1
         request = Request(
@@ -334,9 +336,12 @@ class FlowGate:
         if self._closed_as is not None:
             return
         self._closed_as = Outcome.REJECTED_DRAINING if fault is None else Outcome.INTERNAL
+        now_ns = time.monotonic_ns()
         for parked in self._parked.values():
             if not parked.future.done():  # each by itself: one that fails keeps no other from it
-                self._loop.call_soon(self._settle, self._own_decision(parked, self._closed_as))
+                waited_ns = now_ns - parked.arrived_ns
+                decision = self._own_decision(parked, self._closed_as, waited_ns)
+                self._loop.call_soon(self._settle, decision)
         if self._snapshot is not None:
             self._snapshot.set_exception(NotRunningError(_STOPPED))
             self._snapshot = None
@@ -346,7 +351,7 @@ class FlowGate:
         self._questions.clear()
         self._processor_ended(fault)
 
-    def _own_decision(self, parked: Parked, outcome: Outcome) -> Decision:
+    def _own_decision(self, parked: Parked, outcome: Outcome, waited_ns: int = 0) -> Decision:
         """Decide in the engine's place, where the engine never saw the request or is no more."""
         retry_after_ns = 1_000_000_000 if outcome is not Outcome.INTERNAL else None
         return Decision(
@@ -354,7 +359,7 @@ class FlowGate:
             outcome,
             DEFAULT_PRIORITY,
             parked.facts.flow_id,
-            waited_ns=0,
+            waited_ns=waited_ns,
             retry_after_ns=retry_after_ns,
         )
 

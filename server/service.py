@@ -207,9 +207,10 @@ class Service:
                 parked.left_ns or parked.decided_ns,
                 is_reported=self._configuration.settings.settlement.access_log,
             )
-        self._request_log.request_ended(parked, decision)
+        continues = self._terms.continue_on_fault
+        self._request_log.request_ended(parked, decision, continue_on_fault=continues)
         if self._traces is not None:
-            self._traces.request_ended(parked, decision)
+            self._traces.request_ended(parked, decision, continue_on_fault=continues)
 
     def _drain(self, cause: str) -> None:
         if not self._is_serving:

@@ -440,6 +440,7 @@ class TestFault:
             assert isinstance(home.faults[0], AssertionError)
             assert {each.outcome for each in decisions} == {Outcome.INTERNAL}
             assert {each.retry_after_ns for each in decisions} == {None}
+            assert [each.waited_ns > 0 for each in decisions] == [True] * 100 + [False]
             assert home.requests == []
             for each in (*waiting, later):
                 home.gate.leave(each)

@@ -16,9 +16,17 @@ FOUR_WAIT = 'flowcontrol_waiting_requests{priority="0"} 4.0'
 pytestmark = pytest.mark.slow
 
 
-async def test_a_callback_that_fails_ends_the_service(tmp_path: Path) -> None:
-    """Who is parked gets 500, at once; it is said, and the exit status is 1."""
-    settings: dict[str, Any] = {"endpoints": {"static": []}}
+@pytest.mark.parametrize(
+    ("on_fault", "status", "logged"), [("refuse", 500, 500), ("continue", 200, None)]
+)
+async def test_a_callback_that_fails_ends_the_service(
+    tmp_path: Path, on_fault: str, status: int, logged: int | None
+) -> None:
+    """Who is parked is answered at once, as is logged; it is said, and the exit status is 1."""
+    settings: dict[str, Any] = {
+        "endpoints": {"static": []},
+        "requests": {"onInternalFault": on_fault},
+    }
     program = (faulty.__file__,)
     async with (
         running(tmp_path, settings, {}, program=program) as service,
@@ -33,13 +41,16 @@ async def test_a_callback_that_fails_ends_the_service(tmp_path: Path) -> None:
         culprit.cancel()
         async with asyncio.timeout(JOIN_TIMEOUT_S / 2):
             statuses = await asyncio.gather(*asking)
-        status = await service.ended()
+        exit_status = await service.ended()
         await streams.close()
+        lines = service.lines("request_decided")
 
-        assert statuses == [500] * 3
-        assert status == 1
+        assert statuses == [status] * 3
+        assert exit_status == 1
         assert len(service.lines("processor_failed")) == 1
-        assert [line["outcome"] for line in service.lines("request_decided")] == ["internal"] * 3
+        assert [line["outcome"] for line in lines] == ["internal"] * 3
+        assert [line["http_status"] for line in lines] == [logged] * 3
+        assert all(line["waited_ms"] > 0 for line in lines)
 
 
 async def test_a_task_that_fails_is_said(tmp_path: Path) -> None:
