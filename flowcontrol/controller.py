@@ -20,7 +20,7 @@ from flowcontrol.band import Band
 from flowcontrol.bands import Bands
 from flowcontrol.capacity import Capacity
 from flowcontrol.ceilings import BandCeilings
-from flowcontrol.config import ControllerConfig, Ordering, Role
+from flowcontrol.config import RETRY_AFTER_MAX_NS, ControllerConfig, Ordering, Role
 from flowcontrol.decisions import Decisions
 from flowcontrol.events import (
     Answered,
@@ -323,7 +323,7 @@ class FlowController:
         return True
 
     def _displace(self, victim: Lease, scope: DrainRate, now_ns: int) -> None:
-        retry_after_ns = scope.promise(now_ns, self.config.retry_after_max_ns)
+        retry_after_ns = scope.promise(now_ns, RETRY_AFTER_MAX_NS)
         self._end_waiting(victim, Outcome.EVICTED_DISPLACED, now_ns, retry_after_ns)
 
     def _admit(self, lease: Lease, band: Band, now_ns: int) -> None:
@@ -348,7 +348,7 @@ class FlowController:
             self._drain_rate if scope is Scope.ALL else band.drain_rate
             for scope in lease.without_room
         }
-        retry_after_ns = latest_promise(rates, now_ns, self.config.retry_after_max_ns)
+        retry_after_ns = latest_promise(rates, now_ns, RETRY_AFTER_MAX_NS)
         self._end_waiting(lease, Outcome.REJECTED_CAPACITY, now_ns, retry_after_ns)
 
     def _reclaim(self, now_ns: int) -> None:
@@ -361,7 +361,7 @@ class FlowController:
         must_end = needed(self.pool.total.requests, saturation, ceiling, band.waiting)
         demand = Demand(band.waiting, band.bound if self.pool.picks else {})
         for victim in self._reclaimer.victims(must_end, band.priority, demand, self.pool, now_ns):
-            retry_after_ns = self._drain_rate.promise(now_ns, self.config.retry_after_max_ns)
+            retry_after_ns = self._drain_rate.promise(now_ns, RETRY_AFTER_MAX_NS)
             its_band = self.bands.by_priority[victim.flow.key.priority]
             self.decisions.add(victim, its_band, Outcome.RECLAIMED, now_ns, retry_after_ns)
 

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar, final
 from flowcontrol.config import ControllerConfig
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import NotRunningError
-from flowcontrol.events import Answered, Arrived, Decision, Fact, FlowEvicted, Left
+from flowcontrol.events import Answered, Arrived, Decision, DrainBegan, Fact, FlowEvicted, Left
 from flowcontrol.inbox import Inbox
 from flowcontrol.processor import FlowProcessor, Recorder
 from flowcontrol.question import Asked
@@ -51,6 +51,16 @@ class Parked:
     can come."""
     trace: Mapping[str, str] | None = None
     """Headers that tell of the trace it belongs to; None while traces are off."""
+    arrived_ns: int = 0
+
+
+@final
+@dataclass(slots=True, eq=False)
+class _Eviction:
+    """One caller's wish that a flow be evicted, and how many of it were since."""
+
+    key: FlowKey
+    count: int = 0
 
 
 @final
@@ -101,14 +111,23 @@ class FlowGate:
         self._snapshot: asyncio.Future[Snapshot] | None = None
         self._questions: set[asyncio.Future[Any]] = set()
         """Asked and not answered yet."""
-        self._evictions: dict[FlowKey, int] = {}
-        """Flows being evicted, with how many of each have been so far."""
+        self._evictions: set[_Eviction] = set()
+        """Asked for and not answered yet."""
         self._closed_as: Outcome | None = None
         """How arrivals are answered once the processor has ended."""
 
     def start(self) -> None:
         """Start the processor."""
         self._processor.start()
+
+    def fail(self, fault: Exception) -> None:
+        """Settle all that is parked, as when the processor fails, and let the processor end.
+
+        For a callback on the loop that failed: what it was doing is half done, perhaps of ours.
+        """
+        self._inbox.post(DrainBegan(0))
+        self._inbox.ring()
+        self._close(fault)
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the processor thread, which has said it ended; whether it did."""
@@ -117,7 +136,8 @@ class FlowGate:
     def park(self, facts: RequestFacts) -> Parked:
         """Take in a request; its future resolves with the decision. `leave` must follow, once."""
         request_id = next(self._ids)
-        parked = Parked(request_id, facts, self._loop.create_future())
+        now_ns = time.monotonic_ns()
+        parked = Parked(request_id, facts, self._loop.create_future(), arrived_ns=now_ns)
         self._parked[request_id] = parked
         self._undecided += 1
         request = Request(
@@ -132,12 +152,13 @@ class FlowGate:
             model=facts.model,
             subset=facts.subset,
         )
+        if self._closed_as is not None:
+            self._settle(self._own_decision(parked, self._closed_as))
+            return parked
         try:
             is_taken = self._inbox.offer(Arrived(request))
         except NotRunningError:
-            if self._closed_as is not None:  # else that news is on its way, and settles it
-                self._settle(self._own_decision(parked, self._closed_as))
-            return parked
+            return parked  # that news is on its way, and settles it
         if is_taken:
             self._ring()
         else:
@@ -187,18 +208,19 @@ class FlowGate:
         return max(theirs, key=lambda parked: parked.request_id, default=None)
 
     async def evict_flow(self, key: FlowKey) -> int:
-        """Refuse everything of a flow that waits; return how many that were.
+        """Refuse everything of a flow that waits; return how many were, by whoever asked meanwhile.
 
         Raises:
             NotRunningError: the processor has ended.
         """
-        self._evictions.setdefault(key, 0)
+        eviction = _Eviction(key)
+        self._evictions.add(eviction)
         self.post(FlowEvicted(key.priority, key.flow_id))
         try:
             await self.ask(_nothing)  # its answer comes behind the evictions
-            return self._evictions.get(key, 0)
+            return eviction.count
         finally:
-            self._evictions.pop(key, None)
+            self._evictions.discard(eviction)
 
     async def ask(self, question: Callable[[FlowController, int], Answer]) -> Answer:
         """Return the processor's answer to a question: all posted before it has been decided.
@@ -266,6 +288,8 @@ class FlowGate:
         self._loop.call_soon_threadsafe(self._receive, decisions, snapshot)
 
     def _receive(self, decisions: list[Decision], snapshot: Snapshot | None) -> None:
+        if self._closed_as is not None:
+            return  # we have failed meanwhile, and decided ourselves
         if snapshot is not None and self._snapshot is not None:
             self._snapshot.set_result(snapshot)
             self._snapshot = None
@@ -286,8 +310,8 @@ class FlowGate:
         self.recent.keep(parked.facts, decision, parked.decided_ns)
         if decision.outcome is Outcome.EVICTED_OPERATOR:
             key = FlowKey(decision.priority, decision.flow_id)
-            if key in self._evictions:
-                self._evictions[key] += 1
+            for eviction in self._evictions:
+                eviction.count += eviction.key == key
         if parked.left_ns is not None:
             self._finish(parked, decision)
 
@@ -309,10 +333,15 @@ class FlowGate:
 
     def _close(self, fault: BaseException | None) -> None:
         """Settle what the processor left behind: nothing after a drain, all after a fault."""
+        if self._closed_as is not None:
+            return
         self._closed_as = Outcome.REJECTED_DRAINING if fault is None else Outcome.INTERNAL
-        for parked in list(self._parked.values()):
-            if not parked.future.done():
-                self._settle(self._own_decision(parked, self._closed_as))
+        now_ns = time.monotonic_ns()
+        for parked in self._parked.values():
+            if not parked.future.done():  # each by itself: one that fails keeps no other from it
+                waited_ns = now_ns - parked.arrived_ns
+                decision = self._own_decision(parked, self._closed_as, waited_ns)
+                self._loop.call_soon(self._settle, decision)
         if self._snapshot is not None:
             self._snapshot.set_exception(NotRunningError(_STOPPED))
             self._snapshot = None
@@ -322,7 +351,7 @@ class FlowGate:
         self._questions.clear()
         self._processor_ended(fault)
 
-    def _own_decision(self, parked: Parked, outcome: Outcome) -> Decision:
+    def _own_decision(self, parked: Parked, outcome: Outcome, waited_ns: int = 0) -> Decision:
         """Decide in the engine's place, where the engine never saw the request or is no more."""
         retry_after_ns = 1_000_000_000 if outcome is not Outcome.INTERNAL else None
         return Decision(
@@ -330,7 +359,7 @@ class FlowGate:
             outcome,
             DEFAULT_PRIORITY,
             parked.facts.flow_id,
-            waited_ns=0,
+            waited_ns=waited_ns,
             retry_after_ns=retry_after_ns,
         )
 

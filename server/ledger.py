@@ -7,7 +7,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import IO, final
@@ -30,6 +31,8 @@ from server.recording import TurnFeed
 
 _LINGER_S = 0.1
 """How long turns gather before they are written: what a crash can cost, and one write each."""
+RETRY_S = 1.0
+"""The same after a failure: each new try costs the processor a checkpoint, O(live requests)."""
 _PRIVATE = 0o600
 _log = structlog.get_logger()
 
@@ -38,8 +41,8 @@ _log = structlog.get_logger()
 class LedgerWriter:
     """Writes what a feed brings, until it is closed.
 
-    A failed write loses the turns of that batch and says so, in the log and as a gap; the next one
-    begins a new part. Nothing here ever holds up the processor.
+    A failed write loses the turns of that batch and says so, in the log and as a gap, with which a
+    new part begins once that can be written. Nothing here ever holds up the processor.
 
     Args:
         path: of the newest part.
@@ -64,6 +67,12 @@ class LedgerWriter:
         self._part = 0
         self._file: IO[bytes] | None = None
         self._size = 0
+        """Of the part, with what is still to be written."""
+        self._heading = ""
+        """To be written first, to a part that is not in its place yet."""
+        self._lines: list[str] = []
+        self._unwritten: list[Entry] = []
+        """Of this batch; its first ones are `_lines`."""
         self._is_failing = False
         self._thread = Thread(target=self._write_all, name="ledger-writer", daemon=True)
 
@@ -78,7 +87,12 @@ class LedgerWriter:
         Raises:
             OSError: the file cannot be written.
         """
-        self._begin_part(config, made_ns)
+        try:
+            self._begin_part(config, made_ns)
+            self._flush()
+        except OSError:
+            self._give_part_up()
+            raise
         self._thread.start()
 
     def close(self, timeout_s: float) -> None:
@@ -87,66 +101,91 @@ class LedgerWriter:
         self._thread.join(timeout_s)
 
     def _write_all(self) -> None:
-        while entries := self._feed.take(_LINGER_S):
-            turns = sum(isinstance(entry, Turn) for entry in entries)
+        while entries := self._feed.take(RETRY_S if self._is_failing else _LINGER_S):
+            self._unwritten = list(entries)
             try:
-                self._write(entries)
-                self.turns += turns
+                for entry in entries:
+                    self._take(entry)
+                self._flush()
                 self._is_failing = False
-            except OSError as error:
-                self._feed.lose(turns)
-                self._close_file()
-                if not self._is_failing:
-                    _log.error("ledger_not_written", error=str(error), lost_turns=turns)
+            except Exception as error:  # noqa: BLE001 - a bug, too, is said and costs a batch
+                self._give_part_up()
+                lost_turns = self._feed.lose(self._unwritten)
+                if not isinstance(error, OSError):
+                    _log.error("ledger_not_written", exc_info=error, lost_turns=lost_turns)
+                elif not self._is_failing:
+                    _log.error("ledger_not_written", error=str(error), lost_turns=lost_turns)
                 self._is_failing = True
         self._close_file()
 
-    def _write(self, entries: Sequence[Entry]) -> None:
-        lines: list[str] = []
-        for entry in entries:
-            if isinstance(entry, Checkpoint) and (self._file is None or self._is_full):
-                self._flush(lines)
-                self._begin_part(entry.config, entry.now_ns)
-            line = self._line(entry)
-            lines.append(line)
-            self._size += len(line)
-            if self._is_full:
-                self._feed.want_checkpoint()
-        self._flush(lines)
+    def _take(self, entry: Entry) -> None:
+        if isinstance(entry, Checkpoint) and (self._file is None or self._is_full):
+            if self._file is not None:
+                self._flush()
+            self._begin_part(entry.config, entry.now_ns)
+        line = self._line(entry)
+        self._lines.append(line)
+        self._size += len(line)
+        if self._is_full:
+            self._feed.want_checkpoint()
 
     @property
     def _is_full(self) -> bool:
         return self._size >= self._bytes_max
 
-    def _flush(self, lines: list[str]) -> None:
+    def _flush(self) -> None:
         if self._file is None:
             message = f"{self._path} waits for a checkpoint"
             raise OSError(message)
-        _write_whole(self._file, "".join(lines))
-        lines.clear()
+        _write_whole(self._file, self._heading + "".join(self._lines))
+        if self._heading:
+            self._place_part()
+        count = len(self._lines)
+        self.turns += sum(isinstance(entry, Turn) for entry in self._unwritten[:count])
+        del self._unwritten[:count]
+        self._lines.clear()
 
     def _line(self, entry: Entry) -> str:
         shown = entry if self._disguise is None else disguised(entry, self._disguise)
         return json.dumps(to_line(shown), separators=(",", ":")) + "\n"
 
     def _begin_part(self, config: ControllerConfig, now_ns: int) -> None:
+        """Begin a part beside the others; what waits to be written will follow its header."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        file = os.fdopen(os.open(self._new_path, flags, _PRIVATE), "wb", buffering=0)
         self._close_file()
+        self._file = file
+        wall_ns = time.time_ns() - (time.monotonic_ns() - now_ns)
+        self._heading = self._line(
+            Header(self._run, self._part, wall_ns, now_ns, config, self._salt)
+        )
+        self._size = len(self._heading) + sum(map(len, self._lines))
+
+    def _place_part(self) -> None:
+        """Make the new part the newest.
+
+        Not before it holds something, or each try that fails would push a good part out.
+        """
         for number in range(self._files_max - 1, 0, -1):
             older = _part_path(self._path, number - 1)
             if older.exists():
                 older.replace(_part_path(self._path, number))
-        wall_ns = time.time_ns() - (time.monotonic_ns() - now_ns)
-        header = Header(self._run, self._part, wall_ns, now_ns, config, self._salt)
-        line = self._line(header)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        self._file = os.fdopen(os.open(self._path, flags, _PRIVATE), "wb", buffering=0)
-        self._size = len(line)
-        try:
-            _write_whole(self._file, line)
-        except OSError:
-            self._close_file()
-            raise
+        self._new_path.replace(self._path)
+        self._heading = ""
         self._part += 1
+
+    def _give_part_up(self) -> None:
+        """End the part as it is; without a trace if it was not in its place yet."""
+        self._close_file()
+        self._lines.clear()
+        if self._heading:
+            self._heading = ""
+            with suppress(OSError):
+                self._new_path.unlink()
+
+    @property
+    def _new_path(self) -> Path:
+        return self._path.with_name(f"{self._path.name}.new")
 
     def _close_file(self) -> None:
         file, self._file = self._file, None
@@ -158,9 +197,16 @@ class LedgerWriter:
 
 
 def _write_whole(file: IO[bytes], text: str) -> None:
+    """Write all of it, or nothing as far as that can be: what is lost must not be read, too."""
+    before = file.tell()
     rest = memoryview(text.encode())
-    while rest:
-        rest = rest[file.write(rest) :]
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        with suppress(OSError):
+            file.truncate(before)
+        raise
 
 
 def _part_path(path: Path, number: int) -> Path:

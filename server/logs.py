@@ -16,7 +16,7 @@ import structlog
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
 from server.gate import Parked
-from server.replies import REFUSALS
+from server.replies import status_of
 
 WRITE_WITHIN_S: Final = 0.02
 _MS_NS: Final = 1_000_000
@@ -61,8 +61,16 @@ class RequestLog:
         self._second = 0
         self._written = ""
 
-    def request_ended(self, parked: Parked, decision: Decision) -> None:
-        """Take note of a request that is decided and gone."""
+    def request_ended(
+        self, parked: Parked, decision: Decision, *, continue_on_fault: bool = False
+    ) -> None:
+        """Take note of a request that is decided and gone.
+
+        Args:
+            parked: the request.
+            decision: about it, the last if there were two.
+            continue_on_fault: when it was the engine that failed, the request was let on.
+        """
         if not self._is_wanted:
             return
         facts, outcome = parked.facts, decision.outcome
@@ -71,7 +79,7 @@ class RequestLog:
         if outcome.was_dispatched:
             in_flight_ns = max(0, left_ns - parked.decided_ns)
         if outcome is not Outcome.DISPATCHED:
-            status = str(REFUSALS[outcome].status)
+            status = str(status_of(outcome, continue_on_fault=continue_on_fault) or "null")
         if not self._lines:
             self._soon(self.write)
         self._lines.append(  # by hand: json.dumps takes twice as long

@@ -25,7 +25,7 @@ from opentelemetry.util.types import AttributeValue
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
 from server.gate import Parked
-from server.replies import REFUSALS
+from server.replies import REFUSALS, status_of
 
 SPAN = "flow_control.wait"
 _FLUSH_S = 5.0
@@ -65,8 +65,10 @@ class RequestTraces:
         """Names of the headers that tell of a trace."""
         return tuple(sorted(self._propagator.fields))
 
-    def request_ended(self, parked: Parked, decision: Decision) -> None:
-        """Report a request that is decided and gone."""
+    def request_ended(
+        self, parked: Parked, decision: Decision, *, continue_on_fault: bool = False
+    ) -> None:
+        """Report a request that is decided and gone, as in the log."""
         decided_ns = parked.decided_ns + time.time_ns() - time.monotonic_ns()
         arrived_ns = decided_ns - decision.waited_ns
         span = self._tracer.start_span(
@@ -85,7 +87,9 @@ class RequestTraces:
             if outcome is not Outcome.DISPATCHED:
                 refused = REFUSALS[outcome]
                 span.set_attribute("error.type", refused.reason)
-                span.set_attribute("http.response.status_code", refused.status)
+                status = status_of(outcome, continue_on_fault=continue_on_fault)
+                if status is not None:
+                    span.set_attribute("http.response.status_code", status)
                 span.set_status(Status(StatusCode.ERROR, refused.message))
         span.end(decided_ns)
 

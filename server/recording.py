@@ -72,11 +72,21 @@ class TurnFeed:
         """Ask for one with the next turn."""
         self._is_checkpoint_wanted = True
 
-    def lose(self, turns: int) -> None:
-        """Note, in the taking thread, that turns it took are lost: a gap like any other."""
+    def lose(self, entries: Sequence[Entry]) -> int:
+        """Note, in the taking thread, that entries it took are lost: a gap like any other.
+
+        What came in meanwhile builds on them and is lost with them; a gap among them is told again.
+        Return how many turns that is.
+        """
         with self._bell:
-            self._gap += turns
+            lost = (*entries, *self._entries)
+            self._entries.clear()
+            self._size = 0
+            turns = sum(isinstance(entry, Turn) for entry in lost)
+            self._gap += turns + sum(entry.turns for entry in lost if isinstance(entry, Gap))
             self.missed_turns += turns
+            self._is_checkpoint_wanted = True
+            return turns
 
     def take(self, linger_s: float) -> Sequence[Entry]:
         """Return what is here; sleep while nothing is, then let more gather. None: closed.

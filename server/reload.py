@@ -14,6 +14,7 @@ from typing import final
 import structlog
 
 from flowcontrol.errors import ConfigError, FlowControlError
+from server.background import in_background
 from server.settings import Settings, load_settings
 from server.settings_difference import differences, settings_hash
 from server.sources.watched import watch_folder
@@ -57,7 +58,7 @@ class Configuration:
 
         def hang_up() -> None:
             """Read, and keep hold of the task until it has."""
-            task = asyncio.create_task(self.read())
+            task = in_background(self.read(), "configuration_not_read")
             hangups.add(task)
             task.add_done_callback(hangups.discard)
 

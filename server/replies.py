@@ -148,9 +148,16 @@ def answer(
             position=decision.position,
             awaits_answer=decision.awaits_answer,
         )
-    if decision.outcome is Outcome.INTERNAL and continue_on_fault:
+    if status_of(decision.outcome, continue_on_fault=continue_on_fault) is None:
         return Exempt()
     return refusal(decision, chance, dialect)
+
+
+def status_of(outcome: Outcome, *, continue_on_fault: bool) -> int | None:
+    """Return the HTTP status a client is told; None: its request goes on, gated or not."""
+    if outcome is Outcome.DISPATCHED or (outcome is Outcome.INTERNAL and continue_on_fault):
+        return None
+    return REFUSALS[outcome].status
 
 
 def refusal(decision: Decision, chance: float, dialect: Dialect = Dialect.OPENAI) -> Refuse:

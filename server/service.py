@@ -3,7 +3,8 @@
 start: processor ─▶ sources known ─▶ doors open ─▶ health SERVING
 drain: SIGTERM ─▶ health NOT_SERVING, liveness stays ─▶ engine drains: refuses arrivals, decides
        what waits within the budget ─▶ streams in flight end politely ─▶ doors close ─▶ exit 0
-crash: the processor fails ─▶ every parked request is settled ─▶ all health NOT_SERVING ─▶ exit 1
+crash: the processor or a callback of the loop fails ─▶ every parked request is settled ─▶ all
+       health NOT_SERVING ─▶ exit 1
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from flowcontrol.v1 import flowcontrol_pb2 as api
 from server import admin, codec, health, log_codec, logs
 from server.access_log import AccessLogDoor
 from server.admin_objectives import ObjectiveAccess
+from server.background import in_background
 from server.codec import Encoder
 from server.direct_door import DirectDoor
 from server.ext_proc import ExtProcDoor
@@ -152,9 +154,8 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._drain, number.name)
         await self._tell_health()
-        following = asyncio.create_task(self._configuration.follow())
-        following.add_done_callback(self._following_ended)
-        looking = asyncio.create_task(self._live.run())
+        following = in_background(self._configuration.follow(), "configuration_not_followed")
+        looking = in_background(self._live.run(), "dashboard_not_sampled")
         _log.info(
             "service_started",
             pool=settings.pool,
@@ -167,7 +168,7 @@ class Service:
         await self._feed.stop()
         self._is_serving = False
         await self._tell_health(is_live=fault is None)
-        self._gate.join(JOIN_TIMEOUT_S)
+        await asyncio.to_thread(self._gate.join, JOIN_TIMEOUT_S)
         self._records.close()
         await self._close_doors()
         self._request_log.write()
@@ -201,18 +202,18 @@ class Service:
         self._feed.outcome(endpoint, time.monotonic(), is_failure=is_failure)
 
     def _request_ended(self, parked: Parked, decision: Decision) -> None:
-        settlement = self._configuration.settings.settlement
-        if decision.outcome.was_dispatched and settlement.access_log:
-            now_ns = parked.left_ns or parked.decided_ns
-            self._settlement.request_ended(parked.request_id, decision.priority, now_ns)
+        if decision.outcome.was_dispatched:
+            self._settlement.request_ended(
+                parked.request_id,
+                decision.priority,
+                parked.left_ns or parked.decided_ns,
+                is_reported=self._configuration.settings.settlement.access_log,
+            )
         self._unknown_objectives.request_ended(parked.facts.objective, decision.priority)
-        self._request_log.request_ended(parked, decision)
+        continues = self._terms.continue_on_fault
+        self._request_log.request_ended(parked, decision, continue_on_fault=continues)
         if self._traces is not None:
-            self._traces.request_ended(parked, decision)
-
-    def _following_ended(self, following: asyncio.Task[None]) -> None:
-        if not following.cancelled():
-            _log.error("configuration_not_followed", error=repr(following.exception()))
+            self._traces.request_ended(parked, decision, continue_on_fault=continues)
 
     def _drain(self, cause: str) -> None:
         if not self._is_serving:
@@ -220,7 +221,7 @@ class Service:
         self._is_serving = False
         budget_ns = self._configuration.settings.flow_control.drain_budget
         _log.info("drain_began", cause=cause, budget_ms=budget_ns / 1e6)
-        task = asyncio.ensure_future(self._tell_health())
+        task = in_background(self._tell_health(), "health_not_told")
         task.add_done_callback(lambda _task: self._direct_door.begin_drain())
         task.add_done_callback(lambda _task: self._gate.post(DrainBegan(budget_ns)))
 
@@ -236,10 +237,14 @@ class Service:
 
     def _callback_failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """End the service when a callback of the gate's fails: what it was doing is half done."""
-        if "handle" in context and isinstance(context.get("exception"), Exception):
-            self._processor_ended(context["exception"])
-        elif "protocol" in context and isinstance(context.get("exception"), Exception):
-            _log.error("connection_failed", exc_info=context["exception"])  # and is closed
+        exception = context.get("exception")
+        if "handle" in context and isinstance(exception, Exception):
+            if self._ended.done():
+                _log.error("callback_failed", exc_info=exception)
+            else:
+                self._gate.fail(exception)
+        elif "protocol" in context and isinstance(exception, Exception):
+            _log.error("connection_failed", exc_info=exception)  # and is closed
         else:
             loop.default_exception_handler(context)
 

@@ -139,11 +139,25 @@ class Settlement:
         """Note that a log stream has ended."""
         self.streams -= 1
 
-    def request_ended(self, request_id: int, priority: int, now_ns: int) -> None:
-        """Note the end of a dispatched request."""
+    @property
+    def early(self) -> int:
+        """Requests in flight that are settled already."""
+        return len(self._early)
+
+    def request_ended(
+        self, request_id: int, priority: int, now_ns: int, *, is_reported: bool = True
+    ) -> None:
+        """Note the end of a dispatched request; each must be noted, once.
+
+        Args:
+            request_id: of the request.
+            priority: of the request.
+            now_ns: when it ended.
+            is_reported: whether there is a log that will tell of it; else it is not waited for.
+        """
         if request_id in self._early:
             self._early.discard(request_id)
-        else:
+        elif is_reported:
             self._awaited[request_id] = now_ns, priority
             if len(self._awaited) > AWAITED_MAX:
                 self._lose(next(iter(self._awaited)))

@@ -42,17 +42,22 @@ class Running:
     """
 
     def __init__(
-        self, directory: Path, ports: Sequence[int], environment: Mapping[str, str]
+        self,
+        directory: Path,
+        ports: Sequence[int],
+        environment: Mapping[str, str],
+        program: Sequence[str],
     ) -> None:
         self.directory = directory
         self.grpc = f"127.0.0.1:{ports[0]}"
         self.http = f"http://127.0.0.1:{ports[2]}"
         self._environment = environment
+        self._program = program
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self, session: ClientSession) -> None:
         """Start it, and wait until it is ready."""
-        command = [sys.executable, "-m", "server", "serve", "--config", "config.yaml"]
+        command = [sys.executable, *self._program, "serve", "--config", "config.yaml"]
         with (self.directory / "service.log").open("wb") as log:
             self._process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
                 command,
@@ -104,9 +109,19 @@ async def running(
     directory: Path,
     settings: Mapping[str, Any],
     objectives: Mapping[str, int],
+    *,
+    program: Sequence[str] = ("-m", "server"),
     **environment: str,
 ) -> AsyncIterator[Running]:
-    """A service with these settings, drained at the end."""
+    """A service with these settings, drained at the end.
+
+    Args:
+        directory: for its files.
+        settings: beside those of the doors.
+        objectives: with their priorities.
+        program: what Python runs.
+        environment: of the process, beside ours.
+    """
     ports = free_ports(3)
     names = ("extProc", "health", "http")
     manifests = directory / "objectives"
@@ -131,7 +146,7 @@ async def running(
         **settings,
     }
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
-    service = Running(directory, ports, environment)
+    service = Running(directory, ports, environment, program)
     async with ClientSession() as session:
         await service.start(session)
         try:

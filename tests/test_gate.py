@@ -21,7 +21,7 @@ from flowcontrol.events import (
     Left,
     ObjectivesChanged,
 )
-from flowcontrol.request import Outcome, Request
+from flowcontrol.request import FlowKey, Outcome, Request
 from server.classify import RequestFacts
 from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
@@ -40,6 +40,7 @@ class House:
     def __init__(self, config: ControllerConfig, arrivals_max: int) -> None:
         self.gate = FlowGate(config, arrivals_max, self._request_ended, self._processor_ended)
         self.requests: list[tuple[Parked, Decision]] = []
+        self.tell: Callable[[tuple[Parked, Decision]], None] = self.requests.append
         self.faults: list[BaseException | None] = []
         self.has_started = False
         self._ended = asyncio.Event()
@@ -65,7 +66,7 @@ class House:
         return Counter(decision.outcome for _, decision in self.requests)
 
     def _request_ended(self, parked: Parked, decision: Decision) -> None:
-        self.requests.append((parked, decision))
+        self.tell((parked, decision))
 
     def _processor_ended(self, fault: BaseException | None) -> None:
         self.faults.append(fault)
@@ -439,6 +440,7 @@ class TestFault:
             assert isinstance(home.faults[0], AssertionError)
             assert {each.outcome for each in decisions} == {Outcome.INTERNAL}
             assert {each.retry_after_ns for each in decisions} == {None}
+            assert [each.waited_ns > 0 for each in decisions] == [True] * 100 + [False]
             assert home.requests == []
             for each in (*waiting, later):
                 home.gate.leave(each)
@@ -468,6 +470,64 @@ class TestFault:
 
             assert (await decided(parked)).outcome is Outcome.INTERNAL
             assert home.outcomes == {Outcome.INTERNAL: 1}
+
+    async def test_of_the_gate(self) -> None:
+        """All are settled likewise, the processor ends, and the end is told once."""
+        fault = RuntimeError("a callback failed")
+        async with house(has_pool=False) as home:
+            waiting = [home.gate.park(FACTS) for _ in range(3)]
+            snapshot = asyncio.ensure_future(home.gate.snapshot())
+            await asyncio.sleep(0)
+            home.gate.fail(fault)
+            later = home.gate.park(FACTS)
+            outcomes = {(await decided(each)).outcome for each in (*waiting, later)}
+
+            assert outcomes == {Outcome.INTERNAL}
+            assert [fault] == home.faults
+            with pytest.raises(NotRunningError):
+                await snapshot
+            assert await asyncio.to_thread(home.gate.join, TIMEOUT_S)
+
+    def test_of_the_gate_while_decisions_cross(self) -> None:
+        """What the processor decided meanwhile is not heard any more."""
+
+        async def scenario(loop: ListeningLoop) -> None:
+            async with house() as home:
+                parked = home.gate.park(FACTS)
+                await asyncio.sleep(0)
+                loop.block()  # its dispatch is on its way, and has not been received
+                home.gate.fail(RuntimeError("a callback failed"))
+
+                assert (await decided(parked)).outcome is Outcome.INTERNAL
+
+        run_listening(scenario)
+
+    async def test_of_who_is_told(self) -> None:
+        """One whose end cannot be told keeps no other from being settled."""
+        loop, complaints = asyncio.get_running_loop(), list[BaseException]()
+        async with house(has_pool=False) as home:
+
+            def fail(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+                """As the service does."""
+                complaints.append(context["exception"])
+                home.gate.fail(context["exception"])
+
+            def append(_ended: tuple[Parked, Decision]) -> None:
+                """Fail."""
+                message = "cannot be told"
+                raise RuntimeError(message)
+
+            loop.set_exception_handler(fail)
+            home.tell = append
+            parked = [home.gate.park(FACTS) for _ in range(4)]
+            for each in parked[:2]:
+                home.gate.leave(each)
+            outcomes = {(await decided(each)).outcome for each in parked[2:]}
+            home.tell = home.requests.append
+
+            assert outcomes == {Outcome.INTERNAL}
+            assert [str(each) for each in complaints] == ["cannot be told"] * 2
+            assert complaints[:1] == home.faults
 
     def test_before_the_news_arrives(self) -> None:
         """Who parks when the processor has failed, but nobody heard yet, gets the same answer."""
@@ -597,6 +657,24 @@ class TestBells:
             home.gate.leave(first)
 
             assert (await decided(second)).outcome is Outcome.DISPATCHED
+
+
+class TestEvictFlow:
+    """An operator clears a queue."""
+
+    async def test_two_at_once(self) -> None:
+        """Each is told what was evicted while it asked, of its own flow."""
+        async with house(has_pool=False) as home:
+            parked = [home.gate.park(FACTS) for _ in range(5)]
+            flow, other = FlowKey(0, FACTS.flow_id), FlowKey(0, "other")
+            evicted = await asyncio.gather(
+                *(home.gate.evict_flow(key) for key in (flow, other, flow))
+            )
+
+            assert evicted == [5, 0, 5]
+            assert await home.gate.evict_flow(flow) == 0
+            outcomes = {(await decided(each)).outcome for each in parked}
+            assert outcomes == {Outcome.EVICTED_OPERATOR}
 
 
 @final

@@ -50,13 +50,19 @@ class NoFuture:
     """Stands where a log line must not look."""
 
 
-def line_of(decision: Decision, decided_ns: int = 100 * MS, left_ns: int | None = 350 * MS) -> Any:
+def line_of(
+    decision: Decision,
+    decided_ns: int = 100 * MS,
+    left_ns: int | None = 350 * MS,
+    *,
+    continue_on_fault: bool = False,
+) -> Any:
     """The one line that is written when such a request is over."""
     parked = Parked(7, FACTS, NoFuture(), decided_ns, left_ns)  # type: ignore[arg-type]  # unread
     written = io.StringIO()
     with contextlib.redirect_stderr(written):
         log = logs.RequestLog(lambda _write: None)
-        log.request_ended(parked, decision)
+        log.request_ended(parked, decision, continue_on_fault=continue_on_fault)
         log.write()
     line = json.loads(written.getvalue())
     assert line.pop("timestamp").endswith("Z")
@@ -111,6 +117,14 @@ class TestRequestEnded:
         assert line["http_status"] == status
         assert line["in_flight_ms"] == 0.0
         assert line["endpoint"] is None
+
+    def test_let_on(self) -> None:
+        """A request that went on although the engine had failed was told nothing; others were."""
+        fault = replace(DISPATCHED, outcome=Outcome.INTERNAL, endpoint=None)
+        refused = replace(fault, outcome=Outcome.EVICTED_TTL)
+
+        assert line_of(fault, continue_on_fault=True)["http_status"] is None
+        assert line_of(refused, continue_on_fault=True)["http_status"] == 429
 
     def test_reclaimed(self) -> None:
         """A request that was ended in flight has both: the status, and how long it was there."""

@@ -43,12 +43,12 @@ def decision(outcome: Outcome, endpoint: str | None = None) -> Decision:
 
 
 async def reported(
-    collector: Collector, *requests: tuple[Parked, Decision]
+    collector: Collector, *requests: tuple[Parked, Decision], continue_on_fault: bool = False
 ) -> list[tuple[dict[str, Any], Span]]:
     """Report some requests, close, and return what the collector has got by then."""
     traces = RequestTraces("llama")
     for each in requests:
-        traces.request_ended(*each)
+        traces.request_ended(*each, continue_on_fault=continue_on_fault)
     await traces.close()
     return list(collector.spans())
 
@@ -123,6 +123,17 @@ class TestTraces:
         assert "gen_ai.operation.name" not in attributes
         assert span.status.code == Status.STATUS_CODE_ERROR
         assert not span.parent_span_id
+
+    async def test_let_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What went on although the engine had failed is an error, but was told no status."""
+        async with over_grpc() as (collector, address):
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+            fault = parked(), decision(Outcome.INTERNAL)
+            ((_, span),) = await reported(collector, fault, continue_on_fault=True)
+
+        attributes = plain(span.attributes)
+        assert attributes["error.type"] == "internal"
+        assert "http.response.status_code" not in attributes
 
     async def test_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Name, resource and sampler are the environment's; an unsampled parent is respected."""

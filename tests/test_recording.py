@@ -2,13 +2,16 @@
 
 import json
 import re
+import resource
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
 import pytest
 from click.testing import CliRunner, Result
+from structlog.testing import capture_logs
 
 from flowcontrol.config import ControllerConfig
 from flowcontrol.errors import LedgerError
@@ -16,9 +19,10 @@ from flowcontrol.events import Arrived, Left
 from flowcontrol.ledger import Checkpoint, Entry, Gap, Header, Shadowed, Turn
 from flowcontrol.request import Request
 from server.cli import main
-from server.ledger import LedgerWriter, parts_of, read_entries
+from server.ledger import LedgerWriter, header_of, parts_of, read_entries
 from server.recording import Recorder, TurnFeed
 from tests.recorded import SECOND, Recording, busy, small_config
+from tests.told import eventually
 
 JOIN_S = 10.0
 LARGE = 1 << 40
@@ -62,6 +66,61 @@ def written(
 def replayed(*arguments: object) -> Result:
     """Run the command."""
     return CliRunner().invoke(main, ["replay", *map(str, arguments)])
+
+
+class Told:
+    """A writer, told turn by turn.
+
+    Args:
+        path: its newest part.
+        bytes_max: of a part, of which four are kept.
+    """
+
+    def __init__(self, path: Path, bytes_max: int) -> None:
+        self.count = 0
+        """Of turns so far."""
+        self._recording = Recording(small_config(), 5)
+        self.feed = TurnFeed()
+        self.writer = LedgerWriter(path, bytes_max, 4, self.feed, hides_flows=False)
+        self.writer.start(self._recording.config, 5)
+
+    def turn(self) -> None:
+        """Let the engine take another, in which a request arrives."""
+        self.count += 1
+        self._recording.turn(self.count * SECOND, Arrived(Request(self.count)))
+        self.feed.turned(self._recording.controller, self._recording.turns[-1])
+
+    async def until(self, *, turns: int, lost_turns: int = 0) -> None:
+        """Wait until so many are written, and so many lost."""
+        writer = self.writer
+        await eventually(lambda: (writer.turns, writer.lost_turns) == (turns, lost_turns))
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again without waiting."""
+    monkeypatch.setattr("server.ledger.RETRY_S", 0.0)
+
+
+@contextmanager
+def file_size_max(bytes_max: int) -> Iterator[None]:
+    """No file of this process can grow beyond that, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def full_disk(path: Path) -> None:
+    """Let the next part of a ledger be begun where there is no room, once."""
+    path.with_name(f"{path.name}.new").symlink_to("/dev/full")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What is in its files."""
+    return {each.name: each.read_text() for each in folder.iterdir()}
 
 
 class TestFeed:
@@ -173,30 +232,90 @@ class TestFiles:
             ["Header", "Checkpoint"],
         ]
 
-    def test_a_full_disk_is_a_gap(self) -> None:
-        """Counted; the processor does not notice, and the writer ends as told."""
-        feed = TurnFeed()
-        recording = Recording(small_config(), 5)
-        writer = LedgerWriter(Path("/dev/full"), LARGE, 1, feed, hides_flows=False)
+    def test_a_full_disk_at_the_start(self, tmp_path: Path) -> None:
+        """Is said, and what an earlier run left stays as it is."""
+        path = tmp_path / "ledger.jsonl"
+        written(path, busy(Recording(small_config(), 5), 20))
+        before = contents(tmp_path)
+        full_disk(path)
+        writer = LedgerWriter(path, LARGE, 2, TurnFeed(), hides_flows=False)
         with pytest.raises(OSError, match="No space left"):
-            writer.start(recording.config, 5)
+            writer.start(small_config(), 5)
 
-    def test_a_write_that_fails_loses_its_batch_and_says_so(self, tmp_path: Path) -> None:
-        """The next part begins with the gap."""
-        path = tmp_path / "folder" / "ledger.jsonl"
-        path.parent.mkdir()
-        recording = Recording(small_config(), 5)
-        feed = TurnFeed()
-        writer = LedgerWriter(path, 1, 2, feed, hides_flows=False)
-        writer.start(recording.config, 5)
-        path.unlink()
-        path.parent.rmdir()
-        feed.want_checkpoint()
-        recording.turn(7)
-        feed.turned(recording.controller, recording.turns[0])
-        writer.close(JOIN_S)
+        assert before == contents(tmp_path)
 
-        assert (writer.turns, writer.lost_turns) == (0, 1)
+    async def test_a_write_that_fails_is_a_gap(self, tmp_path: Path) -> None:
+        """Said once; with room again a new part begins with the gap, and can be decided again."""
+        path = tmp_path / "ledger.jsonl"
+        told = Told(path, LARGE)
+        told.turn()
+        await told.until(turns=1)
+        before = path.read_text()
+        with capture_logs() as logs, file_size_max(len(before) + 20):
+            for lost_turns in (1, 2):
+                told.turn()
+                await told.until(turns=1, lost_turns=lost_turns)
+        for _ in range(3):
+            told.turn()
+        told.writer.close(JOIN_S)
+        older, newer = parts_of(path)
+        result = replayed(path)
+
+        assert [line["event"] for line in logs] == ["ledger_not_written"]
+        assert (told.writer.turns, told.writer.lost_turns) == (4, 2)
+        assert before == older.read_text()
+        assert kinds(list(read_entries(newer))) == [
+            *("Header", "Gap", "Turn", "Checkpoint", "Turn", "Turn"),
+        ]
+        assert Gap(2) in read_entries(newer)
+        assert result.exit_code == 0, result.output
+        assert "gap: 2 turn(s)" in result.output
+        assert "decided again identically" in result.output
+
+        older.unlink()
+        result = replayed(path)
+
+        assert result.exit_code == 0, result.output
+        assert "approximate from" in result.output
+
+    def test_what_cannot_be_put_into_a_line_is_a_gap(self, tmp_path: Path) -> None:
+        """Said with where it came from; the thread goes on."""
+        path = tmp_path / "ledger.jsonl"
+        told = Told(path, LARGE)
+        with capture_logs() as logs:
+            told.turn()
+            told.feed.put(Turn(5, [Arrived(Request(1, b"no text"))], []))  # type: ignore[arg-type]  # the fault
+            told.writer.close(JOIN_S)
+
+        assert [type(line["exc_info"]) for line in logs] == [TypeError]
+        assert (told.writer.turns, told.writer.lost_turns) == (0, 2)
+
+    async def test_parts_that_cannot_be_begun_push_none_out(self, tmp_path: Path) -> None:
+        """However often that is tried."""
+        path = tmp_path / "ledger.jsonl"
+        told = Told(path, 1)
+        for _ in range(4):
+            told.turn()
+            await told.until(turns=told.count)
+            await eventually(lambda: header_of(path).part == told.count - 1)
+        before = contents(tmp_path)
+        for lost_turns in range(4):  # the first turn still goes to the part that is full
+            full_disk(path)
+            told.turn()
+            await told.until(turns=5, lost_turns=lost_turns)
+            await eventually(lambda: not path.with_name("ledger.jsonl.new").is_symlink())
+        after = contents(tmp_path)
+        told.turn()
+        told.writer.close(JOIN_S)
+
+        assert before.keys() == after.keys()
+        assert after.pop("ledger.jsonl").startswith(before.pop("ledger.jsonl"))
+        assert before == after
+        assert (told.writer.turns, told.writer.lost_turns) == (6, 3)
+        assert [kinds(list(read_entries(part))) for part in parts_of(path)][-2:] == [
+            ["Header", "Checkpoint", "Turn"],
+            ["Header", "Gap", "Turn", "Checkpoint"],
+        ]
 
     def test_a_last_line_cut_off_is_left_out(self, tmp_path: Path) -> None:
         """As a crash may leave it."""

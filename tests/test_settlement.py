@@ -41,9 +41,10 @@ class House:
             load_reported=lambda *report: self.reports.append(report),
         )
 
-    def end(self, request_id: int, now_ns: int = 0) -> None:
+    def end(self, request_id: int, now_ns: int = 0, *, is_reported: bool = True) -> None:
         """End a request in flight."""
-        self.settlement.request_ended(request_id, self.in_flight.pop(request_id), now_ns)
+        priority = self.in_flight.pop(request_id)
+        self.settlement.request_ended(request_id, priority, now_ns, is_reported=is_reported)
 
 
 @pytest.fixture(name="house")
@@ -164,6 +165,19 @@ class TestLoss:
 
         assert (house.settlement.lost, house.settlement.awaited) == (0, 0)
 
+    def test_no_report_wanted(self, house: House) -> None:
+        """A request nobody will report is neither waited for nor lost; what came early goes."""
+        house.in_flight[8] = 0
+        assert house.settlement.take(entry(7)) is Result.SETTLED
+        early = house.settlement.early
+        for request_id in (7, 8):
+            house.end(request_id, is_reported=False)
+        house.settlement.give_up(LOST_AFTER)
+
+        assert (early, house.settlement.early) == (1, 0)
+        assert (house.settlement.lost, house.settlement.awaited) == (0, 0)
+        assert house.settlement.take(entry(8)) is Result.UNKNOWN
+
     def test_first_entry_opens_the_log(self) -> None:
         """Envoy opens its stream with the first entry: that request has ended before."""
         house = House()
@@ -234,11 +248,12 @@ class Ledger(RuleBasedStateMachine):
         self.house.in_flight[self.count] = priority
 
     @precondition(lambda self: self.house.in_flight)
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
-        """A request in flight ends."""
-        self.house.end(data.draw(st.sampled_from(sorted(self.house.in_flight))), self.now_ns)
-        self.ended += 1
+    @rule(data=st.data(), is_reported=st.booleans())
+    def end(self, data: st.DataObject, *, is_reported: bool) -> None:
+        """A request in flight ends, and a report of it is awaited or not."""
+        request_id = data.draw(st.sampled_from(sorted(self.house.in_flight)))
+        self.house.end(request_id, self.now_ns, is_reported=is_reported)
+        self.ended += is_reported or request_id in self.settled
 
     @rule(request_id=st.integers(1, 12))
     def report(self, request_id: int) -> None:
@@ -255,11 +270,12 @@ class Ledger(RuleBasedStateMachine):
 
     @invariant()
     def adds_up(self) -> None:
-        """Every ended request is settled, awaited or lost, and nothing else is kept."""
+        """Every ended request to be reported is settled, awaited or lost; no more is kept."""
         settled_and_ended = len(self.settled - self.house.in_flight.keys())
         book = self.house.settlement
 
         assert self.ended == settled_and_ended + book.awaited + book.lost
+        assert len(self.settled & self.house.in_flight.keys()) == book.early
         assert {each.request_id for each in self.house.settled} == self.settled
         assert len(self.house.settled) == len(self.settled)
 
