@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import isfinite
-from typing import ClassVar, Final, final
+from typing import Final, final
 
 from flowcontrol.errors import ConfigError
 
@@ -230,8 +230,6 @@ class ControllerConfig:
     forecasts: bool = False
     """Whether each decision says what wait was expected when it began; doubles what waiting costs.
     Whoever asks for one request is told in any case."""
-    retry_after_max_ns: ClassVar[int] = RETRY_AFTER_MAX_NS
-    """No setting."""
 
     def __post_init__(self) -> None:
         problems = [*_own_problems(self), *_detector_problems(self), *_tenant_problems(self)]
