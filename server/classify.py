@@ -40,7 +40,7 @@ class RequestFacts(NamedTuple):
     flow_id: str
     objective: str | None
     byte_size: int
-    """From content-length; 0 when the size is not announced."""
+    """From content-length, or as counted by Envoy; 0 when nobody knows."""
     ttl_ns: int | None
     client_request_id: str
     """x-request-id, for people who read logs; never used as an identity."""

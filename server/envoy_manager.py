@@ -17,6 +17,7 @@ from envoy_data_plane.envoy.type import v3 as envoy_type
 from envoy_data_plane.envoy.type.matcher import v3 as matcher
 from envoy_data_plane.google import protobuf
 
+from server.codec import SIZE_ATTRIBUTE
 from server.engine_settings import ENVOY_MARGIN_NS, ENVOY_PATIENCE_MAX_NS
 from server.envoy_filters import access_logs, metadata_options, response_headers, with_readers
 from server.settings import Settings
@@ -86,6 +87,7 @@ def _external_processor(settings: Settings) -> ext_proc.ExternalProcessor:
         allow_mode_override=True,
         forward_rules=_forward_rules({*settings.requests.headers(), *settings.traces.headers()}),
         metadata_options=metadata_options(settings),
+        request_attributes=[SIZE_ATTRIBUTE],
     )
 
 

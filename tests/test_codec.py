@@ -137,6 +137,29 @@ class TestDecodeHeaders:
             "empty": {},
         }
 
+    @pytest.mark.parametrize(
+        ("announced", "counted", "expected"),
+        [
+            (b"12", 700.0, "12"),
+            (None, 700.0, "700"),
+            (None, 2.0**40, str(2**40)),
+            (None, 0.0, "0"),
+            (None, None, None),
+        ],
+    )
+    def test_size(
+        self, announced: bytes | None, counted: float | None, expected: str | None
+    ) -> None:
+        """What Envoy counted stands for what was not announced."""
+        size = None if announced is None else HeaderValue(key="content-length", raw_value=announced)
+        fields = {} if counted is None else {"request.size": Value(number_value=counted)}
+        request = ProcessingRequest(
+            request_headers=HttpHeaders(headers=HeaderMap(headers=[size] if size else [])),
+            attributes={"envoy.filters.http.ext_proc": Struct(fields=fields)} if fields else {},
+        )
+
+        assert decode(bytes(request)).headers.get("content-length") == expected
+
     @given(st.dictionaries(st.text(max_size=20), st.binary(max_size=50), max_size=10))
     def test_any_headers(self, headers: dict[str, bytes]) -> None:
         """Whatever the one codec writes, the other reads."""
