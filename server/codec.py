@@ -90,13 +90,22 @@ def decode(data: bytes) -> Message:
     for header in request.request_headers.headers.headers:
         name = header.key
         if name not in headers:
-            headers[name] = header.raw_value.decode("latin-1") or header.value
+            raw = header.raw_value
+            headers[name] = (raw.decode() if raw.isascii() else _text(raw)) or header.value
     if _ANNOUNCED not in headers and request.attributes:
         headers[_ANNOUNCED] = _counted(request.attributes)
     if not request.HasField("metadata_context"):
         return Message(kind, headers)
     found = request.metadata_context.filter_metadata
     return Message(kind, headers, {name: plain(found[name]) for name in found})
+
+
+def _text(raw: bytes) -> str:
+    """Read a header as UTF-8, as bodies and settings are; what is none byte by byte."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def _counted(attributes: Mapping[str, struct_pb2.Struct]) -> str:
