@@ -312,6 +312,24 @@ class TestOutcome:
 
         assert of(line, {"status": 0, "is_success": 0}) == {"status": 200, "is_success": True}
 
+    @pytest.mark.parametrize("begins", [True, False], ids=["answering", "hung"])
+    async def test_abandoned(self, gateway: Gateway, *, begins: bool) -> None:
+        """What the model server would have made of it nobody knows: neither good nor bad."""
+        before = await metrics(gateway)
+        caller, call = await started(gateway)
+        if begins:
+            await call.stream(DELTA)
+            await caller.head()
+            await caller.piece()
+        await caller.hang_up()
+        await reported(gateway, call)
+        after = await metrics(gateway)
+
+        names = [name for name in after if name.startswith("flowcontrol_endpoint_responses")]
+        assert {name: after[name] - before.get(name, 0) for name in names if after[name]} == {
+            name: 0 for name in names if after[name]
+        }
+
     async def test_load_report(self, gateway: Gateway) -> None:
         """A report of load in a response's header arrives with its request."""
         report = 'JSON {"named_metrics": {"kv_cache_usage_perc": 0.4}}'
