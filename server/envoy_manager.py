@@ -35,6 +35,9 @@ def connection_manager(settings: Settings) -> hcm.HttpConnectionManager:
         request_timeout=_duration(_message_timeout_ns(settings) + _UPLOAD_NS),
         normalize_path=True,
         merge_slashes=True,
+        path_with_escaped_slashes_action=(
+            hcm.HttpConnectionManagerPathWithEscapedSlashesAction.UNESCAPE_AND_FORWARD
+        ),
         access_log=access_logs(settings),
         route_config=route.RouteConfiguration(
             name="models",
