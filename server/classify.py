@@ -3,6 +3,7 @@
 Nothing here refuses: what is missing or malformed falls to a documented default.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
@@ -31,6 +32,8 @@ NAME_LENGTH_MAX = 256
 _DIGITS_MAX = 15
 """Of a number that is taken for one: a petabyte, a day of microseconds."""
 _MS_NS = 1_000_000
+_AMBIGUOUS = re.compile(r"%2f|%5c|\\|/(\.|%2e){1,2}(/|$)", re.IGNORECASE)
+"""Slashes in disguise, and segments of dots: a server may take such a path for another."""
 _NO_METADATA: Metadata = {}
 
 
@@ -40,7 +43,7 @@ class RequestFacts(NamedTuple):
     flow_id: str
     objective: str | None
     byte_size: int
-    """From content-length; 0 when the size is not announced."""
+    """From content-length, or as counted by Envoy; 0 when nobody knows."""
     ttl_ns: int | None
     client_request_id: str
     """x-request-id, for people who read logs; never used as an identity."""
@@ -59,14 +62,19 @@ class RequestFacts(NamedTuple):
 
 @final
 class ExemptPaths:
-    """Paths that pass ungated: exact ones, and prefixes written with a trailing *."""
+    """Paths that pass ungated: exact ones, and prefixes written with a trailing *.
+
+    Envoy has made a path plain before it comes here; one that may mean another matches no prefix.
+    """
 
     def __init__(self, paths: tuple[str, ...]) -> None:
         self._exact = frozenset(path for path in paths if not path.endswith("*"))
         self._prefixes = tuple(path[:-1] for path in paths if path.endswith("*"))
 
     def __contains__(self, path: str) -> bool:
-        return path in self._exact or path.startswith(self._prefixes)
+        return path in self._exact or (
+            path.startswith(self._prefixes) and _AMBIGUOUS.search(path) is None
+        )
 
 
 @final

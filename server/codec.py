@@ -4,7 +4,7 @@ Google's protobuf (upb) decodes a request in microseconds, where the typed datac
 envoy-data-plane take most of a millisecond; those are the independent second codec of the tests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from secrets import token_hex
 from struct import Struct
@@ -32,6 +32,10 @@ INSTANCE: Final = token_hex(4)
 """Names this process in a ticket: the log may bring what another replica, or a former life of this
 one, has let go, and counters begin at 1 in each."""
 
+SIZE_ATTRIBUTE: Final = "request.size"
+"""What Envoy knows of a body's size: what was announced, else what has arrived of it by then; where
+Envoy holds the body to read it, that is all of it."""
+
 _TICKET_BEGIN: Final = f"{INSTANCE}.".encode()
 _MARKS: Final = {
     "queue_ms": -1.7976931348623157e308,
@@ -42,6 +46,7 @@ _MARKS: Final = {
 _TEMPLATES_MAX: Final = 1_024
 _double: Final = Struct("<d").pack
 _KINDS: Final = {kind.value: kind for kind in MessageKind}
+_ANNOUNCED: Final = "content-length"
 _NO_HEADERS: dict[str, str] = {}
 _AWAITS_ANSWER = processing_mode_pb2.ProcessingMode(
     response_header_mode=processing_mode_pb2.ProcessingMode.SEND,
@@ -85,11 +90,27 @@ def decode(data: bytes) -> Message:
     for header in request.request_headers.headers.headers:
         name = header.key
         if name not in headers:
-            headers[name] = header.raw_value.decode("latin-1") or header.value
+            raw = header.raw_value
+            headers[name] = (raw.decode() if raw.isascii() else _text(raw)) or header.value
+    if _ANNOUNCED not in headers and request.attributes:
+        headers[_ANNOUNCED] = _counted(request.attributes)
     if not request.HasField("metadata_context"):
         return Message(kind, headers)
     found = request.metadata_context.filter_metadata
     return Message(kind, headers, {name: plain(found[name]) for name in found})
+
+
+def _text(raw: bytes) -> str:
+    """Read a header as UTF-8, as bodies and settings are; what is none byte by byte."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def _counted(attributes: Mapping[str, struct_pb2.Struct]) -> str:
+    """Return the size of a body that was not announced, as if it had been."""
+    return f"{sum(each.fields[SIZE_ATTRIBUTE].number_value for each in attributes.values()):.0f}"
 
 
 def plain(struct: struct_pb2.Struct) -> dict[str, Any]:

@@ -154,11 +154,11 @@ class Band(Section):
     max_requests: Limit = written("unlimited")
     """Requests that may wait in such a band. 0: none may wait."""
     max_bytes: Limit = written("unlimited")
-    """Announced bytes that may wait in such a band."""
+    """Bytes of bodies that may wait in such a band."""
     max_flow_requests: Limit = written("unlimited")
     """Requests that may wait in each flow of such a band."""
     max_flow_bytes: Limit = written("unlimited")
-    """Announced bytes that may wait in each flow of such a band."""
+    """Bytes of bodies that may wait in each flow of such a band."""
     request_ttl: Duration | None = Field(default=None, alias="requestTTL")
     """Longest wait in such a band while the pool has endpoints; flowControl.requestTTL if unset."""
     fairness: Literal[
@@ -259,7 +259,8 @@ class FlowControl(Section):
     max_requests: Limit = Field(default=20_000)
     """Requests that may wait in all bands together. 0: none may wait."""
     max_bytes: Limit = written("4Gi")
-    """Announced bytes (content-length) that may wait in all. Envoy holds them, not this service."""
+    """Bytes of bodies that may wait in all: as announced (content-length), or as Envoy has counted
+    where it holds the body to read it. Envoy holds them, not this service."""
     request_ttl: Duration = written("60s", alias="requestTTL")
     """Longest wait while the pool has endpoints. Evicted exactly then, with 429."""
     no_endpoint_ttl: Duration = written("300s", alias="noEndpointTTL")

@@ -139,7 +139,7 @@ def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
     )
     content = _readable(message.to_dict(casing=Casing.SNAKE))
     content = {key: content[key] for key in ("admin", "static_resources")}
-    text = yaml.safe_dump(content, sort_keys=False, width=100)
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=100)
     return f"# Envoy for pool {settings.pool!r}. The reasons stand in envoy/envoy.yaml.\n{text}"
 
 
@@ -365,6 +365,18 @@ def _socket(address: Address | Path) -> core.Address:
     return core.Address(
         socket_address=core.SocketAddress(address=address.host, port_value=address.port)
     )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a script as its lines."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _readable(node: Any) -> Any:

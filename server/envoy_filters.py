@@ -13,11 +13,10 @@ from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.extensions.access_loggers.grpc import v3 as grpc_log
 from envoy_data_plane.envoy.extensions.access_loggers.stream import v3 as stream
 from envoy_data_plane.envoy.extensions.common.matching import v3 as matching
-from envoy_data_plane.envoy.extensions.content_parsers.json import v3 as json_parser
 from envoy_data_plane.envoy.extensions.filters.common.matcher.action import v3 as actions
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as ext_proc
 from envoy_data_plane.envoy.extensions.filters.http.json_to_metadata import v3 as json_metadata
-from envoy_data_plane.envoy.extensions.filters.http.sse_to_metadata import v3 as sse_metadata
+from envoy_data_plane.envoy.extensions.filters.http.lua import v3 as lua
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
 from envoy_data_plane.envoy.type.matcher import v3 as matcher
 from envoy_data_plane.envoy.type.tracing import v3 as tracing
@@ -51,7 +50,6 @@ _RESPONSE_HEADERS: Final = {
 """Name and the key of our metadata that it shows, by the word in the settings."""
 _JSON: Final = matcher.RegexMatcher(regex="(?i)application/json( *;.*)?")
 """Without it a charset beside the media type makes a body one that is not read."""
-_EVENT_BYTES_MAX: Final = 65_536
 _LOG_BUFFER_BYTES: Final = 65_536
 _NUMBERS: Final = ("max_tokens", "max_completion_tokens")
 _USAGE: Final = (
@@ -63,13 +61,44 @@ _USAGE: Final = (
     ("output_tokens", ("usage", "output_tokens")),
     ("cached_tokens", ("usage", "input_tokens_details", "cached_tokens")),
 )
-_STREAMED_USAGE: Final = (
-    *_USAGE,
-    ("input_tokens", ("message", "usage", "input_tokens")),
-    ("input_tokens", ("response", "usage", "input_tokens")),
-    ("output_tokens", ("response", "usage", "output_tokens")),
-    ("cached_tokens", ("response", "usage", "input_tokens_details", "cached_tokens")),
-)
+_STREAMED_USAGE: Final = r"""
+local keys = {
+  prompt_tokens = "input_tokens", input_tokens = "input_tokens",
+  completion_tokens = "output_tokens", output_tokens = "output_tokens",
+  cached_tokens = "cached_tokens",
+}
+
+local function note(handle, line)
+  local at = line:find('"usage"%s*:%s*{')
+  if not at then return end
+  -- Anthropic's first event counts no answer yet, and may be the last that comes.
+  local begins = line:find('"message_start"', 1, true)
+  for name, count in line:gmatch('"([a-z_]+)"%s*:%s*(%d+)%s*[,}]', at) do
+    local key = keys[name]
+    if key and not (begins and key == "output_tokens") then
+      handle:streamInfo():dynamicMetadata():set("flowcontrol.usage", key, tonumber(count))
+    end
+  end
+end
+
+function envoy_on_response(handle)
+  local kind = handle:headers():get("content-type")
+  if not kind or not kind:find("^text/event%-stream") then return end
+  local begun = ""
+  for chunk in handle:bodyChunks() do
+    local text = begun .. chunk:getBytes(0, chunk:length())
+    local whole, rest = text:match("^(.*\n)(.*)$")
+    begun = rest or text
+    if #begun > 65536 then begun = "" end
+    if whole and whole:find('"usage"', 1, true) then
+      for line in whole:gmatch("[^\n]+") do note(handle, line) end
+    end
+  end
+  note(handle, begun)
+end
+""".lstrip()
+"""A script for Envoy. Envoy's own filter for it, sse_to_metadata, takes Envoy down with the first
+event that is a bare 1, "x", true or null (1.40)."""
 
 
 def with_readers(
@@ -181,26 +210,8 @@ def greater_than(number: int) -> str:
 
 def _stream_reader() -> hcm.HttpFilter:
     """Return the filter that reads streams of events as they pass."""
-    parser = json_parser.JsonContentParser(
-        rules=[
-            json_parser.JsonContentParserRuleConfig(rule=rule)
-            for rule in _usage_rules(_STREAMED_USAGE)
-        ]
-    )
-    return hcm.HttpFilter(
-        name="envoy.filters.http.sse_to_metadata",
-        typed_config=protobuf.Any.pack(
-            sse_metadata.SseToMetadata(
-                response_rules=sse_metadata.SseToMetadataProcessingRules(
-                    content_parser=core.TypedExtensionConfig(
-                        name="envoy.content_parsers.json",
-                        typed_config=protobuf.Any.pack(parser),
-                    ),
-                    max_event_size=_EVENT_BYTES_MAX,
-                )
-            )
-        ),
-    )
+    script = lua.Lua(default_source_code=core.DataSource(inline_string=_STREAMED_USAGE))
+    return hcm.HttpFilter(name="envoy.filters.http.lua", typed_config=protobuf.Any.pack(script))
 
 
 def _settlement_log() -> accesslog.AccessLog:

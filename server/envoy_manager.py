@@ -5,6 +5,7 @@ For `envoy_config` alone, which imports it late and says what is missing.
 
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Final
 
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.config.route import v3 as route
@@ -16,9 +17,13 @@ from envoy_data_plane.envoy.type import v3 as envoy_type
 from envoy_data_plane.envoy.type.matcher import v3 as matcher
 from envoy_data_plane.google import protobuf
 
+from server.codec import SIZE_ATTRIBUTE
 from server.engine_settings import ENVOY_MARGIN_NS, ENVOY_PATIENCE_MAX_NS
 from server.envoy_filters import access_logs, metadata_options, response_headers, with_readers
 from server.settings import Settings
+
+_UPLOAD_NS: Final = 300_000_000_000
+"""For the body of a request, beside its wait; 32 MiB come in it at 1 Mbit/s."""
 
 
 def connection_manager(settings: Settings) -> hcm.HttpConnectionManager:
@@ -27,8 +32,12 @@ def connection_manager(settings: Settings) -> hcm.HttpConnectionManager:
         stat_prefix="ingress",
         stream_idle_timeout=_duration(ENVOY_PATIENCE_MAX_NS),
         request_headers_timeout=timedelta(seconds=10),
+        request_timeout=_duration(_message_timeout_ns(settings) + _UPLOAD_NS),
         normalize_path=True,
         merge_slashes=True,
+        path_with_escaped_slashes_action=(
+            hcm.HttpConnectionManagerPathWithEscapedSlashesAction.UNESCAPE_AND_FORWARD
+        ),
         access_log=access_logs(settings),
         route_config=route.RouteConfiguration(
             name="models",
@@ -54,6 +63,10 @@ def connection_manager(settings: Settings) -> hcm.HttpConnectionManager:
     )
 
 
+def _message_timeout_ns(settings: Settings) -> int:
+    return settings.longest_wait_ns + ENVOY_MARGIN_NS
+
+
 def _route_action() -> route.RouteAction:
     return route.RouteAction(
         cluster="model_servers",
@@ -72,11 +85,12 @@ def _external_processor(settings: Settings) -> ext_proc.ExternalProcessor:
         ),
         failure_mode_allow=False,
         status_on_error=envoy_type.HttpStatus(code=envoy_type.StatusCode.ServiceUnavailable),
-        message_timeout=_duration(settings.longest_wait_ns + ENVOY_MARGIN_NS),
+        message_timeout=_duration(_message_timeout_ns(settings)),
         processing_mode=_processing_mode(),
         allow_mode_override=True,
         forward_rules=_forward_rules({*settings.requests.headers(), *settings.traces.headers()}),
         metadata_options=metadata_options(settings),
+        request_attributes=[SIZE_ATTRIBUTE],
     )
 
 

@@ -37,6 +37,7 @@ REPORT_FORMAT = " ".join(_REPORT)
 _FAULTS = frozenset(("UT", "UR", "UF", "UC", "UPE", "UH", "URX", "SI", "UMSDR"))
 """Flags of a response that the model server failed to give, whatever its status: upstream timeout,
 reset, connect failure, termination, protocol error; none healthy, no try left; idle, too long."""
+_CLIENT_LEFT = frozenset(("DC", "DR"))
 _CLIENT_ERROR, _SERVER_ERROR = 400, 500
 _NO_ROOM = frozenset({429, 503})
 _BY_UPSTREAM = "via_upstream"
@@ -59,6 +60,9 @@ class LogEntry(NamedTuple):
     """Whether the model server is to blame: 5xx, or it broke off."""
     was_turned_away: bool = False
     """Whether the model server answered that it has no room: 429 or 503, and not Envoy for it."""
+    was_abandoned: bool = False
+    """Whether the client left, or Envoy answered, before the model server's own answer was whole:
+    what it would have been nobody knows."""
     ttft_us: int | None = None
     generation_us: int | None = None
     parked_us: int | None = None
@@ -93,14 +97,18 @@ def _entry(entry: accesslog_pb2.HTTPAccessLogEntry) -> LogEntry:
     counts = [int(n) if n.isdecimal() and len(n) <= _DIGITS_MAX else None for n in numbers]
     status, ttft, generation, parked, input_, cached, output, received, sent = counts
     status = status or 0
-    is_faulty = flags != "-" and not _FAULTS.isdisjoint(flags.split(","))
+    raised = () if flags == "-" else flags.split(",")
+    is_faulty = not _FAULTS.isdisjoint(raised)
+    is_failure = status >= _SERVER_ERROR or is_faulty
+    is_whole = details == _BY_UPSTREAM and _CLIENT_LEFT.isdisjoint(raised)
     load_report = entry.response.response_headers
     return LogEntry(
         ticket,
         status,
         status < _CLIENT_ERROR and not is_faulty,
-        status >= _SERVER_ERROR or is_faulty,
+        is_failure,
         status in _NO_ROOM and details == _BY_UPSTREAM,
+        not (is_whole or is_failure),
         ttft,
         generation,
         parked,

@@ -88,7 +88,7 @@ class Settlement:
         priority_in_flight: says the priority of a request that was dispatched and has not ended;
             None if there is no such request.
         settled: told of each settlement, for the engine.
-        answered: told of each endpoint that was asked, and whether it failed.
+        answered: told of each endpoint that answered, or failed to, and whether it failed.
         load_reported: told of each endpoint's report of its load, as headers.
     """
 
@@ -207,7 +207,8 @@ class Settlement:
             account = self.accounts[priority] = Account()
         account.add(entry)
         if entry.endpoint:
-            self._answered(entry.endpoint, entry.is_failure)
+            if not entry.was_abandoned:
+                self._answered(entry.endpoint, entry.is_failure)
             if entry.load_report is not None:
                 self._load_reported(entry.endpoint, entry.load_report)
         self._settled(

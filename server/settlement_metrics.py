@@ -107,7 +107,8 @@ class SettlementCollector(Collector):
             engine.add_metric([address], count)
         answers = CounterMetricFamily(
             "flowcontrol_endpoint_responses",
-            "Requests that an endpoint was asked last, by whether it failed (5xx, or broke off).",
+            "Requests that an endpoint answered, or failed to (5xx, or broke off); "
+            "abandoned ones are neither.",
             labels=["endpoint", "result"],
         )
         for address, counts in self._pool_view.answers.items():

@@ -291,6 +291,22 @@ class TestExemptPaths:
 
         assert is_exempt == (path in exempt)
 
+    @pytest.mark.parametrize(
+        "rest",
+        [
+            *("../chat/completions", "..%2fchat/completions", "%2E%2e/chat/completions"),
+            *("llama%2F..%2Fchat", r"..\chat", "..%5Cchat", "./llama", "llama/..", ".%2e"),
+        ],
+    )
+    def test_evasion(self, rest: str) -> None:
+        """A path that may mean another one matches no prefix."""
+        assert f"/v1/models/{rest}" not in ExemptPaths(("/v1/models/*", "/*"))
+
+    @pytest.mark.parametrize("rest", ["llama-3.1", "a..b", "..a", "org/llama", "a%20b", ".hidden"])
+    def test_no_evasion(self, rest: str) -> None:
+        """Dots that are part of a name are no harm."""
+        assert f"/v1/models/{rest}" in ExemptPaths(("/v1/models/*",))
+
     def test_none(self) -> None:
         """Without exempt paths everything is gated."""
         assert "/health" not in ExemptPaths(())

@@ -429,10 +429,10 @@ class TestReaders:
     @pytest.mark.parametrize(
         ("reads_bodies", "access_log", "token_usage", "expected"),
         [
-            (True, True, True, ["json_to_metadata", "ext_proc", "sse_to_metadata", "router"]),
+            (True, True, True, ["json_to_metadata", "ext_proc", "lua", "router"]),
             (True, True, False, ["json_to_metadata", "ext_proc", "router"]),
             (True, False, True, ["json_to_metadata", "ext_proc", "router"]),
-            (False, True, True, ["json_to_metadata", "ext_proc", "sse_to_metadata", "router"]),
+            (False, True, True, ["json_to_metadata", "ext_proc", "lua", "router"]),
             (False, True, False, ["ext_proc", "router"]),
             (False, False, False, ["ext_proc", "router"]),
         ],
@@ -460,7 +460,7 @@ class TestReaders:
         configuration = generated(settings_with(requests={"readBodiesUpTo": "64Ki"}))
 
         readers = ["match_delegate", "json_to_metadata"]
-        assert self.filters(configuration) == [*readers, "ext_proc", "sse_to_metadata", "router"]
+        assert self.filters(configuration) == [*readers, "ext_proc", "lua", "router"]
         match = the_only(configuration, "single_predicate")
         assert match["value_match"]["safe_regex"]["regex"] == greater_than(65_536)
 

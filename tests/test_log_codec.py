@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     )
 
 NOTHING = LogEntry(ticket="", status=0, is_success=True)
-UNKNOWN = NOTHING._replace(ticket="-")
+UNKNOWN = NOTHING._replace(ticket="-", was_abandoned=True)
 COMMANDS = {
     "ticket": "%DYNAMIC_METADATA(flowcontrol:ticket)%",
     "status": "%RESPONSE_CODE%",
@@ -169,6 +169,21 @@ class TestSuccess:
         """A response that broke off began with 200; a client that went away is no failure."""
         (found,) = decode_log(message(entry(status=200, flags=flags)))
         assert (found.is_success, found.is_failure) == (is_success, not is_success)
+
+    @pytest.mark.parametrize(
+        ("status", "details", "flags", "expected"),
+        [
+            *((200, "via_upstream", "-", False), (404, "via_upstream", "-", False)),
+            *((200, "via_upstream", "DC", True), (0, "downstream_remote_disconnect", "DC", True)),
+            *((200, "http2.remote_reset", "DR", True), (408, "request_overall_timeout", "-", True)),
+            *((429, "evicted", "-", True), (500, "via_upstream", "DC", False)),
+            (200, "upstream_reset_after_response_started", "DC,UC", False),
+        ],
+    )
+    def test_abandoned(self, status: int, details: str, flags: str, *, expected: bool) -> None:
+        """A client that left, or was answered by others, says nothing of the model server."""
+        (found,) = decode_log(message(entry(status=status, details=details, flags=flags)))
+        assert found.was_abandoned is expected
 
 
 class TestGarbage:

@@ -132,6 +132,12 @@ class TestTake:
         assert house.answers == [("10.0.0.5:80", False)]
         assert house.reports == [("10.0.0.5:80", report)]
 
+    def test_abandoned(self, house: House) -> None:
+        """A request that its client abandoned says nothing of the endpoint."""
+        house.settlement.take(entry(7, endpoint="10.0.0.5:80", was_abandoned=True))
+
+        assert house.answers == []
+
 
 class TestLoss:
     """The log may be late, or silent."""

@@ -109,13 +109,15 @@ async def call(
         address: of the server.
         path: to ask for.
         method: of the request.
-        headers: beside Host and Content-Length.
+        headers: beside Host and Content-Length; with Transfer-Encoding the body goes in chunks.
         body: None for a request that has none.
     """
     reader, writer = await asyncio.open_connection(*address)
     lines = [f"{method} {path} HTTP/1.1", f"Host: {address}"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
-    if body is not None:
+    if body and "transfer-encoding" in (headers or {}):
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    elif body is not None:
         lines.append(f"Content-Length: {len(body)}")
     writer.write("\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b""))
     await writer.drain()

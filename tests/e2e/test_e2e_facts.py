@@ -131,6 +131,15 @@ class TestRules:
 
         assert (line["priority"], line["flow_id"]) == (10, "tenant")
 
+    @pytest.mark.parametrize("name", ["日本", "naïve"])
+    async def test_one_tenant(self, gateway: Gateway, name: str) -> None:
+        """A tenant named in a header is the one that a body names."""
+        header = {"x-llm-d-inference-fairness-id": name.encode().decode("latin-1")}
+        by_header, _, _ = await fate(gateway, {}, headers=header)
+        by_body, _, _ = await fate(gateway, {"user": name})
+
+        assert by_header["flow_id"] == by_body["flow_id"] == name
+
     async def test_charset(self, gateway: Gateway) -> None:
         """A charset beside the media type hides no body from the rules."""
         headers = {"content-type": "application/json; charset=utf-8"}

@@ -154,8 +154,14 @@ class TestTokens:
             b": a comment\n\nevent: ping\n\n",
             event([1, 2]),
             event({"usage": {"prompt_tokens": "many", "completion_tokens": -1e300}}),
+            event({"choices": [{"delta": {"content": '"usage": {"prompt_tokens": 99}'}}]}),
+            event({"prompt_tokens": 99}),
+            b'data: {"usage":' * 100_000 + b"\n\n",
         ],
-        ids=["malformed", "huge", "huge-json", "no-data", "list", "wrong-types"],
+        ids=[
+            *("malformed", "huge", "huge-json", "no-data", "list", "wrong-types"),
+            *("quoted", "elsewhere", "nested"),
+        ],
     )
     async def test_strange_event(self, gateway: Gateway, strange: bytes) -> None:
         """A malformed or huge event reaches the client as it is, and hides no usage after it."""
@@ -167,6 +173,45 @@ class TestTokens:
         body = await caller.rest()
 
         assert DELTA + strange + LAST == body
+        assert of(await reported(gateway, call), TOKENS) == TOKENS
+
+    async def test_event_in_pieces(self, gateway: Gateway) -> None:
+        """An event is read also if it arrives piece by piece, and with other ends of lines."""
+        caller, call = await started(gateway)
+        last = LAST.replace(b"\n", b"\r\n")
+        await call.stream(DELTA + last[:30])
+        await caller.head()
+        for at in range(30, len(last), 7):
+            await caller.piece()
+            await call.send(last[at : at + 7])
+        await call.end()
+        body = await caller.rest()
+
+        assert of(await reported(gateway, call), TOKENS) == TOKENS
+        assert last.endswith(body)
+
+    async def test_broken_off_as_it_begins(self, gateway: Gateway) -> None:
+        """Anthropic's first event says nothing of the answer yet: what it took is estimated."""
+        caller, call = await started(gateway, path="/v1/messages")
+        usage = {"input_tokens": 8, "output_tokens": 1}
+        await call.stream(event({"type": "message_start", "message": {"usage": usage}}))
+        await caller.head()
+        await caller.piece()
+        call.reset()
+        line = await reported(gateway, call)
+
+        assert [line[n] for n in TOKENS] == [8, None, None]
+
+    @pytest.mark.parametrize("scalar", ["1", "-1.5e3", '"x"', '"usage"', "null", "true", "false"])
+    async def test_bare_scalar(self, gateway: Gateway, scalar: str) -> None:
+        """An event that is JSON, but no object, is no event to fall over."""
+        caller, call = await started(gateway)
+        bare = f"data: {scalar}\n\n".encode()
+        await call.stream(bare, LAST)
+        await call.end()
+        await caller.head()
+
+        assert await caller.rest() == bare + LAST
         assert of(await reported(gateway, call), TOKENS) == TOKENS
 
     async def test_malformed_response(self, gateway: Gateway) -> None:
@@ -266,6 +311,24 @@ class TestOutcome:
         line = await reported(gateway, call)
 
         assert of(line, {"status": 0, "is_success": 0}) == {"status": 200, "is_success": True}
+
+    @pytest.mark.parametrize("begins", [True, False], ids=["answering", "hung"])
+    async def test_abandoned(self, gateway: Gateway, *, begins: bool) -> None:
+        """What the model server would have made of it nobody knows: neither good nor bad."""
+        before = await metrics(gateway)
+        caller, call = await started(gateway)
+        if begins:
+            await call.stream(DELTA)
+            await caller.head()
+            await caller.piece()
+        await caller.hang_up()
+        await reported(gateway, call)
+        after = await metrics(gateway)
+
+        names = [name for name in after if name.startswith("flowcontrol_endpoint_responses")]
+        assert {name: after[name] - before.get(name, 0) for name in names if after[name]} == {
+            name: 0 for name in names if after[name]
+        }
 
     async def test_load_report(self, gateway: Gateway) -> None:
         """A report of load in a response's header arrives with its request."""

@@ -317,6 +317,26 @@ class TestParked:
 class TestExempt:
     """Paths that are nobody's business."""
 
+    @pytest.mark.parametrize(
+        "path",
+        [
+            *("/v1/models/../chat/completions", "/v1/models/..%2fchat/completions"),
+            *("/v1/models/%2e%2e%2Fchat/completions", "/v1/models/..%5cchat/completions"),
+        ],
+    )
+    async def test_way_round(self, gateway: Gateway, path: str) -> None:
+        """A path that leads out of an exempt one is gated, and the server is asked what we saw."""
+        occupant, occupying = await gateway.occupy()
+        caller = await gateway.call(path)
+        await gateway.until(waiting=1)
+        await occupying.respond()
+        await occupant.reply()
+        call = await gateway.next_call()
+        await call.respond()
+        await caller.reply()
+
+        assert call.path == "/v1/chat/completions"
+
     async def test_passes_while_the_pool_is_full(self, gateway: Gateway) -> None:
         """An exempt path neither waits nor holds a slot, however full the pool."""
         occupant, occupying = await gateway.occupy()
