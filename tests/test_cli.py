@@ -1,19 +1,14 @@
 """The command line as a user meets it."""
 
-import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -22,6 +17,7 @@ from flowcontrol.errors import FlowControlError, ListenError
 from server.cli import main
 from server.service import Service
 from server.settings import load_settings
+from tests.served import configuration, free_ports, lines_until, serving
 
 TIMEOUT_S = 20.0
 COMMANDS = ("serve", "check-config", "envoy-config", "simulate-server", "simulate", "demo")
@@ -130,38 +126,6 @@ class TestCheckConfig:
         assert result.exit_code == 0
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-
-
-@contextmanager
-def serving(config: Path) -> Iterator[subprocess.Popen[str]]:
-    """`flowcontrol serve` in a process of its own, gone at the end."""
-    command = [sys.executable, "-m", "server", "serve", "--config", str(config)]
-    environment = {**os.environ, "PYTHONWARNINGS": ""}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def lines_until(process: subprocess.Popen[str], event: str) -> list[dict[str, Any]]:
-    """The log of a service up to an event."""
-    assert process.stderr is not None
-    lines: list[dict[str, Any]] = []
-    for line in process.stderr:
-        lines.append(json.loads(line))
-        if lines[-1]["event"] == event:
-            return lines
-    pytest.fail(f"no {event} in {lines}")
-
-
 @pytest.mark.slow
 class TestServe:
     """serve, in a process of its own."""
@@ -174,15 +138,7 @@ class TestServe:
     @pytest.fixture(name="config")
     def _config(self, tmp_path: Path, ports: list[int]) -> Path:
         """A configuration that listens on these ports."""
-        (tmp_path / "objectives").mkdir()
-        path = tmp_path / "flowcontrol.yaml"
-        path.write_text(
-            "apiVersion: flowcontrol/v1alpha1\nkind: FlowControlConfig\npool: llama\n"
-            "objectives: {directory: objectives}\nendpoints: {static: []}\n"
-            f"listen:\n  extProc: 127.0.0.1:{ports[0]}\n  health: 127.0.0.1:{ports[1]}\n"
-            f"  http: 127.0.0.1:{ports[2]}\n  direct: 127.0.0.1:{ports[3]}\n"
-        )
-        return path
+        return configuration(tmp_path, ports)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_signals(self, config: Path, number: signal.Signals) -> None:

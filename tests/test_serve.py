@@ -1,0 +1,68 @@
+"""`flowcontrol serve` where its surroundings fail it."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+from tests.served import configuration, free_ports, lines_until, serving
+
+TIMEOUT_S = 20.0
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(name="ports")
+def _ports() -> list[int]:
+    """Ports for ext_proc, health, HTTP and the direct door."""
+    return free_ports(4)
+
+
+@pytest.fixture(name="config")
+def _config(tmp_path: Path, ports: list[int]) -> Path:
+    """A configuration that listens on these ports."""
+    return configuration(tmp_path, ports)
+
+
+def page(port: int, path: str = "/metrics") -> str:
+    """A page of a service, once it has it."""
+    until_s = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}{path}", timeout=TIMEOUT_S) as answer:
+                text: str = answer.read().decode()
+                return text
+        except URLError:
+            assert time.monotonic() < until_s, f"no {path}"
+            time.sleep(0.05)  # another process: there is nothing to wait for
+
+
+class TestLog:
+    """A log that cannot be written decides nothing."""
+
+    def test_reader_gone(self, config: Path) -> None:
+        """With nobody at the other end of its log, SIGTERM drains the service and ends it."""
+        with serving(config) as process:
+            lines_until(process, "service_started")
+            assert process.stderr is not None
+            process.stderr.close()
+            process.send_signal(signal.SIGTERM)
+
+            assert process.wait(TIMEOUT_S) == 0
+
+    def test_full_disk(self, config: Path, ports: list[int]) -> None:
+        """With no room for its log the service starts, follows its file, and ends as it should."""
+        with Path("/dev/full").open("wb") as full, serving(config, full) as process:
+            page(ports[2], "/readyz")
+            new = config.with_suffix(".new")
+            new.write_text(config.read_text() + "flowControl: {requestTTL: 7s}\n")
+            new.rename(config)
+            while "flowcontrol_config_reloads_total 1.0" not in page(ports[2]):
+                assert process.poll() is None
+                os.sched_yield()
+            process.send_signal(signal.SIGTERM)
+
+            assert process.wait(TIMEOUT_S) == 0
