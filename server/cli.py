@@ -1,6 +1,7 @@
 """The command line."""
 
 import asyncio
+import signal
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,6 +43,7 @@ def main() -> None:
 )
 def serve(config: Path, log_level: str) -> None:
     """Run the service until SIGTERM, then drain."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it asks to read the file, and must not end us
     settings = _load(config)
     logs.configure(log_level)
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from server.sections import FileBeside, PathBeside, Section, SizeFrom1, broken, written
+from server.sections import FileBeside, PathBeside, Section, SizeFrom1, expect, written
 
 
 class LedgerSection(Section):
@@ -23,10 +23,8 @@ class LedgerSection(Section):
     @field_validator("file")
     @classmethod
     def _in_a_folder(cls, value: Path) -> Path:
-        if not value.parent.is_dir():
-            rule = f"must lie in a folder that is there, got {str(value)!r}"
-            raise broken(rule)
-        return value
+        rule = "must be a file in a folder that is there"
+        return expect(value, rule, lambda it: it.parent.is_dir() and not it.is_dir())
 
 
 class ShadowSection(Section):

@@ -4,6 +4,7 @@ Every field of a section carries its meaning as a docstring; the README's refere
 from them.
 """
 
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,11 +56,20 @@ def _beside(value: Path, info: ValidationInfo) -> Path:
     return (directory / value).absolute()  # one spelling, wherever one stands: one hash
 
 
+def expect(path: Path, rule: str, is_so: Callable[[Path], bool]) -> Path:
+    """Return a path, or raise that it must be what it is not; also where nobody may look."""
+    try:
+        if is_so(path):
+            return path
+        reason = ""
+    except OSError as error:
+        reason = f": {error.strerror}"
+    rule = f"{rule}, got {str(path)!r}{reason}"
+    raise broken(rule)
+
+
 def _is_a_file(value: Path) -> Path:
-    if not value.is_file():
-        rule = f"must be a file, got {str(value)!r}"
-        raise broken(rule)
-    return value
+    return expect(value, "must be a file", Path.is_file)
 
 
 PathBeside = Annotated[Path, AfterValidator(_beside)]

@@ -66,3 +66,29 @@ class TestLog:
             process.send_signal(signal.SIGTERM)
 
             assert process.wait(TIMEOUT_S) == 0
+
+
+class TestHangUp:
+    """SIGHUP asks for the file to be read, and ends nothing."""
+
+    def test_while_it_starts(self, config: Path) -> None:
+        """A service that is not ready to follow its file lives on."""
+        with serving(config) as process:
+            lines_until(process, "endpoints_changed")
+            process.send_signal(signal.SIGHUP)
+            lines_until(process, "service_started")
+            process.send_signal(signal.SIGTERM)
+
+            assert process.wait(TIMEOUT_S) == 0
+
+    def test_while_it_stops(self, config: Path) -> None:
+        """Until the very end."""
+        with serving(config) as process:
+            lines_until(process, "service_started")
+            process.send_signal(signal.SIGTERM)
+            lines_until(process, "drain_began")
+            while process.poll() is None:
+                process.send_signal(signal.SIGHUP)
+                os.sched_yield()
+
+        assert process.returncode == 0

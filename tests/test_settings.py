@@ -3,6 +3,7 @@
 Each file in bad_config/ makes one mistake and says in its first lines which words it expects.
 """
 
+import os
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -110,7 +111,10 @@ class TestBadConfig:
         assert result.stderr.count("\n") == 1
         assert result.exit_code == 2
 
-    @pytest.mark.parametrize("value", ["!!bool maybe", "0x_", "!!timestamp soon", "[" * 1000])
+    @pytest.mark.parametrize(
+        "value",
+        ["!!bool maybe", "0x_", "!!timestamp soon", "[" * 1000, "!!map [a]"],
+    )
     def test_what_trips_the_yaml_reader(self, config: Path, value: str) -> None:
         """Text that the YAML library stumbles over is the file's mistake, not a traceback."""
         config.write_text(f"{MINIMAL}picker: {value}\n")
@@ -118,6 +122,42 @@ class TestBadConfig:
         result = check(config)
 
         assert result.stderr.startswith(f"{config}: is not YAML: ")
+        assert result.exit_code == 2
+
+    @pytest.mark.parametrize(
+        ("where", "section"),
+        [
+            ("objectives.directory", "objectives: {directory: %s}"),
+            ("objectives.api.file", "objectives: {api: {file: %s}}"),
+            ("endpoints.file", "endpoints: {file: %s}"),
+            ("kubernetes.kubeconfig", "kubernetes: {kubeconfig: %s}"),
+            ("ledger.file", "ledger: {file: %s}"),
+            ("shadow.config", "shadow: {config: %s}"),
+            ("admin", "admin: {tokenFile: %s}"),
+            ("tls", "tls: {certificate: %s, key: %s}"),
+        ],
+    )
+    def test_what_the_system_will_not_look_up(self, config: Path, where: str, section: str) -> None:
+        """A path that the system refuses to look at is one mistake, with its reason."""
+        name = section.partition(":")[0]
+        kept = [line for line in MINIMAL.splitlines() if not line.startswith(name)]
+        config.write_text("\n".join([*kept, section.replace("%s", "n" * 300)]))
+
+        result = check(config)
+
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(where)
+        assert line.endswith("File name too long")
+        assert result.exit_code == 2
+
+    def test_pipe(self, tmp_path: Path) -> None:
+        """A pipe is not waited for: it might never end."""
+        path = tmp_path / "flowcontrol.yaml"
+        os.mkfifo(path)
+
+        result = check(path)
+
+        assert result.stderr == f"{path}: cannot be read: not a regular file\n"
         assert result.exit_code == 2
 
 
