@@ -26,6 +26,7 @@ from flowcontrol.ledger import (
     from_line,
     to_line,
 )
+from server.ledger_files import part_path
 from server.recording import TurnFeed
 
 _LINGER_S = 0.1
@@ -132,9 +133,9 @@ class LedgerWriter:
     def _begin_part(self, config: ControllerConfig, now_ns: int) -> None:
         self._close_file()
         for number in range(self._files_max - 1, 0, -1):
-            older = _part_path(self._path, number - 1)
+            older = part_path(self._path, number - 1)
             if older.exists():
-                older.replace(_part_path(self._path, number))
+                older.replace(part_path(self._path, number))
         wall_ns = time.time_ns() - (time.monotonic_ns() - now_ns)
         header = Header(self._run, self._part, wall_ns, now_ns, config, self._salt)
         line = self._line(header)
@@ -163,10 +164,6 @@ def _write_whole(file: IO[bytes], text: str) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _part_path(path: Path, number: int) -> Path:
-    return path if number == 0 else path.with_name(f"{path.name}.{number}")
-
-
 # Reading
 
 
@@ -179,7 +176,7 @@ def parts_of(path: Path) -> list[Path]:
     newest = header_of(path)
     found = [path]
     number = 1
-    while (older := _part_path(path, number)).exists():
+    while (older := part_path(path, number)).exists():
         header = header_of(older)
         if header.run != newest.run or header.part != newest.part - number:
             break

@@ -127,15 +127,17 @@ class Service:
 
         Raises:
             ListenError: naming the address; nothing is left running.
+            LedgerError: it cannot be written; nothing is left running.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         tune_garbage_collection()
         settings = self._configuration.settings
-        self._records.start(settings.controller_config(), self._gate.made_ns)
         self._gate.start()
         try:
             await self._feed.start(settings)
             await self._open_doors()
+            # Last: whoever starts twice by mistake must not rename the ledger of the one that runs.
+            self._records.start(settings.controller_config(), self._gate.made_ns)
         except FlowControlError:
             await self._feed.stop()
             self._gate.post(DrainBegan(0))

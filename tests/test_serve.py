@@ -92,3 +92,28 @@ class TestHangUp:
                 os.sched_yield()
 
         assert process.returncode == 0
+
+
+class TestLedger:
+    """The ledger of a service that runs is its own."""
+
+    @pytest.mark.parametrize("same_ports", [True, False], ids=["same-ports", "other-ports"])
+    def test_started_twice(self, tmp_path: Path, same_ports: bool) -> None:  # noqa: FBT001 - a parameter
+        """A second service, started by mistake, says what is taken and touches nothing."""
+        ports = free_ports(8)
+        ledger = tmp_path / "ledger.jsonl"
+        first, second = tmp_path / "first", tmp_path / "second"
+        for each, its in ((first, ports[:4]), (second, ports[:4] if same_ports else ports[4:])):
+            each.mkdir()
+            configuration(each, its, f"ledger: {{file: {ledger}, files: 2}}\n")
+        with serving(first / "flowcontrol.yaml") as process:
+            lines_until(process, "service_started")
+            before = ledger.stat().st_ino
+            with serving(second / "flowcontrol.yaml") as other:
+                _, errors = other.communicate(timeout=TIMEOUT_S)
+
+            assert other.returncode == 2
+            assert ledger.stat().st_ino == before
+            assert not ledger.with_name("ledger.jsonl.1").exists()
+            assert "in use by another process" in errors.splitlines()[-1]
+            assert same_ports == ("cannot listen on" in errors)
