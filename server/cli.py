@@ -14,6 +14,7 @@ from flowcontrol.simulation.model_server import ModelServerConfig
 from server import logs
 from server.settings import Address, Settings, load_settings, parse_address
 from server.units import parse_quantity
+from server.yamlfile import naming
 
 USAGE_ERROR = 2
 CONFIG_OPTION = click.option(
@@ -263,8 +264,12 @@ def replay(ledger: Path, config: Path | None) -> None:
     from server.policies import load_policies  # noqa: PLC0415 - as below
     from server.replay import replay as decide_again  # noqa: PLC0415 - other commands start faster
 
+    policies = None
     try:
-        status, lines = decide_again(ledger, load_policies(config) if config else None)
+        if config is not None:
+            with naming(config):
+                policies = load_policies(config)
+        status, lines = decide_again(ledger, policies)
     except ConfigError as error:
         _fail(*error.problems)
     except FlowControlError as error:
@@ -281,10 +286,17 @@ def _address(option: str, text: str) -> Address:
 
 
 def _load(config: Path) -> Settings:
+    from server.policies import load_policies  # noqa: PLC0415 - as replay
+
     try:
-        return load_settings(config)
+        with naming(config):
+            settings = load_settings(config)
+        if settings.shadow is not None:
+            with naming(settings.shadow.config):
+                load_policies(settings.shadow.config)
     except ConfigError as error:
         _fail(*error.problems)
+    return settings
 
 
 def _fail(*problems: str) -> NoReturn:

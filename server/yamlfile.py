@@ -2,7 +2,8 @@
 
 import os
 import stat
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,21 @@ def read_documents(path: Path) -> list[Any]:
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         # what its tags and scalars trip over
         raise ConfigError([f"{path}: is not YAML: {error}"]) from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have every mistake that is found begin with the file it is in.
+
+    Raises:
+        ConfigError: in place of the one that was raised.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        said = f"{path}:"
+        problems = [each if each.startswith(said) else f"{said} {each}" for each in error.problems]
+        raise ConfigError(problems) from error
 
 
 def _text(path: Path) -> str:

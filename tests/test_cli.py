@@ -104,12 +104,12 @@ class TestUsage:
 
         assert result.exit_code == 2
         assert result.stderr.splitlines() == [
-            "apiVersion is required",
-            "kind must be 'FlowControlConfig', got 'Config'",
-            "pool is required",
-            "objectives is required",
-            "endpoints is required",
-            "picker must be 'off' or 'least-loaded', got 'random'",
+            f"{config}: apiVersion is required",
+            f"{config}: kind must be 'FlowControlConfig', got 'Config'",
+            f"{config}: pool is required",
+            f"{config}: objectives is required",
+            f"{config}: endpoints is required",
+            f"{config}: picker must be 'off' or 'least-loaded', got 'random'",
         ]
 
 
@@ -207,6 +207,51 @@ class TestServe:
 
         assert done.stderr == "flowcontrol must not run with -O: its assertions guard the ledger\n"
         assert done.returncode == 2
+
+
+class TestWhichFile:
+    """Where several files are read, a mistake is said of the one it is in."""
+
+    def test_diff_config(self, tmp_path: Path) -> None:
+        """The first of two that has a mistake is named."""
+        good = configuration(tmp_path, [1, 2, 3, 4])
+        bad = tmp_path / "bad.yaml"
+        bad.write_text(f"{good.read_text()}colour: red\n")
+
+        for pair in ((good, bad), (bad, good)):
+            result = run("diff-config", *map(str, pair))
+
+            assert result.stderr == f"{bad}: colour is not a known setting\n"
+            assert result.exit_code == 2
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("", "must be a mapping with apiVersion and kind"),
+            ("colour: red\n", "colour is not a known setting"),
+        ],
+    )
+    def test_shadow(self, tmp_path: Path, text: str, problem: str) -> None:
+        """What serve would refuse of a shadow's file, check-config refuses."""
+        shadow = tmp_path / "shadow.yaml"
+        shadow.write_text(text)
+        config = configuration(tmp_path, [1, 2, 3, 4], "shadow: {config: shadow.yaml}\n")
+
+        result = run("check-config", str(config))
+
+        assert result.stderr == f"{shadow}: {problem}\n"
+        assert result.exit_code == 2
+
+    def test_compare(self, tmp_path: Path) -> None:
+        """Of two scenarios, too."""
+        scenario = Path(__file__).parent.parent / "scenarios" / "scale-from-zero.yaml"
+        other = tmp_path / "other.yaml"
+        other.write_text("apiVersion: flowcontrol/v1alpha1\nkind: Scenario\ncolour: red\n")
+
+        result = run("simulate", str(scenario), "--compare", str(other))
+
+        assert f"{other}: colour is not a known setting" in result.stderr.splitlines()
+        assert result.exit_code == 2
 
 
 class TestSimulate:

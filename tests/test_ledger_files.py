@@ -24,7 +24,8 @@ def complaints(folder: Path) -> list[str]:
     """What check-config says where the ledger is a file called so in a folder."""
     path = folder / "flowcontrol.yaml"
     path.write_text(CONFIG)
-    return CliRunner().invoke(main, ["check-config", str(path)]).stderr.splitlines()
+    lines = CliRunner().invoke(main, ["check-config", str(path)]).stderr.splitlines()
+    return [line.removeprefix(f"{path}: ") for line in lines]
 
 
 class TestStrangers:

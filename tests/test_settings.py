@@ -38,12 +38,15 @@ endpoints: {static: ["127.0.0.1:8000"]}
 
 
 def expected_lines(path: Path) -> list[str]:
-    """The words that a bad configuration expects of check-config."""
+    """The words that a bad configuration expects of check-config, after the name of the file."""
     text = path.read_text(encoding="utf-8", errors="replace")
     comments = takewhile(lambda line: line.startswith("# expect: "), text.splitlines())
     lines = [line.removeprefix("# expect: ") for line in comments]
     return [
-        line.replace("{file}", str(path)).replace("{folder}", str(path.parent)) for line in lines
+        (line if line.startswith("{file}:") else f"{{file}}: {line}")
+        .replace("{file}", str(path))
+        .replace("{folder}", str(path.parent))
+        for line in lines
     ]
 
 
@@ -146,7 +149,7 @@ class TestBadConfig:
         result = check(config)
 
         (line,) = result.stderr.splitlines()
-        assert line.startswith(where)
+        assert line.startswith(f"{config}: {where}")
         assert line.endswith("File name too long")
         assert result.exit_code == 2
 
