@@ -1,7 +1,11 @@
 """The command line."""
 
 import asyncio
+import os
 import signal
+import sys
+from errno import EPIPE
+from math import isfinite
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +21,8 @@ from server.units import parse_quantity
 from server.yamlfile import naming
 
 USAGE_ERROR = 2
+_BUFFER_LIMIT_MAX = 2**32 - 1
+"""Envoy keeps it in 32 bits."""
 CONFIG_OPTION = click.option(
     "--config",
     "config",
@@ -26,7 +32,40 @@ CONFIG_OPTION = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Says what the system refused in one line, as any other mistake; but for what runs for long.
+
+    There it is a fault of ours, to be told with its traceback.
+    """
+
+    def invoke(self, context: click.Context) -> object:
+        """Run a command."""
+        try:
+            return super().invoke(context)
+        except OSError as error:
+            if context.invoked_subcommand in {"serve", "simulate-server"} or error.errno == EPIPE:
+                raise  # click ends quietly where nobody reads any more
+            _leave_standard_output()
+            where = error.filename or "what is said here cannot be written"
+            _fail(f"{where}: {error.strerror or error}")
+
+
+def _leave_standard_output() -> None:
+    """Where it takes nothing, drop what it still holds: Python would try again at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _finite(_context: click.Context, _parameter: click.Parameter, value: float) -> float:
+    if not isfinite(value):
+        message = f"{value} is not a number of seconds."
+        raise click.BadParameter(message)
+    return value
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="flowcontrol")
 def main() -> None:
     """Flow control for inference gateways: an Envoy external processor that holds the queue."""
@@ -122,8 +161,8 @@ def envoy_config(  # noqa: PLR0913 - click's options
     """Write an Envoy configuration that fits this service's configuration."""
     settings = _load(config)
     size = parse_quantity(buffer_limit)
-    if not size:
-        _fail(f"--buffer-limit must be a size such as 32Mi, got {buffer_limit!r}")
+    if not size or size > _BUFFER_LIMIT_MAX:
+        _fail(f"--buffer-limit must be a size below 4Gi such as 32Mi, got {buffer_limit!r}")
     try:
         from server.envoy_config import (  # noqa: PLC0415 - takes seconds to import
             EnvoyOptions,
@@ -177,6 +216,7 @@ def simulate_server(host: str, port: int, model: str, sequences_max: int) -> Non
     default=18.0,
     show_default=True,
     type=click.FloatRange(2, 600),
+    callback=_finite,
     help="How long people keep coming, in each phase.",
 )
 @click.option(

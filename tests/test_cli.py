@@ -78,6 +78,16 @@ class TestUsage:
             (["check-config", "a.yaml", "b.yaml"], "unexpected extra argument"),
             (["envoy-config"], "Missing option '--config'"),
             (["simulate-server", "--port", "70000"], "70000 is not in the range"),
+            (["demo", "--seconds", "nan"], "nan is not a number of seconds"),
+            (
+                ["demo", "--port-offset", "70000", "--output", "/"],
+                "--port-offset must be from -7999 to 55634",
+            ),
+            (
+                ["demo", "--port-offset", "-9000", "--output", "/"],
+                "--port-offset must be from -7999 to 55634",
+            ),
+            (["demo", "--output", "/proc/nope"], "/proc/nope: No such file or directory"),
             (["--verbose"], "No such option"),
         ],
         ids=" ".join,
@@ -209,6 +219,37 @@ class TestServe:
         assert done.returncode == 2
 
 
+class TestRefused:
+    """What a command cannot make use of."""
+
+    @pytest.mark.parametrize("size", ["99999E", "4Gi", "0", "much"])
+    def test_buffer_limit(self, tmp_path: Path, size: str) -> None:
+        """Envoy's buffer limit has bounds."""
+        config = configuration(tmp_path, [1, 2, 3, 4])
+
+        result = run("envoy-config", "--config", str(config), "--buffer-limit", size)
+
+        rule = f"--buffer-limit must be a size below 4Gi such as 32Mi, got {size!r}"
+        assert result.stderr == f"{rule}\n"
+        assert result.exit_code == 2
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "arguments", [["check-config"], ["envoy-config", "--config"]], ids=lambda words: words[0]
+    )
+    def test_full_disk(self, tmp_path: Path, arguments: list[str]) -> None:
+        """Where what is said cannot be written, that is one line, and status 2."""
+        config = configuration(tmp_path, [1, 2, 3, 4])
+        command = [sys.executable, "-m", "server", *arguments, str(config)]
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+            )
+
+        words = "what is said here cannot be written: No space left on device\n"
+        assert (done.stderr, done.returncode) == (words, 2)
+
+
 class TestWhichFile:
     """Where several files are read, a mistake is said of the one it is in."""
 
@@ -278,3 +319,14 @@ class TestSimulate:
 
         assert result.exit_code == 2
         assert "colour is not a known setting" in result.stderr
+
+    def test_no_folder(self, tmp_path: Path) -> None:
+        """What the result cannot be put into is named."""
+        scenario = Path(__file__).parent.parent / "scenarios" / "scale-from-zero.yaml"
+        (tmp_path / "file").touch()
+        output = tmp_path / "file" / "x"
+
+        result = run("simulate", str(scenario), "--output", str(output))
+
+        assert result.stderr == f"{output}: Not a directory\n"
+        assert result.exit_code == 2
