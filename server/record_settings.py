@@ -17,7 +17,7 @@ class LedgerSection(Section):
     beside them. A relative path starts at the configuration file."""
     max_bytes: SizeFrom1 = written("64Mi")
     """Size of a part, some 400 bytes a request; then the next begins."""
-    files: int = Field(default=4, ge=1, strict=True)
+    files: int = Field(default=4, ge=1, le=1000, strict=True)
     """Parts kept. Only a ledger with its first part can be decided again exactly."""
     hide_flow_ids: bool = Field(default=False, strict=True)
     """Write hashes in place of tenants' ids, salted anew in each run."""

@@ -11,7 +11,16 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from flowcontrol.config import Role
 from server.addresses import Address, HostPort
-from server.sections import Duration, FileBeside, PathBeside, Section, broken, expect, written
+from server.sections import (
+    CountFrom1,
+    Duration,
+    FileBeside,
+    PathBeside,
+    Section,
+    broken,
+    expect,
+    written,
+)
 
 _LABEL_LENGTH_MAX = 63
 _PORTS_MAX = 8
@@ -215,10 +224,10 @@ class Load(Section):
     """How often to ask each endpoint, give or take a tenth."""
     timeout: Duration = written("1s")
     """How long one answer may take, in all."""
-    scrapes_per_second_max: Annotated[int, Field(ge=1, strict=True)] = 100
+    scrapes_per_second_max: CountFrom1 = 100
     """Of all endpoints together; with many of them the interval grows. Each takes about half a
     millisecond of CPU: a hundred a second, 5 % of a core."""
-    unreachable_after: Annotated[int, Field(ge=1, strict=True)] = 3
+    unreachable_after: CountFrom1 = 3
     """Attempts in a row at which nobody listens, after which an endpoint leaves the pool until
     somebody does."""
 
