@@ -175,10 +175,30 @@ class TestServe:
             _, errors = process.communicate(timeout=TIMEOUT_S)
 
         address = f"127.0.0.1:{ports[taken]}"
-        words = f"cannot listen on {address}: in use by another process, or not of this machine"
+        words = f"cannot listen on {address}: in use by another process"
         assert errors.splitlines()[-1] == words
         assert "Traceback" not in errors
         assert process.returncode == 2
+
+    @pytest.mark.parametrize("door", ["extProc", "health", "http", "direct"])
+    @pytest.mark.parametrize(
+        ("host", "reason"),
+        [
+            ("192.0.2.1", "not an address of this machine"),
+            ("nowhere.invalid", "its host name is not known"),
+        ],
+    )
+    async def test_not_here(self, config: Path, door: str, host: str, reason: str) -> None:
+        """Why a port cannot be opened is said, whichever it is."""
+        lines = config.read_text().splitlines()
+        lines = [f"  {door}: {host}:4711" if f" {door}:" in line else line for line in lines]
+        config.write_text("\n".join(lines))
+        interval_s = sys.getswitchinterval()
+        with pytest.raises(ListenError) as caught:
+            await Service(load_settings(config), config).run()
+
+        sys.setswitchinterval(interval_s)
+        assert str(caught.value) == f"cannot listen on {host}:4711: {reason}"
 
     async def test_nothing_is_left_running(self, config: Path, ports: list[int]) -> None:
         """When a port is taken the processor has ended before that is said."""

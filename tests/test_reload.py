@@ -59,7 +59,7 @@ async def followed(path: Path) -> AsyncIterator[tuple[Configuration, Told[Settin
     async def apply(settings: Settings) -> None:
         if settings.endpoints.static == ():
             address = "an endpoint"
-            raise ListenError(address)
+            raise ListenError(address, "in use")
         told.changed(settings)
 
     configuration = Configuration(load_settings(path), path, apply)

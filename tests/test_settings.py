@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from pydantic_core import PydanticCustomError
 
 from flowcontrol.config import (
     BandSettings,
@@ -428,3 +429,25 @@ class TestAddress:
 
         assert address == Address(host, port)
         assert str(address) == text
+
+    @pytest.mark.parametrize(
+        "host",
+        [
+            *("256.1.1.1", "300.1.1.1", "1.2.3", "1.2.3.4.5", "01.2.3.4", "10"),
+            *("*", "a..b", ".a", "-a", "a-", "a%", "é", "user@host", "a" * 64, "a." * 127 + "a"),
+        ],
+    )
+    def test_no_host(self, host: str) -> None:
+        """What is neither an address nor a name that DNS could know is refused."""
+        with pytest.raises(PydanticCustomError, match="must be host:port"):
+            parse_address(f"{host}:80")
+
+    def test_ascii_digits(self) -> None:
+        """A port is written in ASCII."""
+        with pytest.raises(PydanticCustomError, match="must be host:port"):
+            parse_address("localhost:\N{ARABIC-INDIC DIGIT EIGHT}0")
+
+    @pytest.mark.parametrize("host", ["model_1", "a.b.", "xn--9ca.example", "10.a", "0.0.0.0"])
+    def test_host(self, host: str) -> None:
+        """Names as DNS and Compose have them."""
+        assert parse_address(f"{host}:80").host == host
