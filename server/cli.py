@@ -84,6 +84,7 @@ def main() -> None:
 def serve(config: Path, log_level: str) -> None:
     """Run the service until SIGTERM, then drain."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it asks to read the file, and must not end us
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to drain: end at once
     settings = _load(config)
     logs.configure(log_level)
     try:
@@ -289,6 +290,8 @@ def top(address: str, token: str | None) -> None:
         from server.top import run  # noqa: PLC0415 - needs the top extra
     except ModuleNotFoundError as error:
         _fail(f"{error.name} is missing: pip install 'flowcontrol[top]'")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        _fail("top needs a terminal; a script can ask flowcontrol.v1.FlowControl/GetSnapshot")
     run(str(_address("--address", address)), token)
 
 

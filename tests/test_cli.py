@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,15 @@ COMMANDS = ("serve", "check-config", "envoy-config", "simulate-server", "simulat
 def run(*arguments: str) -> Result:
     """Run a command in this process."""
     return CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """Signals as they were before a command had the process to itself."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class TestHelp:
@@ -88,6 +98,7 @@ class TestUsage:
                 "--port-offset must be from -7999 to 55634",
             ),
             (["demo", "--output", "/proc/nope"], "/proc/nope: No such file or directory"),
+            (["top"], "top needs a terminal"),
             (["--verbose"], "No such option"),
         ],
         ids=" ".join,

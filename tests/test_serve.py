@@ -117,3 +117,18 @@ class TestLedger:
             assert not ledger.with_name("ledger.jsonl.1").exists()
             assert "in use by another process" in errors.splitlines()[-1]
             assert same_ports == ("cannot listen on" in errors)
+
+
+class TestInterrupt:
+    """Ctrl-C before there is anything to drain."""
+
+    def test_while_it_starts(self, config: Path) -> None:
+        """It ends the process, without a traceback and without a word."""
+        with serving(config) as process:
+            lines_until(process, "endpoints_changed")
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=TIMEOUT_S)
+
+        words = [line for line in errors.splitlines() if not line.startswith("{")]
+        assert words == []
+        assert process.returncode in {-signal.SIGINT, 0}  # 0: it had come so far as to drain
