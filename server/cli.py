@@ -164,6 +164,8 @@ def envoy_config(  # noqa: PLR0913 - click's options
     size = parse_quantity(buffer_limit)
     if not size or size > _BUFFER_LIMIT_MAX:
         _fail(f"--buffer-limit must be a size below 4Gi such as 32Mi, got {buffer_limit!r}")
+    if not tls_ca and (tls_certificate or tls_key):
+        _fail("--tls-certificate and --tls-key need --tls-ca: whom Envoy trusts at tls")
     try:
         from server.envoy_config import (  # noqa: PLC0415 - takes seconds to import
             EnvoyOptions,

@@ -264,6 +264,17 @@ class TestRefused:
         assert result.stderr == f"{rule}\n"
         assert result.exit_code == 2
 
+    @pytest.mark.parametrize("option", ["--tls-certificate", "--tls-key"])
+    def test_half_of_tls(self, tmp_path: Path, option: str) -> None:
+        """What Envoy would show where nobody asked for TLS is not passed over."""
+        config = configuration(tmp_path, [1, 2, 3, 4])
+
+        result = run("envoy-config", "--config", str(config), option, "x.pem")
+
+        rule = "--tls-certificate and --tls-key need --tls-ca: whom Envoy trusts at tls"
+        assert result.stderr == f"{rule}\n"
+        assert result.exit_code == 2
+
     @pytest.mark.slow
     @pytest.mark.parametrize(
         "arguments", [["check-config"], ["envoy-config", "--config"]], ids=lambda words: words[0]
