@@ -31,9 +31,7 @@ class LedgerError(FlowControlError):
 
 
 class ListenError(FlowControlError):
-    """An address is in use already, or not of this machine."""
+    """An address that cannot be listened on; says why."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(
-            f"cannot listen on {address}: in use by another process, or not of this machine"
-        )
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(f"cannot listen on {address}: {reason}")

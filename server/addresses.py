@@ -14,6 +14,14 @@ _SOCKET_PATH_BYTES_MAX = 107
 """Linux's sun_path, without the byte that ends it."""
 _ADDRESS_RULE = "must be host:port with a port from 1 to 65535, such as 10.0.0.5:8000 or [::1]:8000"
 
+_ADDRESS = re.compile(r"(?:\[([^\s\[\]]+)\]|([^\s:\[\]/]+)):([0-9]{1,5})")
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
+"""Of a host; with the underscores of Compose and of SRV records."""
+_NAME_LENGTH_MAX = 253
+_BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_IPV4 = re.compile(rf"{_BYTE}(?:\.{_BYTE}){{3}}")
+
 
 class Address(NamedTuple):
     """A host and a port; an IPv6 host stands in brackets when written."""
@@ -37,17 +45,27 @@ class Address(NamedTuple):
 
 def parse_address(value: object) -> Address:
     """Read host:port, or raise what pydantic reports as a rule."""
-    match = re.fullmatch(r"(?:\[([^\s\[\]]+)\]|([^\s:\[\]/]+)):(\d{1,5})", str(value))
+    match = _ADDRESS.fullmatch(str(value))
     if match is None or not 0 < int(match[3]) <= 65535:  # noqa: PLR2004 - the largest port
         raise broken(_ADDRESS_RULE)
     host = match[2]
-    if host is None:
+    if host is not None:
+        if not _is_host(host):
+            raise broken(_ADDRESS_RULE)
+    else:
         address, percent, zone = match[1].partition("%")
         try:  # in one spelling only: Envoy's
             host = inet_ntop(AF_INET6, inet_pton(AF_INET6, address)) + percent + zone
         except OSError as error:
             raise broken(_ADDRESS_RULE) from error
     return Address(host, int(match[3]))
+
+
+def _is_host(text: str) -> bool:
+    """Whether it is an IPv4 address or a name; what ends in a number can only be an address."""
+    if text.rstrip(".").rpartition(".")[2].isdigit():
+        return _IPV4.fullmatch(text) is not None
+    return len(text) <= _NAME_LENGTH_MAX and _NAME.fullmatch(text) is not None
 
 
 def _direct_address(value: object) -> object:

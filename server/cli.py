@@ -1,6 +1,11 @@
 """The command line."""
 
 import asyncio
+import os
+import signal
+import sys
+from errno import EPIPE
+from math import isfinite
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,8 +18,11 @@ from flowcontrol.simulation.model_server import ModelServerConfig
 from server import logs
 from server.settings import Address, Settings, load_settings, parse_address
 from server.units import parse_quantity
+from server.yamlfile import naming
 
 USAGE_ERROR = 2
+_BUFFER_LIMIT_MAX = 2**32 - 1
+"""Envoy keeps it in 32 bits."""
 CONFIG_OPTION = click.option(
     "--config",
     "config",
@@ -24,7 +32,40 @@ CONFIG_OPTION = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Says what the system refused in one line, as any other mistake; but for what runs for long.
+
+    There it is a fault of ours, to be told with its traceback.
+    """
+
+    def invoke(self, context: click.Context) -> object:
+        """Run a command."""
+        try:
+            return super().invoke(context)
+        except OSError as error:
+            if context.invoked_subcommand in {"serve", "simulate-server"} or error.errno == EPIPE:
+                raise  # click ends quietly where nobody reads any more
+            _leave_standard_output()
+            where = error.filename or "what is said here cannot be written"
+            _fail(f"{where}: {error.strerror or error}")
+
+
+def _leave_standard_output() -> None:
+    """Where it takes nothing, drop what it still holds: Python would try again at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _finite(_context: click.Context, _parameter: click.Parameter, value: float) -> float:
+    if not isfinite(value):
+        message = f"{value} is not a number of seconds."
+        raise click.BadParameter(message)
+    return value
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="flowcontrol")
 def main() -> None:
     """Flow control for inference gateways: an Envoy external processor that holds the queue."""
@@ -42,6 +83,8 @@ def main() -> None:
 )
 def serve(config: Path, log_level: str) -> None:
     """Run the service until SIGTERM, then drain."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it asks to read the file, and must not end us
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to drain: end at once
     settings = _load(config)
     logs.configure(log_level)
     try:
@@ -119,8 +162,10 @@ def envoy_config(  # noqa: PLR0913 - click's options
     """Write an Envoy configuration that fits this service's configuration."""
     settings = _load(config)
     size = parse_quantity(buffer_limit)
-    if not size:
-        _fail(f"--buffer-limit must be a size such as 32Mi, got {buffer_limit!r}")
+    if not size or size > _BUFFER_LIMIT_MAX:
+        _fail(f"--buffer-limit must be a size below 4Gi such as 32Mi, got {buffer_limit!r}")
+    if not tls_ca and (tls_certificate or tls_key):
+        _fail("--tls-certificate and --tls-key need --tls-ca: whom Envoy trusts at tls")
     try:
         from server.envoy_config import (  # noqa: PLC0415 - takes seconds to import
             EnvoyOptions,
@@ -174,6 +219,7 @@ def simulate_server(host: str, port: int, model: str, sequences_max: int) -> Non
     default=18.0,
     show_default=True,
     type=click.FloatRange(2, 600),
+    callback=_finite,
     help="How long people keep coming, in each phase.",
 )
 @click.option(
@@ -246,6 +292,8 @@ def top(address: str, token: str | None) -> None:
         from server.top import run  # noqa: PLC0415 - needs the top extra
     except ModuleNotFoundError as error:
         _fail(f"{error.name} is missing: pip install 'flowcontrol[top]'")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        _fail("top needs a terminal; a script can ask flowcontrol.v1.FlowControl/GetSnapshot")
     run(str(_address("--address", address)), token)
 
 
@@ -261,8 +309,12 @@ def replay(ledger: Path, config: Path | None) -> None:
     from server.policies import load_policies  # noqa: PLC0415 - as below
     from server.replay import replay as decide_again  # noqa: PLC0415 - other commands start faster
 
+    policies = None
     try:
-        status, lines = decide_again(ledger, load_policies(config) if config else None)
+        if config is not None:
+            with naming(config):
+                policies = load_policies(config)
+        status, lines = decide_again(ledger, policies)
     except ConfigError as error:
         _fail(*error.problems)
     except FlowControlError as error:
@@ -279,10 +331,17 @@ def _address(option: str, text: str) -> Address:
 
 
 def _load(config: Path) -> Settings:
+    from server.policies import load_policies  # noqa: PLC0415 - as replay
+
     try:
-        return load_settings(config)
+        with naming(config):
+            settings = load_settings(config)
+        if settings.shadow is not None:
+            with naming(settings.shadow.config):
+                load_policies(settings.shadow.config)
     except ConfigError as error:
         _fail(*error.problems)
+    return settings
 
 
 def _fail(*problems: str) -> NoReturn:

@@ -25,12 +25,15 @@ from flowcontrol.config import (
     Utilization,
 )
 from server.sections import (
+    Count,
+    CountFrom1,
     Duration,
     From0,
     Limit,
     LimitFrom1,
     Part,
     Positive,
+    Priority,
     Section,
     Share,
     broken,
@@ -65,7 +68,7 @@ class Saturation(Section):
     batches. utilization: the same, where whenStale is fallback."""
     max_token_concurrency: LimitFrom1 = written("unlimited")
     """concurrency: estimated tokens in flight, prompts and answers, at which it is full."""
-    queue_depth_threshold: int = Field(default=5, ge=1, strict=True)
+    queue_depth_threshold: CountFrom1 = 5
     """utilization: requests queued inside a model server at which it is full."""
     kv_cache_util_threshold: Part = written(0.8)
     """utilization: part of the KV cache in use at which a model server is full."""
@@ -75,9 +78,9 @@ class Saturation(Section):
     """utilization: what a model server with stale metrics counts for. hold: what it last said, and
     every dispatch since; decay: the same, halved each time the threshold passes again; fallback:
     its requests in flight over maxConcurrency; closed: full."""
-    first_limit: int = Field(default=8, ge=1, strict=True)
+    first_limit: CountFrom1 = 8
     """adaptive: requests in flight at one endpoint to begin with."""
-    max_limit: int = Field(default=4096, ge=1, strict=True)
+    max_limit: CountFrom1 = 4096
     """adaptive: requests in flight at one endpoint never to be exceeded."""
 
     @model_validator(mode="after")
@@ -131,9 +134,9 @@ OneOrSeveral = Annotated[
 class BandMatch(Section):
     """Which bands a template is for."""
 
-    min_priority: int | None = Field(default=None, strict=True)
+    min_priority: Priority | None = None
     """Lowest priority, included."""
-    max_priority: int | None = Field(default=None, strict=True)
+    max_priority: Priority | None = None
     """Highest priority, included."""
 
     @model_validator(mode="after")
@@ -227,7 +230,7 @@ class ReclaimSection(Section):
     ] = "off"
     """before-first-byte: only those that have not begun to answer, which get a clean 429; any-time:
     also those that have, which are cut off."""
-    at_once: int = Field(default=2, ge=1, strict=True)
+    at_once: CountFrom1 = 2
     """Ended and not gone yet, at most."""
     patience: Duration = written("10s")
     """After this long an ended request that is still there is no longer waited for."""
@@ -271,7 +274,7 @@ class FlowControl(Section):
     """Templates; the first that matches a band's priority counts."""
     ceilings: CeilingSection = CeilingSection()
     """Which part of the pool each band may fill."""
-    weights: Mapping[str, float] = Field(default={})
+    weights: Mapping[str, Positive] = Field(default={})
     """Of tenants by their fairness id, above 0: with weighted-tokens one of weight 2 gets twice as
     much as one of weight 1, which everybody has who is not named."""
     token_prices: TokenPriceSection = TokenPriceSection()
@@ -280,21 +283,6 @@ class FlowControl(Section):
     """least-attained-service: time after which what a tenant got counts half."""
     reclaim: ReclaimSection = ReclaimSection()
     """Ending sheddable requests in flight for better ones that wait."""
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _are_weights(cls, value: object) -> object:
-        is_good = isinstance(value, Mapping) and all(
-            isinstance(name, str)
-            and isinstance(weight, int | float)
-            and not isinstance(weight, bool)
-            and 0 < weight < float("inf")
-            for name, weight in value.items()
-        )
-        if not is_good:
-            rule = "must be names with numbers above 0, such as {tenant-a: 2, tenant-b: 0.5}"
-            raise broken(rule)
-        return value
 
     @model_validator(mode="after")
     def _within_envoys_patience(self) -> Self:
@@ -320,7 +308,7 @@ class Engine(Section):
 
     picker: Annotated[Literal["off", "least-loaded"], BeforeValidator(switched_off)] = "off"
     """Who chooses the endpoint. off: Envoy; least-loaded: this service, at dispatch."""
-    picker_fallbacks: int = Field(default=0, ge=0, strict=True)
+    picker_fallbacks: Count = 0
     """Endpoints named beside the one picked, in the order in which Envoy is to try them when it
     cannot be reached. 0: Envoy chooses by itself then."""
     saturation: OneOrSeveral = Saturation()

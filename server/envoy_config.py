@@ -47,6 +47,8 @@ except ModuleNotFoundError as _error:
 
 __all__ = ["EnvoyOptions", "EnvoyTls", "bootstrap"]
 
+_LOOPBACKS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not bound
+"""Every interface, and where that is found from this machine."""
 CLIENTS: Final = Address("0.0.0.0", 8080)  # noqa: S104 - read, not bound - a gateway's clients are elsewhere
 ADMIN: Final = Address("127.0.0.1", 9901)
 
@@ -125,6 +127,9 @@ def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
     if is_tls != (options.tls is not None):
         rule = "needs --tls-ca: whom Envoy trusts there" if is_tls else "is needed for --tls-ca"
         raise ConfigError([f"tls {rule}"])
+    if options.listen.port == options.admin.port and _meet(options.listen, options.admin):
+        rule = f"--listen and --admin must differ, got {options.listen} and {options.admin}"
+        raise ConfigError([rule])
     reports = settings.settlement.access_log
     message = bootstrap_v3.Bootstrap(
         admin=bootstrap_v3.Admin(address=_socket(options.admin)),
@@ -141,6 +146,11 @@ def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
     content = {key: content[key] for key in ("admin", "static_resources")}
     text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=100)
     return f"# Envoy for pool {settings.pool!r}. The reasons stand in envoy/envoy.yaml.\n{text}"
+
+
+def _meet(one: Address, other: Address) -> bool:
+    """Whether two addresses of one port would be in each other's way."""
+    return one.host == other.host or not _LOOPBACKS.keys().isdisjoint((one.host, other.host))
 
 
 def _listener(settings: Settings, options: EnvoyOptions) -> listener.Listener:
@@ -355,7 +365,7 @@ def _best_door(listen: Listen) -> Address | Path:
 
 def _reachable(address: Address) -> Address:
     """Return where a listener is found from this machine."""
-    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host)  # noqa: S104 - read, not bound
+    loopback = _LOOPBACKS.get(address.host)
     return Address(loopback or address.host, address.port)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Mapping
 from typing import Any, Final, final
 
@@ -11,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from flowcontrol.errors import ListenError
 from server import health
+from server.listening import naming
 from server.settings import Address
 
 MESSAGE_BYTES_MAX: Final = 1 << 20
@@ -88,4 +90,10 @@ def _bind(
             port = server.add_secure_port(str(address), credentials)
         if port:
             return
-    raise ListenError(str(address))
+    # grpc does not say why; whoever opens it without grpc is told.
+    with naming(str(address)):
+        socket.getaddrinfo(address.host, address.port)
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        socket.create_server((address.host, address.port), family=family).close()
+    reason = "grpc did not open it"
+    raise ListenError(str(address), reason)

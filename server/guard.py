@@ -195,7 +195,7 @@ class Guard:
     def _check_page(self, request: web.Request) -> None:
         changes = request.method not in _SAFE_METHODS
         origin = request.headers.get("origin")
-        if changes and origin is not None and urlsplit(origin).netloc != request.host:
+        if changes and origin is not None and _origin_host(origin) != request.host:
             # A browser shows a password it knows to whatever page sends it here.
             raise web.HTTPForbidden(text="another site must not change anything here\n")
         complaint = self.complaint(
@@ -208,6 +208,14 @@ class Guard:
         if complaint is not None:
             ask = {"www-authenticate": 'Basic realm="flowcontrol", charset="UTF-8"'}
             raise web.HTTPUnauthorized(text=f"{complaint}\n", headers=ask)
+
+
+def _origin_host(origin: str) -> str | None:
+    """Return host and port of an origin; None if it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _shown(authorization: str) -> str | None:

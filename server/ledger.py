@@ -27,6 +27,7 @@ from flowcontrol.ledger import (
     from_line,
     to_line,
 )
+from server.ledger_files import part_path
 from server.recording import TurnFeed
 
 _LINGER_S = 0.1
@@ -167,9 +168,9 @@ class LedgerWriter:
         Not before it holds something, or each try that fails would push a good part out.
         """
         for number in range(self._files_max - 1, 0, -1):
-            older = _part_path(self._path, number - 1)
+            older = part_path(self._path, number - 1)
             if older.exists():
-                older.replace(_part_path(self._path, number))
+                older.replace(part_path(self._path, number))
         self._new_path.replace(self._path)
         self._heading = ""
         self._part += 1
@@ -209,10 +210,6 @@ def _write_whole(file: IO[bytes], text: str) -> None:
         raise
 
 
-def _part_path(path: Path, number: int) -> Path:
-    return path if number == 0 else path.with_name(f"{path.name}.{number}")
-
-
 # Reading
 
 
@@ -225,7 +222,7 @@ def parts_of(path: Path) -> list[Path]:
     newest = header_of(path)
     found = [path]
     number = 1
-    while (older := _part_path(path, number)).exists():
+    while (older := part_path(path, number)).exists():
         header = header_of(older)
         if header.run != newest.run or header.part != newest.part - number:
             break

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,12 @@ from flowcontrol.errors import ListenError
 
 _BACKLOG = 1_024
 """Connections the system accepts ahead of us."""
+_REASONS = {
+    errno.EADDRINUSE: "in use by another process",
+    errno.EADDRNOTAVAIL: "not an address of this machine",
+    errno.ENOENT: "its folder is not there",
+    errno.EACCES: "not permitted",
+}
 
 
 async def listen(
@@ -30,35 +38,51 @@ async def listen(
     loop = asyncio.get_running_loop()
     if isinstance(address, Path):
         await _expect_unused(address)
-        with _naming(str(address)):
+        with naming(str(address)):
             return await loop.create_unix_server(
                 protocol, str(address), ssl=ssl_context, backlog=_BACKLOG
             )
     host, port = address
-    with _naming(f"{host}:{port}"):
+    with naming(f"{host}:{port}"):
         # Without reuse_port: two processes on one port would share its requests, unnoticed.
         return await loop.create_server(protocol, host, port, ssl=ssl_context, backlog=_BACKLOG)
 
 
 @contextlib.contextmanager
-def _naming(address: str) -> Iterator[None]:
+def naming(address: str) -> Iterator[None]:
+    """Say of an address that could not be opened which it was, and why.
+
+    Raises:
+        ListenError: in place of OSError.
+    """
     try:
         yield
     except OSError as error:
-        raise ListenError(address) from error
+        reason = "its host name is not known"
+        if not isinstance(error, socket.gaierror):
+            said = error.strerror or str(error)
+            reason = _REASONS.get(error.errno or 0, said)
+        raise ListenError(address, reason) from error
 
 
 async def _expect_unused(path: Path) -> None:
     """Leave a Unix socket to the process that answers on it; a stale one may be replaced.
 
     Raises:
-        ListenError: there is such a process.
+        ListenError: there is such a process, or something else.
     """
     try:
         _, writer = await asyncio.open_unix_connection(str(path))
-    except OSError:
+    except OSError as error:
+        if _is_something_else(path):
+            reason = "what stands there is no socket"
+            raise ListenError(str(path), reason) from error
         return
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
-    raise ListenError(str(path))
+    raise ListenError(str(path), _REASONS[errno.EADDRINUSE])
+
+
+def _is_something_else(path: Path) -> bool:
+    return path.exists() and not path.is_socket()

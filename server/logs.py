@@ -1,10 +1,10 @@
 """Logs: one canonical line per request at its end, and rare lines in the past tense.
 
-JSON on standard error. No header values and no bodies, but for the flow id and x-request-id.
+JSON on standard error, as far as that takes it. No header values and no bodies, but for the flow
+id and x-request-id.
 """
 
 import logging
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -16,6 +16,7 @@ import structlog
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
 from server.gate import Parked
+from server.log_sink import STANDARD_ERROR, Sink
 from server.replies import status_of
 
 WRITE_WITHIN_S: Final = 0.02
@@ -37,7 +38,7 @@ def configure(level: str) -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(STANDARD_ERROR),  # type: ignore[arg-type]  # writes, flushes
         cache_logger_on_first_use=True,
     )
 
@@ -52,10 +53,14 @@ class RequestLog:
 
     Args:
         soon: calls what it is given within `WRITE_WITHIN_S`.
+        sink: takes the lines.
     """
 
-    def __init__(self, soon: Callable[[Callable[[], None]], object]) -> None:
+    def __init__(
+        self, soon: Callable[[Callable[[], None]], object], sink: Sink = STANDARD_ERROR
+    ) -> None:
         self._soon = soon
+        self._sink = sink
         self._is_wanted = bool(structlog.get_logger().is_enabled_for(logging.INFO))
         self._lines: list[str] = []
         self._second = 0
@@ -112,8 +117,7 @@ class RequestLog:
         """Write what has been put together so far."""
         lines, self._lines = self._lines, []
         if lines:
-            sys.stderr.write("".join(lines))
-            sys.stderr.flush()
+            self._sink.write("".join(lines))
 
 
 def _quoted(text: str | None) -> str:

@@ -28,8 +28,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from flowcontrol.errors import ListenError
 from flowcontrol.simulation.model_server import ModelServer, ModelServerConfig, TokenEvent
+from server.listening import naming
 
 CHARACTERS_PER_TOKEN = 4  # The estimate of a prompt's length: OpenAI's rule of thumb for English.
 OUTPUT_TOKENS_DEFAULT = 64  # When the request names none.
@@ -59,7 +59,7 @@ def run(host: str, port: int, model: str, config: ModelServerConfig) -> None:
         config: Size and speed of the engine.
 
     Raises:
-        ListenError: The address is in use or not of this machine.
+        ListenError: The address cannot be listened on.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve_model(host, port, model, config))
@@ -76,14 +76,12 @@ async def serve_model(host: str, port: int, model: str, config: ModelServerConfi
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        with naming(f"{host}:{port}"):
+            await web.TCPSite(runner, host, port).start()
         port = runner.addresses[0][1]
         structlog.get_logger().info("model_server_listening", host=host, port=port, model=model)
         ends = {asyncio.create_task(stop.wait()), application[_ENGINE].driver}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    except OSError as error:
-        address = f"{host}:{port}"
-        raise ListenError(address) from error
     finally:
         await runner.cleanup()  # Raises what crashed the driver, if anything did.
 

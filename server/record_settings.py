@@ -1,21 +1,23 @@
 """Settings of what is kept and shown of the engine's decisions."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from server.sections import FileBeside, PathBeside, Section, SizeFrom1, broken, written
+from server.ledger_files import stranger_among
+from server.sections import FileBeside, PathBeside, Section, SizeFrom1, broken, expect, written
 
 
 class LedgerSection(Section):
     """The decision ledger: every fact and every decision, to be decided again by `replay`."""
 
     file: PathBeside
-    """Newest part; older ones are called the same with .1, .2 and so on. A relative path starts at
-    the configuration file."""
+    """Newest part; older ones are called the same with .1, .2 and so on, and an empty .lock is kept
+    beside them. A relative path starts at the configuration file."""
     max_bytes: SizeFrom1 = written("64Mi")
     """Size of a part, some 400 bytes a request; then the next begins."""
-    files: int = Field(default=4, ge=1, strict=True)
+    files: int = Field(default=4, ge=1, le=1000, strict=True)
     """Parts kept. Only a ledger with its first part can be decided again exactly."""
     hide_flow_ids: bool = Field(default=False, strict=True)
     """Write hashes in place of tenants' ids, salted anew in each run."""
@@ -23,10 +25,20 @@ class LedgerSection(Section):
     @field_validator("file")
     @classmethod
     def _in_a_folder(cls, value: Path) -> Path:
-        if not value.parent.is_dir():
-            rule = f"must lie in a folder that is there, got {str(value)!r}"
+        rule = "must be a file in a folder that is there"
+        return expect(value, rule, lambda it: it.parent.is_dir() and not it.is_dir())
+
+    @model_validator(mode="after")
+    def _writes_over_ledgers_alone(self) -> Self:
+        try:
+            stranger = stranger_among(self.file, self.files)
+        except OSError as error:
+            rule = f"must have parts that can be read: {error}"
+            raise broken(rule) from error
+        if stranger is not None:
+            rule = f"must not take the place of a file that is no ledger, got {str(stranger)!r}"
             raise broken(rule)
-        return value
+        return self
 
 
 class ShadowSection(Section):

@@ -1,6 +1,6 @@
 """What is kept and tried of the engine's turns: the ledger and the shadow, if there are any."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import final
 
 from prometheus_client.core import (
@@ -15,6 +15,7 @@ from flowcontrol.config import ControllerConfig
 from flowcontrol.errors import LedgerError
 from flowcontrol.snapshot import WAIT_BOUNDS_S
 from server.ledger import LedgerWriter
+from server.ledger_files import Claim
 from server.metrics import buckets_of
 from server.policies import load_policies
 from server.record_settings import LedgerSection, ShadowSection
@@ -39,11 +40,15 @@ class Records:
     def __init__(self, ledger: LedgerSection | None, shadow: ShadowSection | None) -> None:
         self.writer: LedgerWriter | None = None
         self.shadow: Shadow | None = None
+        self._claim: Claim | None = None
+        self._closers: list[Callable[[float], None]] = []
+        """Of what has been started."""
         feeds = []
         ledger_feed = None
         if ledger is not None:
             ledger_feed = TurnFeed()
             feeds.append(ledger_feed)
+            self._claim = Claim(ledger.file)
             self.writer = LedgerWriter(
                 ledger.file,
                 ledger.max_bytes,
@@ -61,23 +66,26 @@ class Records:
         """Begin, for an engine of that configuration made at that time.
 
         Raises:
-            LedgerError: the ledger cannot be written.
+            LedgerError: the ledger cannot be written, or another process writes it.
         """
-        if self.writer is not None:
+        if self.writer is not None and self._claim is not None:
             try:
+                self._claim.take()
                 self.writer.start(config, made_ns)
             except OSError as error:
                 message = f"ledger.file cannot be written: {error}"
                 raise LedgerError(message) from error
+            self._closers.append(self.writer.close)
         if self.shadow is not None:
             self.shadow.start(made_ns)
+            self._closers.append(self.shadow.close)
 
     def close(self) -> None:
         """Write what there is, and end."""
-        if self.shadow is not None:
-            self.shadow.close(_CLOSE_TIMEOUT_S)
-        if self.writer is not None:
-            self.writer.close(_CLOSE_TIMEOUT_S)
+        for close in reversed(self._closers):
+            close(_CLOSE_TIMEOUT_S)
+        if self._claim is not None:
+            self._claim.release()
 
     def collector(self) -> "RecordCollector":
         """Return the metrics there are."""

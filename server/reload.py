@@ -62,11 +62,12 @@ class Configuration:
             hangups.add(task)
             task.add_done_callback(hangups.discard)
 
-        loop.add_signal_handler(signal.SIGHUP, hang_up)
+        # Not the loop's own handler: once that is removed, the signal ends the process.
+        before = signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(hang_up))
         try:
             await watch_folder(self._path.parent, self._look)
         finally:
-            loop.remove_signal_handler(signal.SIGHUP)
+            signal.signal(signal.SIGHUP, before)
 
     async def _look(self) -> None:
         """Read the file if it is another than was read last, or a mistake stands.
@@ -85,13 +86,20 @@ class Configuration:
                 settings = await asyncio.to_thread(load_settings, self._path)
                 await self._change(settings)
             except FlowControlError as error:
-                problems = error.problems if isinstance(error, ConfigError) else (str(error),)
-                if list(problems) != list(self.problems):
-                    self.rejection_count += 1
-                    self.problems = tuple(problems)
-                    _log.error("configuration_rejected", file=str(self._path), problems=problems)
+                self._reject(error.problems if isinstance(error, ConfigError) else [str(error)])
+            except Exception as error:  # noqa: BLE001 - the next file may be good, and is to be read
+                self._reject([f"cannot be read: {error!r}"], error)
             else:
                 self.problems = ()
+
+    def _reject(self, problems: Sequence[str], fault: Exception | None = None) -> None:
+        if list(problems) == list(self.problems):
+            return
+        self.rejection_count += 1
+        self.problems = tuple(problems)
+        _log.error(
+            "configuration_rejected", file=str(self._path), problems=problems, exc_info=fault
+        )
 
     def _stamp(self) -> tuple[int, ...] | None:
         """Return what differs once the file has been replaced or rewritten; None without a file."""

@@ -43,7 +43,10 @@ REFUSALS = {
         503, "rejected-no-endpoints", "no model server became available in time", _UNAVAILABLE
     ),
     Outcome.EVICTED_DISPLACED: Refused(
-        429, "evicted-priority", "a request of higher priority took the place", _RESOURCE_EXHAUSTED
+        429,
+        "evicted-priority",
+        "the queue is full, and another request took the place",
+        _RESOURCE_EXHAUSTED,
     ),
     Outcome.EVICTED_CANCELLED: Refused(
         499, "rejected-context-cancelled", "the client went away", _CANCELLED

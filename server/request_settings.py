@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from server.classify import READ_HEADERS, ExemptPaths, Intake
 from server.replies import ENGINE_PRIORITIES, EnginePriority
@@ -34,6 +34,14 @@ def _pattern(value: object) -> object:
     return text
 
 
+def _exempt_path(value: str) -> str:
+    if not value.startswith("/") or "*" in value[:-1]:
+        rule = "must be a path that begins with / and has * only at the end"
+        raise broken(rule)
+    return value
+
+
+ExemptPath = Annotated[str, AfterValidator(_exempt_path)]
 FactName = Annotated[Fact, BeforeValidator(_fact), PlainSerializer(_fact_text)]
 Pattern = Annotated[str, BeforeValidator(_pattern)]
 
@@ -80,7 +88,7 @@ class RequestRule(Section):
 class Requests(Section):
     """How requests are read."""
 
-    exempt_paths: tuple[str, ...] = (
+    exempt_paths: tuple[ExemptPath, ...] = (
         *("/health", "/healthz", "/ping", "/ready", "/version", "/metrics"),
         *("/v1/models", "/v1/models/*"),
     )
@@ -116,15 +124,6 @@ class Requests(Section):
     """Headers Envoy adds to responses (`envoy-config`): x-llm-d-flow-queue-duration-ms;
     x-llm-d-flow-position, how many stood ahead as the wait began; x-llm-d-flow-headroom, the part
     of the pool still free at dispatch."""
-
-    @field_validator("exempt_paths")
-    @classmethod
-    def _are_paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        wrong = [path for path in value if not path.startswith("/") or "*" in path[:-1]]
-        if wrong:
-            rule = "must be paths that begin with / and have * only at the end"
-            raise broken(rule)
-        return value
 
     @model_validator(mode="after")
     def _bodies_are_read_for_rules(self) -> Self:

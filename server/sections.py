@@ -4,7 +4,7 @@ Every field of a section carries its meaning as a docstring; the README's refere
 from them.
 """
 
-from math import isfinite
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,18 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
 from server.units import format_duration, parse_duration, parse_quantity
+
+QUANTITY_MAX = 10**15
+"""Of whatever is limited: far beyond any use, and in sums and products still a number for a metric,
+for the API's 64 bits and for a fraction."""
+COUNT_MAX = 1_000_000_000
+"""Of what is counted one by one."""
+PRIORITY_MAX = 2**31 - 1
+"""An InferenceObjective has 32 bits for it."""
+_NUMBER_MAX = 1e15
+_DURATION_MAX_HOURS = 10_000
+"""More than a year."""
+_DURATION_MAX_NS = _DURATION_MAX_HOURS * 3_600_000_000_000
 
 
 class Section(BaseModel):
@@ -55,11 +67,20 @@ def _beside(value: Path, info: ValidationInfo) -> Path:
     return (directory / value).absolute()  # one spelling, wherever one stands: one hash
 
 
+def expect(path: Path, rule: str, is_so: Callable[[Path], bool]) -> Path:
+    """Return a path, or raise that it must be what it is not; also where nobody may look."""
+    try:
+        if is_so(path):
+            return path
+        reason = ""
+    except OSError as error:
+        reason = f": {error.strerror}"
+    rule = f"{rule}, got {str(path)!r}{reason}"
+    raise broken(rule)
+
+
 def _is_a_file(value: Path) -> Path:
-    if not value.is_file():
-        rule = f"must be a file, got {str(value)!r}"
-        raise broken(rule)
-    return value
+    return expect(value, "must be a file", Path.is_file)
 
 
 PathBeside = Annotated[Path, AfterValidator(_beside)]
@@ -73,41 +94,44 @@ def _duration(value: object) -> object:
     if duration_ns is None or duration_ns <= 0:
         rule = "must be a duration above zero such as 500ms, 60s or 5m"
         raise broken(rule)
+    if duration_ns > _DURATION_MAX_NS:
+        rule = f"must be at most {_DURATION_MAX_HOURS}h"
+        raise broken(rule)
     return duration_ns
 
 
 def _limit(value: object) -> object:
-    if value == "unlimited":
-        return None
-    if isinstance(value, str):
-        value = parse_quantity(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        rule = "must be a whole number from 0 such as 500, 20k or 4Gi, or the word unlimited"
-        raise broken(rule)
-    return value
+    return _limit_from(0, value, "such as 500, 20k or 4Gi")
 
 
 def _limit_from_1(value: object) -> object:
+    return _limit_from(1, value, "such as 64 or 20k")
+
+
+def _limit_from(least: int, value: object, examples: str) -> object:
     if value == "unlimited":
         return None
     if isinstance(value, str):
         value = parse_quantity(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        rule = "must be a whole number from 1 such as 64 or 20k, or the word unlimited"
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        rule = f"must be a whole number from {least} {examples}, or the word unlimited"
+        raise broken(rule)
+    if value > QUANTITY_MAX:
+        rule = "must be at most 1P, or the word unlimited"
         raise broken(rule)
     return value
 
 
 def _number(value: object) -> float | None:
-    """Return a plain finite number, None for anything else."""
+    """Return a plain number of a size one can count with, None for anything else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and isfinite(value) else None  # type: ignore[arg-type]  # seen
+    return float(value) if is_number and abs(value) <= _NUMBER_MAX else None  # type: ignore[arg-type]  # seen
 
 
 def _positive(value: object) -> object:
     number = _number(value)
     if number is None or number <= 0:
-        rule = "must be a number above 0"
+        rule = "must be a number above 0, at most 1e15"
         raise broken(rule)
     return number
 
@@ -115,7 +139,7 @@ def _positive(value: object) -> object:
 def _from_0(value: object) -> object:
     number = _number(value)
     if number is None or number < 0:
-        rule = "must be a number from 0"
+        rule = "must be a number from 0 to 1e15"
         raise broken(rule)
     return number
 
@@ -144,6 +168,9 @@ def _size_from_1(value: object) -> object:
     return size
 
 
+Count = Annotated[int, Field(ge=0, le=COUNT_MAX, strict=True)]
+CountFrom1 = Annotated[int, Field(ge=1, le=COUNT_MAX, strict=True)]
+Priority = Annotated[int, Field(ge=-PRIORITY_MAX - 1, le=PRIORITY_MAX, strict=True)]
 SizeFrom1 = Annotated[int, BeforeValidator(_size_from_1)]
 """Bytes, from 1."""
 Duration = Annotated[

@@ -18,7 +18,7 @@ from typing import Any, final
 import structlog
 from aiohttp import web
 
-from flowcontrol.errors import FlowControlError, ListenError
+from flowcontrol.errors import FlowControlError
 from flowcontrol.events import Decision, DrainBegan, Reconfigured
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from server import admin, codec, health, log_codec, logs
@@ -31,6 +31,7 @@ from server.ext_proc import ExtProcDoor
 from server.gate import FlowGate, Parked
 from server.grpc_ports import GrpcPorts
 from server.guard import Guard
+from server.listening import naming
 from server.live import LiveView
 from server.loop_lag import LoopLag
 from server.pages import add_pages
@@ -131,15 +132,17 @@ class Service:
 
         Raises:
             ListenError: naming the address; nothing is left running.
+            LedgerError: it cannot be written; nothing is left running.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         tune_garbage_collection()
         settings = self._configuration.settings
-        self._records.start(settings.controller_config(), self._gate.made_ns)
         self._gate.start()
         try:
             await self._feed.start(settings)
             await self._open_doors()
+            # Last: whoever starts twice by mistake must not rename the ledger of the one that runs.
+            self._records.start(settings.controller_config(), self._gate.made_ns)
         except FlowControlError:
             await self._feed.stop()
             self._gate.post(DrainBegan(0))
@@ -288,10 +291,8 @@ class Service:
         add_pages(application, self._gate, self._live)
         self._web = web.AppRunner(application, access_log=None)
         await self._web.setup()
-        try:
+        with naming(str(listen.http)):
             await web.TCPSite(self._web, *listen.http).start()
-        except OSError as error:
-            raise ListenError(str(listen.http)) from error
 
     async def _close_doors(self) -> None:
         self._loop_lag.stop()

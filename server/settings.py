@@ -95,7 +95,7 @@ class Settings(Engine, _Surroundings):
     """Where decisions are written down, nowhere if left out."""
     shadow: Annotated[ShadowSection | None, Given] = left_out()
     """What else is tried on the same traffic, nothing if left out."""
-    recent_decisions: int = Field(default=10_000, ge=1, strict=True)
+    recent_decisions: int = Field(default=10_000, ge=1, le=10_000_000, strict=True)
     """Decisions kept in memory to be explained, about 1 kB each."""
 
     @property
@@ -148,6 +148,8 @@ def problems_of(error: ValidationError) -> list[str]:
     return [_say(each) for each in error.errors()]
 
 
+_SHOWN_MAX = 120
+"""Characters of a wrong value that are said."""
 _RULES = {
     "literal_error": "must be {expected}",
     "bool_type": "must be true or false",
@@ -185,5 +187,10 @@ def _say(error: ErrorDetails) -> str:
         return f"{where} is not a known setting"
     rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
     value = error["input"]
-    shown = "" if isinstance(value, dict | BaseModel) or ", got " in rule else f", got {value!r}"
+    is_said = isinstance(value, dict | BaseModel) or ", got " in rule
+    shown = "" if is_said else f", got {_shortened(repr(value))}"
     return f"{where} {rule}{shown}".strip()
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."

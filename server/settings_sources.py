@@ -11,7 +11,16 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from flowcontrol.config import Role
 from server.addresses import Address, HostPort
-from server.sections import Duration, FileBeside, PathBeside, Section, broken, written
+from server.sections import (
+    CountFrom1,
+    Duration,
+    FileBeside,
+    PathBeside,
+    Section,
+    broken,
+    expect,
+    written,
+)
 
 _LABEL_LENGTH_MAX = 63
 _PORTS_MAX = 8
@@ -51,10 +60,8 @@ class ApiObjectives(Section):
     @field_validator("file")
     @classmethod
     def _in_a_folder(cls, value: Path | None) -> Path | None:
-        if value is not None and (value.is_dir() or not value.parent.is_dir()):
-            rule = f"must be a file in a folder that exists, got {str(value)!r}"
-            raise broken(rule)
-        return value
+        rule = "must be a file in a folder that exists"
+        return value and expect(value, rule, lambda it: it.parent.is_dir() and not it.is_dir())
 
 
 class Objectives(Section):
@@ -69,10 +76,7 @@ class Objectives(Section):
     @field_validator("directory")
     @classmethod
     def _is_a_folder(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.is_dir():
-            rule = f"must be a folder, got {str(value)!r}"
-            raise broken(rule)
-        return value
+        return value and expect(value, "must be a folder", Path.is_dir)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -220,11 +224,11 @@ class Load(Section):
     """How often to ask each endpoint, give or take a tenth."""
     timeout: Duration = written("1s")
     """How long one answer may take, in all."""
-    scrapes_per_second_max: Annotated[int, Field(ge=1, strict=True)] = 100
+    scrapes_per_second_max: CountFrom1 = 100
     """Of all endpoints together; with many of them the interval grows: past 180, to more than the
     2 s that `saturation.metricsStalenessThreshold` lets pass. Each takes about half a millisecond
     of CPU: a hundred a second, 5 % of a core."""
-    unreachable_after: Annotated[int, Field(ge=1, strict=True)] = 3
+    unreachable_after: CountFrom1 = 3
     """Attempts in a row at which nobody listens, after which an endpoint leaves the pool until
     somebody does."""
 
@@ -242,7 +246,4 @@ class Kubernetes(Section):
     @field_validator("kubeconfig")
     @classmethod
     def _is_a_kubeconfig(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.is_file():
-            rule = f"must be a kubeconfig file, got {str(value)!r}"
-            raise broken(rule)
-        return value
+        return value and expect(value, "must be a kubeconfig file", Path.is_file)

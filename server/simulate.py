@@ -11,6 +11,7 @@ from flowcontrol.simulation.world import World
 from server.scenario import Scenario, load_scenario
 from server.simulate_picture import picture
 from server.simulate_report import Run, comparison, summary, table
+from server.yamlfile import naming
 
 _STEPS = 200
 """How often a run's progress is shown."""
@@ -36,7 +37,7 @@ def run_simulation(
     Raises:
         ConfigError: a scenario or the trace has a mistake; nothing was run.
     """
-    scenarios = [load_scenario(path) for path in paths]
+    scenarios = [_loaded(path) for path in paths]
     chosen = scenarios[0].seed if seed is None else seed
     console = Console()
     if not console.is_terminal:
@@ -63,6 +64,11 @@ def run_simulation(
     picture(runs, drawn)
     console.print(f"picture: {drawn}", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _loaded(path: Path) -> Scenario:
+    with naming(path):
+        return load_scenario(path)
 
 
 def _world(scenario: Scenario, trace: Path | None, seed: int) -> World:

@@ -11,7 +11,7 @@ _REASONS = {
     Outcome.REJECTED_DRAINING: "the service was draining",
     Outcome.EVICTED_TTL: "it waited {waited}, longer than it may",
     Outcome.EVICTED_NO_ENDPOINTS: "it waited {waited}, longer than it may while the pool is empty",
-    Outcome.EVICTED_DISPLACED: "the queue was full, and it gave way to a better one after {waited}",
+    Outcome.EVICTED_DISPLACED: "the queue was full, and it gave way to another after {waited}",
     Outcome.EVICTED_CANCELLED: "its client went away when it had waited {waited}",
     Outcome.EVICTED_DRAINED: "the drain's budget was spent before its turn, after {waited}",
     Outcome.EVICTED_OPERATOR: "an operator evicted what waited of its flow, this one for {waited}",
@@ -30,19 +30,20 @@ _AT_ONCE_NS = 1_000_000
 
 def reason(decision: Decision) -> str:
     """Return why it was decided so, in a sentence without its end."""
-    circumstances = f"{_percent(decision.saturation)} saturation, {decision.waiting} left waiting"
+    load, left = _percent(decision.saturation), f"{decision.waiting} left waiting"
     if decision.outcome is not Outcome.DISPATCHED:
         why = _REASONS[decision.outcome].format(waited=duration(decision.waited_ns))
         if decision.without_room:
             scopes = " and ".join(_SCOPES[scope] for scope in decision.without_room)
             why = f"{scopes} had no room for it"
-        return f"{why} ({circumstances})"
+        return f"{why} ({load} saturation, {left})"
+    circumstances = f"({load} saturation with it, {left})"
     if decision.waited_ns < _AT_ONCE_NS:
-        return f"there was room at once ({circumstances})"
+        return f"there was room at once {circumstances}"
     expected = ""
     if decision.expected_wait_ns is not None:
         expected = f", {duration(decision.expected_wait_ns)} expected"
-    return f"its turn came after {duration(decision.waited_ns)}{expected} ({circumstances})"
+    return f"its turn came after {duration(decision.waited_ns)}{expected} {circumstances}"
 
 
 def sentences(explained: Explanation) -> list[str]:
@@ -60,7 +61,7 @@ def sentences(explained: Explanation) -> list[str]:
         expected = f"it is expected to wait {duration(explained.expected_wait_ns)} more"
     deadline = ""
     if explained.deadline_in_ns is not None:
-        deadline = f", and is evicted in {duration(explained.deadline_in_ns)} at the latest"
+        deadline = f"; it is evicted in {duration(explained.deadline_in_ns)} at the latest"
     return [
         f"{who} has waited {age}.",
         f"{_gate(explained)}.",

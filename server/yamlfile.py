@@ -1,6 +1,9 @@
 """YAML files as people write them: read strictly, with errors on one line that say where."""
 
-from collections.abc import Hashable
+import os
+import stat
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,9 @@ def read_documents(path: Path) -> list[Any]:
         ConfigError: it cannot be read, is not YAML or sets a key twice.
     """
     try:
-        return list(yaml.load_all(path.read_text(encoding="utf-8"), _UniqueKeyLoader))
+        return list(yaml.load_all(_text(path), _UniqueKeyLoader))
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError([f"{path}: cannot be read: {reason}"]) from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -43,8 +46,37 @@ def read_documents(path: Path) -> list[Any]:
         raise ConfigError([f"{path}: is not YAML: {said}"]) from error
     except RecursionError as error:
         raise ConfigError([f"{path}: is not YAML: nested too deeply"]) from error
-    except (ValueError, LookupError, AttributeError) as error:  # what its scalars trip over
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        # what its tags and scalars trip over
         raise ConfigError([f"{path}: is not YAML: {error}"]) from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have every mistake that is found begin with the file it is in.
+
+    Raises:
+        ConfigError: in place of the one that was raised.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        said = f"{path}:"
+        problems = [each if each.startswith(said) else f"{said} {each}" for each in error.problems]
+        raise ConfigError(problems) from error
+
+
+def _text(path: Path) -> str:
+    """Return what a regular file holds; opening or reading a pipe could take for ever."""
+    with open(path, encoding="utf-8", opener=_opened_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            message = "not a regular file"
+            raise OSError(message)
+        return file.read()
+
+
+def _opened_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

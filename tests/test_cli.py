@@ -1,7 +1,5 @@
 """The command line as a user meets it."""
 
-import json
-import os
 import re
 import signal
 import socket
@@ -9,11 +7,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -22,6 +18,7 @@ from flowcontrol.errors import FlowControlError, ListenError
 from server.cli import main
 from server.service import Service
 from server.settings import load_settings
+from tests.served import configuration, free_ports, lines_until, serving
 
 TIMEOUT_S = 20.0
 COMMANDS = ("serve", "check-config", "envoy-config", "simulate-server", "simulate", "demo")
@@ -30,6 +27,15 @@ COMMANDS = ("serve", "check-config", "envoy-config", "simulate-server", "simulat
 def run(*arguments: str) -> Result:
     """Run a command in this process."""
     return CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """Signals as they were before a command had the process to itself."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class TestHelp:
@@ -82,6 +88,17 @@ class TestUsage:
             (["check-config", "a.yaml", "b.yaml"], "unexpected extra argument"),
             (["envoy-config"], "Missing option '--config'"),
             (["simulate-server", "--port", "70000"], "70000 is not in the range"),
+            (["demo", "--seconds", "nan"], "nan is not a number of seconds"),
+            (
+                ["demo", "--port-offset", "70000", "--output", "/"],
+                "--port-offset must be from -7999 to 55634",
+            ),
+            (
+                ["demo", "--port-offset", "-9000", "--output", "/"],
+                "--port-offset must be from -7999 to 55634",
+            ),
+            (["demo", "--output", "/proc/nope"], "/proc/nope: No such file or directory"),
+            (["top"], "top needs a terminal"),
             (["--verbose"], "No such option"),
         ],
         ids=" ".join,
@@ -108,12 +125,12 @@ class TestUsage:
 
         assert result.exit_code == 2
         assert result.stderr.splitlines() == [
-            "apiVersion is required",
-            "kind must be 'FlowControlConfig', got 'Config'",
-            "pool is required",
-            "objectives is required",
-            "endpoints is required",
-            "picker must be 'off' or 'least-loaded', got 'random'",
+            f"{config}: apiVersion is required",
+            f"{config}: kind must be 'FlowControlConfig', got 'Config'",
+            f"{config}: pool is required",
+            f"{config}: objectives is required",
+            f"{config}: endpoints is required",
+            f"{config}: picker must be 'off' or 'least-loaded', got 'random'",
         ]
 
 
@@ -130,38 +147,6 @@ class TestCheckConfig:
         assert result.exit_code == 0
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-
-
-@contextmanager
-def serving(config: Path) -> Iterator[subprocess.Popen[str]]:
-    """`flowcontrol serve` in a process of its own, gone at the end."""
-    command = [sys.executable, "-m", "server", "serve", "--config", str(config)]
-    environment = {**os.environ, "PYTHONWARNINGS": ""}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def lines_until(process: subprocess.Popen[str], event: str) -> list[dict[str, Any]]:
-    """The log of a service up to an event."""
-    assert process.stderr is not None
-    lines: list[dict[str, Any]] = []
-    for line in process.stderr:
-        lines.append(json.loads(line))
-        if lines[-1]["event"] == event:
-            return lines
-    pytest.fail(f"no {event} in {lines}")
-
-
 @pytest.mark.slow
 class TestServe:
     """serve, in a process of its own."""
@@ -174,15 +159,7 @@ class TestServe:
     @pytest.fixture(name="config")
     def _config(self, tmp_path: Path, ports: list[int]) -> Path:
         """A configuration that listens on these ports."""
-        (tmp_path / "objectives").mkdir()
-        path = tmp_path / "flowcontrol.yaml"
-        path.write_text(
-            "apiVersion: flowcontrol/v1alpha1\nkind: FlowControlConfig\npool: llama\n"
-            "objectives: {directory: objectives}\nendpoints: {static: []}\n"
-            f"listen:\n  extProc: 127.0.0.1:{ports[0]}\n  health: 127.0.0.1:{ports[1]}\n"
-            f"  http: 127.0.0.1:{ports[2]}\n  direct: 127.0.0.1:{ports[3]}\n"
-        )
-        return path
+        return configuration(tmp_path, ports)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_signals(self, config: Path, number: signal.Signals) -> None:
@@ -209,10 +186,30 @@ class TestServe:
             _, errors = process.communicate(timeout=TIMEOUT_S)
 
         address = f"127.0.0.1:{ports[taken]}"
-        words = f"cannot listen on {address}: in use by another process, or not of this machine"
+        words = f"cannot listen on {address}: in use by another process"
         assert errors.splitlines()[-1] == words
         assert "Traceback" not in errors
         assert process.returncode == 2
+
+    @pytest.mark.parametrize("door", ["extProc", "health", "http", "direct"])
+    @pytest.mark.parametrize(
+        ("host", "reason"),
+        [
+            ("192.0.2.1", "not an address of this machine"),
+            ("nowhere.invalid", "its host name is not known"),
+        ],
+    )
+    async def test_not_here(self, config: Path, door: str, host: str, reason: str) -> None:
+        """Why a port cannot be opened is said, whichever it is."""
+        lines = config.read_text().splitlines()
+        lines = [f"  {door}: {host}:4711" if f" {door}:" in line else line for line in lines]
+        config.write_text("\n".join(lines))
+        interval_s = sys.getswitchinterval()
+        with pytest.raises(ListenError) as caught:
+            await Service(load_settings(config), config).run()
+
+        sys.setswitchinterval(interval_s)
+        assert str(caught.value) == f"cannot listen on {host}:4711: {reason}"
 
     async def test_nothing_is_left_running(self, config: Path, ports: list[int]) -> None:
         """When a port is taken the processor has ended before that is said."""
@@ -253,6 +250,93 @@ class TestServe:
         assert done.returncode == 2
 
 
+class TestRefused:
+    """What a command cannot make use of."""
+
+    @pytest.mark.parametrize("size", ["99999E", "4Gi", "0", "much"])
+    def test_buffer_limit(self, tmp_path: Path, size: str) -> None:
+        """Envoy's buffer limit has bounds."""
+        config = configuration(tmp_path, [1, 2, 3, 4])
+
+        result = run("envoy-config", "--config", str(config), "--buffer-limit", size)
+
+        rule = f"--buffer-limit must be a size below 4Gi such as 32Mi, got {size!r}"
+        assert result.stderr == f"{rule}\n"
+        assert result.exit_code == 2
+
+    @pytest.mark.parametrize("option", ["--tls-certificate", "--tls-key"])
+    def test_half_of_tls(self, tmp_path: Path, option: str) -> None:
+        """What Envoy would show where nobody asked for TLS is not passed over."""
+        config = configuration(tmp_path, [1, 2, 3, 4])
+
+        result = run("envoy-config", "--config", str(config), option, "x.pem")
+
+        rule = "--tls-certificate and --tls-key need --tls-ca: whom Envoy trusts at tls"
+        assert result.stderr == f"{rule}\n"
+        assert result.exit_code == 2
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "arguments", [["check-config"], ["envoy-config", "--config"]], ids=lambda words: words[0]
+    )
+    def test_full_disk(self, tmp_path: Path, arguments: list[str]) -> None:
+        """Where what is said cannot be written, that is one line, and status 2."""
+        config = configuration(tmp_path, [1, 2, 3, 4])
+        command = [sys.executable, "-m", "server", *arguments, str(config)]
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+            )
+
+        words = "what is said here cannot be written: No space left on device\n"
+        assert (done.stderr, done.returncode) == (words, 2)
+
+
+class TestWhichFile:
+    """Where several files are read, a mistake is said of the one it is in."""
+
+    def test_diff_config(self, tmp_path: Path) -> None:
+        """The first of two that has a mistake is named."""
+        good = configuration(tmp_path, [1, 2, 3, 4])
+        bad = tmp_path / "bad.yaml"
+        bad.write_text(f"{good.read_text()}colour: red\n")
+
+        for pair in ((good, bad), (bad, good)):
+            result = run("diff-config", *map(str, pair))
+
+            assert result.stderr == f"{bad}: colour is not a known setting\n"
+            assert result.exit_code == 2
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("", "must be a mapping with apiVersion and kind"),
+            ("colour: red\n", "colour is not a known setting"),
+        ],
+    )
+    def test_shadow(self, tmp_path: Path, text: str, problem: str) -> None:
+        """What serve would refuse of a shadow's file, check-config refuses."""
+        shadow = tmp_path / "shadow.yaml"
+        shadow.write_text(text)
+        config = configuration(tmp_path, [1, 2, 3, 4], "shadow: {config: shadow.yaml}\n")
+
+        result = run("check-config", str(config))
+
+        assert result.stderr == f"{shadow}: {problem}\n"
+        assert result.exit_code == 2
+
+    def test_compare(self, tmp_path: Path) -> None:
+        """Of two scenarios, too."""
+        scenario = Path(__file__).parent.parent / "scenarios" / "scale-from-zero.yaml"
+        other = tmp_path / "other.yaml"
+        other.write_text("apiVersion: flowcontrol/v1alpha1\nkind: Scenario\ncolour: red\n")
+
+        result = run("simulate", str(scenario), "--compare", str(other))
+
+        assert f"{other}: colour is not a known setting" in result.stderr.splitlines()
+        assert result.exit_code == 2
+
+
 class TestSimulate:
     """`flowcontrol simulate`."""
 
@@ -277,3 +361,14 @@ class TestSimulate:
 
         assert result.exit_code == 2
         assert "colour is not a known setting" in result.stderr
+
+    def test_no_folder(self, tmp_path: Path) -> None:
+        """What the result cannot be put into is named."""
+        scenario = Path(__file__).parent.parent / "scenarios" / "scale-from-zero.yaml"
+        (tmp_path / "file").touch()
+        output = tmp_path / "file" / "x"
+
+        result = run("simulate", str(scenario), "--output", str(output))
+
+        assert result.stderr == f"{output}: Not a directory\n"
+        assert result.exit_code == 2

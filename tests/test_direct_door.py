@@ -518,9 +518,24 @@ class TestAddresses:
                 await stream.hear()
                 await stream.end()
                 assert await stream.ending() == (grpc.StatusCode.OK, "")
-            with pytest.raises(ListenError, match=str(path)):
+            with pytest.raises(ListenError, match=f"{path}: in use by another process"):
                 await home.door.listen(path)
         assert not path.exists()
+
+    async def test_socket_that_cannot_be(self, tmp_path: Path) -> None:
+        """A socket without its folder, or where something else stands, is told so."""
+        (tmp_path / "file").touch()
+        async with house() as home:
+            for name, reason in (
+                ("nowhere/door.sock", "its folder is not there"),
+                ("file", "what stands there is no socket"),
+                (".", "what stands there is no socket"),
+            ):
+                with pytest.raises(ListenError) as caught:
+                    await home.door.listen(tmp_path / name)
+
+                assert str(caught.value) == f"cannot listen on {tmp_path / name}: {reason}"
+        assert (tmp_path / "file").is_file()
 
     async def test_port_in_use(self) -> None:
         """A port that is taken is named."""

@@ -19,7 +19,7 @@ from server.classify import READ_HEADERS
 from server.envoy_binary import envoy_binary
 from server.envoy_config import EnvoyOptions, bootstrap
 from server.envoy_filters import greater_than
-from server.settings import Address, Settings, load_settings
+from server.settings import Address, Settings, load_settings, parse_address
 
 ENVOY = Path(__file__).parents[1] / "envoy"
 BY_HAND = ENVOY / "envoy.yaml", ENVOY / "flowcontrol.yaml"
@@ -314,6 +314,29 @@ class TestAddresses:
         (listener,) = configuration["static_resources"]["listeners"]
         assert [Address("::", 80)] == addresses_of(listener)
         assert [Address("gate", 82)] == addresses_of(cluster_of(configuration, "ext_proc"))
+
+    @pytest.mark.parametrize(
+        ("listens", "administers"),
+        [
+            ("127.0.0.1:80", "127.0.0.1:80"),
+            ("0.0.0.0:80", "127.0.0.1:80"),
+            ("10.0.0.1:80", "[::]:80"),
+        ],
+    )
+    def test_in_each_others_way(self, listens: str, administers: str) -> None:
+        """Envoy cannot have clients and its own pages at one address."""
+        options = EnvoyOptions(listen=parse_address(listens), admin=parse_address(administers))
+        rule = f"--listen and --admin must differ, got {listens} and {administers}"
+        with pytest.raises(ConfigError) as caught:
+            bootstrap(settings_with(), options)
+
+        assert caught.value.problems == [rule]
+
+    def test_side_by_side(self) -> None:
+        """One port at two addresses of a machine is no matter."""
+        options = EnvoyOptions(listen=Address("10.0.0.1", 80), admin=Address("127.0.0.1", 80))
+
+        assert generated(settings_with(), options)
 
     @pytest.mark.parametrize(
         ("static", "discovery"),

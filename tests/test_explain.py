@@ -111,7 +111,7 @@ class TestExplain:
         said = " ".join(sentences(explained))
         assert "the pool is full: 100%, 2 in flight (10.0.0.1:8000 2 in flight, 100%)" in said
         assert "Ahead of it are 1 in band 10, 2 of its own flow, about 1 of other flows" in said
-        assert "is evicted in 59.0 s at the latest" in said
+        assert "; it is evicted in 59.0 s at the latest" in said
 
     def test_no_endpoints(self) -> None:
         """Comes before all else."""
@@ -213,8 +213,15 @@ class TestWords:
         """With the circumstances."""
         said = reason(Decision(1, outcome, 0, "a", 5 * SECOND, saturation=0.5, waiting=3))
 
-        assert said.endswith("(50% saturation, 3 left waiting)")
+        its = " with it" if outcome is Outcome.DISPATCHED else ""
+        assert said.endswith(f"(50% saturation{its}, 3 left waiting)")
         assert "{" not in said
+
+    def test_displaced(self) -> None:
+        """By whom is not known here: by a better band's, or by a flow with less waiting."""
+        decision = Decision(1, Outcome.EVICTED_DISPLACED, 0, "a", SECOND)
+
+        assert reason(decision).startswith("the queue was full, and it gave way to another after")
 
     def test_dispatched(self) -> None:
         """At once, or after a wait, against what was expected."""

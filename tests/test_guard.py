@@ -375,7 +375,7 @@ class TestHttp:
         shown = base64.b64encode(f"me:{TOKEN}".encode()).decode()
         async with self.client(secret) as client:
             basic = {"authorization": f"Basic {shown}"}
-            theirs = {"origin": "https://evil.example"}
             ours = {"origin": f"http://127.0.0.1:{client.port}"}
-            assert (await client.post("/", headers=basic | theirs)).status == 403
+            for theirs in ("https://evil.example", "null", "http://[bad"):
+                assert (await client.post("/", headers=basic | {"origin": theirs})).status == 403
             assert (await client.post("/", headers=basic | ours)).status == 200

@@ -1,6 +1,5 @@
 """The canonical line of a request."""
 
-import contextlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from flowcontrol.request import Outcome
 from server import logs
 from server.classify import RequestFacts
 from server.gate import Parked
+from server.log_sink import Sink
 
 MS = 1_000_000
 FACTS = RequestFacts(
@@ -59,11 +59,10 @@ def line_of(
 ) -> Any:
     """The one line that is written when such a request is over."""
     parked = Parked(7, FACTS, NoFuture(), decided_ns, left_ns)  # type: ignore[arg-type]  # unread
-    written = io.StringIO()
-    with contextlib.redirect_stderr(written):
-        log = logs.RequestLog(lambda _write: None)
-        log.request_ended(parked, decision, continue_on_fault=continue_on_fault)
-        log.write()
+    written = io.BytesIO()
+    log = logs.RequestLog(lambda _write: None, Sink(written))
+    log.request_ended(parked, decision, continue_on_fault=continue_on_fault)
+    log.write()
     line = json.loads(written.getvalue())
     assert line.pop("timestamp").endswith("Z")
     return line
@@ -150,44 +149,44 @@ class TestRequestEnded:
 class TestWriting:
     """Many at once."""
 
-    def test_together(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_together(self, capfd: pytest.CaptureFixture[str]) -> None:
         """The first that ends asks to be written soon; until then the others join it."""
         asked: list[Callable[[], None]] = []
         log = logs.RequestLog(asked.append)
         parked = Parked(7, FACTS, NoFuture(), 1, 2)  # type: ignore[arg-type]  # unread
         for request_id in range(3):
             log.request_ended(parked, replace(DISPATCHED, flow_id=f'"{request_id}\n\x00é'))
-        assert capsys.readouterr().err == ""
+        assert capfd.readouterr().err == ""
 
         (write,) = asked
         write()
-        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+        lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
         log.write()
 
         assert [line["flow_id"] for line in lines] == [f'"{number}\n\x00é' for number in range(3)]
-        assert capsys.readouterr().err == ""
+        assert capfd.readouterr().err == ""
         log.request_ended(parked, DISPATCHED)
         assert len(asked) == 2
 
-    def test_level(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_level(self, capfd: pytest.CaptureFixture[str]) -> None:
         """They are lines of level info."""
         logs.configure("warning")
         log = logs.RequestLog(lambda _write: None)
         log.request_ended(Parked(7, FACTS, NoFuture(), 1, 2), DISPATCHED)  # type: ignore[arg-type]  # unread
         log.write()
 
-        assert capsys.readouterr().err == ""
+        assert capfd.readouterr().err == ""
 
 
 class TestConfigure:
     """JSON on standard error."""
 
-    def test_a_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_line(self, capfd: pytest.CaptureFixture[str]) -> None:
         """A line is one JSON object with level, time in UTC, event and its keys."""
         logs.configure("info")
         structlog.get_logger().info("drain_began", budget_ms=1.5, flow_id='a"\n\x00é')
 
-        captured = capsys.readouterr()
+        captured = capfd.readouterr()
         line = json.loads(captured.err)
         assert captured.out == ""
         assert captured.err.count("\n") == 1
@@ -208,23 +207,23 @@ class TestConfigure:
             ("error", ["error"]),
         ],
     )
-    def test_levels(self, capsys: pytest.CaptureFixture[str], level: str, shown: list[str]) -> None:
+    def test_levels(self, capfd: pytest.CaptureFixture[str], level: str, shown: list[str]) -> None:
         """What is below the level is not written."""
         logs.configure(level)
         logger = structlog.get_logger()
         for each in ("debug", "info", "warning", "error"):
             getattr(logger, each)("event")
 
-        lines = capsys.readouterr().err.splitlines()
+        lines = capfd.readouterr().err.splitlines()
         assert shown == [json.loads(line)["level"] for line in lines]
 
-    def test_exceptions(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_exceptions(self, capfd: pytest.CaptureFixture[str]) -> None:
         """A fault is written with its traceback, on the same line."""
         logs.configure("error")
         fault = AssertionError("a request was lost")
         structlog.get_logger().critical("processor_failed", exc_info=fault)
 
-        captured = capsys.readouterr().err
+        captured = capfd.readouterr().err
         assert captured.count("\n") == 1
         (exception,) = json.loads(captured)["exception"]
         assert exception["exc_type"] == "AssertionError"

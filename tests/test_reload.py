@@ -59,7 +59,7 @@ async def followed(path: Path) -> AsyncIterator[tuple[Configuration, Told[Settin
     async def apply(settings: Settings) -> None:
         if settings.endpoints.static == ():
             address = "an endpoint"
-            raise ListenError(address)
+            raise ListenError(address, "in use")
         told.changed(settings)
 
     configuration = Configuration(load_settings(path), path, apply)
@@ -148,7 +148,7 @@ class TestChanges:
         path.unlink()
         path.symlink_to("elsewhere/flowcontrol.yaml")
         async with followed(path) as (configuration, _told):
-            await eventually(lambda: signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL)
+            await eventually(lambda: callable(signal.getsignal(signal.SIGHUP)))
             write(elsewhere / "flowcontrol.yaml", picker="least-loaded")
             os.kill(os.getpid(), signal.SIGHUP)
             await eventually(lambda: configuration.reload_count == 1)
@@ -208,6 +208,52 @@ class TestRejections:
             await eventually(lambda: not configuration.problems)
 
             assert (configuration.reload_count, configuration.rejection_count) == (1, 1)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"endpoints": {"file": "n" * 300}}, {"objectives": {"directory": "n" * 300}}],
+        ids=["endpoints", "objectives"],
+    )
+    async def test_not_to_be_looked_up(self, path: Path, changes: dict[str, Any]) -> None:
+        """A path that the system refuses to look at is rejected, and the file still followed."""
+        async with followed(path) as (configuration, _told):
+            write(path, **changes)
+            await eventually(lambda: configuration.rejection_count == 1)
+            write(path, picker="least-loaded")
+            await eventually(lambda: configuration.reload_count == 1)
+
+            assert configuration.problems == ()
+
+    async def test_pipe(self, path: Path) -> None:
+        """A pipe in the file's place is rejected, not waited for."""
+        async with followed(path) as (configuration, _told):
+            path.unlink()
+            os.mkfifo(path)
+            await eventually(lambda: configuration.rejection_count)
+            assert configuration.problems[0].endswith("cannot be read: not a regular file")
+            write(path, picker="least-loaded")
+            await eventually(lambda: configuration.reload_count == 1)
+
+    async def test_a_fault_of_ours(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the reading trips over is rejected and said once; the next file is read."""
+
+        def trip(_path: Path) -> Settings:
+            message = "unforeseen"
+            raise TypeError(message)
+
+        monkeypatch.setattr("server.reload.load_settings", trip)
+        with capture_logs() as lines:
+            async with followed(path) as (configuration, _told):
+                await eventually(lambda: configuration.rejection_count)
+                await configuration.read()
+                monkeypatch.undo()
+                write(path, picker="least-loaded")
+                await eventually(lambda: configuration.reload_count == 1)
+
+        rejected, changed = lines
+        assert rejected["problems"] == ["cannot be read: TypeError('unforeseen')"]
+        assert isinstance(rejected["exc_info"], TypeError)
+        assert changed["event"] == "configuration_changed"
 
     async def test_said_once(self, path: Path) -> None:
         """The same mistake is said once, however often the file is looked at."""

@@ -112,6 +112,12 @@ class TestTable:
         assert body["error"]["message"]
         assert body["error"]["message"][0].islower()
 
+    def test_displaced_by_whom(self) -> None:
+        """Whoever is displaced may have been so by an equal: no priority is claimed."""
+        message = REFUSALS[Outcome.EVICTED_DISPLACED].message
+
+        assert message == "the queue is full, and another request took the place"
+
     def test_dispatched(self) -> None:
         """A dispatched request goes on, with what the engine knows of it."""
         decision = replace(

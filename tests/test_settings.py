@@ -3,12 +3,14 @@
 Each file in bad_config/ makes one mistake and says in its first lines which words it expects.
 """
 
+import os
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from pydantic_core import PydanticCustomError
 
 from flowcontrol.config import (
     BandSettings,
@@ -37,12 +39,15 @@ endpoints: {static: ["127.0.0.1:8000"]}
 
 
 def expected_lines(path: Path) -> list[str]:
-    """The words that a bad configuration expects of check-config."""
+    """The words that a bad configuration expects of check-config, after the name of the file."""
     text = path.read_text(encoding="utf-8", errors="replace")
     comments = takewhile(lambda line: line.startswith("# expect: "), text.splitlines())
     lines = [line.removeprefix("# expect: ") for line in comments]
     return [
-        line.replace("{file}", str(path)).replace("{folder}", str(path.parent)) for line in lines
+        (line if line.startswith("{file}:") else f"{{file}}: {line}")
+        .replace("{file}", str(path))
+        .replace("{folder}", str(path.parent))
+        for line in lines
     ]
 
 
@@ -110,7 +115,10 @@ class TestBadConfig:
         assert result.stderr.count("\n") == 1
         assert result.exit_code == 2
 
-    @pytest.mark.parametrize("value", ["!!bool maybe", "0x_", "!!timestamp soon", "[" * 1000])
+    @pytest.mark.parametrize(
+        "value",
+        ["!!bool maybe", "0x_", "!!timestamp soon", "[" * 1000, "!!map [a]"],
+    )
     def test_what_trips_the_yaml_reader(self, config: Path, value: str) -> None:
         """Text that the YAML library stumbles over is the file's mistake, not a traceback."""
         config.write_text(f"{MINIMAL}picker: {value}\n")
@@ -118,6 +126,42 @@ class TestBadConfig:
         result = check(config)
 
         assert result.stderr.startswith(f"{config}: is not YAML: ")
+        assert result.exit_code == 2
+
+    @pytest.mark.parametrize(
+        ("where", "section"),
+        [
+            ("objectives.directory", "objectives: {directory: %s}"),
+            ("objectives.api.file", "objectives: {api: {file: %s}}"),
+            ("endpoints.file", "endpoints: {file: %s}"),
+            ("kubernetes.kubeconfig", "kubernetes: {kubeconfig: %s}"),
+            ("ledger.file", "ledger: {file: %s}"),
+            ("shadow.config", "shadow: {config: %s}"),
+            ("admin", "admin: {tokenFile: %s}"),
+            ("tls", "tls: {certificate: %s, key: %s}"),
+        ],
+    )
+    def test_what_the_system_will_not_look_up(self, config: Path, where: str, section: str) -> None:
+        """A path that the system refuses to look at is one mistake, with its reason."""
+        name = section.partition(":")[0]
+        kept = [line for line in MINIMAL.splitlines() if not line.startswith(name)]
+        config.write_text("\n".join([*kept, section.replace("%s", "n" * 300)]))
+
+        result = check(config)
+
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"{config}: {where}")
+        assert line.endswith("File name too long")
+        assert result.exit_code == 2
+
+    def test_pipe(self, tmp_path: Path) -> None:
+        """A pipe is not waited for: it might never end."""
+        path = tmp_path / "flowcontrol.yaml"
+        os.mkfifo(path)
+
+        result = check(path)
+
+        assert result.stderr == f"{path}: cannot be read: not a regular file\n"
         assert result.exit_code == 2
 
 
@@ -385,3 +429,25 @@ class TestAddress:
 
         assert address == Address(host, port)
         assert str(address) == text
+
+    @pytest.mark.parametrize(
+        "host",
+        [
+            *("256.1.1.1", "300.1.1.1", "1.2.3", "1.2.3.4.5", "01.2.3.4", "10"),
+            *("*", "a..b", ".a", "-a", "a-", "a%", "é", "user@host", "a" * 64, "a." * 127 + "a"),
+        ],
+    )
+    def test_no_host(self, host: str) -> None:
+        """What is neither an address nor a name that DNS could know is refused."""
+        with pytest.raises(PydanticCustomError, match="must be host:port"):
+            parse_address(f"{host}:80")
+
+    def test_ascii_digits(self) -> None:
+        """A port is written in ASCII."""
+        with pytest.raises(PydanticCustomError, match="must be host:port"):
+            parse_address("localhost:\N{ARABIC-INDIC DIGIT EIGHT}0")
+
+    @pytest.mark.parametrize("host", ["model_1", "a.b.", "xn--9ca.example", "10.a", "0.0.0.0"])
+    def test_host(self, host: str) -> None:
+        """Names as DNS and Compose have them."""
+        assert parse_address(f"{host}:80").host == host

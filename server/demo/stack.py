@@ -23,6 +23,7 @@ SEQUENCES_MAX = 16
 """What one model server batches, and therefore what it is sent at once."""
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
+_PORT_MAX = 65_535
 
 _CONFIG = """\
 # Written by `flowcontrol demo`: the configuration it runs with.
@@ -70,7 +71,15 @@ class Ports:
     servers: tuple[int, ...] = (8000, 8001, 8002)
 
     def shifted(self, offset: int) -> "Ports":
-        """Return the same ports, each higher by `offset`."""
+        """Return the same ports, each higher by `offset`.
+
+        Raises:
+            DemoError: then some would be none.
+        """
+        least, most = 1 - min(self.all()), _PORT_MAX - max(self.all())
+        if not least <= offset <= most:
+            message = f"--port-offset must be from {least} to {most}, got {offset}"
+            raise DemoError(message)
         return Ports(
             gated=self.gated + offset,
             bare=self.bare + offset,
