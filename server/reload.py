@@ -19,6 +19,8 @@ from server.settings import Settings, load_settings
 from server.settings_difference import differences, settings_hash
 from server.sources.watched import watch_folder
 
+_HANG_UPS_MAX = 2
+"""One that reads, and one that reads what has changed since."""
 _log = structlog.get_logger()
 
 
@@ -58,6 +60,8 @@ class Configuration:
 
         def hang_up() -> None:
             """Read, and keep hold of the task until it has."""
+            if len(hangups) == _HANG_UPS_MAX:
+                return
             task = in_background(self.read(), "configuration_not_read")
             hangups.add(task)
             task.add_done_callback(hangups.discard)

@@ -16,8 +16,8 @@ _SUFFIX = {
     **{letter: 1000**power for power, letter in enumerate("kMGTPE", 1)},
     **{f"{letter}i": 1024**power for power, letter in enumerate("KMGTPE", 1)},
 }
-_PART = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(ns|us|µs|ms|s|m|h)")
-_QUANTITY = re.compile(r"(\d+)(|[kMGTPE]|[KMGTPE]i)")
+_PART = re.compile(r"([0-9]+(?:[.][0-9]+)?|[.][0-9]+)(ns|us|µs|ms|s|m|h)")
+_QUANTITY = re.compile(r"([0-9]+)(|[kMGTPE]|[KMGTPE]i)")
 _LENGTH_MAX = 64
 
 

@@ -151,4 +151,4 @@ class TestCommand:
         result = CliRunner().invoke(main, ["diff-config", str(before), str(after)])
 
         assert result.exit_code == 2
-        assert result.stderr.startswith("picker must be 'off'")
+        assert result.stderr.startswith(f"{after}: picker must be 'off'")

@@ -45,6 +45,7 @@ class TestParseDuration:
         [
             *("", "5", "s", ".s", "-1s", "+1s", "1 s", " 1s", "1s ", "1s\n", "1S", "1d", "1.s"),
             *("1..5s", "1,5s", "1e3s", "infs", "nans", "0x1s", "1s2", "sixty", "1m-1s", "1_0s"),
+            "\N{ARABIC-INDIC DIGIT THREE}s",
             "9" * 64 + "s",
             "1" * 100_000 + "h",
             "1s" * 50_000,
@@ -127,7 +128,10 @@ class TestParseQuantity:
 
     @pytest.mark.parametrize(
         "text",
-        ["", "k", "-1", "+1", "1.5Gi", "1e3", "20K", "20ki", "4GB", "4 Gi", " 4", "4\n", "9" * 65],
+        [
+            *("", "k", "-1", "+1", "1.5Gi", "1e3", "20K", "20ki", "4GB", "4 Gi", " 4", "4\n"),
+            *("9" * 65, "\N{ARABIC-INDIC DIGIT THREE}k"),
+        ],
     )
     def test_everything_else(self, text: str) -> None:
         """What is no whole quantity is None."""
