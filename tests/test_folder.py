@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import pytest
 import structlog
@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 from server.sources.folder import MANIFEST_BYTES_MAX, ObjectiveFolder
+from server.yamlfile import read_documents
 
 NEW, OLD = "llm-d.ai/v1alpha2", "inference.networking.x-k8s.io/v1alpha2"
 TIMEOUT_S = 3.0
@@ -188,6 +189,8 @@ UNREADABLE = {
     "no boolean": b"kind: !!bool maybe",
     "no time": b"kind: !!timestamp soon",
     "nested too deep": b"[" * 1000,
+    "no mapping": b"pool: !!map [a]",
+    "no float": b"pool: 1" + b":59" * 200 + b".5",
 }
 
 
@@ -465,6 +468,28 @@ class TestFollow:
             (tmp_path / "chat.yaml").write_text(CHAT)
 
             await told.until({"chat": 10})
+
+    async def test_an_error_nobody_thought_of(
+        self, tmp_path: Path, folder: ObjectiveFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is the file's problem, told once; the others go on, also what changes after it."""
+
+        def read(path: Path) -> list[Any]:
+            if path.name == "bad.yaml":
+                message = "what\nnow"
+                raise ZeroDivisionError(message)
+            return read_documents(path)
+
+        monkeypatch.setattr("server.sources.folder.read_documents", read)
+        (tmp_path / "bad.yaml").touch()
+        (tmp_path / "chat.yaml").write_text(CHAT)
+        async with following(folder, tmp_path) as told:
+            (tmp_path / "chat.yaml").write_text(manifest("chat", 11))
+            await told.until({"chat": 11})
+
+        problem = f"{tmp_path}/bad.yaml: cannot be read: ZeroDivisionError: what now"
+        assert folder.problems == {"bad.yaml": problem}
+        assert folder.error_count == 1
 
     async def test_changes_since_the_last_read(
         self, tmp_path: Path, folder: ObjectiveFolder

@@ -12,7 +12,7 @@ from typing import final
 
 import structlog
 
-from flowcontrol.errors import ConfigError
+from server.sources.mistakes import told
 from server.sources.objectives import (
     OBJECTIVES_MAX,
     MalformedObjectiveError,
@@ -65,8 +65,8 @@ class ObjectiveFolder:
         for path in paths:
             try:
                 self._last_good[path] = _read_file(path, self._pool)
-            except MalformedObjectiveError as error:
-                problems[path] = str(error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+                problems[path] = told(error, path)
         declared = {path: self._last_good.get(path, []) for path in paths}
         self._complain({**_repeated(declared), **problems})
         self._known = dict(priorities_of(chain.from_iterable(declared.values())))
@@ -112,18 +112,11 @@ def _read_file(path: Path, pool: str) -> list[Objective]:
     if path.exists() and not path.is_file() and not path.is_dir():
         message = f"{path}: cannot be read: not a regular file"  # a pipe would never end
         raise MalformedObjectiveError(message)
-    try:
-        size = path.stat().st_size
-        if size > MANIFEST_BYTES_MAX:
-            message = f"must be at most {MANIFEST_BYTES_MAX} bytes, got {size}"
-            raise MalformedObjectiveError(message)
-        documents = read_documents(path)
-    except OSError as error:
-        message = f"{path}: cannot be read: {error.strerror}"
-        raise MalformedObjectiveError(message) from error
-    except ConfigError as error:
-        raise MalformedObjectiveError(str(error)) from error
-    read = [read_objective(document, pool) for document in documents]
+    size = path.stat().st_size
+    if size > MANIFEST_BYTES_MAX:
+        message = f"must be at most {MANIFEST_BYTES_MAX} bytes, got {size}"
+        raise MalformedObjectiveError(message)
+    read = [read_objective(document, pool) for document in read_documents(path)]
     objectives = [objective for objective in read if objective is not None]
     if len(objectives) > OBJECTIVES_MAX:
         message = f"must declare at most {OBJECTIVES_MAX} objectives, got {len(objectives)}"
