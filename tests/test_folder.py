@@ -238,6 +238,53 @@ class TestMistakes:
         assert folder.read() == {"chat": 20}
         assert folder.error_count == 1
 
+    @pytest.mark.parametrize(
+        "text",
+        ["", "# later\n", "kind: ConfigMap\n", CHAT.replace("llama", "lla"), CHAT[:35], CHAT[:7]],
+        ids=["emptied", "comment", "kind", "pool", "half a kind", "half a line"],
+    )
+    def test_none_left(self, tmp_path: Path, folder: ObjectiveFolder, text: str) -> None:
+        """A file that has declared objectives and declares none is taken for half written."""
+        path = tmp_path / "chat.yaml"
+        path.write_text(CHAT)
+        folder.read()
+        path.write_text(text)
+
+        assert [folder.read(), folder.read()] == [{"chat": 10}] * 2
+        assert list(folder.problems) == ["chat.yaml"]
+        assert folder.error_count == 1
+        path.unlink()
+        assert folder.read() == {}
+        assert folder.problems == {}
+
+    def test_every_half(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """However little of a file has been written, what it declared stays."""
+        path = tmp_path / "chat.yaml"
+        path.write_text(CHAT)
+        folder.read()
+        known = []
+        with capture_logs():
+            for length in range(len(CHAT)):
+                path.write_text(CHAT[:length])
+                known.append(folder.read())
+
+        assert known == [{"chat": 10}] * len(CHAT)
+
+    def test_half_a_kind(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """So it is in the last of several documents; one that is gone as a whole is gone."""
+        path = tmp_path / "all.yaml"
+        path.write_text(CHAT + "---\n" + manifest("batch", 2))
+        folder.read()
+        path.write_text(CHAT + f"---\napiVersion: {NEW}\nkind: Infer")
+        assert folder.read() == {"chat": 10, "batch": 2}
+        assert folder.problems == {
+            "all.yaml": "kind must be InferenceObjective, or another in full, got 'Infer'"
+        }
+        path.write_text(CHAT)
+
+        assert folder.read() == {"chat": 10}
+        assert folder.problems == {}
+
     def test_last_good_goes_with_its_file(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
         """What a removed file once said does not count when it comes back bad."""
         path = tmp_path / "chat.yaml"

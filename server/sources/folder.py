@@ -1,7 +1,8 @@
 """InferenceObjectives from a folder of manifests, followed live.
 
 A mistake in one manifest never takes the others down: what that file last said keeps counting, and
-the mistake is reported until it is mended. The same holds for the folder itself.
+the mistake is reported until it is mended. The same holds for the folder itself, and for a file
+that declared objectives and now declares none: that is how one looks that is being written.
 """
 
 import asyncio
@@ -25,6 +26,9 @@ from server.yamlfile import read_documents
 
 MANIFEST_BYTES_MAX = 2**20
 """As much as a ConfigMap holds."""
+EMPTIED = (
+    "declares no objective of this pool any more; what it declared counts until the file is removed"
+)
 _log = structlog.get_logger()
 
 
@@ -64,9 +68,14 @@ class ObjectiveFolder:
             del self._last_good[gone]
         for path in paths:
             try:
-                self._last_good[path] = _read_file(path, self._pool)
+                objectives = _read_file(path, self._pool)
             except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
                 problems[path] = told(error, path)
+                continue
+            if self._last_good.get(path) and not objectives:
+                problems[path] = EMPTIED
+            else:
+                self._last_good[path] = objectives
         declared = {path: self._last_good.get(path, []) for path in paths}
         self._complain({**_repeated(declared), **problems})
         self._known = dict(priorities_of(chain.from_iterable(declared.values())))

@@ -62,7 +62,11 @@ def read_objective(document: Any, pool: str) -> Objective | None:
     if not isinstance(document, dict) or "kind" not in document:
         message = "every document must be a mapping with apiVersion and kind"
         raise MalformedObjectiveError(message)
-    if document["kind"] != KIND:
+    kind = document["kind"]
+    if kind != KIND:
+        if KIND.startswith(str(kind or "")):  # half written
+            message = f"kind must be {KIND}, or another in full, got {kind!r}"
+            raise MalformedObjectiveError(message)
         return None
     group = document.get("apiVersion")
     if group not in GROUPS:
