@@ -95,13 +95,29 @@ class TestRead:
         assert folder.read() == {"chat": 10}
         assert folder.error_count == 0
 
-    def test_fields_of_later_versions(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
-        """Fields and metadata that we do not know are let be."""
-        text = CHAT + "  ttft: 300ms\nstatus:\n  conditions: []\n"
-        (tmp_path / "chat.yaml").write_text(text.replace("name: chat", "name: chat\n  labels: {}"))
+    def test_fields_not_known(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """Metadata and status are let be; a field of the spec that is not known is told.
 
+        It may be of a later version, so the objective counts; or misspelt, so it is said.
+        """
+        path = tmp_path / "chat.yaml"
+        text = CHAT + "status:\n  conditions: []\n"
+        path.write_text(text.replace("name: chat", "name: chat\n  labels: {}"))
         assert folder.read() == {"chat": 10}
         assert folder.error_count == 0
+
+        path.write_text(CHAT.replace("priority", "priorty"))
+        assert [folder.read(), folder.read()] == [{"chat": 0}] * 2
+        assert folder.problems == {
+            "chat.yaml": "'chat' counts without spec.priorty, which is not known"
+        }
+        assert folder.error_count == 1
+
+        path.write_text(CHAT.replace("priority", "ttft: 1\n  priorty"))
+        assert folder.read() == {"chat": 0}
+        assert folder.problems == {
+            "chat.yaml": "'chat' counts without spec.ttft, which is not known, and 1 more"
+        }
 
     def test_removal(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
         """An objective is gone with its file."""
@@ -142,6 +158,10 @@ BAD = {
     "no mapping": ("- a\n", "every document must be a mapping with apiVersion and kind"),
     "text": ("chat\n", "every document must be a mapping with apiVersion and kind"),
     "no kind": ("apiVersion: v1\n", "every document must be a mapping with apiVersion and kind"),
+    "kind in other letters": (
+        CHAT.replace("InferenceObjective", "inferenceobjective"),
+        "kind must be InferenceObjective, or another in full, got 'inferenceobjective'",
+    ),
     "version": (
         CHAT.replace("v1alpha2", "v9"),
         f"apiVersion must be one of {NEW}, {OLD}, got 'llm-d.ai/v9'",

@@ -77,7 +77,7 @@ class ObjectiveFolder:
             else:
                 self._last_good[path] = objectives
         declared = {path: self._last_good.get(path, []) for path in paths}
-        self._complain({**_repeated(declared), **problems})
+        self._complain({**_oddities(declared), **problems})
         self._known = dict(priorities_of(chain.from_iterable(declared.values())))
         return self._known
 
@@ -101,19 +101,24 @@ class ObjectiveFolder:
         self.problems = {path.name: problem for path, problem in problems.items()}
 
 
-def _repeated(declared: Mapping[Path, Iterable[Objective]]) -> dict[Path, str]:
-    """Return what is wrong with files that declare what has been declared in the same group."""
+def _oddities(declared: Mapping[Path, Iterable[Objective]]) -> dict[Path, str]:
+    """Return what is wrong with files that count all the same.
+
+    They declare what has been declared in the same group, or have keys that are not known.
+    """
     first: dict[tuple[str, str], Path] = {}
-    repeated: dict[Path, list[str]] = {}
+    oddities: dict[Path, list[str]] = {}
     for path, objectives in declared.items():
-        for name, _priority, group in objectives:
+        for name, _priority, group, unknown in objectives:
+            texts = oddities.setdefault(path, [])
             if (name, group) in first:
-                text = f"{name!r} is declared in {first[name, group].name} already"
-                repeated.setdefault(path, []).append(text)
+                texts.append(f"{name!r} is declared in {first[name, group].name} already")
+            texts += (f"{name!r} counts without spec.{key}, which is not known" for key in unknown)
             first.setdefault((name, group), path)
     return {
         path: texts[0] if len(texts) == 1 else f"{texts[0]}, and {len(texts) - 1} more"
-        for path, texts in repeated.items()
+        for path, texts in oddities.items()
+        if texts
     }
 
 
