@@ -11,6 +11,7 @@ from flowcontrol.errors import ConfigError
 from server.sources.endpoint_file import (
     ENDPOINTS_MAX,
     FILE_BYTES_MAX,
+    TOLD_MAX,
     EndpointFile,
     read_endpoints,
 )
@@ -66,7 +67,14 @@ class TestRead:
         """Each way to write an endpoint is read."""
         path.write_text(text)
 
-        assert read_endpoints(path) == expected
+        assert read_endpoints(path) == (expected, ())
+
+    def test_a_key_not_known(self, path: Path) -> None:
+        """A key that says nothing to us is told, as it may be misspelt; the endpoint counts."""
+        path.write_text("- {address: 10.0.0.5, port: 8000, rol: prefill}\n- 10.0.0.6:8000")
+
+        oddity = f"{path}: [0] counts without rol, which is not known"
+        assert read_endpoints(path) == ((A, B), (oddity,))
 
     @pytest.mark.parametrize(
         ("text", "problem"),
@@ -134,6 +142,27 @@ class TestFollow:
             await told.until_equal(())
 
             assert told.news == [(A,), (A, B), ()]
+
+    async def test_oddities(self, path: Path) -> None:
+        """What is odd in a file that counts is told and counted once, until it is mended."""
+        path.write_text("- {address: 10.0.0.5, port: 8000, rol: prefill}")
+        told: Told[Endpoints] = Told()
+        source = EndpointFile(path)
+        async with following(source, told):
+            await told.until_equal((A,))
+            problem = f"{path}: [0] counts without rol, which is not known"
+            assert source.problems == {path.name: problem}
+            replace(path, f"- {{address: 10.0.0.5, port: 8000, rol: prefill}}\n- {B.address}")
+            await told.until_equal((A, B))
+            assert source.error_count == 1
+            replace(path, f"- {B.address}")
+            await told.until_equal((B,))
+            assert source.problems == {}
+            replace(path, "[" + "a, " * (TOLD_MAX + 2) + "]")
+            await eventually(lambda: source.problems)
+
+            lines = source.problems[path.name].splitlines()
+            assert (len(lines), lines[-1]) == (TOLD_MAX + 1, "and 2 more")
 
     async def test_mistakes_change_nothing(self, path: Path) -> None:
         """A bad file, or none, leaves what was last good in force; said once until it changes."""

@@ -10,9 +10,9 @@ A mapping with the list under `endpoints`, as llm-d-router's file discovery has 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import structlog
 from pydantic_core import PydanticCustomError
@@ -27,7 +27,19 @@ from server.yamlfile import read_documents
 FILE_BYTES_MAX = 2**20
 ENDPOINTS_MAX = 10_000
 """More than this many are a mistake."""
+TOLD_MAX = 10
+"""Of more mistakes than this in one file the rest is told as a number."""
+KEYS = ("name", "namespace", "address", "port", "labels", "role")
+"""What an entry may say."""
 _log = structlog.get_logger()
+
+
+class Listed(NamedTuple):
+    """What a file lists."""
+
+    endpoints: tuple[Endpoint, ...]
+    oddities: tuple[str, ...] = ()
+    """What is wrong with it, though it counts."""
 
 
 @final
@@ -54,26 +66,33 @@ class EndpointFile:
 
     async def _look(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
         try:
-            endpoints = await asyncio.to_thread(read_endpoints, self._path)
+            endpoints, oddities = await asyncio.to_thread(read_endpoints, self._path)
         except ConfigError as error:
-            if self.problems.get(self._path.name) != str(error):
-                self.error_count += 1
-                self.problems[self._path.name] = str(error)
-                _log.error("endpoints_rejected", file=str(self._path), problem=str(error))
+            self._complain(error.problems)
             return
-        self.problems.clear()
+        self._complain(oddities)
         if endpoints != self._known:
             self._known = endpoints
             changed(endpoints)
 
+    def _complain(self, problems: Sequence[str]) -> None:
+        """Say and count what was not wrong before, or otherwise."""
+        more = [f"and {len(problems) - TOLD_MAX} more"] if len(problems) > TOLD_MAX else []
+        problem, name = "\n".join([*problems[:TOLD_MAX], *more]), self._path.name
+        if problem and self.problems.get(name) != problem:
+            self.error_count += 1
+            _log.error("endpoints_rejected", file=str(self._path), problem=problem)
+        self.problems = {name: problem} if problem else {}
 
-def read_endpoints(path: Path) -> tuple[Endpoint, ...]:
+
+def read_endpoints(path: Path) -> Listed:
     """Read a file of endpoints.
 
     Raises:
-        ConfigError: naming every mistake in it.
+        ConfigError: naming every mistake for which it does not count.
     """
     problems: list[str] = []
+    oddities: list[str] = []
     endpoints: dict[str, Endpoint] = {}
     for index, entry in enumerate(_entries(path)):
         try:
@@ -81,13 +100,17 @@ def read_endpoints(path: Path) -> tuple[Endpoint, ...]:
         except ValueError as error:
             problems.append(f"{path}: [{index}] {error}, got {entry!r}")
             continue
+        unknown = [str(key) for key in entry if key not in KEYS] if isinstance(entry, dict) else ()
+        oddities += (
+            f"{path}: [{index}] counts without {key}, which is not known" for key in unknown
+        )
         if endpoint is not None and endpoint.address in endpoints:
             problems.append(f"{path}: [{index}] must not come again, got {endpoint.address}")
         elif endpoint is not None:
             endpoints[endpoint.address] = endpoint
     if problems:
         raise ConfigError(problems)
-    return tuple(endpoints.values())
+    return Listed(tuple(endpoints.values()), tuple(oddities))
 
 
 def _entries(path: Path) -> list[Any]:
