@@ -1,6 +1,7 @@
 """Endpoints from a file: what may stand in it, and following it."""
 
 import os
+from errno import EACCES
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from server.sources.endpoint_file import (
     FILE_BYTES_MAX,
     TOLD_MAX,
     EndpointFile,
+    Listed,
     read_endpoints,
 )
 from server.sources.endpoints import Endpoint
@@ -142,6 +144,37 @@ class TestFollow:
             await told.until_equal(())
 
             assert told.news == [(A,), (A, B), ()]
+
+    async def test_a_folder_that_may_not_be_entered(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was last good stays in force; that is told and counted once, until it is mended."""
+        path.write_text(f"- {A.address}")
+        told: Told[Endpoints] = Told()
+        source = EndpointFile(path, look_again_ms=50)
+        looks = 0
+
+        def refuse(_path: Path) -> Listed:
+            nonlocal looks
+            looks += 1
+            raise PermissionError(EACCES, os.strerror(EACCES))
+
+        async with following(source, told):
+            await told.until_equal((A,))
+            with monkeypatch.context() as patch:
+                patch.setattr("server.sources.endpoint_file.read_endpoints", refuse)
+                replace(path, f"- {B.address}")
+                problem = f"{path}: cannot be read: Permission denied"
+                await eventually(lambda: source.problems == {path.name: problem})
+                looks = 0
+                replace(path, f"- {B.address}")
+                await eventually(lambda: looks)
+            assert source.error_count == 1
+            assert told.news == [(A,)]
+            replace(path, f"- {B.address}")
+            await told.until_equal((B,))
+
+            assert source.problems == {}
 
     async def test_oddities(self, path: Path) -> None:
         """What is odd in a file that counts is told and counted once, until it is mended."""

@@ -21,6 +21,7 @@ from flowcontrol.config import Role
 from flowcontrol.errors import ConfigError
 from server.addresses import parse_address
 from server.sources.endpoints import ROLE_LABEL, Endpoint, role_of_label
+from server.sources.mistakes import told
 from server.sources.watched import LOOK_AGAIN_MS, watch_folder
 from server.yamlfile import read_documents
 
@@ -69,6 +70,9 @@ class EndpointFile:
             endpoints, oddities = await asyncio.to_thread(read_endpoints, self._path)
         except ConfigError as error:
             self._complain(error.problems)
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it is, the file is to blame
+            self._complain([told(error, self._path)])
             return
         self._complain(oddities)
         if endpoints != self._known:
