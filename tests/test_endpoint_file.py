@@ -71,6 +71,18 @@ class TestRead:
 
         assert read_endpoints(path) == (expected, ())
 
+    def test_host_names(self, path: Path) -> None:
+        """Where endpoints are picked, those that Envoy would not find are left out, and told."""
+        path.write_text(f"[vllm.test:1, {A.address}, '[fd00::5]:1', {{address: b, port: 2}}]")
+
+        endpoints, oddities = read_endpoints(path, are_picked=True)
+        assert endpoints == (A, Endpoint("[fd00::5]:1"))
+        rule = "is left out, as it must have an IP address while picker is least-loaded"
+        assert oddities == (
+            f"{path}: [0] {rule}, got vllm.test:1",
+            f"{path}: [3] {rule}, got b:2",
+        )
+
     def test_a_key_not_known(self, path: Path) -> None:
         """A key that says nothing to us is told, as it may be misspelt; the endpoint counts."""
         path.write_text("- {address: 10.0.0.5, port: 8000, rol: prefill}\n- 10.0.0.6:8000")
@@ -154,7 +166,7 @@ class TestFollow:
         source = EndpointFile(path, look_again_ms=50)
         looks = 0
 
-        def refuse(_path: Path) -> Listed:
+        def refuse(_path: Path, **_settings: bool) -> Listed:
             nonlocal looks
             looks += 1
             raise PermissionError(EACCES, os.strerror(EACCES))

@@ -49,15 +49,20 @@ class EndpointFile:
 
     Args:
         path: of the file. Its folder is what is watched: a file that is replaced is another file.
+        are_picked: whether this service chooses among them; then those with host names are left
+            out, as Envoy knows a picked endpoint by its IP address alone.
         look_again_ms: how often to see whether the folder is still the one watched.
     """
 
-    def __init__(self, path: Path, look_again_ms: int = LOOK_AGAIN_MS) -> None:
+    def __init__(
+        self, path: Path, *, are_picked: bool = False, look_again_ms: int = LOOK_AGAIN_MS
+    ) -> None:
         self.error_count = 0
         """Mistakes met since the start."""
         self.problems: dict[str, str] = {}
         """The mistake that now stands, by file name."""
         self._path = path
+        self._are_picked = are_picked
         self._look_again_ms = look_again_ms
         self._known: tuple[Endpoint, ...] | None = None
 
@@ -67,7 +72,9 @@ class EndpointFile:
 
     async def _look(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
         try:
-            endpoints, oddities = await asyncio.to_thread(read_endpoints, self._path)
+            endpoints, oddities = await asyncio.to_thread(
+                read_endpoints, self._path, are_picked=self._are_picked
+            )
         except ConfigError as error:
             self._complain(error.problems)
             return
@@ -89,8 +96,8 @@ class EndpointFile:
         self.problems = {name: problem} if problem else {}
 
 
-def read_endpoints(path: Path) -> Listed:
-    """Read a file of endpoints.
+def read_endpoints(path: Path, *, are_picked: bool = False) -> Listed:
+    """Read a file of endpoints; those with host names are left out if endpoints are picked.
 
     Raises:
         ConfigError: naming every mistake for which it does not count.
@@ -110,6 +117,11 @@ def read_endpoints(path: Path) -> Listed:
         )
         if endpoint is not None and endpoint.address in endpoints:
             problems.append(f"{path}: [{index}] must not come again, got {endpoint.address}")
+        elif endpoint is not None and are_picked and not parse_address(endpoint.address).is_ip:
+            oddities.append(
+                f"{path}: [{index}] is left out, as it must have an IP address while picker is "
+                f"least-loaded, got {endpoint.address}"
+            )
         elif endpoint is not None:
             endpoints[endpoint.address] = endpoint
     if problems:
