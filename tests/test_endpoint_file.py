@@ -1,6 +1,7 @@
 """Endpoints from a file: what may stand in it, and following it."""
 
 import os
+from errno import EACCES
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from flowcontrol.errors import ConfigError
 from server.sources.endpoint_file import (
     ENDPOINTS_MAX,
     FILE_BYTES_MAX,
+    TOLD_MAX,
     EndpointFile,
+    Listed,
     read_endpoints,
 )
 from server.sources.endpoints import Endpoint
@@ -66,7 +69,26 @@ class TestRead:
         """Each way to write an endpoint is read."""
         path.write_text(text)
 
-        assert read_endpoints(path) == expected
+        assert read_endpoints(path) == (expected, ())
+
+    def test_host_names(self, path: Path) -> None:
+        """Where endpoints are picked, those that Envoy would not find are left out, and told."""
+        path.write_text(f"[vllm.test:1, {A.address}, '[fd00::5]:1', {{address: b, port: 2}}]")
+
+        endpoints, oddities = read_endpoints(path, are_picked=True)
+        assert endpoints == (A, Endpoint("[fd00::5]:1"))
+        rule = "is left out, as it must have an IP address while picker is least-loaded"
+        assert oddities == (
+            f"{path}: [0] {rule}, got vllm.test:1",
+            f"{path}: [3] {rule}, got b:2",
+        )
+
+    def test_a_key_not_known(self, path: Path) -> None:
+        """A key that says nothing to us is told, as it may be misspelt; the endpoint counts."""
+        path.write_text("- {address: 10.0.0.5, port: 8000, rol: prefill}\n- 10.0.0.6:8000")
+
+        oddity = f"{path}: [0] counts without rol, which is not known"
+        assert read_endpoints(path) == ((A, B), (oddity,))
 
     @pytest.mark.parametrize(
         ("text", "problem"),
@@ -134,6 +156,58 @@ class TestFollow:
             await told.until_equal(())
 
             assert told.news == [(A,), (A, B), ()]
+
+    async def test_a_folder_that_may_not_be_entered(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was last good stays in force; that is told and counted once, until it is mended."""
+        path.write_text(f"- {A.address}")
+        told: Told[Endpoints] = Told()
+        source = EndpointFile(path, look_again_ms=50)
+        looks = 0
+
+        def refuse(_path: Path, **_settings: bool) -> Listed:
+            nonlocal looks
+            looks += 1
+            raise PermissionError(EACCES, os.strerror(EACCES))
+
+        async with following(source, told):
+            await told.until_equal((A,))
+            with monkeypatch.context() as patch:
+                patch.setattr("server.sources.endpoint_file.read_endpoints", refuse)
+                replace(path, f"- {B.address}")
+                problem = f"{path}: cannot be read: Permission denied"
+                await eventually(lambda: source.problems == {path.name: problem})
+                looks = 0
+                replace(path, f"- {B.address}")
+                await eventually(lambda: looks)
+            assert source.error_count == 1
+            assert told.news == [(A,)]
+            replace(path, f"- {B.address}")
+            await told.until_equal((B,))
+
+            assert source.problems == {}
+
+    async def test_oddities(self, path: Path) -> None:
+        """What is odd in a file that counts is told and counted once, until it is mended."""
+        path.write_text("- {address: 10.0.0.5, port: 8000, rol: prefill}")
+        told: Told[Endpoints] = Told()
+        source = EndpointFile(path)
+        async with following(source, told):
+            await told.until_equal((A,))
+            problem = f"{path}: [0] counts without rol, which is not known"
+            assert source.problems == {path.name: problem}
+            replace(path, f"- {{address: 10.0.0.5, port: 8000, rol: prefill}}\n- {B.address}")
+            await told.until_equal((A, B))
+            assert source.error_count == 1
+            replace(path, f"- {B.address}")
+            await told.until_equal((B,))
+            assert source.problems == {}
+            replace(path, "[" + "a, " * (TOLD_MAX + 2) + "]")
+            await eventually(lambda: source.problems)
+
+            lines = source.problems[path.name].splitlines()
+            assert (len(lines), lines[-1]) == (TOLD_MAX + 1, "and 2 more")
 
     async def test_mistakes_change_nothing(self, path: Path) -> None:
         """A bad file, or none, leaves what was last good in force; said once until it changes."""

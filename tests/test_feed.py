@@ -134,6 +134,21 @@ class TestApply:
 
             assert latest(told)[0] == ("127.0.0.1:8000",)
 
+    async def test_host_names_in_a_file(self, tmp_path: Path) -> None:
+        """They are endpoints as long as this service does not pick: with the picker, a problem."""
+        file = tmp_path / "endpoints"
+        file.write_text("[vllm.test:1, 127.0.0.1:8009]")
+        endpoints = {"file": str(file)}
+        async with feeding(settings(endpoints=endpoints)) as (feed, told):
+            assert latest(told)[0] == ("127.0.0.1:8009", "vllm.test:1")
+            await feed.apply(settings(endpoints=endpoints, picker="least-loaded"))
+            await told.until(lambda _fact: latest(told)[0] == ("127.0.0.1:8009",))
+
+            [(source, about, problem)] = feed.problems()
+            assert (source, about) == ("endpoints.file", "endpoints")
+            assert problem.endswith("while picker is least-loaded, got vllm.test:1")
+            assert feed.error_counts()["endpoints.file"] == 1
+
     async def test_what_stays_is_not_disturbed(self) -> None:
         """A source whose settings are the same goes on, with what it holds."""
         async with feeding(settings()) as (feed, told):

@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import pytest
 import structlog
@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 from server.sources.folder import MANIFEST_BYTES_MAX, ObjectiveFolder
+from server.yamlfile import read_documents
 
 NEW, OLD = "llm-d.ai/v1alpha2", "inference.networking.x-k8s.io/v1alpha2"
 TIMEOUT_S = 3.0
@@ -94,13 +95,29 @@ class TestRead:
         assert folder.read() == {"chat": 10}
         assert folder.error_count == 0
 
-    def test_fields_of_later_versions(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
-        """Fields and metadata that we do not know are let be."""
-        text = CHAT + "  ttft: 300ms\nstatus:\n  conditions: []\n"
-        (tmp_path / "chat.yaml").write_text(text.replace("name: chat", "name: chat\n  labels: {}"))
+    def test_fields_not_known(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """Metadata and status are let be; a field of the spec that is not known is told.
 
+        It may be of a later version, so the objective counts; or misspelt, so it is said.
+        """
+        path = tmp_path / "chat.yaml"
+        text = CHAT + "status:\n  conditions: []\n"
+        path.write_text(text.replace("name: chat", "name: chat\n  labels: {}"))
         assert folder.read() == {"chat": 10}
         assert folder.error_count == 0
+
+        path.write_text(CHAT.replace("priority", "priorty"))
+        assert [folder.read(), folder.read()] == [{"chat": 0}] * 2
+        assert folder.problems == {
+            "chat.yaml": "'chat' counts without spec.priorty, which is not known"
+        }
+        assert folder.error_count == 1
+
+        path.write_text(CHAT.replace("priority", "ttft: 1\n  priorty"))
+        assert folder.read() == {"chat": 0}
+        assert folder.problems == {
+            "chat.yaml": "'chat' counts without spec.ttft, which is not known, and 1 more"
+        }
 
     def test_removal(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
         """An objective is gone with its file."""
@@ -141,6 +158,10 @@ BAD = {
     "no mapping": ("- a\n", "every document must be a mapping with apiVersion and kind"),
     "text": ("chat\n", "every document must be a mapping with apiVersion and kind"),
     "no kind": ("apiVersion: v1\n", "every document must be a mapping with apiVersion and kind"),
+    "kind in other letters": (
+        CHAT.replace("InferenceObjective", "inferenceobjective"),
+        "kind must be InferenceObjective, or another in full, got 'inferenceobjective'",
+    ),
     "version": (
         CHAT.replace("v1alpha2", "v9"),
         f"apiVersion must be one of {NEW}, {OLD}, got 'llm-d.ai/v9'",
@@ -188,6 +209,8 @@ UNREADABLE = {
     "no boolean": b"kind: !!bool maybe",
     "no time": b"kind: !!timestamp soon",
     "nested too deep": b"[" * 1000,
+    "no mapping": b"pool: !!map [a]",
+    "no float": b"pool: 1" + b":59" * 200 + b".5",
 }
 
 
@@ -234,6 +257,53 @@ class TestMistakes:
         path.write_text(manifest("chat", 20))
         assert folder.read() == {"chat": 20}
         assert folder.error_count == 1
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "# later\n", "kind: ConfigMap\n", CHAT.replace("llama", "lla"), CHAT[:35], CHAT[:7]],
+        ids=["emptied", "comment", "kind", "pool", "half a kind", "half a line"],
+    )
+    def test_none_left(self, tmp_path: Path, folder: ObjectiveFolder, text: str) -> None:
+        """A file that has declared objectives and declares none is taken for half written."""
+        path = tmp_path / "chat.yaml"
+        path.write_text(CHAT)
+        folder.read()
+        path.write_text(text)
+
+        assert [folder.read(), folder.read()] == [{"chat": 10}] * 2
+        assert list(folder.problems) == ["chat.yaml"]
+        assert folder.error_count == 1
+        path.unlink()
+        assert folder.read() == {}
+        assert folder.problems == {}
+
+    def test_every_half(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """However little of a file has been written, what it declared stays."""
+        path = tmp_path / "chat.yaml"
+        path.write_text(CHAT)
+        folder.read()
+        known = []
+        with capture_logs():
+            for length in range(len(CHAT)):
+                path.write_text(CHAT[:length])
+                known.append(folder.read())
+
+        assert known == [{"chat": 10}] * len(CHAT)
+
+    def test_half_a_kind(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
+        """So it is in the last of several documents; one that is gone as a whole is gone."""
+        path = tmp_path / "all.yaml"
+        path.write_text(CHAT + "---\n" + manifest("batch", 2))
+        folder.read()
+        path.write_text(CHAT + f"---\napiVersion: {NEW}\nkind: Infer")
+        assert folder.read() == {"chat": 10, "batch": 2}
+        assert folder.problems == {
+            "all.yaml": "kind must be InferenceObjective, or another in full, got 'Infer'"
+        }
+        path.write_text(CHAT)
+
+        assert folder.read() == {"chat": 10}
+        assert folder.problems == {}
 
     def test_last_good_goes_with_its_file(self, tmp_path: Path, folder: ObjectiveFolder) -> None:
         """What a removed file once said does not count when it comes back bad."""
@@ -465,6 +535,28 @@ class TestFollow:
             (tmp_path / "chat.yaml").write_text(CHAT)
 
             await told.until({"chat": 10})
+
+    async def test_an_error_nobody_thought_of(
+        self, tmp_path: Path, folder: ObjectiveFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is the file's problem, told once; the others go on, also what changes after it."""
+
+        def read(path: Path) -> list[Any]:
+            if path.name == "bad.yaml":
+                message = "what\nnow"
+                raise ZeroDivisionError(message)
+            return read_documents(path)
+
+        monkeypatch.setattr("server.sources.folder.read_documents", read)
+        (tmp_path / "bad.yaml").touch()
+        (tmp_path / "chat.yaml").write_text(CHAT)
+        async with following(folder, tmp_path) as told:
+            (tmp_path / "chat.yaml").write_text(manifest("chat", 11))
+            await told.until({"chat": 11})
+
+        problem = f"{tmp_path}/bad.yaml: cannot be read: ZeroDivisionError: what now"
+        assert folder.problems == {"bad.yaml": problem}
+        assert folder.error_count == 1
 
     async def test_changes_since_the_last_read(
         self, tmp_path: Path, folder: ObjectiveFolder

@@ -133,19 +133,22 @@ class TestFile:
         assert await kept(file) == {}
         assert await kept(None) == {}
 
-    async def test_a_bad_file_is_left_alone(self, file: Path) -> None:
+    @pytest.mark.parametrize(
+        ("text", "problem"), [("[", "is not YAML"), ("a: !!map [b]", "objectives.yaml:")]
+    )
+    async def test_a_bad_file_is_left_alone(self, file: Path, text: str, problem: str) -> None:
         """A file that cannot be read is not written over; that is shown."""
-        file.write_text("[")
+        file.write_text(text)
         store, told = ObjectiveStore(file, "llama"), Told[Priorities]()
         async with following(store, told):
             await eventually(lambda: store.problems)
-            with pytest.raises(OSError, match="is not YAML"):
+            with pytest.raises(OSError, match=problem):
                 await store.put("chat", 10)
-            with pytest.raises(OSError, match="is not YAML"):
+            with pytest.raises(OSError, match=problem):
                 await store.delete("chat")
 
         assert told.news == [], "what was in force before stays"
-        assert file.read_text() == "["
+        assert file.read_text() == text
         assert (store.error_count, list(store.problems)) == (1, [file.name])
 
     async def test_a_bad_file_that_is_mended(self, file: Path) -> None:

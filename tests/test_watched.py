@@ -1,14 +1,21 @@
 """Watching a folder that is changed, swapped and removed."""
 
 import shutil
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import pytest
+from watchfiles import Change, awatch
 
 from server.sources.watched import watch_folder
-from tests.told import Told, following
+from tests.told import Told, eventually, following
 
 LOOK_AGAIN_MS = 50
+REFUSALS = 3
 Names = tuple[str, ...]
+Changes = set[tuple[Change, str]]
 
 
 def contains(name: str, names: Names) -> bool:
@@ -92,3 +99,27 @@ async def test_not_there_yet(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "a").touch()
         await told.until_equal(("a",))
+
+
+async def test_a_folder_that_may_not_be_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at again and again, until it may be watched."""
+    refused = 0
+
+    async def watch(directory: Path, **settings: Any) -> AsyncIterator[Changes]:
+        nonlocal refused
+        if refused < REFUSALS:
+            refused += 1
+            raise PermissionError
+        async for changes in awatch(directory, **settings):
+            yield changes
+
+    monkeypatch.setattr("server.sources.watched.awatch", watch)
+    told: Told[Names] = Told()
+    async with following(_Names(tmp_path, told), told):
+        await eventually(lambda: refused == REFUSALS)
+        (tmp_path / "a").touch()
+        await told.until_equal(("a",))
+
+    assert told.news[:REFUSALS] == [()] * REFUSALS

@@ -10,9 +10,9 @@ A mapping with the list under `endpoints`, as llm-d-router's file discovery has 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import structlog
 from pydantic_core import PydanticCustomError
@@ -21,13 +21,26 @@ from flowcontrol.config import Role
 from flowcontrol.errors import ConfigError
 from server.addresses import parse_address
 from server.sources.endpoints import ROLE_LABEL, Endpoint, role_of_label
+from server.sources.mistakes import told
 from server.sources.watched import LOOK_AGAIN_MS, watch_folder
 from server.yamlfile import read_documents
 
 FILE_BYTES_MAX = 2**20
 ENDPOINTS_MAX = 10_000
 """More than this many are a mistake."""
+TOLD_MAX = 10
+"""Of more mistakes than this in one file the rest is told as a number."""
+KEYS = ("name", "namespace", "address", "port", "labels", "role")
+"""What an entry may say."""
 _log = structlog.get_logger()
+
+
+class Listed(NamedTuple):
+    """What a file lists."""
+
+    endpoints: tuple[Endpoint, ...]
+    oddities: tuple[str, ...] = ()
+    """What is wrong with it, though it counts."""
 
 
 @final
@@ -36,15 +49,20 @@ class EndpointFile:
 
     Args:
         path: of the file. Its folder is what is watched: a file that is replaced is another file.
+        are_picked: whether this service chooses among them; then those with host names are left
+            out, as Envoy knows a picked endpoint by its IP address alone.
         look_again_ms: how often to see whether the folder is still the one watched.
     """
 
-    def __init__(self, path: Path, look_again_ms: int = LOOK_AGAIN_MS) -> None:
+    def __init__(
+        self, path: Path, *, are_picked: bool = False, look_again_ms: int = LOOK_AGAIN_MS
+    ) -> None:
         self.error_count = 0
         """Mistakes met since the start."""
         self.problems: dict[str, str] = {}
         """The mistake that now stands, by file name."""
         self._path = path
+        self._are_picked = are_picked
         self._look_again_ms = look_again_ms
         self._known: tuple[Endpoint, ...] | None = None
 
@@ -54,26 +72,38 @@ class EndpointFile:
 
     async def _look(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
         try:
-            endpoints = await asyncio.to_thread(read_endpoints, self._path)
+            endpoints, oddities = await asyncio.to_thread(
+                read_endpoints, self._path, are_picked=self._are_picked
+            )
         except ConfigError as error:
-            if self.problems.get(self._path.name) != str(error):
-                self.error_count += 1
-                self.problems[self._path.name] = str(error)
-                _log.error("endpoints_rejected", file=str(self._path), problem=str(error))
+            self._complain(error.problems)
             return
-        self.problems.clear()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the file is to blame
+            self._complain([told(error, self._path)])
+            return
+        self._complain(oddities)
         if endpoints != self._known:
             self._known = endpoints
             changed(endpoints)
 
+    def _complain(self, problems: Sequence[str]) -> None:
+        """Say and count what was not wrong before, or otherwise."""
+        more = [f"and {len(problems) - TOLD_MAX} more"] if len(problems) > TOLD_MAX else []
+        problem, name = "\n".join([*problems[:TOLD_MAX], *more]), self._path.name
+        if problem and self.problems.get(name) != problem:
+            self.error_count += 1
+            _log.error("endpoints_rejected", file=str(self._path), problem=problem)
+        self.problems = {name: problem} if problem else {}
 
-def read_endpoints(path: Path) -> tuple[Endpoint, ...]:
-    """Read a file of endpoints.
+
+def read_endpoints(path: Path, *, are_picked: bool = False) -> Listed:
+    """Read a file of endpoints; those with host names are left out if endpoints are picked.
 
     Raises:
-        ConfigError: naming every mistake in it.
+        ConfigError: naming every mistake for which it does not count.
     """
     problems: list[str] = []
+    oddities: list[str] = []
     endpoints: dict[str, Endpoint] = {}
     for index, entry in enumerate(_entries(path)):
         try:
@@ -81,13 +111,22 @@ def read_endpoints(path: Path) -> tuple[Endpoint, ...]:
         except ValueError as error:
             problems.append(f"{path}: [{index}] {error}, got {entry!r}")
             continue
+        unknown = [str(key) for key in entry if key not in KEYS] if isinstance(entry, dict) else ()
+        oddities += (
+            f"{path}: [{index}] counts without {key}, which is not known" for key in unknown
+        )
         if endpoint is not None and endpoint.address in endpoints:
             problems.append(f"{path}: [{index}] must not come again, got {endpoint.address}")
+        elif endpoint is not None and are_picked and not parse_address(endpoint.address).is_ip:
+            oddities.append(
+                f"{path}: [{index}] is left out, as it must have an IP address while picker is "
+                f"least-loaded, got {endpoint.address}"
+            )
         elif endpoint is not None:
             endpoints[endpoint.address] = endpoint
     if problems:
         raise ConfigError(problems)
-    return tuple(endpoints.values())
+    return Listed(tuple(endpoints.values()), tuple(oddities))
 
 
 def _entries(path: Path) -> list[Any]:

@@ -348,7 +348,10 @@ def _wanted(settings: Settings) -> dict[str, _Wanted]:
     if (dns := endpoints.dns) is not None:
         wanted["endpoints.dns"] = _plain(dns, lambda: DnsEndpoints(dns))
     if (path := endpoints.file) is not None:
-        wanted["endpoints.file"] = _plain(path, lambda: EndpointFile(path))
+        are_picked = settings.picker != "off"
+        wanted["endpoints.file"] = _plain(
+            (path, are_picked), lambda: EndpointFile(path, are_picked=are_picked)
+        )
     if (pods := endpoints.kubernetes) is not None:
 
         async def follow_endpoints() -> tuple[Source, KubeApi]:

@@ -1,7 +1,8 @@
 """InferenceObjectives from a folder of manifests, followed live.
 
 A mistake in one manifest never takes the others down: what that file last said keeps counting, and
-the mistake is reported until it is mended. The same holds for the folder itself.
+the mistake is reported until it is mended. The same holds for the folder itself, and for a file
+that declared objectives and now declares none: that is how one looks that is being written.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from typing import final
 
 import structlog
 
-from flowcontrol.errors import ConfigError
+from server.sources.mistakes import told
 from server.sources.objectives import (
     OBJECTIVES_MAX,
     MalformedObjectiveError,
@@ -25,6 +26,9 @@ from server.yamlfile import read_documents
 
 MANIFEST_BYTES_MAX = 2**20
 """As much as a ConfigMap holds."""
+EMPTIED = (
+    "declares no objective of this pool any more; what it declared counts until the file is removed"
+)
 _log = structlog.get_logger()
 
 
@@ -64,11 +68,16 @@ class ObjectiveFolder:
             del self._last_good[gone]
         for path in paths:
             try:
-                self._last_good[path] = _read_file(path, self._pool)
-            except MalformedObjectiveError as error:
-                problems[path] = str(error)
+                objectives = _read_file(path, self._pool)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+                problems[path] = told(error, path)
+                continue
+            if self._last_good.get(path) and not objectives:
+                problems[path] = EMPTIED
+            else:
+                self._last_good[path] = objectives
         declared = {path: self._last_good.get(path, []) for path in paths}
-        self._complain({**_repeated(declared), **problems})
+        self._complain({**_oddities(declared), **problems})
         self._known = dict(priorities_of(chain.from_iterable(declared.values())))
         return self._known
 
@@ -92,19 +101,24 @@ class ObjectiveFolder:
         self.problems = {path.name: problem for path, problem in problems.items()}
 
 
-def _repeated(declared: Mapping[Path, Iterable[Objective]]) -> dict[Path, str]:
-    """Return what is wrong with files that declare what has been declared in the same group."""
+def _oddities(declared: Mapping[Path, Iterable[Objective]]) -> dict[Path, str]:
+    """Return what is wrong with files that count all the same.
+
+    They declare what has been declared in the same group, or have keys that are not known.
+    """
     first: dict[tuple[str, str], Path] = {}
-    repeated: dict[Path, list[str]] = {}
+    oddities: dict[Path, list[str]] = {}
     for path, objectives in declared.items():
-        for name, _priority, group in objectives:
+        for name, _priority, group, unknown in objectives:
+            texts = oddities.setdefault(path, [])
             if (name, group) in first:
-                text = f"{name!r} is declared in {first[name, group].name} already"
-                repeated.setdefault(path, []).append(text)
+                texts.append(f"{name!r} is declared in {first[name, group].name} already")
+            texts += (f"{name!r} counts without spec.{key}, which is not known" for key in unknown)
             first.setdefault((name, group), path)
     return {
         path: texts[0] if len(texts) == 1 else f"{texts[0]}, and {len(texts) - 1} more"
-        for path, texts in repeated.items()
+        for path, texts in oddities.items()
+        if texts
     }
 
 
@@ -112,18 +126,11 @@ def _read_file(path: Path, pool: str) -> list[Objective]:
     if path.exists() and not path.is_file() and not path.is_dir():
         message = f"{path}: cannot be read: not a regular file"  # a pipe would never end
         raise MalformedObjectiveError(message)
-    try:
-        size = path.stat().st_size
-        if size > MANIFEST_BYTES_MAX:
-            message = f"must be at most {MANIFEST_BYTES_MAX} bytes, got {size}"
-            raise MalformedObjectiveError(message)
-        documents = read_documents(path)
-    except OSError as error:
-        message = f"{path}: cannot be read: {error.strerror}"
-        raise MalformedObjectiveError(message) from error
-    except ConfigError as error:
-        raise MalformedObjectiveError(str(error)) from error
-    read = [read_objective(document, pool) for document in documents]
+    size = path.stat().st_size
+    if size > MANIFEST_BYTES_MAX:
+        message = f"must be at most {MANIFEST_BYTES_MAX} bytes, got {size}"
+        raise MalformedObjectiveError(message)
+    read = [read_objective(document, pool) for document in read_documents(path)]
     objectives = [objective for objective in read if objective is not None]
     if len(objectives) > OBJECTIVES_MAX:
         message = f"must declare at most {OBJECTIVES_MAX} objectives, got {len(objectives)}"

@@ -12,13 +12,12 @@ from typing import final
 import structlog
 import yaml
 
-from flowcontrol.errors import ConfigError
+from server.sources.mistakes import told
 from server.sources.objectives import (
     GROUPS,
     NAME_LENGTH_MAX,
     OBJECTIVES_MAX,
     PRIORITY_MAX,
-    MalformedObjectiveError,
     Objective,
     priorities_of,
     read_objective,
@@ -71,12 +70,13 @@ class ObjectiveStore:
             return
         try:
             priorities = await asyncio.to_thread(self._read)
-        except (ConfigError, MalformedObjectiveError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it stands in the file
             assert self._file is not None, "only a file can be wrong"
-            if self.problems.get(self._file.name) != str(error):
+            problem = told(error, self._file)
+            if self.problems.get(self._file.name) != problem:
                 self.error_count += 1
-                self.problems[self._file.name] = str(error)
-                _log.error("objective_rejected", file=str(self._file), problem=str(error))
+                self.problems[self._file.name] = problem
+                _log.error("objective_rejected", file=str(self._file), problem=problem)
             return
         self.problems.clear()
         self._priorities = priorities

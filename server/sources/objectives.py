@@ -22,6 +22,8 @@ class Objective(NamedTuple):
     name: str
     priority: int
     group: str
+    unknown: tuple[str, ...] = ()
+    """Keys in its spec that say nothing to us: of a later version, or misspelt."""
 
 
 class MalformedObjectiveError(Exception):
@@ -36,7 +38,7 @@ class _PoolRef(BaseModel):
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="ignore")  # fields of later versions are not our business
+    model_config = ConfigDict(extra="allow")  # fields of later versions: passed over, but told
 
     priority: int = Field(default=0, ge=-PRIORITY_MAX - 1, le=PRIORITY_MAX, strict=True)
     poolRef: _PoolRef  # noqa: N815 - the manifest's own spelling
@@ -62,7 +64,11 @@ def read_objective(document: Any, pool: str) -> Objective | None:
     if not isinstance(document, dict) or "kind" not in document:
         message = "every document must be a mapping with apiVersion and kind"
         raise MalformedObjectiveError(message)
-    if document["kind"] != KIND:
+    kind = document["kind"]
+    if kind != KIND:
+        if KIND.casefold().startswith(str(kind or "").casefold()):  # misspelt, or half written
+            message = f"kind must be {KIND}, or another in full, got {kind!r}"
+            raise MalformedObjectiveError(message)
         return None
     group = document.get("apiVersion")
     if group not in GROUPS:
@@ -73,10 +79,10 @@ def read_objective(document: Any, pool: str) -> Objective | None:
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise MalformedObjectiveError("; ".join(problems)) from error
-    ref = manifest.spec.poolRef
-    if ref.name != pool or ref.kind != POOL_KIND:
+    spec = manifest.spec
+    if spec.poolRef.name != pool or spec.poolRef.kind != POOL_KIND:
         return None
-    return Objective(manifest.metadata.name, manifest.spec.priority, group)
+    return Objective(manifest.metadata.name, spec.priority, group, tuple(spec.model_extra or ()))
 
 
 def to_manifest(objective: Objective, pool: str) -> dict[str, Any]:

@@ -20,7 +20,8 @@ async def watch_folder(
     """Call `look` now and whenever something in a folder may have changed, until cancelled.
 
     Each change is followed by a look that begins after it; changes close together share one. A
-    folder that is missing is looked at again and again until it is there.
+    folder that is missing, or may not be read or entered, is looked at again and again until it is
+    there and may.
     """
     while True:
         watched = _identity(directory)
@@ -57,6 +58,8 @@ async def _watch(
                 await look()
     except FileNotFoundError:  # gone before the watch began
         return
+    except PermissionError:  # there, but not to be watched
+        await asyncio.sleep(look_again_ms / 1000)
     finally:
         pending.cancel()
         await asyncio.wait((pending,))
