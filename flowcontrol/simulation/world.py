@@ -81,6 +81,8 @@ class World:
         self._wakeup_ns: int | None = None
         self._moved_ns = 0
         """When something was last decided, or somebody left."""
+        self._delivered_ns = 0
+        """When the decisions made last take effect."""
         self._stalled_until_ns = 0
         self._clock_ahead_ns = 0
         """How far the engine's clock is ahead of the world's."""
@@ -162,9 +164,11 @@ class World:
         if self._wakeup_ns is not None and self._wakeup_ns <= engine_ns:
             message = f"polled at {engine_ns}, and asks to be polled at {self._wakeup_ns}"
             raise SafetyError(message)
-        delay_ns = self._conditions.decision_delay_ns(now_ns)
         if decisions:
             self._moved_ns = now_ns
+            slow_ns = now_ns + self._conditions.decision_delay_ns(now_ns)
+            self._delivered_ns = max(self._delivered_ns, slow_ns)  # none overtakes another
+        delay_ns = self._delivered_ns - now_ns
         for decision in decisions:
             attempt = self._attempts[decision.request_id]
             self.results.decided(decision, attempt, now_ns)
