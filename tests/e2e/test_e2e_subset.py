@@ -78,7 +78,7 @@ class TestSubset:
         first, second, third = gateway.stack.endpoints
         await gateway.call(headers=only(first))
         await gateway.call(headers=only(second))
-        busy = [await gateway.next_call() for _ in range(2)]
+        busy = {call.endpoint: call for call in [await gateway.next_call() for _ in range(2)]}
         await gateway.call(
             headers=only(first, second), objective="chat", flow_id="tied", name="tied"
         )
@@ -86,9 +86,9 @@ class TestSubset:
         await gateway.call(objective="batch", name="free")
         passing = await gateway.next_call()
         waiting = await gateway.until(waiting=1, in_flight=3)
-        await busy[1].respond()
+        await busy[second].respond()
         following = await gateway.next_call(FREED_S)
-        for call in (busy[0], passing, following):
+        for call in (busy[first], passing, following):
             await call.respond()
 
         assert (passing.name, passing.endpoint) == ("free", third)
