@@ -148,8 +148,7 @@ class Stage:
 
     def at(self, address: str) -> Load | None:
         """Return what is in flight at one endpoint, None while it is not picked by the engine."""
-        is_picked = self._pool.picks and self._role is not Role.PREFILL
-        return self._pool.loads.get(address, _NOTHING) if is_picked else None
+        return self._pool.loads.get(address, _NOTHING) if self.is_picked else None
 
     def picked_for(self, lease: Lease) -> str | None:
         """Return the endpoint of the stage that was picked for a request, if one was."""

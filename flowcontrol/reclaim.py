@@ -107,8 +107,8 @@ class Reclaimer:
     def _take_up(self, lease: Lease) -> None:
         may_have_answered = lease.has_answered or not lease.is_watched
         if not (self._settings.is_only_before_first_byte and may_have_answered):
-            slot = None if lease.endpoint is None else (lease.endpoint,)
-            self._candidates.put(lease, (lease.flow.key.priority, -lease.dispatch_index), slot)
+            order = lease.flow.key.priority, -lease.dispatch_index
+            self._candidates.put(lease, order, _slot(lease))
 
     def answered(self, lease: Lease) -> None:
         """Note that a request's first byte has been seen."""
@@ -163,6 +163,11 @@ class Reclaimer:
 
 def _set_against(demand: Demand, lease: Lease) -> None:
     """Set a waiting request against the slot of one that ends, where it is known and of use."""
-    slot = None if lease.endpoint is None else (lease.endpoint,)
+    slot = _slot(lease)
     if slot is not None and demand.includes(slot):
         demand.take(slot)
+
+
+def _slot(lease: Lease) -> Subset | None:
+    """Return where a request in flight holds a slot; None where Envoy chose it."""
+    return None if lease.endpoint is None else (lease.endpoint,)

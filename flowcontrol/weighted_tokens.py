@@ -92,22 +92,14 @@ class WeightedTokens:
 
     def pick(self, has_room: HasRoom) -> Flow | None:
         """Return the flow with the lowest counter."""
-        best: tuple[float, Flow] | None = None
-        if self._lines.bound:
-            for subset, counter, flow in self._lines.firsts():
-                if not has_room(subset):
-                    self._passed_over.add(subset)
-                    continue
-                if subset in self._passed_over:
-                    self._lift(subset)
-                    self._passed_over.discard(subset)
-                lifted = counter + self._lifts.get(subset, 0.0)
-                if best is None or lifted < best[0]:
-                    best = lifted, flow
-        free = self._lines.anywhere.first()
-        if best is None or (free is not None and free[0] < best[0]):
-            best = free
-        return None if best is None else best[1]
+        for subset in self._lines.bound:
+            if not has_room(subset):
+                self._passed_over.add(subset)
+            elif subset in self._passed_over:
+                self._lift(subset)
+                self._passed_over.discard(subset)
+        front = self._front()
+        return None if front is None else front[1]
 
     def served(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - see enter
         """Advance the level to the lowest counter, then the flow's counter by what it is served."""
@@ -135,8 +127,8 @@ class WeightedTokens:
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:
         """Return how far the counter will have run ahead of the lowest, in requests of others."""
         flow = lease.flow
-        lowest = self._lowest()
-        lead = self._counter(flow) - lowest if lowest is not None else 0.0
+        front = self._front()
+        lead = self._counter(flow) - front[0] if front is not None else 0.0
         more = place * lease.cost / self._weights.get(flow.key.flow_id, 1.0)
         return max(0.0, lead + more) / cost_each
 
@@ -145,20 +137,20 @@ class WeightedTokens:
         self._weights = config.weights
 
     def _raise_level(self) -> None:
-        lowest = self._lowest()
-        if lowest is not None and lowest > self._level:
-            self._level = lowest
+        front = self._front()
+        if front is not None and front[0] > self._level:
+            self._level = front[0]
 
-    def _lowest(self) -> float | None:
-        """Return the lowest counter in the lines that are not passed over."""
-        first = self._lines.anywhere.first()
-        lowest = None if first is None else first[0]
+    def _front(self) -> tuple[float, Flow] | None:
+        """Return the lowest counter in the lines that are not passed over, and whose it is."""
+        front: tuple[float, Flow] | None = None
         if self._lines.bound:
-            for subset, counter, _ in self._lines.firsts():
+            for subset, counter, flow in self._lines.firsts():
                 lifted = counter + self._lifts.get(subset, 0.0)
-                if subset not in self._passed_over and (lowest is None or lifted < lowest):
-                    lowest = lifted
-        return lowest
+                if subset not in self._passed_over and (front is None or lifted < front[0]):
+                    front = lifted, flow
+        free = self._lines.anywhere.first()
+        return free if front is None or (free is not None and free[0] < front[0]) else front
 
     def _counter(self, flow: Flow) -> float:
         subset = self._lines.subset_of(flow)

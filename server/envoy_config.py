@@ -365,8 +365,7 @@ def _best_door(listen: Listen) -> Address | Path:
 
 def _reachable(address: Address) -> Address:
     """Return where a listener is found from this machine."""
-    loopback = _LOOPBACKS.get(address.host)
-    return Address(loopback or address.host, address.port)
+    return Address(_LOOPBACKS.get(address.host, address.host), address.port)
 
 
 def _socket(address: Address | Path) -> core.Address:

@@ -6,7 +6,16 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from server.ledger_files import stranger_among
-from server.sections import FileBeside, PathBeside, Section, SizeFrom1, broken, expect, written
+from server.sections import (
+    FileBeside,
+    PathBeside,
+    Section,
+    SizeFrom1,
+    broken,
+    can_be_a_file,
+    expect,
+    written,
+)
 
 
 class LedgerSection(Section):
@@ -25,8 +34,7 @@ class LedgerSection(Section):
     @field_validator("file")
     @classmethod
     def _in_a_folder(cls, value: Path) -> Path:
-        rule = "must be a file in a folder that is there"
-        return expect(value, rule, lambda it: it.parent.is_dir() and not it.is_dir())
+        return expect(value, "must be a file in a folder that is there", can_be_a_file)
 
     @model_validator(mode="after")
     def _writes_over_ledgers_alone(self) -> Self:

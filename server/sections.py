@@ -79,6 +79,11 @@ def expect(path: Path, rule: str, is_so: Callable[[Path], bool]) -> Path:
     raise broken(rule)
 
 
+def can_be_a_file(path: Path) -> bool:
+    """Whether a file is there, or could be made there."""
+    return path.parent.is_dir() and not path.is_dir()
+
+
 def _is_a_file(value: Path) -> Path:
     return expect(value, "must be a file", Path.is_file)
 

@@ -18,6 +18,7 @@ from server.sections import (
     PathBeside,
     Section,
     broken,
+    can_be_a_file,
     expect,
     written,
 )
@@ -61,7 +62,7 @@ class ApiObjectives(Section):
     @classmethod
     def _in_a_folder(cls, value: Path | None) -> Path | None:
         rule = "must be a file in a folder that exists"
-        return value and expect(value, rule, lambda it: it.parent.is_dir() and not it.is_dir())
+        return value and expect(value, rule, can_be_a_file)
 
 
 class Objectives(Section):
