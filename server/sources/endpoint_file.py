@@ -14,14 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-import structlog
 from pydantic_core import PydanticCustomError
 
 from flowcontrol.config import Role
 from flowcontrol.errors import ConfigError
 from server.addresses import parse_address
 from server.sources.endpoints import ROLE_LABEL, Endpoint, role_of_label
-from server.sources.mistakes import told
+from server.sources.mistakes import FileSource, told
 from server.sources.watched import LOOK_AGAIN_MS, watch_folder
 from server.yamlfile import read_documents
 
@@ -32,7 +31,6 @@ TOLD_MAX = 10
 """Of more mistakes than this in one file the rest is told as a number."""
 KEYS = ("name", "namespace", "address", "port", "labels", "role")
 """What an entry may say."""
-_log = structlog.get_logger()
 
 
 class Listed(NamedTuple):
@@ -44,7 +42,7 @@ class Listed(NamedTuple):
 
 
 @final
-class EndpointFile:
+class EndpointFile(FileSource):
     """The endpoints that a file lists; what it last said without a mistake counts.
 
     Args:
@@ -57,10 +55,7 @@ class EndpointFile:
     def __init__(
         self, path: Path, *, are_picked: bool = False, look_again_ms: int = LOOK_AGAIN_MS
     ) -> None:
-        self.error_count = 0
-        """Mistakes met since the start."""
-        self.problems: dict[str, str] = {}
-        """The mistake that now stands, by file name."""
+        super().__init__("endpoints_rejected")
         self._path = path
         self._are_picked = are_picked
         self._look_again_ms = look_again_ms
@@ -76,24 +71,21 @@ class EndpointFile:
                 read_endpoints, self._path, are_picked=self._are_picked
             )
         except ConfigError as error:
-            self._complain(error.problems)
+            self._tell(error.problems)
             return
         except Exception as error:  # noqa: BLE001 - whatever it is, the file is to blame
-            self._complain([told(error, self._path)])
+            self._tell([told(error, self._path)])
             return
-        self._complain(oddities)
+        self._tell(oddities)
         if endpoints != self._known:
             self._known = endpoints
             changed(endpoints)
 
-    def _complain(self, problems: Sequence[str]) -> None:
-        """Say and count what was not wrong before, or otherwise."""
+    def _tell(self, problems: Sequence[str]) -> None:
+        """Complain of what is wrong with the file, if anything is."""
         more = [f"and {len(problems) - TOLD_MAX} more"] if len(problems) > TOLD_MAX else []
-        problem, name = "\n".join([*problems[:TOLD_MAX], *more]), self._path.name
-        if problem and self.problems.get(name) != problem:
-            self.error_count += 1
-            _log.error("endpoints_rejected", file=str(self._path), problem=problem)
-        self.problems = {name: problem} if problem else {}
+        problem = "\n".join([*problems[:TOLD_MAX], *more])
+        self.complain({self._path: problem} if problem else {})
 
 
 def read_endpoints(path: Path, *, are_picked: bool = False) -> Listed:

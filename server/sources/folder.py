@@ -11,9 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import final
 
-import structlog
-
-from server.sources.mistakes import told
+from server.sources.mistakes import FileSource, told
 from server.sources.objectives import (
     OBJECTIVES_MAX,
     MalformedObjectiveError,
@@ -29,11 +27,10 @@ MANIFEST_BYTES_MAX = 2**20
 EMPTIED = (
     "declares no objective of this pool any more; what it declared counts until the file is removed"
 )
-_log = structlog.get_logger()
 
 
 @final
-class ObjectiveFolder:
+class ObjectiveFolder(FileSource):
     """The objectives that the manifests in a folder declare for one pool.
 
     Args:
@@ -44,10 +41,7 @@ class ObjectiveFolder:
     """
 
     def __init__(self, directory: Path, pool: str, look_again_ms: int = LOOK_AGAIN_MS) -> None:
-        self.error_count = 0
-        """Mistakes met since the start."""
-        self.problems: dict[str, str] = {}
-        """The mistakes that now stand, by file name."""
+        super().__init__("objective_rejected")
         self._directory = directory
         self._pool = pool
         self._look_again_ms = look_again_ms
@@ -61,7 +55,7 @@ class ObjectiveFolder:
         try:
             paths = sorted(p for p in self._directory.iterdir() if p.suffix in {".yaml", ".yml"})
         except OSError as error:
-            self._complain({self._directory: f"cannot be read: {error.strerror}"})
+            self.complain({self._directory: f"cannot be read: {error.strerror}"})
             self._known = self._known or {}
             return self._known
         for gone in self._last_good.keys() - set(paths):
@@ -77,7 +71,7 @@ class ObjectiveFolder:
             else:
                 self._last_good[path] = objectives
         declared = {path: self._last_good.get(path, []) for path in paths}
-        self._complain({**_oddities(declared), **problems})
+        self.complain({**_oddities(declared), **problems})
         self._known = dict(priorities_of(chain.from_iterable(declared.values())))
         return self._known
 
@@ -91,14 +85,6 @@ class ObjectiveFolder:
                 changed(self._known)
 
         await watch_folder(self._directory, look, self._look_again_ms)
-
-    def _complain(self, problems: Mapping[Path, str]) -> None:
-        """Say and count what was not wrong before, or otherwise."""
-        for path, problem in problems.items():
-            if self.problems.get(path.name) != problem:
-                self.error_count += 1
-                _log.error("objective_rejected", file=str(path), problem=problem)
-        self.problems = {path.name: problem for path, problem in problems.items()}
 
 
 def _oddities(declared: Mapping[Path, Iterable[Objective]]) -> dict[Path, str]:
@@ -123,9 +109,6 @@ def _oddities(declared: Mapping[Path, Iterable[Objective]]) -> dict[Path, str]:
 
 
 def _read_file(path: Path, pool: str) -> list[Objective]:
-    if path.exists() and not path.is_file() and not path.is_dir():
-        message = f"{path}: cannot be read: not a regular file"  # a pipe would never end
-        raise MalformedObjectiveError(message)
     size = path.stat().st_size
     if size > MANIFEST_BYTES_MAX:
         message = f"must be at most {MANIFEST_BYTES_MAX} bytes, got {size}"

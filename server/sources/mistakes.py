@@ -1,9 +1,14 @@
-"""Pure. What kept a file from being read, in words for whoever wrote it."""
+"""What is wrong with files that sources read: said once, counted, and shown until it is mended."""
 
-from pathlib import PurePath
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+
+import structlog
 
 from flowcontrol.errors import ConfigError
 from server.sources.objectives import MalformedObjectiveError
+
+_log = structlog.get_logger()
 
 
 def told(error: Exception, path: PurePath) -> str:
@@ -13,3 +18,26 @@ def told(error: Exception, path: PurePath) -> str:
     if isinstance(error, OSError):
         return f"{path}: cannot be read: {error.strerror}"
     return f"{path}: cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+class FileSource:
+    """What sources that read files have in common.
+
+    Args:
+        rejected: how the log calls a mistake, in the past tense.
+    """
+
+    def __init__(self, rejected: str) -> None:
+        self.error_count = 0
+        """Mistakes met since the start."""
+        self.problems: dict[str, str] = {}
+        """The mistakes that now stand, by file name."""
+        self._rejected = rejected
+
+    def complain(self, problems: Mapping[Path, str]) -> None:
+        """Take all that is wrong now; say and count what was not wrong before, or otherwise."""
+        for path, problem in problems.items():
+            if self.problems.get(path.name) != problem:
+                self.error_count += 1
+                _log.error(self._rejected, file=str(path), problem=problem)
+        self.problems = {path.name: problem for path, problem in problems.items()}

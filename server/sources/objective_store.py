@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import final
 
-import structlog
 import yaml
 
-from server.sources.mistakes import told
+from server.sources.mistakes import FileSource, told
 from server.sources.objectives import (
     GROUPS,
     NAME_LENGTH_MAX,
@@ -26,11 +25,9 @@ from server.sources.objectives import (
 from server.sources.watched import watch_folder
 from server.yamlfile import read_documents
 
-_log = structlog.get_logger()
-
 
 @final
-class ObjectiveStore:
+class ObjectiveStore(FileSource):
     """Objectives that callers change. Owner: the loop.
 
     Args:
@@ -40,10 +37,7 @@ class ObjectiveStore:
     """
 
     def __init__(self, file: Path | None, pool: str) -> None:
-        self.error_count = 0
-        """Mistakes met since the start."""
-        self.problems: dict[str, str] = {}
-        """The mistakes that now stand, by file name."""
+        super().__init__("objective_rejected")
         self._file = file
         self._pool = pool
         self._priorities: dict[str, int] | None = None
@@ -72,13 +66,9 @@ class ObjectiveStore:
             priorities = await asyncio.to_thread(self._read)
         except Exception as error:  # noqa: BLE001 - whatever it is, it stands in the file
             assert self._file is not None, "only a file can be wrong"
-            problem = told(error, self._file)
-            if self.problems.get(self._file.name) != problem:
-                self.error_count += 1
-                self.problems[self._file.name] = problem
-                _log.error("objective_rejected", file=str(self._file), problem=problem)
+            self.complain({self._file: told(error, self._file)})
             return
-        self.problems.clear()
+        self.complain({})
         self._priorities = priorities
         changed(priorities)
 
