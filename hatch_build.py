@@ -1,18 +1,32 @@
-"""What is made when the project is built: messages from protos/, and machine code where wanted."""
+"""What is made when the project is built: messages, and machine code where wanted."""
 
 import os
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from grpc_tools import protoc
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 COMPILE = "FLOWCONTROL_COMPILE"
 """Set to 1, modules on the way of a request go into the wheel as machine code, too."""
+INTERPRETED = "\n# interpreted: "
+"""How a module says, with a reason, that it is not to be compiled."""
 COMPILE_NEEDS = ("mypy[mypyc]>=1.14", "types-protobuf", "hpack", "structlog")
 """Types of what those modules import among it."""
+COMPILED = "flowcontrol.compiled"
+"""Names the module with the machine code of all; by default it would be a top-level one."""
+ENVOY = "server/flowcontrol_server/common/envoy_messages.binpb"
+ENVOY_ROOTS = (
+    "envoy.service.accesslog.v3.als_pb2",
+    "envoy.service.ext_proc.v3.external_processor_pb2",
+    "xds.data.orca.v3.orca_load_report_pb2",
+)
+"""Modules of xds-protos with the messages that are used."""
 
 
 class Generate(BuildHookInterface[Any]):
@@ -37,6 +51,7 @@ class Generate(BuildHookInterface[Any]):
         """Make what is wanted, or stop the build."""
         root = Path(self.root)
         _messages(root)
+        _envoy_messages(root / ENVOY)
         if self.target_name == "wheel" and version == "standard" and _compiles():
             self._scratch = TemporaryDirectory(prefix="flowcontrol-")
             made = _extensions(root, self.config, Path(self._scratch.name))
@@ -55,7 +70,8 @@ def compiled_modules(root: Path, config: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: a pattern matches nothing.
     """
-    return sorted(_named(root, config, "compiled") - _named(root, config, "interpreted"))
+    chosen = _named(root, config, "compiled") - _named(root, config, "interpreted")
+    return sorted(name for name in chosen if INTERPRETED not in (root / name).read_text())
 
 
 def make_c(modules: list[str], into: Path) -> list[Any]:
@@ -64,8 +80,14 @@ def make_c(modules: list[str], into: Path) -> list[Any]:
 
     options = ["--no-warn-unused-ignores", f"--cache-dir={into / 'mypy'}"]
     made: list[Any] = mypycify(
-        [*options, *modules], opt_level="2", debug_level="0", target_dir=str(into)
+        [*options, *modules],
+        opt_level="2",
+        debug_level="0",
+        target_dir=str(into),
+        group_name=COMPILED,
     )
+    for extension in made:  # direct calls among them; they may share a list
+        extension.extra_compile_args = [*extension.extra_compile_args, "-fvisibility=hidden"]
     return made
 
 
@@ -99,6 +121,35 @@ def _messages(root: Path) -> None:
     (root / "flowcontrol" / "v1" / "__init__.py").write_text(
         '"""Generated from protos/flowcontrol/v1: our own gRPC API."""\n'
     )
+
+
+def _envoy_messages(path: Path) -> None:
+    """Write what xds-protos knows of Envoy's messages, each file after those it needs.
+
+    A build without isolation has no xds-protos: it takes what the installation has written.
+    """
+    try:
+        roots = [import_module(name).DESCRIPTOR for name in ENVOY_ROOTS]
+    except ModuleNotFoundError as error:
+        if path.exists():
+            return
+        message = f"{error.name} is missing: build with isolation, or install xds-protos"
+        raise RuntimeError(message) from error
+    needed: dict[str, FileDescriptor] = {}
+    for file in roots:
+        _add(file, needed)
+    descriptors = FileDescriptorSet()
+    for file in needed.values():
+        file.CopyToProto(descriptors.file.add())
+    path.write_bytes(descriptors.SerializeToString(deterministic=True))
+
+
+def _add(file: FileDescriptor, needed: dict[str, FileDescriptor]) -> None:
+    """Add a file behind those it needs; protobuf itself brings its own."""
+    if file.name not in needed and not file.name.startswith("google/protobuf/"):
+        for dependency in file.dependencies:
+            _add(dependency, needed)
+        needed[file.name] = file
 
 
 def _extensions(root: Path, config: dict[str, Any], scratch: Path) -> dict[str, str]:

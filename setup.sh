@@ -1,8 +1,9 @@
 #!/bin/sh
-# Make a virtual environment and install the project into it. Usage: setup.sh DIRECTORY
+# Make a virtual environment and install the project into it. Usage: setup.sh DIRECTORY EXTRA
 # Works on a fresh Debian: where the venv module is missing, it is installed (root) or asked for.
 set -eu
 venv=$1
+extra=$2
 python=${PYTHON:-python3}
 
 command -v "$python" >/dev/null || { echo "setup: $python not found: install Python 3.11 or newer" >&2; exit 1; }
@@ -20,6 +21,19 @@ fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "setup: installing into $venv (about a minute, once)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[dev]'
-# xds-protos carries files of the same names, of an older OTLP; whoever is installed last wins.
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps -c constraints.txt opentelemetry-proto
+# In the environment, constraints hold for what the build needs, too; newer pips have another name for those.
+PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+export PIP_CONSTRAINT PIP_BUILD_CONSTRAINT
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" >"$venv/setup.log" 2>&1 || failed; }
+failed() {
+    {
+        echo "setup: pip could not install the project with $("$venv/bin/python" --version):"
+        grep -nE '^ *(ERROR|error):|^The conflict is caused by' "$venv/setup.log" | head -1 | cut -d: -f1 |
+            { read -r first || first=1; tail -n "+$first" "$venv/setup.log"; } | grep -v '^ERROR: Ignored' | cut -c 1-300 | head -20
+        echo "setup: all that pip said is in $venv/setup.log."
+        echo "setup: if a package has no version for this Python, name another with PYTHON=python3.x after 'make clean', or report it;"
+        echo "setup: if the package index could not be reached, see PIP_INDEX_URL, PIP_PROXY and PIP_CERT; then make again."
+    } >&2
+    exit 1
+}
+pip install --use-pep517 -e ".[$extra]"

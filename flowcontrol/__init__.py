@@ -1,14 +1,14 @@
 """Flow control for inference gateways: the engine. Theory of operation.
 
-A model server takes every request it is given and queues what it cannot run, where nobody can
-reorder it. This engine holds that queue in front of the servers and decides who goes, who waits,
-who has waited too long and who need not wait at all.
+A model server takes every request it is given and queues what it cannot run; inside it, that queue
+cannot be reordered. This engine holds the queue in front of the servers and decides which requests
+go, which wait, which have waited too long and which are refused at once.
 
 The idea in four sentences. A request is decided exactly once, by one machine, owned by one thread.
-The machine is told what happened and what time it is; it answers with decisions and with the next
-moment it wants to be woken. Everything else (gRPC, asyncio, threads, clocks, logs) is a shell that
+The machine is given what happened and the time; it answers with decisions and with the next moment
+at which it must be woken. Everything else (gRPC, asyncio, threads, clocks, logs) is a shell that
 carries facts in and decisions out. So the machine can be tested against a ledger, simulated and
-replayed, and there is no lock in it because there is nobody to lock out.
+replayed, and it needs no lock because one thread alone uses it.
 
     gate ── Arrived, Left, ... ──▶ Inbox ──▶ FlowProcessor ──▶ FlowController
                                                 (a thread)         (pure)

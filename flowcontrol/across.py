@@ -1,8 +1,8 @@
 """Pure. Between bands: strict priority, and two exceptions to it with bounds.
 
-Strict: the highest band with work waiting is served; if it is gated, nobody below it is.
+Strict: the highest band with work waiting is served; if it is gated, no lower band is.
 
-Promotion: a request that waited `promote_after_ns` goes before everybody else, promoted ones in the
+Promotion: a request that waited `promote_after_ns` goes before all others, promoted ones in the
 order they became due. Its bound: once due, it is dispatched after at most as many dispatches as
 there were requests due before it, whatever arrives above it.
 
@@ -15,22 +15,22 @@ request at a time would pay for none. Shares that sum up to more than 1 are scal
 is surplus round robin, after deficit round robin of Shreedhar and Varghese, SIGCOMM 1995, with
 strict priority in the place of the round.)
 
-Its bound. Let C be the largest cost of one request and k the number of bands with shares. Nobody
-pays from nothing, so no debt exceeds C. All credits and debts together never exceed C: without
-credit anywhere, one strict dispatch makes at most C of it; with credit, a dispatch earns all bands
-together no more than its cost, which is paid. So one credit is at most C and the debts of the k - 1
-others: k C. What a band was served is what it earned, less the change of its credit, from at least
--C to at most k C. Hence over any interval in which it waits without pause, T being the cost of what
-was dispatched but for promotions, it gets
+Its bound. Let C be the largest cost of one request and k the number of bands with shares. A band
+pays only from credit above zero, so no debt exceeds C. All credits and debts together never exceed
+C: without credit anywhere, one strict dispatch makes at most C of it; with credit, a dispatch earns
+all bands together no more than its cost, which is paid. So one credit is at most C and the debts of
+the k - 1 others: k C. What a band was served is what it earned, less the change of its credit, from
+at least -C to at most k C. Hence over any interval in which it waits without pause, T being the
+cost of what was dispatched but for promotions, it gets
 
     at least  s T - (k + 1) C
 
-and whoever is next in it goes before (k + 1) C / s of other cost has been dispatched. A band that
-is declared anew begins without debt: within an interval, each that does so adds C. Costs are those
+and its next request goes before (k + 1) C / s of other cost has been dispatched. A band that is
+declared again begins without debt: within an interval, each that does so adds C. Costs are those
 estimated at dispatch.
 
-In both, who may only go to endpoints without room is passed over, and meanwhile not waiting in the
-sense of the bounds: others go, and it is the next of them when there is room.
+In both, a request that may only go to endpoints without room is passed over, and meanwhile does not
+wait in the sense of the bounds: others go, and it is the next of them when there is room.
 
 Both exceptions ignore the ceilings and need only a pool that is not full: a band that is gated for
 good would otherwise never get what it was promised.
@@ -49,8 +49,8 @@ from flowcontrol.lines import HasRoom, Lines
 class Across:
     """The accounts of promotion and share.
 
-    O(log waiting) a request, O(shares + subsets) a dispatch. Told of every admission, of every
-    departure from the queue and of every dispatch.
+    O(log waiting) a request, O(shares + subsets) a dispatch. Must be called for every admission,
+    every departure from the queue and every dispatch.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Across:
         self._credits = {band: self._credits.get(band, 0.0) for band in shares}
 
     def reconfigured(self, waiting: Iterable[Lease], bands: Bands) -> None:
-        """Take up what waits anew, as its bands now are; O(waiting)."""
+        """Rebuild the accounts of what waits for the bands as they are now; O(waiting)."""
         for lease in waiting:
             if lease.is_admitted:
                 self.admitted(lease, bands.by_priority[lease.flow.key.priority])

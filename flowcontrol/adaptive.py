@@ -8,7 +8,7 @@ in flight wait inside the engines, doing nothing but standing before others. By 
     s = dispatches x mean wait / area under the number in flight
 
 over one window. Few must wait, or engines run dry between a departure and the next dispatch; more
-than few is a queue that nobody can reorder. So the limit falls by s - `aim` where s is above
+than few is a queue that cannot be reordered. So the limit falls by s - `aim` where s is above
 `many`, rises where s is below `few` and the limit was reached, and else stays.
 
 It is TCP Vegas' idea (Brakmo and Peterson, 1995), to count what is queued instead of reacting to
@@ -20,39 +20,39 @@ With settlements: the time to first token, beyond the least that a prompt of tha
 that endpoint. So it is fair to long prompts, and an answer's length is not in it.
 
 Without: how long requests are in flight, of which only the shortest sixth counts, beyond the least
-that sixth ever took. Whoever waits inside is held up no less for having a short answer, so a queue
-shows there first and most clearly, whatever else is long.
+that sixth ever took. A request that waits inside is held up no less for having a short answer, so a
+queue shows there first and most clearly, whatever else is long.
 
 A window judges a cohort: requests dispatched after the limit last moved, of which most must be
 over. Who comes first in a raised limit fills empty places and is not in it. So old evidence moves
 nothing twice. Where the engine picks, each endpoint has a limit of its own, else slow endpoints,
 whose evidence comes late, were judged by that of the fast ones.
 
-What it does not see is a KV cache that overflows under answers which have begun: whoever is then
-preempted has had the first token. Beside a limit on tokens (several detectors: the fullest counts)
-it need not.
+What it does not see is a KV cache that overflows under answers which have begun: a request that is
+then preempted has had its first token. Beside a limit on tokens (several detectors: the fullest
+counts) it need not.
 
 Two guards. The least seen may be outdated (a slower model, longer answers): it rises slowly by
-itself, and when the limit has fallen by much and fewer do not wait, it is learnt anew. And when
+itself, and when the limit has fallen by much and no fewer wait, it is learnt again. And when
 settlements cease, completions must do again.
 """
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
-from typing import NamedTuple, final
+from typing import Final, final
 
 from flowcontrol.config import Adaptive
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.evidence import Evidence, FirstTokens, Residences
 from flowcontrol.flow import Lease
+from flowcontrol.moves import LimitMove, LimitMoves
 from flowcontrol.pool import StageLoad
 
 _START, _STEP, _STEP_MIN = 1.5, 1.06, 0.5
 """Growth a window before the limit first fell, and after; and the least, in requests."""
-_FALL_MOST = 0.5
+_FALL_MOST: Final = 0.5
 """No window takes more than this part."""
-_REACHED = 0.9
+_REACHED: Final = 0.9
 """Part of the limit that must have been in flight for it to rise: a quiet night raises nothing."""
 _TURNED_AWAY, _TURNED_AWAY_FALL = 0.1, 0.8
 """Part of a cohort that engines refused, from which the limit falls; and to which part."""
@@ -60,18 +60,6 @@ _VAIN_FALL, _VAIN_EFFECT = 0.7, 0.5
 """Fallen to this part, and the share waiting did not fall by half as much: the least is wrong."""
 _SILENCE_NS, _SILENT_COMPLETIONS = 60_000_000_000, 64
 """No settlement for so long, while so many requests ended: there is no access log any more."""
-_MOVES_KEPT = 64
-
-
-class Move(NamedTuple):
-    """One change of a limit, and why."""
-
-    at_ns: int
-    address: str | None
-    """Whose limit; None: of all endpoints together."""
-    before: float
-    after: float
-    reason: str
 
 
 @final
@@ -88,7 +76,7 @@ class _Watched:
     ) -> None:
         self.limit = limit
         self.limit_max = limit
-        """Set by whoever knows it."""
+        """Set by the detector, which knows the number of endpoints."""
         self.is_starting = True
         self._evidence = evidence
         self._count = in_flight
@@ -165,6 +153,11 @@ class _Watched:
         self._move(self.limit * factor, reason, now_ns)
         self._begin(now_ns, filling=0)
 
+    def resume(self, limit: float) -> None:
+        """Go on with a limit that was found before."""
+        self.is_starting = False
+        self.limit = min(max(1.0, limit), self.limit_max)
+
     def _judge(self, now_ns: int) -> None:
         before, wait_ns = self.limit, self._evidence.wait_ns()
         if self._turned_away >= _TURNED_AWAY * self._over:
@@ -214,11 +207,7 @@ class AdaptiveDetector:
     def __init__(self, settings: Adaptive, stage: StageLoad, now_ns: int) -> None:
         self.settings = settings
         self.revision = 0
-        self.moves: deque[Move] = deque(maxlen=_MOVES_KEPT)
-        """The latest changes of limits, each with its reason, the last one last."""
-        self.raised = 0
-        self.lowered = 0
-        """How often, in all."""
+        self.moves = LimitMoves()
         self._stage = stage
         self._endpoints: tuple[str, ...] = ()
         self._is_settled = False
@@ -246,6 +235,10 @@ class AdaptiveDetector:
         """Return what is in flight at the endpoint over its limit."""
         load = self._stage.at(address)
         return self.saturation() if load is None else load.requests / self.limit_of(address)
+
+    def holds(self, address: str) -> bool:  # noqa: ARG002 - at no time
+        """Not hold back by anything but the load."""
+        return False
 
     def endpoints_changed(self, now_ns: int) -> None:
         """Keep the limit of each endpoint that stays; who is new has what is usual among them."""
@@ -290,11 +283,12 @@ class AdaptiveDetector:
         if watched is not None:
             watched.settled(lease, settled, now_ns)
 
-    def advance(self, now_ns: int) -> None:
-        """Not depend on time alone."""
+    def advance(self, now_ns: int) -> list[str]:  # noqa: ARG002 - at no time
+        """Time alone has no effect."""
+        return []
 
     def next_change_ns(self) -> int | None:
-        """Not depend on time alone."""
+        """Time alone has no effect."""
         return None
 
     def _watcher_of(self, lease: Lease) -> _Watched | None:
@@ -327,11 +321,29 @@ class AdaptiveDetector:
             self._watched = {None: self._watch(None, limit, now_ns, like=like)}
         self.revision += 1
 
+    def remember(self) -> Mapping[str, float]:
+        """Return the limits, by endpoint; of all together by an empty text."""
+        return {address or "": watched.limit for address, watched in self._watched.items()}
+
+    def restore(self, limits: Mapping[str, float], now_ns: int) -> None:
+        """Go on with limits found before, of the endpoints that are known."""
+        if not self._watched or not limits:
+            return
+        if "" not in limits and not self._is_settled:
+            self._go_by_settlements(now_ns, is_so=True)
+        known = [limits[each] for each in self._endpoints if each in limits]
+        usual = median(known) if known else 0.0
+        together = limits.get("") or sum(limits.get(each, usual) for each in self._endpoints)
+        for address, watched in self._watched.items():
+            limit = together if address is None else limits.get(address, usual)
+            if limit:
+                watched.resume(limit)
+        self.revision += 1
+
     def inherit(self, before: "AdaptiveDetector", now_ns: int) -> None:
         """Take over what another knows, that went by other settings."""
-        self.moves = before.moves.copy()
+        self.moves = before.moves
         self._endpoints = before._endpoints  # noqa: SLF001 - one of us
-        self.raised, self.lowered = before.raised, before.lowered
         self._is_settled, self._settled_ns = before._is_settled, before._settled_ns  # noqa: SLF001 - as above
         self._watched = {
             address: self._watch(address, watched.limit, now_ns, like=watched)
@@ -347,9 +359,7 @@ class AdaptiveDetector:
 
         def moved(before: float, after: float, reason: str, now_ns: int) -> None:
             self.revision += 1
-            self.moves.append(Move(now_ns, address, before, after, reason))
-            self.raised += after > before
-            self.lowered += after < before
+            self.moves.note(LimitMove(now_ns, address, before, after, reason))
 
         most = float(self.settings.limit_max)
         if address is None:

@@ -2,12 +2,12 @@
 
 Two questions, both asked on the way of a request, so neither may cost a look at every flow.
 
-Which is the longest? It pays when somebody must give way. A backlog grows and shrinks by one, so
-flows are kept in buckets, one for each length, and the top follows by one step: when its bucket
-empties because its flow became shorter, the bucket below now holds that flow. The same idea serves
-LFU caches: Shah, Mitra and Matani, "An O(1) algorithm for implementing the LFU cache eviction
-scheme", 2010. Ordered dictionaries, because the first key of a plain one costs O(keys deleted
-before it).
+Which is the longest? It loses a request when one must be displaced. A backlog grows and shrinks by
+one, so flows are kept in buckets, one for each length, and the top follows by one step: when its
+bucket empties because its flow became shorter, the bucket below now holds that flow. The same idea
+serves LFU caches: Shah, Mitra and Matani, "An O(1) algorithm for implementing the LFU cache
+eviction scheme", 2010. Ordered dictionaries, because the first key of a plain one costs O(keys
+deleted before it).
 
 How many requests have fewer than x of their own flow before them? That is how many go while every
 flow has x turns (`forecast`). Requests are counted by that place, in classes that double in width
@@ -59,7 +59,7 @@ class Backlogs:
         """Notice that a flow's backlog is shorter by one."""
         length = flow.capacity.requests
         place = length.bit_length()
-        assert self._places[place] > 0, "nobody is in such a place"
+        assert self._places[place] > 0, "no request has such a place"
         self._places[place] -= 1
         self.shift(flow, length + 1, length)
 
@@ -75,7 +75,7 @@ class Backlogs:
                 if length == self._longest:
                     self._longest = to
                 if to and to not in buckets:
-                    buckets[to] = bucket  # as it is: it holds nobody else
+                    buckets[to] = bucket  # as it is: it holds no other flow
                     return
         if to:
             if to > self._longest:

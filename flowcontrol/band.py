@@ -9,7 +9,7 @@ from flowcontrol.capacity import Capacity
 from flowcontrol.config import BandSettings, ControllerConfig, Fairness
 from flowcontrol.fairness import FairnessPolicy, make_fairness
 from flowcontrol.flow import Flow, Lease
-from flowcontrol.forecast import Ahead
+from flowcontrol.forecast import Ahead, Calibration
 from flowcontrol.lines import HasRoom, Subset
 from flowcontrol.request import FlowKey
 from flowcontrol.retry import DrainRate
@@ -18,7 +18,7 @@ from flowcontrol.shares import Shares
 
 @final
 class Band:
-    """All flows of one priority. Knows who is next and who gives way, never whether it may.
+    """All flows of one priority. Knows which request is next, not whether it may go.
 
     `waiting` counts newcomers too, `capacity` only what has been admitted.
     Every operation costs what the fairness policy costs: O(log flows + subsets) at worst.
@@ -39,6 +39,8 @@ class Band:
         self.capacity = Capacity(self.settings.limits, everything)
         self.drain_rate = DrainRate(now_ns)
         self.shares = Shares(now_ns)
+        self.calibration = Calibration()
+        """Of what waits here are said to be."""
         self.flows: dict[str, Flow] = {}
         self.waiting = 0
         self.bound: dict[Subset, int] = {}
@@ -84,7 +86,7 @@ class Band:
             self._forget(flow)
 
     def move(self, lease: Lease) -> None:
-        """Find a waiting request's place in its flow anew, after its deadline has changed."""
+        """Move a waiting request to its place in its flow, after its deadline has changed."""
         lease.flow.move(lease)
         self.fairness.head_moved(lease.flow)
 
@@ -106,8 +108,8 @@ class Band:
         """Return the head of every flow with something waiting; O(flows)."""
         return [flow.head for flow in self.flows.values() if flow]
 
-    def first_to_give_way(self) -> Lease:
-        """Return whom a better band displaces first: the newest of the longest backlog."""
+    def newest_of_longest(self) -> Lease:
+        """Return the newest request of the longest backlog."""
         longest, _ = self.backlogs.longest()
         assert longest is not None, "nothing was admitted here"
         return next(longest.newest_first())
@@ -126,12 +128,19 @@ class Band:
         return Ahead(place + others, self.backlogs.overtaking(turns))
 
     def ahead_now(self, lease: Lease) -> Ahead:
-        """Return what goes before an admitted request, wherever it stands; O(waiting)."""
+        """Return what goes before an admitted request, wherever it stands; O(waiting).
+
+        Of flows with equal accounts, those that came first have one turn more before it.
+        """
         if self.settings.fairness is not Fairness.GLOBAL_STRICT:
-            return self.ahead(lease, lease.flow.place(lease))
+            place = lease.flow.place(lease)
+            ahead = self.ahead(lease, place)
+            tied = sum(flow.capacity.requests > place for flow in self.fairness.tied(lease.flow))
+            tied = min(tied, max(0, self.capacity.requests - 1 - ahead.requests))
+            return Ahead(ahead.requests, ahead.overtaking, tied)
         mine = lease.flow.order_of(lease)
-        everybody = (each for flow in self.flows.values() for each in flow.leases())
-        return Ahead(sum(each.flow.order_of(each) < mine for each in everybody))
+        leases = (each for flow in self.flows.values() for each in flow.leases())
+        return Ahead(sum(each.flow.order_of(each) < mine for each in leases))
 
     def dispatch(self, lease: Lease, now_ns: int) -> None:
         """Move a request from waiting to in flight."""
@@ -177,7 +186,7 @@ class Band:
         return not self.flows
 
     def check_invariants(self) -> None:
-        """Count everything anew and hold it against the accounts; O(waiting). For tests."""
+        """Count everything again and compare it with the accounts; O(waiting). For tests."""
         flows = self.flows.values()
         assert self.waiting == self.capacity.requests == sum(map(len, flows))
         assert self.capacity.bytes == sum(flow.capacity.bytes for flow in flows)

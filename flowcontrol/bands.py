@@ -26,7 +26,7 @@ class Bands:
         self.objectives: dict[str, int] = {}
         """Name to priority."""
         self.unknown_objectives = 0
-        """How many requests named an objective that nobody declared."""
+        """How many requests named an objective that is not declared."""
         self.by_priority: dict[int, Band] = {}
         """All of them, for others to read."""
         self._config = config

@@ -1,11 +1,11 @@
 """Pure. How full may the pool be for each band? A band is gated while saturation >= its ceiling.
 
-static: one ceiling for all. A free slot is used by whoever waits, and a person who comes a moment
-later waits for the next.
+static: one ceiling for all. A free slot is used by any band that waits, and a person who comes a
+moment later waits for the next.
 
 priority-holdback: the top band may fill the pool to `ceiling_max`, the lowest to `ceiling_min`, and
 those between in even steps: by rank (band i of N, from 0: max - i (max - min) / (N - 1)), or by
-value (linear in the priority itself, so that another band between moves nobody's ceiling). The part
+value (linear in the priority itself, so that another band between moves no ceiling). The part
 held back is what a person finds free. With `ceiling_min` 0 the lowest band is gated always.
 
 soft-reflective: the top band has `ceiling_max`. A lower band i of N has a soft threshold
@@ -13,6 +13,9 @@ soft-reflective: the top band has `ceiling_max`. A lower band i of N has a soft 
 open for one turn in every max(1, round(s / (1 - s))), so it fades out as the pool fills instead of
 stopping at a line. Turns are counted in what happens, not in time, so that an idle engine needs no
 clock.
+
+reserve: a lower band leaves as much free as the bands above it need, learnt from how they arrive;
+`reserve` derives it. Here every band has `ceiling_max`.
 
 One band alone has `ceiling_max` under every policy.
 """
@@ -59,7 +62,7 @@ def ceiling_for(
         turn_count: turns so far, for the duty cycle of soft-reflective.
     """
     high = settings.ceiling_max
-    if rank == 0 or settings.policy is Ceilings.STATIC:
+    if rank == 0 or settings.policy is Ceilings.STATIC or settings.policy is Ceilings.RESERVE:
         return high
     step = high - settings.ceiling_min
     last = len(priorities) - 1

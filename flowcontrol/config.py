@@ -1,7 +1,9 @@
-"""Pure. What the engine can be told to do. Times in nanoseconds, sizes in bytes, None: no limit."""
+"""Pure. The engine's configuration. Times in nanoseconds, sizes in bytes, None: no limit."""
+
+# interpreted: its dataclasses are read by their hints
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from math import isfinite
 from typing import Final, final
@@ -26,7 +28,7 @@ class Ordering(Enum):
 
     FCFS = "fcfs"
     EDF = "edf"
-    """Earliest deadline first: whoever would be evicted next."""
+    """Earliest deadline first: the request that would be evicted next."""
     SLO_DEADLINE = "slo-deadline"
     """Whose first token is due next; those that name no objective last."""
 
@@ -38,6 +40,9 @@ class Picker(Enum):
     """Envoy does; the engine counts the pool as a whole."""
     LEAST_LOADED = "least-loaded"
     """The engine does, at the moment of dispatch: the endpoint with the most room."""
+    PREFIX_AFFINITY = "prefix-affinity"
+    """The engine does: the endpoint that served half of the prompt or more, as far as its load
+    allows, else the one with the most room."""
 
 
 class Role(Enum):
@@ -55,6 +60,8 @@ class Ceilings(Enum):
     HOLDBACK_BY_RANK = "priority-holdback-rank"
     HOLDBACK_BY_VALUE = "priority-holdback-value"
     SOFT_REFLECTIVE = "soft-reflective"
+    RESERVE = "reserve"
+    """As much is left free as the bands above need; `reserve` derives it."""
 
     @property
     def is_holdback(self) -> bool:
@@ -83,6 +90,15 @@ class Limits:
     requests_max: int | None = None
     bytes_max: int | None = None
 
+    def given(self) -> dict[str, int]:
+        """Return the limits there are, by what they are of, as in `LIMITED`."""
+        every = ((name, getattr(self, f"{name}_max")) for name in LIMITED)
+        return {name: most for name, most in every if most is not None}
+
+
+LIMITED: Final = tuple(each.name.removesuffix("_max") for each in fields(Limits))
+"""What there can be limits of: requests, bytes."""
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +117,9 @@ class BandSettings:
     it: from 0 to below 1, all bands together at most 1."""
     promote_after_ns: int | None = None
     """A request that has waited this long goes before all others. None: never."""
+    wait_target: float = 0.01
+    """With the reserve policy: with which probability an arrival may find no place because lower
+    bands have taken it. Above 0, at most 1; 1: nothing is left free for it."""
 
 
 @final
@@ -169,7 +188,13 @@ class Adaptive:
     """At one endpoint, never exceeded, at least `limit_first`."""
 
 
-Detector = Concurrency | Utilization | Adaptive
+@final
+@dataclass(frozen=True, slots=True)
+class Auto:
+    """Full by limits on requests and tokens in flight that the engine finds by itself."""
+
+
+Detector = Concurrency | Utilization | Adaptive | Auto
 
 
 @final
@@ -177,7 +202,7 @@ Detector = Concurrency | Utilization | Adaptive
 class CeilingSettings:
     """Which part of the pool each band may fill."""
 
-    policy: Ceilings = Ceilings.STATIC
+    policy: Ceilings = Ceilings.RESERVE
     ceiling_max: float = 1.0
     """Of the highest band, or of all with static: above 0, at most 1."""
     ceiling_min: float = 0.8
@@ -215,7 +240,7 @@ class ControllerConfig:
     """For a band that no template matches."""
     no_endpoint_ttl_ns: int | None = None
     """Longest wait while the pool is empty. None: for ever."""
-    detectors: tuple[Detector, ...] = (Concurrency(),)
+    detectors: tuple[Detector, ...] = (Auto(),)
     """The fullest counts; at least one."""
     ceilings: CeilingSettings = field(default_factory=CeilingSettings)
     picker: Picker = Picker.OFF
@@ -228,8 +253,9 @@ class ControllerConfig:
     """For least-attained-service, above 0."""
     reclaim: Reclaim = field(default_factory=Reclaim)
     forecasts: bool = False
-    """Whether each decision says what wait was expected when it began; doubles what waiting costs.
-    Whoever asks for one request is told in any case."""
+    """Whether every wait is forecast as it begins, and its decision says so. Else only as many are
+    as the intervals are learnt from (`forecast.Calibration`). A question about one request or band
+    is answered in any case."""
 
     def __post_init__(self) -> None:
         problems = [*_own_problems(self), *_detector_problems(self), *_tenant_problems(self)]
@@ -321,6 +347,8 @@ def _detector_problems(config: ControllerConfig) -> list[str]:
                     (f"{where}.limit_first must be >= 1", first, first >= 1),
                     (f"{where}.limit_max must be >= limit_first", most, most >= first),
                 ]
+            case Auto():
+                checks = []
         problems += _failed(checks)
     return problems
 
@@ -340,11 +368,10 @@ def _tenant_problems(config: ControllerConfig) -> list[str]:
 
 
 def _limit_problems(where: str, limits: Limits) -> list[str]:
-    pairs = (("requests_max", limits.requests_max), ("bytes_max", limits.bytes_max))
     return [
-        f"{where}.{name} must be >= 0 or unlimited, got {value}"
-        for name, value in pairs
-        if value is not None and value < 0
+        f"{where}.{name}_max must be >= 0 or unlimited, got {most}"
+        for name, most in limits.given().items()
+        if most < 0
     ]
 
 
@@ -352,6 +379,7 @@ def _band_problems(where: str, settings: BandSettings) -> list[str]:
     problems = _limit_problems(f"{where}.limits", settings.limits)
     problems += _limit_problems(f"{where}.flow_limits", settings.flow_limits)
     share, after_ns = settings.share_min, settings.promote_after_ns
+    target = settings.wait_target
     checks = [
         (
             f"{where}.ttl_ns must be >= 0 or unlimited",
@@ -360,5 +388,6 @@ def _band_problems(where: str, settings: BandSettings) -> list[str]:
         ),
         (f"{where}.share_min must be >= 0 and < 1", share, 0 <= share < 1),
         (f"{where}.promote_after_ns must be >= 0", after_ns, after_ns is None or after_ns >= 0),
+        (f"{where}.wait_target must be > 0 and <= 1", target, 0 < target <= 1),
     ]
     return problems + _failed(checks)

@@ -3,7 +3,7 @@
 The life of a request is four states; every move is made here and nowhere else:
 
     (new) ──Arrived──▶ WAITING ──dispatched──▶ IN FLIGHT ──Left──▶ (gone)
-      │                   │                        └──reclaimed: told to end, then Left
+      │                   │                        └──reclaimed: ended by Envoy, then Left
       └─▶ REJECTED_*      └──deadline │ Left │ displaced │ drained──▶ EVICTED_*
 
 `handle` only takes facts in: a newcomer stands in its flow at once, but is not yet admitted.
@@ -13,14 +13,15 @@ fits is served in order of priority and never refused because of how it was cut 
 
 from collections.abc import Mapping
 from itertools import islice
-from typing import assert_never, final
+from typing import Final, assert_never, final
 
 from flowcontrol.across import Across
 from flowcontrol.band import Band
 from flowcontrol.bands import Bands
 from flowcontrol.capacity import Capacity
 from flowcontrol.ceilings import BandCeilings
-from flowcontrol.config import RETRY_AFTER_MAX_NS, ControllerConfig, Ordering, Role
+from flowcontrol.charges import Charges
+from flowcontrol.config import RETRY_AFTER_MAX_NS, Ceilings, ControllerConfig, Ordering, Role
 from flowcontrol.decisions import Decisions
 from flowcontrol.events import (
     Answered,
@@ -28,35 +29,45 @@ from flowcontrol.events import (
     Change,
     Decision,
     DrainBegan,
+    Endpoint,
     EndpointsChanged,
     Fact,
     FlowEvicted,
+    LeasesRecovered,
     Left,
     LoadObserved,
+    MemoryRestored,
     ObjectivesChanged,
     Reconfigured,
+    RecoveredLeaseEnded,
     Settled,
+    SettlementLost,
 )
 from flowcontrol.expiry import Expiry, earlier
 from flowcontrol.flow import Lease
 from flowcontrol.forecast import Ahead, Forecast, forecast
-from flowcontrol.pool import FULL, Endpoint, Pool
+from flowcontrol.learned import Learned
+from flowcontrol.picker import FULL
+from flowcontrol.pool import Pool
 from flowcontrol.reclaim import Demand, Reclaimer, needed
-from flowcontrol.request import Outcome, Request, Scope
+from flowcontrol.recovery import Recovery
+from flowcontrol.request import DEFAULT_PRIORITY, Outcome, Request, Scope
+from flowcontrol.reserve import Reserve
 from flowcontrol.retry import DrainRate, latest_promise
-from flowcontrol.room import equals_to_displace, without_room
+from flowcontrol.room import displaced_for, without_room
 from flowcontrol.saturation import make_detectors
-from flowcontrol.settlement import Settlement
 
-_ELSEWHERE_NS = 1_000_000_000
-"""Retry-After when this process is going away: another replica, or its successor, is soon there."""
+_RETRY_MIN_NS: Final = 1_000_000_000
+"""Retry-After of a refusal while nothing at all is known."""
+_ELSEWHERE_NS: Final = 1_000_000_000
+"""Retry-After when this process is ending: another replica, or its successor, is soon there."""
 
 
 @final
 class FlowController:
     """Decides every request exactly once.
 
-    Not thread-safe; owned by whoever calls it. `now_ns` is monotonic and never goes back.
+    Not thread-safe; its caller owns it. `now_ns` is monotonic and never goes back.
     """
 
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
@@ -64,7 +75,8 @@ class FlowController:
         self.capacity = Capacity(config.limits)
         self.bands = Bands(config, self.capacity)
         self.pool = Pool(config.picker, make_detectors(config.detectors), config.fallbacks_max)
-        self.settlement = Settlement(config.prices)
+        self.recovery = Recovery(self.pool)
+        self.charges = Charges(config.prices)
         self.decisions = Decisions(self.bands, self.pool)
         self._drain_rate = DrainRate(now_ns)
         self._across = Across()
@@ -79,6 +91,8 @@ class FlowController:
         self._turn_count = 0
         """Dispatches, departures and scrapes: what a duty cycle counts by."""
         self._ceilings = BandCeilings(config.ceilings, [])
+        self._reserve = Reserve(now_ns)
+        self._has_reserve = config.ceilings.policy is Ceilings.RESERVE
         self.waiting = 0
         """Requests waiting, newcomers included."""
 
@@ -95,9 +109,11 @@ class FlowController:
         elif isinstance(fact, Answered):
             if (lease := self._leases.get(fact.request_id)) is not None:
                 self._reclaimer.answered(lease)
+                self.pool.moved(lease, fact.endpoint, now_ns)
         elif isinstance(fact, LoadObserved):
             self._turn_count += 1
             self.pool.observed(fact, now_ns)
+            self.recovery.observed(fact, now_ns)
         else:
             self._change(fact, now_ns)
 
@@ -105,7 +121,7 @@ class FlowController:
         match fact:
             case ObjectivesChanged(priorities):
                 self.bands.declare(priorities, now_ns)
-                self._bands_changed()
+                self._bands_changed(now_ns)
             case EndpointsChanged():
                 self._change_endpoints(fact, now_ns)
             case Reconfigured(config):
@@ -117,7 +133,31 @@ class FlowController:
                 if self._drain_until_ns is None:
                     self._drain_until_ns = now_ns + budget_ns
             case _:
+                self._change_in_flight(fact, now_ns)
+
+    def _change_in_flight(
+        self,
+        fact: LeasesRecovered | RecoveredLeaseEnded | MemoryRestored | SettlementLost,
+        now_ns: int,
+    ) -> None:
+        match fact:
+            case LeasesRecovered():
+                self.recovery.recover(fact, now_ns)
+            case RecoveredLeaseEnded(ticket):
+                self.recovery.ended(ticket, now_ns)
+            case MemoryRestored(memory):
+                self.bands.needed(DEFAULT_PRIORITY, now_ns)
+                self._bands_changed(now_ns)
+                self.learned.restore(memory, now_ns)
+            case SettlementLost(request_id):
+                self.charges.lost(request_id)
+            case _:
                 assert_never(fact)
+
+    @property
+    def learned(self) -> Learned:
+        """What was learnt, to be kept."""
+        return Learned(self.bands, self.pool, self.charges.estimator, self._drain_rate)
 
     def _arrive(self, request: Request, now_ns: int) -> None:
         assert request.request_id not in self._leases, "a request arrives once"
@@ -130,10 +170,13 @@ class FlowController:
         band = self.bands.by_priority.get(priority)
         if band is None:
             band = self.bands.needed(priority, now_ns)
-            self._bands_changed()
-        tokens, cost = self.settlement.estimate(request)
+            self._bands_changed(now_ns)
+        if self._has_reserve:
+            self._reserve.arrived(priority, now_ns)
+        tokens, cost = self.charges.estimate(request)
         flow = band.flow(request.flow_id)
-        lease = Lease(request, flow, self._arrived_count, now_ns, tokens, cost)
+        arrived_ns = now_ns - request.age_ns
+        lease = Lease(request, flow, self._arrived_count, arrived_ns, tokens, cost)
         if band.settings.ordering is Ordering.EDF:
             self._expiry.appoint(lease, band)
         self._leases[request.request_id] = lease
@@ -153,16 +196,18 @@ class FlowController:
         self._turn_count += 1
         band = self.bands.by_priority[lease.flow.key.priority]
         self.pool.release(lease, now_ns)
+        if self._has_reserve:
+            self._reserve.left(now_ns)
         if self.config.reclaim.is_enabled:
             self._reclaimer.left(lease)
-        self.decisions.tallies[band.priority].completed += 1
+        self.decisions.tally(band.priority).completed += 1
         band.complete(lease)
-        self.settlement.ended(lease)
-        self._drop_if_done(band)
+        self.charges.ended(lease)
+        self._drop_if_done(band, now_ns)
 
     def _settle(self, settled: Settled, now_ns: int) -> None:
         """Correct what was charged by estimate, once, before or after the request has left."""
-        news = self.settlement.settle(settled, self._leases.get(settled.request_id))
+        news = self.charges.settle(settled, self._leases.get(settled.request_id))
         if news is None:
             return
         lease, error = news
@@ -182,20 +227,23 @@ class FlowController:
         """Go by other settings; whatever waits keeps its place, and accounts stand. O(requests)."""
         self.config = config
         self.capacity.limits = config.limits
-        self.settlement.prices = config.prices
+        self.charges.prices = config.prices
         self.bands.reconfigure(config, now_ns)
         self.pool.reconfigure(config.picker, make_detectors(config.detectors), now_ns)
         self.pool.fallbacks_max = config.fallbacks_max
         waiting = self._waiting()
         self._expiry.reconfigure(config, waiting, now_ns)
         self._across.reconfigured(waiting, self.bands)
-        self._bands_changed()
+        self._bands_changed(now_ns)
         self._reclaimer.reconfigure(config.reclaim, self._leases.values())
 
-    def _bands_changed(self) -> None:
+    def _bands_changed(self, now_ns: int) -> None:
         self._across.set_bands(self.bands)
         priorities = [band.priority for band in self.bands]
         self._ceilings = BandCeilings(self.config.ceilings, priorities)
+        self._has_reserve = self.config.ceilings.policy is Ceilings.RESERVE
+        if self._has_reserve:
+            self._reserve.set_bands(priorities, self.config, now_ns)
 
     # Decisions
 
@@ -203,6 +251,7 @@ class FlowController:
         """Decide all that can be decided now; O(log waiting) per decision."""
         if self.pool.has_timer:
             self.pool.advance(now_ns)
+        self.recovery.expire(now_ns)
         while (late := self._expiry.first_due(now_ns)) is not None:
             self._end_waiting(late, self._expiry.outcome, now_ns)
         self._dispatch(now_ns)
@@ -225,21 +274,24 @@ class FlowController:
             first_ns = earlier(first_ns, self._drain_until_ns)
         if self.pool.has_timer:
             first_ns = earlier(first_ns, self.pool.next_change_ns())
+        first_ns = earlier(first_ns, self.recovery.next_due_ns())
         if self.config.reclaim.is_enabled:
             first_ns = earlier(first_ns, self._reclaimer.next_change_ns())
-        if self._across.is_active and self.pool.saturation() < FULL:  # whoever is gated now
+        if self._across.is_active and self.pool.saturation() < FULL:  # what is gated now
             promotion_ns = self._across.next_promotion_ns(self.pool.has_room_in)
             first_ns = earlier(first_ns, promotion_ns)
         return first_ns
 
     def _dispatch(self, now_ns: int) -> None:
-        """Let go whoever may go: the highest band first, in it whose turn it is.
+        """Dispatch what may go: the highest band first, in it the flow whose turn it is.
 
         A band that is gated with work waiting ends the pass, so that no lower band overtakes it;
-        only a promotion or a share (`across`) goes before the order. Who may only go to endpoints
-        without room is passed over: what others take is nothing that it could have.
+        only a promotion or a share (`across`) goes before the order. A request that may
+        only go to endpoints without room is passed over: others take nothing that it could have.
         """
         saturation = self.pool.saturation()
+        if self._has_reserve:
+            self._reserve.renew(self.pool.load(), self.config.ceilings.ceiling_max, now_ns)
         if saturation >= FULL:
             return
         has_room = self.pool.has_room_in
@@ -265,17 +317,23 @@ class FlowController:
         """Dispatch a request."""
         if self._across.is_active:
             self._across.dispatched(lease, band, now_ns, self.pool.has_room_in)
+        before = self.pool.load()
         self.pool.charge(lease, now_ns)
+        if self._has_reserve:
+            self._reserve.sent(band.priority, self.pool.load() - before)
         self._drain_rate.dispatched(now_ns)
         band.dispatch(lease, now_ns)
         self._forget_waiting(lease, band, now_ns)
         lease.dispatched_ns = now_ns
+        self._learn_wait(lease, band, now_ns, is_over=True)
         if self.config.reclaim.is_enabled:
             self._reclaimer.dispatched(lease)
         self._turn_count += 1
         self.decisions.add(lease, band, Outcome.DISPATCHED, now_ns)
 
     def _ceiling(self, rank: int, saturation: float) -> float:
+        if self._has_reserve:
+            return self._reserve.ceilings[rank]
         return self._ceilings.of(rank, saturation, self._turn_count)
 
     def gates(self) -> list[tuple[Band, float]]:
@@ -286,7 +344,7 @@ class FlowController:
     def _make_room(self, now_ns: int) -> None:
         """Admit, or refuse, each newcomer that was not dispatched.
 
-        From the lowest band up, so that whoever can be displaced has itself been admitted before.
+        From the lowest band up, so that what can be displaced has itself been admitted before.
         """
         newcomers, self._newcomers = self._newcomers, []
         if len(newcomers) > 1 and self.waiting:
@@ -307,23 +365,19 @@ class FlowController:
                 self._refuse(lease, band, now_ns)
 
     def _has_room(self, lease: Lease, band: Band, now_ns: int) -> bool:
-        """Make room for a newcomer where it has a claim; whether there is."""
+        """Whether a newcomer fits, once what it displaces is out of the queue."""
         if lease.flow.capacity.has_room(lease.request.byte_size):
             return True
-        lower = [each for each in self.bands if each.priority < band.priority]
-        victims = equals_to_displace(lease, band, lower, self.capacity)
+        victims = displaced_for(lease, band, self.bands, self.capacity)
         if victims is None:
             return False
         for victim in victims:
-            self._displace(victim, band.drain_rate, now_ns)
-        while not self.capacity.fits(lease.request.byte_size):
-            while not lower[-1].capacity.requests:
-                lower.pop()
-            self._displace(lower[-1].first_to_give_way(), self._drain_rate, now_ns)
+            is_equal = victim.flow.key.priority == band.priority
+            self._displace(victim, band.drain_rate if is_equal else self._drain_rate, now_ns)
         return True
 
-    def _displace(self, victim: Lease, scope: DrainRate, now_ns: int) -> None:
-        retry_after_ns = scope.promise(now_ns, RETRY_AFTER_MAX_NS)
+    def _displace(self, victim: Lease, rate: DrainRate, now_ns: int) -> None:
+        retry_after_ns = rate.promise(now_ns, RETRY_AFTER_MAX_NS)
         self._end_waiting(victim, Outcome.EVICTED_DISPLACED, now_ns, retry_after_ns)
 
     def _admit(self, lease: Lease, band: Band, now_ns: int) -> None:
@@ -333,10 +387,11 @@ class FlowController:
         self._expiry.admit(lease)
         if self._across.is_active:
             self._across.admitted(lease, band)
-        if self.config.forecasts:
+        if band.calibration.is_due() or self.config.forecasts:
             place = lease.flow.capacity.requests - 1  # as if in order of arrival: O(1)
             expected = self._expected(lease, band, band.ahead(lease, place), now_ns)
-            lease.position, lease.expected_wait_ns = expected
+            lease.position, lease.expected_wait_ns = expected.position, expected.wait_ns
+            lease.late_wait_ns, lease.raw_wait_ns = expected.late_ns, expected.raw_ns
 
     def _refuse(self, lease: Lease, band: Band, now_ns: int) -> None:
         """Reject a newcomer; where two limits refuse it, the slower one says when to come back."""
@@ -349,10 +404,23 @@ class FlowController:
             for scope in lease.without_room
         }
         retry_after_ns = latest_promise(rates, now_ns, RETRY_AFTER_MAX_NS)
+        if retry_after_ns is not None:
+            retry_after_ns = min(band.calibration.late(retry_after_ns), RETRY_AFTER_MAX_NS)
+        else:
+            retry_after_ns = self._longest_known(band, now_ns)
         self._end_waiting(lease, Outcome.REJECTED_CAPACITY, now_ns, retry_after_ns)
 
+    def _longest_known(self, band: Band, now_ns: int) -> int:
+        """Return when a refused request may come back whose scope never drained.
+
+        Bands above may drain: this one does no faster. Else as long as nothing has moved so far.
+        """
+        promised_ns = self._drain_rate.promise(now_ns, RETRY_AFTER_MAX_NS) or _RETRY_MIN_NS
+        busy_ns = max(band.drain_rate.busy_ns(now_ns), self._drain_rate.busy_ns(now_ns))
+        return min(max(promised_ns, busy_ns), RETRY_AFTER_MAX_NS)
+
     def _reclaim(self, now_ns: int) -> None:
-        """Tell sheddable requests in flight to end, for better ones that a full pool holds up."""
+        """End sheddable requests in flight, for better ones that a full pool holds up."""
         self._reclaimer.give_up(now_ns)
         saturation = self.pool.saturation()
         band, ceiling = next((band, ceiling) for band, ceiling in self.gates() if band.waiting)
@@ -373,9 +441,10 @@ class FlowController:
         self._ended_count += 1
         band = self.bands.by_priority[lease.flow.key.priority]
         band.remove(lease, now_ns)
+        self._learn_wait(lease, band, now_ns, is_over=False)
         self._forget_waiting(lease, band, now_ns)
         self.decisions.add(lease, band, outcome, now_ns, retry_after_ns)
-        self._drop_if_done(band)
+        self._drop_if_done(band, now_ns)
 
     def _forget_waiting(self, lease: Lease, band: Band, now_ns: int) -> None:
         self.waiting -= 1
@@ -386,10 +455,10 @@ class FlowController:
             if self._across.is_active:
                 self._across.removed(lease, band)
 
-    def _drop_if_done(self, band: Band) -> None:
+    def _drop_if_done(self, band: Band, now_ns: int) -> None:
         if not band.is_declared and band.is_idle:
             self.bands.drop_if_done(band)
-            self._bands_changed()
+            self._bands_changed(now_ns)
 
     # What there is to see
 
@@ -419,7 +488,10 @@ class FlowController:
     def forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
         """Return what a request can expect that stands behind so much of its band; O(bands)."""
         above = self.bands.waiting_above(band)
-        return forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
+        if self.pool.is_empty:
+            return Forecast(above + ahead.requests + ahead.tied, None)
+        said = forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
+        return band.calibration.apply(said)
 
     def _expected(self, lease: Lease, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
         """Say nothing of when an endpoint has room that most requests do not wait for."""
@@ -427,13 +499,19 @@ class FlowController:
         is_bound = lease.request.subset is not None and self.pool.picks
         return Forecast(expected.position, None) if is_bound else expected
 
+    @staticmethod
+    def _learn_wait(lease: Lease, band: Band, now_ns: int, *, is_over: bool) -> None:
+        if lease.raw_wait_ns is not None:
+            waited_ns = now_ns - lease.arrived_ns
+            band.calibration.learn(lease.raw_wait_ns, waited_ns, is_over=is_over)
+
     @property
     def leases(self) -> Mapping[int, Lease]:
         """Every live request by its id, in the order of arrival; for the owner to read."""
         return self._leases
 
     def check_invariants(self) -> None:
-        """Count everything anew and hold it against the accounts; O(requests). For tests."""
+        """Count everything again and compare it with the accounts; O(requests). For tests."""
         assert not self._newcomers, "newcomers are decided in the turn they came in"
         waiting = self._waiting()
         assert len(waiting) == self.waiting == self.capacity.requests

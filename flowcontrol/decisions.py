@@ -1,6 +1,5 @@
 """Pure. Where decisions are written down and counted, each once."""
 
-from collections import defaultdict
 from typing import final
 
 from flowcontrol.band import Band
@@ -10,7 +9,7 @@ from flowcontrol.flow import Lease
 from flowcontrol.goodput import Goodput
 from flowcontrol.pool import Pool
 from flowcontrol.request import Outcome, Request
-from flowcontrol.tally import Tally
+from flowcontrol.tally import Tally, make_room
 
 
 @final
@@ -18,8 +17,8 @@ class Decisions:
     """What was decided in the turn under way, and the counts of all turns. O(1)."""
 
     def __init__(self, bands: Bands, pool: Pool) -> None:
-        self.tallies: defaultdict[int, Tally] = defaultdict(Tally)
-        """By priority; as many as priorities were ever declared."""
+        self.tallies: dict[int, Tally] = {}
+        """By priority; of those that have no band any more only so many."""
         self.goodput = Goodput()
         self._bands = bands
         self._pool = pool
@@ -36,7 +35,7 @@ class Decisions:
         """Write down what becomes of a request of this band."""
         priority, flow_id = lease.flow.key
         waited_ns = (lease.dispatched_ns if lease.is_in_flight else now_ns) - lease.arrived_ns
-        self.tallies[priority].count(outcome, waited_ns, lease.expected_wait_ns)
+        self.tally(priority).count(outcome, waited_ns, lease.expected_wait_ns)
         self._made.append(
             Decision(
                 lease.request.request_id,
@@ -54,6 +53,7 @@ class Decisions:
                 lease.without_room,
                 lease.fallbacks,
                 lease.position,
+                lease.late_wait_ns,
             )
         )
 
@@ -61,7 +61,7 @@ class Decisions:
         self, request: Request, priority: int, outcome: Outcome, retry_after_ns: int
     ) -> None:
         """Write down that a request does not even come in."""
-        self.tallies[priority].count(outcome, 0)
+        self.tally(priority).count(outcome, 0)
         self._made.append(
             Decision(
                 request.request_id,
@@ -78,7 +78,22 @@ class Decisions:
         """Count what a dispatched request turned out to be worth, once."""
         named = lease.request.objective
         is_declared = named is not None and named in self._bands.objectives
-        self.goodput.count(named if is_declared and named else "", lease, settled)
+        objective = named if is_declared and named else ""
+        self.goodput.count(objective, lease, settled, self._is_declared)
+
+    def tally(self, priority: int) -> Tally:
+        """Return the counts of a priority."""
+        tally = self.tallies.get(priority)
+        if tally is None:
+            make_room(self.tallies, self._has_band)
+            tally = self.tallies[priority] = Tally()
+        return tally
+
+    def _has_band(self, priority: int) -> bool:
+        return priority in self._bands.by_priority
+
+    def _is_declared(self, objective: str) -> bool:
+        return not objective or objective in self._bands.objectives
 
     def take(self) -> list[Decision]:
         """Return what was decided since the last time."""

@@ -9,6 +9,8 @@
 What becomes of a request is never an exception: it is an `Outcome`.
 """
 
+# interpreted: it seldom runs
+
 
 class FlowControlError(Exception):
     """Base of every error raised on purpose in this package."""

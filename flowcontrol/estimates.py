@@ -9,15 +9,18 @@ mean of the ratios: small requests must not outvote large ones). They follow a t
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from itertools import islice
 from typing import Final, NamedTuple, final
 
 from flowcontrol.config import TokenPrices
 from flowcontrol.events import Settled
+from flowcontrol.memory import KEPT_MAX, Estimate
 from flowcontrol.request import Request
 
 BYTES_PER_TOKEN: Final = 4.0
 OUTPUT_DEFAULT: Final = 128.0
-"""Expected of a model nobody has been answered by yet."""
+"""Expected of a model that has not answered yet."""
 _MEMORY: Final = 32
 """Requests a mean remembers: the first 32 count alike, later ones 1/32 each."""
 _LEARNED_MAX = 10_000
@@ -81,7 +84,7 @@ class TokenEstimator:
         """By flow and model, and by model alone."""
 
     def estimate(self, request: Request) -> Tokens:
-        """Return what the request will take, as far as can be told now."""
+        """Return what the request will take, as far as is known now."""
         per_byte, answer = 1 / BYTES_PER_TOKEN, OUTPUT_DEFAULT
         if self._learned:
             for key in ((None, request.model), (request.flow_id, request.model)):
@@ -114,3 +117,23 @@ class TokenEstimator:
                 learned.learn_prompt(prompt, request.byte_size)
         while len(self._learned) > _LEARNED_MAX:
             self._learned.popitem(last=False)
+
+    def remember(self) -> tuple[Estimate, ...]:
+        """Return the latest of what is known, the latest last."""
+        latest = list(islice(reversed(self._learned.items()), KEPT_MAX))
+        return tuple(
+            Estimate(
+                flow_id, model, each.answers, each.output, each.prompts, each.prompt, each.bytes
+            )
+            for (flow_id, model), each in reversed(latest)
+        )
+
+    def restore(self, estimates: Iterable[Estimate]) -> None:
+        """Go on with what was known, where nothing is known yet."""
+        for each in estimates:
+            key = (each.flow_id, each.model)
+            if key not in self._learned:
+                learned = self._learned[key] = _Learned()
+                learned.answers, learned.output = each.answers, each.output
+                learned.prompts, learned.prompt = each.prompts, each.prompt
+                learned.bytes = each.bytes

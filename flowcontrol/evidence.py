@@ -1,7 +1,7 @@
-"""Pure. How long do requests wait inside the engines? Two witnesses, whom `adaptive` asks.
+"""Pure. Two estimators of queueing delay, used by `adaptive`.
 
 Both judge a cohort by what exceeds the least ever seen. The least may become outdated, by a slower
-model or longer answers, so it grows a little with each cohort, and can be learnt anew.
+model or longer answers, so it grows a little with each cohort, and can be learnt again.
 """
 
 from bisect import insort
@@ -46,7 +46,7 @@ class Evidence(Protocol):
         """Return the mean wait of the cohort, None when nothing is known of it."""
 
     def learn_anew(self) -> None:
-        """Take it that whoever has been seen did not wait."""
+        """Assume that the requests seen so far did not wait."""
 
 
 @final
@@ -139,11 +139,11 @@ class Residences:
         return True
 
     def is_enough(self, over: int, wanted: int, full_ns: int) -> bool:
-        """Whether whoever is not over cannot be among the shortest any more."""
+        """Whether those that are not over can no longer be among the shortest."""
         return over > self._SHORTEST * wanted and full_ns >= self._shortest()
 
     def settled(self, lease: Lease, settled: Settled, *, is_member: bool) -> None:
-        """Know of none."""
+        """Return none."""
 
     def wait_ns(self) -> float | None:
         """Return by how much the shortest exceeded the least."""

@@ -81,7 +81,7 @@ class Expiry:
         self.judge_anew(waiting, now_ns)
 
     def judge_anew(self, waiting: Iterable[Lease], now_ns: int) -> None:
-        """Find every deadline anew; of nobody who waited before does it come within this turn."""
+        """Recompute all deadlines; a request already waiting never expires in this turn."""
         for lease in waiting:
             band = self._bands.by_priority[lease.flow.key.priority]
             lease.deadline_ns = self._deadline_ns(lease, band)

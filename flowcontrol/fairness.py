@@ -4,27 +4,28 @@ Round-robin and global-strict keep no account. The others do, by flow id, and th
 outlives the flow for as long as it can still make a difference. Weighted tokens, the default, has a
 module of its own.
 
-Least attained service (Nuyens and Wierman, 2008, survey it) serves first whoever got least lately:
-attained cost, halved every half-life. No lift: a newcomer goes before everybody until it has caught
-up, which is the point of it, and old flows can be starved by an endless stream of new ones. Its
-bound: who is served had attained no more than whoever waits and could go, so while two flows wait
-without pause, with heads that may go to the same endpoints and right estimates, the one ahead is
-ahead by at most the largest cost of one request, or by less than it was.
+Least attained service (Nuyens and Wierman, 2008, survey it) serves first the flow that got least
+lately: attained cost, halved every half-life. No lift: a new flow goes before all others until it
+has caught up, which is the point of it, and old flows can be starved by an endless stream of new
+ones. Its bound: a flow that is served had attained no more than any that waits and could go, so
+while two wait without pause, with heads that may go to the same endpoints and right estimates, the
+one ahead is ahead by at most the largest cost of one request, or by less than it was.
 
 Whichever the policy: a flow whose head may only go to endpoints without room is passed over, and
 keeps what it has, its number, its place or its account (`lines`).
 """
 
+from collections.abc import Mapping
 from heapq import nlargest
 from math import inf
-from typing import Protocol, assert_never, final
+from typing import Final, Protocol, assert_never, final
 
 from flowcontrol.config import BandSettings, ControllerConfig, Fairness
 from flowcontrol.flow import Flow, Lease
 from flowcontrol.lines import HasRoom, Lines, Subset
 from flowcontrol.weighted_tokens import ACCOUNTS_MAX, WeightedTokens
 
-_HALF_LIVES_KEPT = 16
+_HALF_LIVES_KEPT: Final = 16
 
 
 class FairnessPolicy(Protocol):
@@ -55,6 +56,9 @@ class FairnessPolicy(Protocol):
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Add to what a flow was charged, or take from it, now that the true cost is known."""
 
+    def accounts(self) -> Mapping[str, float]:
+        """Return what a new policy must `correct` to go on as this one; O(accounts)."""
+
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:
         """Return about how many turns every other flow has before a waiting request.
 
@@ -63,6 +67,9 @@ class FairnessPolicy(Protocol):
             place: how many of its own flow go before it, and cost about as much as it does.
             cost_each: what a request of the others costs.
         """
+
+    def tied(self, flow: Flow) -> list[Flow]:
+        """Return the flows with the same account as a waiting flow that go before it; O(flows)."""
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Take other weights or times from now on; every account stands. O(accounts)."""
@@ -112,6 +119,10 @@ class RoundRobin:
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Keep no account."""
 
+    def accounts(self) -> Mapping[str, float]:
+        """Keep no account."""
+        return {}
+
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:  # noqa: ARG002 - nor here
         """Return a turn for each before it, and the part of the line that stands before its flow.
 
@@ -120,6 +131,10 @@ class RoundRobin:
         first = self._lines.first(_everywhere)
         assert first is not None, "who asks is waiting"
         return place + (lease.flow.counter - first[0]) / (self._turn - first[0] + 1)
+
+    def tied(self, flow: Flow) -> list[Flow]:  # noqa: ARG002 - no two have the same number
+        """Return none: no two have the same number."""
+        return []
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Depend on no setting."""
@@ -166,9 +181,17 @@ class GlobalStrict:
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Keep no account."""
 
+    def accounts(self) -> Mapping[str, float]:
+        """Keep no account."""
+        return {}
+
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:  # noqa: ARG002 - see served
-        """Return that there are no turns: the others all go before whoever is last in the line."""
+        """Return that there are no turns: all others go before the last in the line."""
         return inf
+
+    def tied(self, flow: Flow) -> list[Flow]:  # noqa: ARG002 - see turns
+        """Return none: requests have an order of their own."""
+        return []
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Depend on no setting."""
@@ -176,10 +199,10 @@ class GlobalStrict:
 
 @final
 class LeastAttainedService:
-    """Whoever got least lately; the module's text says what that is. O(log flows) amortised.
+    """The flow that got least lately; the module's text says what that is. O(log flows) amortised.
 
     Costs grow with time instead of accounts shrinking (forward decay, Cormode et al., ICDE 2009):
-    all accounts keep their order while nobody is served, so none has to be touched.
+    all accounts keep their order while nothing is served, so none has to be touched.
 
     Args:
         half_life_ns: time after which what was attained counts half, above zero.
@@ -237,6 +260,10 @@ class LeastAttainedService:
         if flow is not None:
             self.head_moved(flow)
 
+    def accounts(self) -> Mapping[str, float]:
+        """Return what flows attained, as of the last charge."""
+        return {flow_id: cost / self._growth for flow_id, cost in self._attained.items()}
+
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:
         """Return how much more it will have attained than the least, in requests of others."""
         flow_id = lease.flow.key.flow_id
@@ -245,13 +272,17 @@ class LeastAttainedService:
         lead = (self._attained.get(flow_id, 0.0) - least[0]) / self._growth
         return (lead + place * lease.cost) / cost_each
 
+    def tied(self, flow: Flow) -> list[Flow]:
+        """Return those that attained as much and came first."""
+        return self._lines.tied_before(flow)
+
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
         """Take another half-life: for what fades from now on."""
         self._count_anew(now_ns)
         self._half_life_ns = config.attained_half_life_ns
 
     def _restart(self, now_ns: int) -> None:
-        """Count anew before numbers or accounts become too many; O(accounts) then."""
+        """Scale the accounts down before numbers or accounts become too many; O(accounts) then."""
         half_lives = (now_ns - self._since_ns) / self._half_life_ns
         if half_lives >= _HALF_LIVES_KEPT or len(self._attained) > 2 * ACCOUNTS_MAX:
             self._count_anew(now_ns)

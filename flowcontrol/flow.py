@@ -1,6 +1,7 @@
 """Pure. A flow and the leases that its requests hold on it."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final, final
 
 from flowcontrol.capacity import Capacity
@@ -18,7 +19,7 @@ class Lease:
     """A live request: waiting in its flow, or in flight. Compared by identity.
 
     Args:
-        request: what the gate told of it.
+        request: as the gate describes it.
         flow: where it waits, or waited.
         arrival_index: position among all arrivals; settles every tie.
         arrived_ns: when it came.
@@ -31,7 +32,7 @@ class Lease:
         *("deadline_ns", "dispatch_index", "dispatched_ns", "endpoint", "expected_wait_ns"),
         *("fallbacks", "flow", "has_answered", "is_admitted", "is_in_flight", "is_reclaimable"),
         *("is_reclaimed", "is_settled", "is_watched", "position", "request", "tokens"),
-        *("tokens_total", "without_room"),
+        *("late_wait_ns", "raw_wait_ns", "tokens_total", "without_room"),
     )
 
     def __init__(  # noqa: PLR0913, PLR0917 - what is known when it comes
@@ -65,20 +66,24 @@ class Lease:
         self.is_settled = False
         """Whether what it really took is known."""
         self.is_reclaimable = False
-        """Whether it may be told to end."""
+        """Whether it may be ended in flight."""
         self.is_watched = False
-        """Whether somebody looks out for its first byte."""
+        """Whether its first byte is watched for."""
         self.has_answered = False
         """Whether its first byte has been seen."""
         self.is_reclaimed = False
-        """Whether it has been told to end."""
+        """Whether it is being ended."""
         self.dispatch_index = 0
-        """Position among the dispatches of what may be told to end."""
+        """Position among the dispatches of what may be ended in flight."""
         self.dispatched_ns = 0
         self.endpoint: str | None = None
         self.fallbacks: tuple[str, ...] = ()
         self.expected_wait_ns: int | None = None
-        """What its wait was expected to be when it was admitted."""
+        """What its wait was expected to be when it was admitted, where that was forecast."""
+        self.late_wait_ns: int | None = None
+        """What nine in ten waits were expected to stay within."""
+        self.raw_wait_ns: int | None = None
+        """What the rates alone said."""
         self.position = 0
         """How many stood ahead of it then."""
         self.without_room: tuple[Scope, ...] = ()
@@ -87,10 +92,12 @@ class Lease:
 
 def order_of(lease: Lease, ordering: Ordering) -> tuple[int, int]:
     """Return where a request stands in its flow: the smallest goes first."""
-    due_ns = 0
+    if ordering is Ordering.FCFS:
+        return lease.arrived_ns, lease.arrival_index
     if ordering is Ordering.EDF:
         due_ns = _NEVER if lease.deadline_ns is None else lease.deadline_ns
-    elif ordering is Ordering.SLO_DEADLINE:
+    else:
+        assert ordering is Ordering.SLO_DEADLINE
         slo_ns = lease.request.ttft_slo_ns
         due_ns = _NEVER if slo_ns is None else lease.arrived_ns + slo_ns
     return due_ns, lease.arrival_index
@@ -100,8 +107,10 @@ def order_of(lease: Lease, ordering: Ordering) -> tuple[int, int]:
 class Flow:
     """The requests of one tenant at one priority: those that wait, in order, and those in flight.
 
-    Those that wait hold hands in order of arrival, newcomers last, so that whoever leaves does so
-    without a search. O(1) with fcfs, else O(log waiting).
+    Those that wait are linked in the order in which they were handed over, newcomers last, so that
+    one that leaves is found without a search. O(1) with fcfs, else O(log waiting). With fcfs, too,
+    from a request on that came before those that wait here (it waited at another replica), until
+    nothing waits.
     """
 
     __slots__ = (
@@ -125,7 +134,7 @@ class Flow:
         self._newest: Lease | None = None
         self._newest_admitted: Lease | None = None
         self._ordered: KeyedHeap[Lease, tuple[int, int]] | None = None
-        """The same in another order; None with fcfs, where the order of arrival is the order."""
+        """The same in another order; None where they are linked in the order in which they go."""
         if ordering is not Ordering.FCFS:
             self._ordered = KeyedHeap()
 
@@ -145,7 +154,7 @@ class Flow:
 
     @property
     def oldest(self) -> Lease:
-        """The one that arrived first; there must be one."""
+        """The one that was handed over first; there must be one."""
         assert self._oldest is not None, "nothing waits here"
         return self._oldest
 
@@ -172,7 +181,12 @@ class Flow:
         self._newest = lease
         self.waiting += 1
         if self._ordered is None:
-            return newest is None
+            if newest is None or newest.arrived_ns <= lease.arrived_ns:
+                return newest is None
+            self._ordered = KeyedHeap()
+            for each in self.leases():
+                self.move(each)
+            return self.head is lease
         self._ordered.put(lease, self.order_of(lease))
         return self.head is lease
 
@@ -204,17 +218,23 @@ class Flow:
             self.capacity.give_back(lease.request.byte_size)
         if self._ordered is not None:
             self._ordered.discard(lease)
+            if not self.waiting and self.ordering is Ordering.FCFS:
+                self._ordered = None
 
     def move(self, lease: Lease) -> None:
-        """Find the place of a waiting request anew, after its deadline has changed."""
+        """Move a waiting request to its place, after its deadline has changed."""
         if self._ordered is not None:
             self._ordered.put(lease, self.order_of(lease))
 
     def reorder(self, ordering: Ordering) -> None:
         """Order by another rule; O(waiting log waiting)."""
         self.ordering = ordering
-        self._ordered = None if ordering is Ordering.FCFS else KeyedHeap()
-        for lease in self.leases():
+        leases = self.leases()
+        is_linked = ordering is Ordering.FCFS and all(
+            before.arrived_ns <= after.arrived_ns for before, after in pairwise(leases)
+        )
+        self._ordered = None if is_linked else KeyedHeap()
+        for lease in leases:
             self.move(lease)
 
     def place(self, lease: Lease) -> int:
@@ -223,7 +243,7 @@ class Flow:
         return sum(self.order_of(other) < mine for other in self.leases())
 
     def leases(self) -> list[Lease]:
-        """Return all that wait, in order of arrival; O(waiting)."""
+        """Return all that wait, in the order in which they were handed over; O(waiting)."""
         leases = []
         lease = self._oldest
         while lease is not None:

@@ -4,15 +4,17 @@ Throughput counts what was done, goodput what was any use: answered, and in time
 said when its first token was due. Counted by objective, because operators promise by objective.
 """
 
+from collections.abc import Callable
 from enum import Enum
 from typing import final
 
 from flowcontrol.events import Settled
 from flowcontrol.flow import Lease
-from flowcontrol.snapshot import GoodputSnapshot
+from flowcontrol.tally import make_room
+from flowcontrol.views.snapshot import GoodputSnapshot
 
 
-class Result(Enum):
+class ResponseResult(Enum):
     """How one request ended. The value is the word used in metrics."""
 
     GOOD = "good"
@@ -21,46 +23,65 @@ class Result(Enum):
     FAILED = "failed"
     """Answered with an error, or broken off by the model server."""
 
+    __hash__ = object.__hash__  # as in Outcome
+
+
+@final
+class _Counted:
+    """The counts of one objective."""
+
+    def __init__(self) -> None:
+        self.results = dict.fromkeys(ResponseResult, 0)
+        self.good_tokens = 0
+
 
 @final
 class Goodput:
-    """Counts results by objective; at most as many as were ever declared. O(1)."""
+    """Counts results by objective; of those declared no more only so many. O(1)."""
 
     def __init__(self) -> None:
-        self._results: dict[str, dict[Result, int]] = {}
-        self._good_tokens: dict[str, int] = {}
+        self._counted: dict[str, _Counted] = {}
 
-    def count(self, objective: str, lease: Lease, settled: Settled) -> None:
+    def count(
+        self,
+        objective: str,
+        lease: Lease,
+        settled: Settled,
+        is_declared: Callable[[str], bool] = bool,
+    ) -> None:
         """Count one request, once.
 
         Args:
             objective: a declared one, or empty for all that named none.
             lease: of the request.
             settled: what it really took.
+            is_declared: whether an objective still is; asked when a new one comes to be counted.
         """
-        results = self._results.setdefault(objective, dict.fromkeys(Result, 0))
+        counted = self._counted.get(objective)
+        if counted is None:
+            make_room(self._counted, is_declared)
+            counted = self._counted[objective] = _Counted()
         result = _result(lease, settled)
-        results[result] += 1
-        if result is Result.GOOD and settled.output_tokens is not None:
-            tokens = self._good_tokens.get(objective, 0)
-            self._good_tokens[objective] = tokens + settled.output_tokens
+        counted.results[result] += 1
+        if result is ResponseResult.GOOD and settled.output_tokens is not None:
+            counted.good_tokens += settled.output_tokens
 
     def snapshot(self) -> dict[str, GoodputSnapshot]:
         """Return a frozen copy, by objective."""
         return {
             objective: GoodputSnapshot(
-                {result.value: count for result, count in results.items()},
-                self._good_tokens.get(objective, 0),
+                {result.value: count for result, count in counted.results.items()},
+                counted.good_tokens,
             )
-            for objective, results in self._results.items()
+            for objective, counted in self._counted.items()
         }
 
 
-def _result(lease: Lease, settled: Settled) -> Result:
+def _result(lease: Lease, settled: Settled) -> ResponseResult:
     if not settled.is_success:
-        return Result.FAILED
+        return ResponseResult.FAILED
     due_ns = lease.request.ttft_slo_ns
     if due_ns is None or settled.ttft_ns is None:
-        return Result.GOOD
+        return ResponseResult.GOOD
     first_ns = lease.dispatched_ns - lease.arrived_ns + settled.ttft_ns
-    return Result.GOOD if first_ns <= due_ns else Result.LATE
+    return ResponseResult.GOOD if first_ns <= due_ns else ResponseResult.LATE

@@ -1,9 +1,9 @@
 """Pure. Durations counted by how long they were."""
 
 from bisect import bisect_left
-from typing import NamedTuple, final
+from typing import Final, NamedTuple, final
 
-_SECOND_NS = 1_000_000_000
+_SECOND_NS: Final = 1_000_000_000
 
 
 class HistogramSnapshot(NamedTuple):
@@ -19,7 +19,7 @@ class HistogramSnapshot(NamedTuple):
 class Histogram:
     """Counts durations; O(log bounds) each.
 
-    Owner: whoever observes; not thread-safe.
+    Owner: the thread that observes; not thread-safe.
 
     Args:
         bounds_s: upper bounds in seconds, ascending.

@@ -2,23 +2,45 @@
 
 A deque and a lock rather than `queue.Queue`: the lock makes "before close" and "after close"
 exclusive, so a fact is either refused or will be processed, never lost in between. The bell is
-apart from the putting: whoever puts many facts rings once. It is a bare lock, held until it is
-rung: a Condition makes a new lock for each sleep, and costs three times as much.
+apart from the putting: a caller that puts many facts rings once. It is a byte in a pipe, written
+only while the taker sleeps. Writing it releases the interpreter's lock, so the taker runs at once;
+releasing a lock does not: the taker woke, slept again for the interpreter's, and a request alone
+took eight times as long to come back (tests/benchmarks/handover.py).
 
 Arrivals are bounded here, because clients make them. Departures and the rest are not: every
 accepted request causes exactly one departure, so they are bounded by the arrivals, and a departure
 refused would be a slot lost for ever.
 """
 
+import os
+import select
 import time
 from collections import deque
 from collections.abc import Callable
-from threading import TIMEOUT_MAX, Lock
-from typing import final
+from dataclasses import dataclass
+from math import ceil
+from threading import Lock
+from typing import Final, final
 
+from flowcontrol.controller import FlowController
 from flowcontrol.errors import NotRunningError
 from flowcontrol.events import Arrived, Fact
-from flowcontrol.question import Asked
+
+_TIMEOUT_MS_MAX: Final = 2**31 - 1
+
+
+@final
+@dataclass(slots=True)
+class Asked:
+    """A question about the engine's state; it goes the way of the facts, and changes nothing.
+
+    It is answered in the turn it is taken in, after that turn's decisions.
+    """
+
+    question: Callable[[FlowController, int], object]
+    """Reads the controller at a time. If it raises, the exception is its answer."""
+    reply: Callable[[object], None]
+    """Called in the processor's thread with the answer, or the exception; must return at once."""
 
 
 @final
@@ -48,8 +70,14 @@ class Inbox:
         self._arrival_count = 0
         self._is_closed = False
         self._lock = Lock()
-        self._bell = Lock()
-        self._bell.acquire()
+        self._pipe: tuple[int, int] | None = None
+        """To read from and to write to, once the taker has slept."""
+        self._is_asleep = False
+        """Until it is about to be woken, or its time is up."""
+        self._is_at_pipe = False
+        """Until it has read what was written to wake it."""
+        self._is_rung = False
+        """While it was awake."""
 
     def offer(self, arrived: Arrived) -> bool:
         """Put an arrival; False when too many are here already. Ring afterwards.
@@ -76,7 +104,9 @@ class Inbox:
     def ring(self) -> None:
         """Wake the taker; when it is awake, its next `take` returns at once."""
         with self._lock:
-            self._ring()
+            is_asleep = self._is_woken()
+        if is_asleep:
+            self._write()
 
     def take(self, timeout_s: float | None) -> list[Fact | Asked]:
         """Return what is here, oldest first; when nothing is, sleep until the bell or the timeout.
@@ -84,12 +114,18 @@ class Inbox:
         Args:
             timeout_s: longest sleep, seconds; None for ever, 0 or less not at all.
         """
-        may_sleep = timeout_s is None or timeout_s > 0
-        if may_sleep and not (self._facts or self._is_closed):
-            self._bell.acquire(timeout=-1 if timeout_s is None else min(timeout_s, TIMEOUT_MAX))
-        else:
-            self._bell.acquire(blocking=False)
         with self._lock:
+            is_due = bool(self._facts) or self._is_rung or self._is_closed
+            may_sleep = not is_due and (timeout_s is None or timeout_s > 0)
+            self._is_asleep = self._is_at_pipe = may_sleep
+            if may_sleep and self._pipe is None:
+                self._pipe = os.pipe()
+        if may_sleep:
+            self._sleep(timeout_s)
+        with self._lock:
+            self._is_at_pipe = self._is_rung = False  # all that was put before a ring is here
+            if self._is_closed:
+                self._close_pipe()
             facts = self._facts
             self.since_ns = self._filled_ns
             batch = [facts.popleft() for _ in range(min(len(facts), self._batch_max))]
@@ -102,16 +138,46 @@ class Inbox:
         self._facts.append(fact)
 
     def close(self) -> list[Fact | Asked]:
-        """Refuse everything from now on; return what nobody will take any more."""
+        """Refuse everything from now on; return what was not taken."""
         with self._lock:
             self._is_closed = True
             left = list(self._facts)
             self.since_ns = self._filled_ns
             self._facts.clear()
-            self._ring()
-            return left
+            is_asleep = self._is_woken()
+            if not self._is_at_pipe:
+                self._close_pipe()
+        if is_asleep:
+            self._write()
+        return left
 
-    def _ring(self) -> None:
-        """Let the bell go, if it is held: by nobody but the taker is it ever taken."""
-        if self._bell.locked():
-            self._bell.release()
+    def _is_woken(self) -> bool:
+        """Whether the taker sleeps and is to be woken; else note that it is not to sleep."""
+        is_asleep, self._is_asleep = self._is_asleep, False
+        self._is_rung = not is_asleep
+        return is_asleep
+
+    def _write(self) -> None:
+        """Wake the taker, which waits for just this; without the lock, which it takes next."""
+        assert self._pipe is not None, "it is open while the taker is there"
+        os.write(self._pipe[1], b"x")
+
+    def _sleep(self, timeout_s: float | None) -> None:
+        """Sleep until the bell or, to the millisecond, the timeout."""
+        assert self._pipe is not None, "it is open while the taker is there"
+        reader = self._pipe[0]
+        if timeout_s is not None:
+            poll = select.poll()
+            poll.register(reader, select.POLLIN)
+            if not poll.poll(min(ceil(timeout_s * 1000), _TIMEOUT_MS_MAX)):
+                with self._lock:
+                    is_asleep, self._is_asleep = self._is_asleep, False
+                if is_asleep:
+                    return
+        os.read(reader, 1)
+
+    def _close_pipe(self) -> None:
+        if self._pipe is not None:
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None

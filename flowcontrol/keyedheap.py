@@ -75,6 +75,13 @@ class KeyedHeap(Generic[Item, Key]):
         key, _, item = self._heap[0]
         return key, item
 
+    def tied_before(self, item: Item) -> list[Item]:
+        """Return the items with the same key as this one that come before it; O(items)."""
+        put = self._puts[item]
+        live = [entry for entry in self._heap if self._puts.get(entry[2]) == entry[1]]
+        key = next(entry[0] for entry in live if entry[2] == item)
+        return [entry[2] for entry in live if entry[0] == key and entry[1] < put]
+
     def _surface(self) -> None:
         """Drop stale entries from the top."""
         heap, puts = self._heap, self._puts

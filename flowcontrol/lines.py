@@ -1,7 +1,7 @@
 """Pure. Who waits, in order, apart by the endpoints they may go to.
 
 A request with a subset may go to some endpoints only. While none of these has room, it is passed
-over, and so is everybody with the same subset: one question passes over all of them. So whoever
+over, and so are all with the same subset: one question passes over all of them. So a request that
 cannot go costs the others nothing, keeps its place, and is found again as soon as there is room.
 Subsets come from the gateway and are few; requests are many.
 """
@@ -72,10 +72,10 @@ class Lines(Generic[Item, Key]):
             yield subset, first[0], first[1]
 
     def first(self, has_room: HasRoom) -> tuple[Key, Item] | None:
-        """Return the smallest key and its item, of those that have room; None if nobody has.
+        """Return the smallest key and its item, of those that have room; None if none has.
 
-        Whoever may go anywhere has room wherever there is any: that is not asked. Among equals it
-        comes last, since it has the choice.
+        An item that may go anywhere has room wherever there is any: that is not asked. Among equals
+        it comes last, since it has the choice.
         """
         best: tuple[Key, Item] | None = None
         if self.bound:
@@ -84,6 +84,12 @@ class Lines(Generic[Item, Key]):
                     best = key, item
         free = self.anywhere.first()
         return free if best is None or (free is not None and free[0] < best[0]) else best
+
+    def tied_before(self, item: Item) -> list[Item]:
+        """Return the items of its line with the same key that come before it; O(items)."""
+        subset = self.subset_of(item)
+        line = self.anywhere if subset is None else self.bound[subset]
+        return line.tied_before(item)
 
     def _unbind(self, item: Item) -> None:
         subset = self._subsets.pop(item, None)

@@ -1,42 +1,28 @@
-"""Pure. The endpoints of the pool, what is in flight at each, and where there is room.
+"""Pure. The endpoints of the pool, what is in flight at each, and how full that makes it.
 
 A request in flight is counted from its dispatch to the end of its stream, so the counts are exact.
 The pool is full as soon as any of its detectors says so, in any of its stages: with endpoints that
-only prefill and others that only decode, either kind alone can be what everybody waits for.
+only prefill and others that only decode, either kind alone can be what all requests wait for.
 
-Where the engine picks, what exceeds one endpoint's limit fills no other: the load of the pool is
-the mean of its endpoints' loads, each full at most, and it is full when none has room.
+Where the engine picks (`picker`), what exceeds one endpoint's limit fills no other: the load of the
+pool is the mean of its endpoints' loads, each full at most, and it is full when none has room.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import nsmallest
-from math import nextafter
-from typing import Final, NamedTuple, Protocol, final
+from typing import Final, Protocol, final
 
 from flowcontrol.config import Detector as DetectorSettings
 from flowcontrol.config import Picker, Role
-from flowcontrol.events import LoadObserved, Settled
+from flowcontrol.events import Endpoint, LoadObserved, Settled
 from flowcontrol.flow import Lease
-from flowcontrol.keyedheap import KeyedHeap
 from flowcontrol.lines import Subset
-
-FULL: Final = 1.0
-"""The saturation at which a pool, or an endpoint, takes no more."""
-_ALMOST_FULL = nextafter(FULL, 0)
-
-
-class Endpoint(NamedTuple):
-    """One model server."""
-
-    address: str
-    """host:port"""
-    role: Role = Role.BOTH
+from flowcontrol.picker import FULL, EndpointPicker
 
 
 @final
 @dataclass(slots=True, eq=False)
-class Load:
+class InFlight:
     """What is in flight at one endpoint, or in the pool."""
 
     requests: int = 0
@@ -56,7 +42,7 @@ class Load:
             self.tokens = 0.0  # whatever rounding has left
 
 
-_NOTHING: Final = Load()
+_NOTHING: Final = InFlight()
 """In flight at an endpoint that has left."""
 
 
@@ -71,10 +57,10 @@ class StageLoad(Protocol):
     def is_picked(self) -> bool:
         """Whether the engine picks which endpoint of the stage a request goes to."""
 
-    def pool(self) -> Load:
+    def pool(self) -> InFlight:
         """Return the account of what is in flight in the whole stage: always the same one."""
 
-    def at(self, address: str) -> Load | None:
+    def at(self, address: str) -> InFlight | None:
         """Return what is in flight at one endpoint, None while Envoy picks."""
 
     def picked_for(self, lease: Lease) -> str | None:
@@ -84,7 +70,7 @@ class StageLoad(Protocol):
 class Detector(Protocol):
     """Says how full one stage of the pool is. 1.0 is full.
 
-    Told of everything that happens, but of nothing except ends and settlements while its stage has
+    Is called with everything that happens, but only with ends and settlements while its stage has
     no endpoints. Both questions cost O(1), but for the endpoints of the stage when they or their
     metrics change.
     """
@@ -106,6 +92,9 @@ class Detector(Protocol):
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint."""
 
+    def holds(self, address: str) -> bool:
+        """Whether an endpoint must be sent nothing for the moment, whatever its load is."""
+
     def endpoints_changed(self, now_ns: int) -> None:
         """Notice that the stage has other endpoints."""
 
@@ -121,8 +110,8 @@ class Detector(Protocol):
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
         """Take in what a request really took."""
 
-    def advance(self, now_ns: int) -> None:
-        """Let time pass."""
+    def advance(self, now_ns: int) -> Sequence[str]:
+        """Let time pass; return the endpoints whose load is another now."""
 
     def next_change_ns(self) -> int | None:
         """Return when time alone will change the answer; None if it will not."""
@@ -139,14 +128,14 @@ class Stage:
 
     @property
     def is_picked(self) -> bool:
-        """Whether the engine picks an endpoint here: never for who only prefills."""
+        """Whether the engine picks an endpoint here: never where there is only prefill."""
         return self._pool.picks and self._role is not Role.PREFILL
 
-    def pool(self) -> Load:
+    def pool(self) -> InFlight:
         """Return what is in flight: every request passes every stage."""
         return self._pool.total
 
-    def at(self, address: str) -> Load | None:
+    def at(self, address: str) -> InFlight | None:
         """Return what is in flight at one endpoint, None while it is not picked by the engine."""
         return self._pool.loads.get(address, _NOTHING) if self.is_picked else None
 
@@ -176,20 +165,24 @@ class Pool:
     def __init__(
         self, picker: Picker, make_detectors: DetectorFactory, fallbacks_max: int = 0
     ) -> None:
-        self.picks = picker is Picker.LEAST_LOADED
         self.fallbacks_max = fallbacks_max
-        self.total = Load()
+        self.total = InFlight()
         """In flight, but for what was sent to endpoints that have left."""
-        self.loads: dict[str, Load] = {}
+        self.loads: dict[str, InFlight] = {}
         """At each endpoint, and while there is any at those that have left."""
         self.endpoints: tuple[Endpoint, ...] = ()
+        self.picker = EndpointPicker()
+        """Chooses where to send a request, while `picks`."""
+        self._set_picker(picker)
         self.stages: dict[Role, Stage] = {}
         self.detectors: dict[Role, list[Detector]] = {}
         """Of each stage."""
         self.has_timer = False
         """Whether time alone can change the saturation."""
         self._make_detectors = make_detectors
-        self._unplaced = Load()
+        self._present: frozenset[str] = frozenset()
+        """The addresses of the endpoints."""
+        self._unplaced = InFlight()
         """In flight where Envoy sent it."""
         self._all: list[Detector] = []
         """Of the stages that have endpoints."""
@@ -203,18 +196,9 @@ class Pool:
         self._detectors_of: dict[str, list[Detector]] = {}
         """By endpoint, those of its stage: where it is in both, of that for which one is picked."""
         self._pick_stage = Stage(self, Role.BOTH, ())
-        self._turns: dict[str, int] = {}
-        """When each endpoint was last picked, counted in picks."""
-        self._turn = 0
-        self._rooms: KeyedHeap[str, tuple[float, int]] = KeyedHeap()
-        """Endpoints to pick from: the least loaded first, among equals the longest unused."""
-        self._room_loads: dict[str, float] = {}
-        """Load of the same, full at most."""
-        self._load_sum = 0.0
-        """Of these, together."""
         self._revision = 0
         self._saturation: float | None = None
-        """The load of the pool; None when it has to be computed anew."""
+        """The load of the pool; None when it has to be computed again."""
 
     @property
     def is_empty(self) -> bool:
@@ -228,17 +212,20 @@ class Pool:
             known = self._saturation = self._measure()
         return known
 
+    def load(self) -> float:
+        """Return the load of the pool, whether or not it may be sent something just now."""
+        if self.picks and len(self.picker):
+            return self.picker.mean()
+        return self.saturation()
+
     def _measure(self) -> float:
         if not self.endpoints:
             return FULL
         load = 0.0
         if self.picks:
-            if self.best() is None:
+            load = self.picker.saturation()
+            if load >= FULL:
                 return FULL
-            # Somebody has room, whatever the sum has become by rounding.
-            load = self._load_sum / len(self._rooms)
-            if load > _ALMOST_FULL:
-                load = _ALMOST_FULL
         # While some are still where Envoy sent them, the pool is counted as a whole as well.
         for detector in self._all if self._unplaced.requests else self._asked:
             saturation = detector.saturation()
@@ -261,8 +248,9 @@ class Pool:
         present = [endpoint.address for endpoint in self.endpoints]
         gone = self.loads.keys() - set(present)
         kept = {a: load for a, load in self.loads.items() if a in gone and load.requests}
-        self.loads = kept | {a: self.loads.get(a, Load()) for a in present}
-        self._turns = {address: self._turns.get(address, 0) for address in present}
+        self.loads = kept | {a: self.loads.get(a, InFlight()) for a in present}
+        self._present = frozenset(present)
+        self.picker.set_endpoints(present)
         counted = [self._unplaced, *(self.loads[address] for address in present)]
         self.total.requests = sum(load.requests for load in counted)
         self.total.tokens = sum(load.tokens for load in counted)
@@ -311,26 +299,61 @@ class Pool:
 
     def reconfigure(self, picker: Picker, make_detectors: DetectorFactory, now_ns: int) -> None:
         """Take other detectors; what is in flight stays counted. O(endpoints)."""
-        self.picks = picker is Picker.LEAST_LOADED
+        self._set_picker(picker)
         self._make_detectors = make_detectors
         self._set_stages(now_ns, renews=True)
 
+    def _set_picker(self, picker: Picker) -> None:
+        self.picks = picker is not Picker.OFF
+        self.picker.set_affinity(is_on=picker is Picker.PREFIX_AFFINITY)
+
     def charge(self, lease: Lease, now_ns: int) -> None:
         """Count a dispatch; with a picker, choose the endpoint and write it into the lease."""
-        self.total.add(lease)
         if self.picks:
-            address = lease.endpoint = self.room_for(lease)
+            address = lease.endpoint = self.picker.cached_at(lease.request) or self.room_for(lease)
             assert address is not None, "nothing is dispatched to a full pool"
             if self.fallbacks_max:
-                lease.fallbacks = self._fallbacks(lease)
-            self.loads[address].add(lease)
-            self._turn += 1
-            self._turns[address] = self._turn
-        else:
-            self._unplaced.add(lease)
+                subset = lease.request.subset
+                lease.fallbacks = self.picker.fallbacks(subset, address, self.fallbacks_max)
+            self.picker.picked(address, lease.request)
+        self._count(lease, now_ns)
+
+    def _count(self, lease: Lease, now_ns: int) -> None:
+        """Count a request at the endpoint that its lease names, and let detectors notice it."""
+        address = lease.endpoint
+        self.total.add(lease)
+        load = self._unplaced if address is None else self.loads[address]
+        load.add(lease)
         for detector in self._counting:
             detector.charged(lease, now_ns)
-        self._changed(lease.endpoint)
+        self._changed(address)
+
+    def moved(self, lease: Lease, address: str, now_ns: int) -> None:
+        """Count a request in flight at the endpoint that serves it, if another was picked.
+
+        That endpoint may exceed its limit by it. Nothing changes where Envoy picks, or if the
+        endpoint is not one of the pool.
+        """
+        if lease.endpoint is None or lease.endpoint == address or address not in self._present:
+            return
+        self.release(lease, now_ns)
+        lease.endpoint = address
+        self._count(lease, now_ns)
+
+    def take_up(self, lease: Lease) -> None:
+        """Count a request that another process dispatched, at the endpoint its lease names.
+
+        Not reported to detectors that count dispatches: what came of it is no evidence of theirs.
+        """
+        address = lease.endpoint
+        if address is None:
+            self._unplaced.add(lease)
+            self.total.add(lease)
+        else:
+            self.loads.setdefault(address, InFlight()).add(lease)
+            if address in self._present:
+                self.total.add(lease)
+        self._changed(address, everywhere=address is None)
 
     def release(self, lease: Lease, now_ns: int) -> None:
         """Give back the slot of a request that has ended."""
@@ -340,7 +363,7 @@ class Pool:
             self.total.take(lease)
         else:
             self.loads[address].take(lease)
-            if address in self._turns:
+            if address in self._present:
                 self.total.take(lease)
             elif not self.loads[address].requests:
                 del self.loads[address]
@@ -350,11 +373,11 @@ class Pool:
 
     def counts(self, lease: Lease) -> bool:
         """Whether a request in flight holds a slot of the pool as it is now."""
-        return lease.endpoint is None or lease.endpoint in self._turns
+        return lease.endpoint is None or lease.endpoint in self._present
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
         """Take in what an endpoint says of itself; nothing, if it has left."""
-        if load.address not in self._turns:
+        if load.address not in self._present:
             return
         for detector in self._all:
             detector.observed(load, now_ns)
@@ -368,26 +391,26 @@ class Pool:
 
     def advance(self, now_ns: int) -> None:
         """Let time pass."""
-        for detector in self._timed:
-            detector.advance(now_ns)
         self._changed()
+        for detector in self._timed:
+            for address in detector.advance(now_ns):
+                self._changed(address)
 
     def next_change_ns(self) -> int | None:
         """Return when time alone will change the saturation."""
         changes = (detector.next_change_ns() for detector in self._timed)
         return min((change for change in changes if change is not None), default=None)
 
-    def best(self) -> str | None:
-        """Return the endpoint with the most room, None if none has any; the longest unused."""
-        first = self._rooms.first()
-        return first[1] if first is not None and first[0][0] < FULL else None
+    def limits_changed(self) -> None:
+        """Note that detectors go by other limits than before; O(endpoints)."""
+        self._changed(everywhere=True)
 
     def serves(self, lease: Lease) -> bool:
         """Whether a request has something to wait for: an endpoint of its subset, or any pool."""
         subset = lease.request.subset
         if subset is None or not self.picks or not self.endpoints:
             return True
-        return any(address in self._room_loads for address in subset)
+        return any(address in self.picker for address in subset)
 
     def has_room_for(self, lease: Lease) -> bool:
         """Whether a request can go, while the pool is not full."""
@@ -397,27 +420,12 @@ class Pool:
         """Whether any of these endpoints has room, while the pool is not full. O(subset)."""
         if not self.picks:
             return True
-        return any(self._room_loads.get(address, FULL) < FULL for address in subset)
+        return self.picker.has_room_in(subset)
 
     def room_for(self, lease: Lease) -> str | None:
-        """Return where a request would go: as `best`, among those it may go to. O(its subset)."""
+        """Return where a request would go, of the endpoints that it may go to. O(its subset)."""
         subset = lease.request.subset
-        if subset is None:
-            return self.best()
-        load, _, address = min(self._places(lease), default=(FULL, 0, ""))
-        return address if load < FULL else None
-
-    def _fallbacks(self, lease: Lease) -> tuple[str, ...]:
-        """Return where to send a request if its endpoint cannot be reached; O(endpoints)."""
-        places = nsmallest(self.fallbacks_max + 1, self._places(lease))
-        others = [address for _, _, address in places if address != lease.endpoint]
-        return tuple(others[: self.fallbacks_max])
-
-    def _places(self, lease: Lease) -> Iterator[tuple[float, int, str]]:
-        subset = lease.request.subset
-        for address in self._room_loads if subset is None else subset:
-            if address in self._room_loads:
-                yield self._room_loads[address], self._turns[address], address
+        return self.picker.best() if subset is None else self.picker.best_of(subset)
 
     def _changed(self, address: str | None = None, *, everywhere: bool = False) -> None:
         """Note that the load of the pool, and perhaps of one or all of its endpoints, is another.
@@ -430,18 +438,14 @@ class Pool:
         revision = sum([detector.revision for detector in self._all])
         if everywhere or revision != self._revision:
             self._revision = revision
-            self._rooms = KeyedHeap()
-            self._room_loads.clear()
-            self._load_sum = 0.0
+            self.picker.clear()
             for each in self._pick_stage.addresses:
-                self._find_room(each)
-        elif address in self._room_loads:
-            self._find_room(address)
+                self._measure_endpoint(each)
+        elif address is not None and address in self.picker:
+            self._measure_endpoint(address)
 
-    def _find_room(self, address: str) -> None:
-        load = self.endpoint_saturation(address)
-        self._rooms.put(address, (load, self._turns[address]))
-        if load > FULL:
-            load = FULL
-        self._load_sum += load - self._room_loads.get(address, 0.0)
-        self._room_loads[address] = load
+    def _measure_endpoint(self, address: str) -> None:
+        is_held = False
+        for detector in self._detectors_of[address]:
+            is_held = is_held or detector.holds(address)
+        self.picker.put(address, self.endpoint_saturation(address), is_held=is_held)

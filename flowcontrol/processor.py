@@ -9,27 +9,28 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from threading import Thread
-from typing import Protocol, final
+from typing import Final, Protocol, final
 
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Decision, Fact
 from flowcontrol.histogram import Histogram
-from flowcontrol.inbox import Inbox
-from flowcontrol.ledger import Turn
-from flowcontrol.question import Asked
-from flowcontrol.snapshot import Pace, Snapshot
-from flowcontrol.view import take_snapshot
+from flowcontrol.inbox import Asked, Inbox
+from flowcontrol.replay.ledger import Turn
+from flowcontrol.views.snapshot import Pace, Snapshot
+from flowcontrol.views.view import take_snapshot
 
-_FLOWS_SHOWN_MAX = 1000
-"""Flows a published snapshot holds per band; bounds its cost, whoever asks."""
-_PACE_BOUNDS_S = (
+_FLOWS_SHOWN_MAX: Final = 1000
+"""Flows a published snapshot holds per band; bounds its cost."""
+_NO_PROGRESS_S: Final = 0.001
+"""Pause before a turn at a time that has been decided already."""
+_PACE_BOUNDS_S = (  # not Final: mypyc takes a final tuple of floats for unset
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
 )
 
 
 class Recorder(Protocol):
-    """Is shown every turn."""
+    """Takes every turn."""
 
     def turned(self, controller: FlowController, turn: Turn) -> None:
         """Keep what happened; in the processor's thread, so it must return at once."""
@@ -47,7 +48,7 @@ class FlowProcessor:
         ended: called in the thread as its last act: with None after a drain, else with what went
             wrong. Any exception in a turn is a bug: nothing is decided after it.
         clock: monotonic nanoseconds.
-        recorder: is shown every turn, None: nobody is.
+        recorder: gets every turn; None: there is none.
     """
 
     def __init__(  # noqa: PLR0913 - each is one wire of the shell
@@ -67,6 +68,8 @@ class FlowProcessor:
         self._clock = clock
         self._recorder = recorder
         self._is_snapshot_wanted = False
+        self._decided_ns = 0
+        """The time of the last turn."""
         self._turns = Histogram(_PACE_BOUNDS_S)
         self._lags = Histogram(_PACE_BOUNDS_S)
         self._own_thread = Thread(target=self._run, name="flow-processor", daemon=True)
@@ -91,13 +94,13 @@ class FlowProcessor:
             while not self._controller.is_drained:
                 self._turn(self._sleep())
             self._turn(self._inbox.close())  # accepted means decided, at the last moment too
-        except BaseException as error:  # noqa: BLE001 - told to `ended`, which ends the process
+        except BaseException as error:  # noqa: BLE001 - passed to `ended`, which ends the process
             fault = error
             self._inbox.close()
         self._ended(fault)
 
     def _turn(self, taken: list[Fact | Asked]) -> None:
-        now_ns = self._clock()
+        now_ns = self._decided_ns = self._clock()
         if taken:
             self._lags.observe(max(0, now_ns - self._inbox.since_ns))
         controller = self._controller
@@ -123,11 +126,14 @@ class FlowProcessor:
     def _answer(self, asked: Asked, now_ns: int) -> object:
         try:
             return asked.question(self._controller, now_ns)
-        except Exception as error:  # noqa: BLE001 - it only looked; whoever asked is told
+        except Exception as error:  # noqa: BLE001 - it only looked; the asker gets the error
             return error
 
     def _sleep(self) -> list[Fact | Asked]:
         wakeup_ns = self._controller.next_wakeup_ns()
         if wakeup_ns is None:
             return self._inbox.take(None)
-        return self._inbox.take((wakeup_ns - self._clock()) / 1e9)
+        wait_s = (wakeup_ns - self._clock()) / 1e9
+        if wakeup_ns <= self._decided_ns:  # a bug, or a clock that stands still: no reason to spin
+            wait_s = max(wait_s, _NO_PROGRESS_S)
+        return self._inbox.take(wait_s)

@@ -10,10 +10,10 @@ largest such n. For d of them waiting, at most m + 1 can go, and for that
 
     min(d, m + 1) - (m + 1) + in flight
 
-must end in all, of which those already told to end, and still in flight, are a part (the pending
+must end in all, of which those already being ended, and still in flight, are a part (the pending
 debit). The arithmetic is exact for the concurrency detector and an estimate for the others, so the
-number told at once is bounded, and each is awaited before the next. Where the engine picks, whoever
-is ended, or was told before, frees a slot at one endpoint: one of the waiting that may go there has
+number ended at once is bounded, and each is awaited before the next. Where the engine picks, each
+request that is being ended frees a slot at one endpoint: one of the waiting that may go there has
 to be set against it, and stands for no other. One that never leaves is given
 up on after a while, and does not block the rest for ever.
 """
@@ -81,7 +81,7 @@ class Reclaimer:
         """Sheddable requests in flight: the lowest band first, in it the newest; by endpoint, where
         the engine picked it."""
         self._told: dict[Lease, int] = {}
-        """Requests told to end and still in flight, with when we give up on each."""
+        """Requests that are being ended and still in flight, with when each is given up on."""
         self._dispatch_count = 0
 
     def reconfigure(self, settings: Reclaim, leases: Iterable[Lease]) -> None:
@@ -96,7 +96,7 @@ class Reclaimer:
                 self._take_up(lease)
 
     def dispatched(self, lease: Lease) -> None:
-        """Take up a request that is now in flight; what went before was not told of this."""
+        """Take up a request just dispatched; those before reclaiming began are left alone."""
         if self._settings.is_enabled and lease.flow.key.priority < 0:
             self._dispatch_count += 1
             lease.dispatch_index = self._dispatch_count
@@ -133,9 +133,9 @@ class Reclaimer:
         """Return who is to be ended now, each named once; O(log in flight + endpoints) each.
 
         Args:
-            must_end: in all, as `needed` says; whoever has been told already is part of it.
+            must_end: in all, as `needed` says; those already being ended are part of it.
             below_priority: only bands lower than this.
-            demand: what waits; only slots that somebody of it can use are of any use.
+            demand: what waits; only slots that some of it can use count.
             pool: only what holds a slot of it.
             now_ns: the time.
         """
@@ -157,12 +157,12 @@ class Reclaimer:
         return chosen
 
     def next_change_ns(self) -> int | None:
-        """Return when we next give up on somebody."""
+        """Return when the next request that does not end is given up on."""
         return min(self._told.values(), default=None)
 
 
 def _set_against(demand: Demand, lease: Lease) -> None:
-    """Set a waiting request against the slot of one that ends, where it is known and of use."""
+    """Set a waiting request against the slot of one that ends, where that is known and fits."""
     slot = _slot(lease)
     if slot is not None and demand.includes(slot):
         demand.take(slot)

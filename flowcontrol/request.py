@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, final
+from typing import Final, NamedTuple, final
 
-DEFAULT_FLOW_ID = "default-flow"
-DEFAULT_PRIORITY = 0
+DEFAULT_FLOW_ID: Final = "default-flow"
+DEFAULT_PRIORITY: Final = 0
 """Of a request that names no known objective; the InferenceObjective CRD's own default."""
 
 
@@ -30,7 +30,7 @@ class Scope(Enum):
 
 
 @final
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Request:
     """What the gate tells the engine of a request. Never changed after it is handed over."""
 
@@ -53,6 +53,38 @@ class Request:
     """Names what is alike in output length."""
     subset: tuple[str, ...] | None = None
     """Endpoints it may go to, where the engine picks; None: any."""
+    prefix: tuple[int, ...] = ()
+    """Hashes of the blocks its prompt begins with, each over all before it too; empty: unknown."""
+    age_ns: int = 0
+    """How long before it was handed over it came: it waited at another replica. From 0."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its fields; as in `events`
+        self,
+        request_id: int,
+        flow_id: str = DEFAULT_FLOW_ID,
+        objective: str | None = None,
+        byte_size: int = 0,
+        ttl_ns: int | None = None,
+        input_tokens: int | None = None,
+        output_tokens_max: int | None = None,
+        ttft_slo_ns: int | None = None,
+        model: str = "",
+        subset: tuple[str, ...] | None = None,
+        prefix: tuple[int, ...] = (),
+        age_ns: int = 0,
+    ) -> None:
+        self.request_id = request_id
+        self.flow_id = flow_id
+        self.objective = objective
+        self.byte_size = byte_size
+        self.ttl_ns = ttl_ns
+        self.input_tokens = input_tokens
+        self.output_tokens_max = output_tokens_max
+        self.ttft_slo_ns = ttft_slo_ns
+        self.model = model
+        self.subset = subset
+        self.prefix = prefix
+        self.age_ns = age_ns
 
 
 class Outcome(Enum):
@@ -76,7 +108,7 @@ class Outcome(Enum):
     RECLAIMED = "reclaimed"
     """Ended in flight for a better waiting request."""
     INTERNAL = "internal"
-    """The engine failed; decided by the gate, because nobody else is left to decide."""
+    """The engine failed; decided by the gate, because the engine no longer can."""
 
     @property
     def was_dispatched(self) -> bool:
@@ -92,7 +124,7 @@ class Outcome(Enum):
 
 
 class Group(Enum):
-    """Outcomes that mean much the same to whoever looks at many."""
+    """Outcomes that mean much the same where many are looked at."""
 
     DISPATCHED = "dispatched"
     REFUSED = "refused"
@@ -101,8 +133,8 @@ class Group(Enum):
     """Evicted, or reclaimed: it had been taken in, and was ended all the same."""
 
 
-_REACHED = (Outcome.DISPATCHED, Outcome.RECLAIMED)
-_REFUSED = (
+_REACHED: Final = (Outcome.DISPATCHED, Outcome.RECLAIMED)
+_REFUSED: Final = (
     Outcome.REJECTED_CAPACITY,
     Outcome.REJECTED_NO_ENDPOINTS,
     Outcome.REJECTED_DRAINING,

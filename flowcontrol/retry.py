@@ -7,16 +7,16 @@ neither does what is dispatched then: a burst that finds free slots has drained 
 hour is no slow one. So an old rate is kept until the scope is busy again, and then soon outweighed.
 Against an average over every second, this halves the median error of the waits predicted from it.
 
-Until something that waited was dispatched, the rate is not known. Refused clients are then told by
-what was dispatched without waiting: better than nothing, and all there is where nothing may wait.
+Until something that waited was dispatched, the rate is not known. Retry-After then goes by what
+was dispatched without waiting: better than nothing, and all there is where nothing may wait.
 
-A full queue gets room at the rate at which it is drained, so the first client refused is told
-1/rate: the contract of llm-d-router#2487. But refusals come in crowds, and room for one is not room
-for all: were everybody told 1/rate, everybody would return at the same moment and all but one would
-be refused again. So every refusal here takes the next free place in a schedule that advances 1/rate
-a place (the virtual scheduling form of the leaky bucket, ITU-T I.371), and returning clients come
-at the rate the queue can take them. Kubernetes' API priority and fairness reaches for the same by
-counting dropped requests. What a client is then told is jittered by the chance of whoever tells it.
+A full queue gets room at the rate at which it is drained, so the first client refused gets 1/rate:
+the contract of llm-d-router#2487. But refusals come in crowds, and room for one is not room for
+all: if all were sent away for 1/rate, all would return at the same moment and all but one would be
+refused again. So every refusal here takes the next free place in a schedule that advances 1/rate a
+place (the virtual scheduling form of the leaky bucket, ITU-T I.371), and returning clients come at
+the rate the queue can take them. Kubernetes' API priority and fairness reaches for the same by
+counting dropped requests. What a client is sent is then spread by chance (`retry_after_s`).
 """
 
 from collections.abc import Iterable
@@ -24,12 +24,13 @@ from math import ceil, exp
 from typing import Final, final
 
 from flowcontrol.config import RETRY_AFTER_MAX_NS
+from flowcontrol.memory import Drain
 
 _SECOND_NS: Final = 1_000_000_000
 _RETRY_AFTER_MAX_S: Final = RETRY_AFTER_MAX_NS // _SECOND_NS
 _SPREAD: Final = 0.25
-"""How much later than its place a client may be told to come, as a part of its wait."""
-_FADED = exp(-1 / 15)
+"""How much later than its place a client may be sent for, as a part of its wait."""
+_FADED: Final = exp(-1 / 15)
 """What is left of both after a second; after 15 it is 1/e. Long enough to see slow pools, short
 beside most waits. What happened within the last second counts in full."""
 _COUNT_MIN: Final = 0.01
@@ -111,6 +112,20 @@ class DrainRate:
         self._promised_ns = min(promised_ns, now_ns + most_ns)
         return self._promised_ns - now_ns
 
+    def remember(self, now_ns: int) -> Drain | None:
+        """Return what is known of the rate; None if nothing is."""
+        if not self._is_known:
+            return None
+        count, time_ns, at_ns = self._faded(now_ns)
+        since_ns = now_ns - at_ns if self._is_busy else 0
+        return Drain(count, time_ns + since_ns)
+
+    def restore(self, drain: Drain, now_ns: int) -> None:
+        """Go on with what was known, unless something is known already."""
+        if not self._is_known:
+            self._is_known = True
+            self._count, self._time_ns, self._at_ns = drain.requests, drain.time_ns, now_ns
+
     def _rate(self, now_ns: int) -> float:
         """Return the rate; to ask changes nothing, not even by rounding: replay asks less often."""
         count, time_ns, at_ns = self._faded(now_ns)
@@ -134,17 +149,20 @@ class DrainRate:
 
 
 def retry_after_s(expected_ns: int | None, chance: float) -> int | None:
-    """Return whole seconds to wait before trying again, None when under a second or unknown.
+    """Return whole seconds to wait before trying again, at least one; None when unknown.
 
-    Rounded up and spread upwards, by a quarter or what the cap leaves of it: nobody is told to come
-    before its place, but for what the cap cuts off.
+    Without the header the official clients try three times within two seconds, and give up.
+    Rounded up and spread upwards, by a quarter or what the cap leaves of it: no client is sent
+    back before its place, but for what the cap cuts off.
 
     Args:
         expected_ns: the client's place in the schedule.
         chance: from 0 to 1, differs from client to client so that a crowd comes back as none.
     """
-    if expected_ns is None or expected_ns < _SECOND_NS:
+    if expected_ns is None:
         return None
+    if expected_ns < _SECOND_NS:
+        return 1
     if expected_ns >= RETRY_AFTER_MAX_NS:
         return _RETRY_AFTER_MAX_S
     seconds = expected_ns / _SECOND_NS

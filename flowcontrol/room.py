@@ -1,39 +1,62 @@
-"""Pure. Who must give way so that a newcomer fits?
+"""Pure. Displacement: which queued requests are evicted to admit an arrival?
 
-A limit may be that of the newcomer's flow, of its band, or of everything together. Nobody gives way
-for the first: who fills its own flow waits for itself. Else what waits in lower bands goes first,
-the lowest band first; then, in the newcomer's own band, whoever fills it, as long as that flow has
-a longer backlog than the newcomer's own will be. So a flow that fills a band pays for the others,
-and no two ever displace each other in turns. In either, it is the flow with the longest backlog
-that pays, and its newest request that goes. Nobody goes in vain.
+A limit may be that of the newcomer's flow, of its band, or of everything together. A full flow
+displaces nothing: its newcomer is refused. Else what waits in lower bands is displaced, the lowest
+band first; and where that is not enough, requests of the newcomer's own band, of flows that have a
+longer backlog than its own will be. So a flow that fills a band pays for the others, and two flows
+never displace each other in turns. In every band the flow with the longest backlog loses its newest
+request. Nothing is displaced unless the newcomer then fits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import Final
 
 from flowcontrol.band import Band
 from flowcontrol.capacity import Capacity
 from flowcontrol.flow import Flow, Lease
 from flowcontrol.request import Scope
 
-DISPLACED_MAX = 16
+DISPLACED_MAX: Final = 16
 """Requests of its own band that one newcomer can displace: bounds what its size can cost."""
 
 
-def equals_to_displace(
-    lease: Lease, band: Band, lower: Sequence[Band], everything: Capacity
-) -> list[Lease] | None:
-    """Return who must go in a newcomer's own band; None when it has no claim to a place.
+def displaced_for(
+    lease: Lease, band: Band, bands: Iterable[Band], everything: Capacity
+) -> Iterator[Lease] | None:
+    """Return what is displaced to admit a newcomer; None when it has no claim to a place.
 
-    O(bands + log flows) for each who must go, at most `DISPLACED_MAX`.
+    O(bands + log flows) for each; of its own band at most `DISPLACED_MAX`.
 
     Args:
         lease: the newcomer.
         band: its band.
-        lower: the bands below, all of which waits would go first.
+        bands: all of them, the highest first.
         everything: the account over all bands.
+
+    Returns:
+        Requests one by one: each must be out of the queue before the next is asked for.
     """
     if not lease.flow.capacity.fits(lease.request.byte_size):
         return None
+    lower = [each for each in bands if each.priority < band.priority]
+    equals = _equals_to_displace(lease, band, lower, everything)
+    return None if equals is None else _displaced(lease, equals, lower, everything)
+
+
+def _displaced(
+    lease: Lease, equals: list[Lease], lower: list[Band], everything: Capacity
+) -> Iterator[Lease]:
+    yield from equals
+    while not everything.fits(lease.request.byte_size):
+        while not lower[-1].capacity.requests:
+            lower.pop()
+        yield lower[-1].newest_of_longest()
+
+
+def _equals_to_displace(
+    lease: Lease, band: Band, lower: list[Band], everything: Capacity
+) -> list[Lease] | None:
+    """Return what must go in the newcomer's own band, were all that waits in lower ones gone."""
     requests = sum(each.capacity.requests for each in lower)
     size = sum(each.capacity.bytes for each in lower)
     own = lease.flow.capacity.requests + 1

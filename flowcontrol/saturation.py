@@ -1,14 +1,14 @@
-"""Pure. How full is the pool? The detectors that count, or believe what they are told.
+"""Pure. How full is the pool? The detectors that count, or go by what endpoints report.
 
 concurrency: requests in flight over how many may be, or tokens, or whichever is fuller. Exact.
 
 utilization: what the endpoints say of themselves, the mean over them of
 
-    max(waiting / waiting_max, kv_usage / kv_usage_max)        the second where it is told
+    max(waiting / waiting_max, kv_usage / kv_usage_max)        the second where it is reported
 
 A scrape is old when it comes and older until the next: whatever was dispatched since is not in it.
 So every dispatch counts as one waiting request until it ends, or until a scrape of the endpoint it
-went to shows it (where Envoy picks nobody knows which that is: each has its part): at most
+went to shows it (where Envoy picks it is unknown which that is: each has its part): at most
 `waiting_max` are sent to an endpoint and not ended between two scrapes, however late the second
 (the failure of llm-d-router#2066). Absence is never zero: an endpoint never heard of, or not for
 `stale_after_ns`, counts as its staleness setting says.
@@ -19,12 +19,14 @@ from math import inf
 from typing import assert_never, final
 
 from flowcontrol.adaptive import AdaptiveDetector
-from flowcontrol.config import Adaptive, Concurrency, Staleness, Utilization
+from flowcontrol.auto import AutoDetector
+from flowcontrol.config import Adaptive, Auto, Concurrency, Staleness, Utilization
 from flowcontrol.config import Detector as DetectorSettings
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
-from flowcontrol.pool import FULL, Detector, DetectorFactory, Load, StageLoad
+from flowcontrol.picker import FULL
+from flowcontrol.pool import Detector, DetectorFactory, InFlight, StageLoad
 
 
 @final
@@ -55,6 +57,10 @@ class ConcurrencyDetector:
             return self.saturation()
         return _fuller(load, self._requests_each, self._tokens_each)
 
+    def holds(self, address: str) -> bool:  # noqa: ARG002 - at no time
+        """Not hold back by anything but the load."""
+        return False
+
     def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - at once
         """Allow every endpoint as much."""
         endpoints = len(self._stage.addresses)
@@ -68,20 +74,21 @@ class ConcurrencyDetector:
         """Need no account of its own."""
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
-        """Believe nobody but the count."""
+        """Ignored: this detector only counts."""
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
         """Need no account of its own."""
 
-    def advance(self, now_ns: int) -> None:
-        """Not depend on time."""
+    def advance(self, now_ns: int) -> list[str]:  # noqa: ARG002 - at no time
+        """Time has no effect."""
+        return []
 
     def next_change_ns(self) -> int | None:
-        """Not depend on time."""
+        """Time has no effect."""
         return None
 
 
-def _fuller(load: Load, requests_max: float, tokens_max: float) -> float:
+def _fuller(load: InFlight, requests_max: float, tokens_max: float) -> float:
     by_requests = load.requests / requests_max
     by_tokens = load.tokens / tokens_max
     return by_requests if by_requests > by_tokens else by_tokens
@@ -158,6 +165,10 @@ class UtilizationDetector:
         pending = reading.pending + reading.spread * self._share
         return reading.base + pending / self.settings.waiting_max
 
+    def holds(self, address: str) -> bool:  # noqa: ARG002 - at no time
+        """Not hold back by anything but the load."""
+        return False
+
     def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - silence begins with a word
         """Keep the readings of those that stay; who is new has not been heard of."""
         addresses = self._stage.addresses
@@ -206,11 +217,12 @@ class UtilizationDetector:
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
         """Not be about single requests."""
 
-    def advance(self, now_ns: int) -> None:
+    def advance(self, now_ns: int) -> list[str]:
         """Let readings become stale, and stale ones fade where that is the setting."""
+        changed: list[str] = []
         while (first := self._silent_at.first()) is not None and first[0] <= now_ns:
             due_ns, address = first
-            self.revision += 1
+            changed.append(address)
             reading = self._readings[address]
             if self.settings.staleness is not Staleness.DECAY:
                 reading.is_stale = True
@@ -224,6 +236,7 @@ class UtilizationDetector:
             reading.pending *= halved
             reading.spread *= halved
             self._silent_at.put(address, now_ns - rest_ns + self.settings.stale_after_ns)
+        return changed
 
     def next_change_ns(self) -> int | None:
         """Return when the next endpoint becomes stale, or staler."""
@@ -279,5 +292,7 @@ def _make_detector(settings: DetectorSettings, stage: StageLoad, now_ns: int) ->
             return UtilizationDetector(settings, stage)
         case Adaptive():
             return AdaptiveDetector(settings, stage, now_ns)
+        case Auto():
+            return AutoDetector(settings, stage, now_ns)
         case _:
             assert_never(settings)

@@ -1,8 +1,8 @@
 """Pure. Who got how much lately: the part of each flow in what its band was served.
 
 A window that fades instead of ending: what was served counts half after a half-life. Accounts grow
-with time instead of shrinking (forward decay), so a dispatch touches one of them. For eyes only:
-no policy decides by it.
+with time instead of shrinking (forward decay), so a dispatch touches one of them. For views
+only: no policy decides by it.
 """
 
 from typing import Final, final
@@ -37,7 +37,7 @@ class Shares:
         self._sum += grown
 
     def of(self, flow_id: str) -> float:
-        """Return the part a flow got, from 0 to 1; 0 while nobody got anything."""
+        """Return the part a flow got, from 0 to 1; 0 while nothing was served."""
         return self._served.get(flow_id, 0.0) / self._sum if self._sum > 0 else 0.0
 
     def _count_anew(self, half_lives: float, now_ns: int) -> None:

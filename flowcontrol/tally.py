@@ -1,14 +1,35 @@
-"""Pure. Counts of what became of requests, kept for as long as the process lives."""
+"""Pure. Counts of what became of requests, kept for as long as the process lives.
+
+A name whose counts are kept is an operator's, a priority or an objective; those that are declared
+no more are kept, too, but only so many.
+"""
 
 from bisect import bisect_left
-from typing import Final, final
+from collections.abc import Callable
+from typing import Final, TypeVar, final
 
 from flowcontrol.histogram import Histogram
 from flowcontrol.request import Outcome
-from flowcontrol.snapshot import FORECAST_BOUNDS, WAIT_BOUNDS_S, Totals
+from flowcontrol.views.snapshot import FORECAST_BOUNDS, WAIT_BOUNDS_S, Totals
 
-_BOUNDS_NS = tuple(round(bound * 1_000_000_000) for bound in WAIT_BOUNDS_S)
+_BOUNDS_NS: Final = tuple(round(bound * 1_000_000_000) for bound in WAIT_BOUNDS_S)
 _RATIO_1: Final = 1_000_000_000
+COUNTED_MAX: Final = 1_000
+"""Names whose counts are kept, at most, where no more are declared. A scraper takes what begins
+again at 0 for a counter of a process that was restarted."""
+Name = TypeVar("Name", int, str)
+Counts = TypeVar("Counts")
+
+
+def make_room(counted: dict[Name, Counts], is_declared: Callable[[Name], bool]) -> None:
+    """Forget, before a new name is counted, the first that is declared no more, where it is full.
+
+    O(names), and only for a new one.
+    """
+    if len(counted) >= COUNTED_MAX:
+        outdated = next((name for name in counted if not is_declared(name)), None)
+        if outdated is not None:
+            del counted[outdated]
 
 
 @final

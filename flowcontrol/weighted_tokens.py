@@ -67,7 +67,7 @@ class WeightedTokens:
         self._passed_over: set[Subset] = set()
         """Lines that had no room at the last choice."""
         self._away: OrderedDict[str, float] = OrderedDict()
-        """Counters of flows with nothing waiting, whoever was looked at longest ago first."""
+        """Counters of flows with nothing waiting, the one looked at longest ago first."""
         self._level = 0.0
         """Virtual time: the highest that the lowest waiting counter has been. Never goes back."""
 
@@ -124,6 +124,15 @@ class WeightedTokens:
             self._away[flow_id] = counter
             self._forget_paid()
 
+    def accounts(self) -> Mapping[str, float]:
+        """Return the cost by which each flow is ahead of the level."""
+        counters = {flow_id: self._counter(flow) for flow_id, flow in self._flows.items()}
+        return {
+            flow_id: (counter - self._level) * self._weights.get(flow_id, 1.0)
+            for flow_id, counter in {**self._away, **counters}.items()
+            if counter > self._level
+        }
+
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:
         """Return how far the counter will have run ahead of the lowest, in requests of others."""
         flow = lease.flow
@@ -131,6 +140,10 @@ class WeightedTokens:
         lead = self._counter(flow) - front[0] if front is not None else 0.0
         more = place * lease.cost / self._weights.get(flow.key.flow_id, 1.0)
         return max(0.0, lead + more) / cost_each
+
+    def tied(self, flow: Flow) -> list[Flow]:
+        """Return those with the same counter that came to it first."""
+        return self._lines.tied_before(flow)
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:  # noqa: ARG002 - as above
         """Take other weights: for what is served from now on."""

@@ -1,4 +1,4 @@
-"""Pure. The clients of one workload at work: they ask, wait, hang up, come back.
+"""Pure. The clients of one workload at work: they ask, wait, leave, come back.
 
 A call is what a person wants answered; it makes one or more attempts, each of which is a request to
 the gateway with an id of its own. Times of a call count from its first attempt: that is what the
@@ -15,7 +15,7 @@ from typing import Protocol, assert_never, final
 from flowcontrol.events import Decision
 from flowcontrol.retry import retry_after_s
 from flowcontrol.simulation.clock import VirtualClock
-from flowcontrol.simulation.distributions import Shares
+from flowcontrol.simulation.distributions import WeightedNames
 from flowcontrol.simulation.traces import TraceRow
 from flowcontrol.simulation.workload import AtOnce, ClosedLoop, Poisson, Replayed, Workload
 
@@ -33,14 +33,14 @@ class Ending(Enum):
     REFUSED = "refused"
     """By the gateway, and it does not ask again."""
     GAVE_UP = "gave-up"
-    """Hung up before the first token."""
+    """Left before the first token."""
     FAILED = "failed"
     """By the model server, or by Envoy for want of one."""
 
 
 @final
 @dataclass(slots=True, eq=False)
-class Call:
+class ClientCall:
     """What one client wants answered."""
 
     workload: Workload
@@ -51,6 +51,8 @@ class Call:
     asked_ns: int
     user: int | None = None
     """Which user of a closed loop asks."""
+    prefix: tuple[int, ...] = ()
+    """Names of the blocks that the prompt begins with."""
     priority: int = 0
     """Of its objective, when it first asked."""
     attempt_count: int = 0
@@ -67,7 +69,7 @@ class Attempt:
     """One request to the gateway, from its arrival to the end of its stream."""
 
     request_id: int
-    call: Call
+    call: ClientCall
     arrived_ns: int
     dispatched_ns: int | None = None
     """When the gateway let it go on."""
@@ -81,16 +83,16 @@ class Attempt:
 class Door(Protocol):
     """What clients can do to the world."""
 
-    def ask(self, call: Call) -> None:
+    def ask(self, call: ClientCall) -> None:
         """Begin an attempt."""
 
-    def hang_up(self, call: Call) -> None:
+    def hang_up(self, call: ClientCall) -> None:
         """End the stream of the attempt under way."""
 
-    def begun(self, call: Call) -> None:
+    def begun(self, call: ClientCall) -> None:
         """Hear of a new call."""
 
-    def ended(self, call: Call) -> None:
+    def ended(self, call: ClientCall) -> None:
         """Hear that a call has ended."""
 
 
@@ -104,7 +106,7 @@ class Clients:
         door: where they do it.
         seed: the same seed asks the same at the same times, whatever becomes of it; only retries
             and users of a closed loop follow the answers.
-        end_ns: nobody comes at or after it.
+        end_ns: no call begins at or after it.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class Clients:
         self._door = door
         until_ns = workload.until_ns
         self._until_ns = end_ns if until_ns is None else min(end_ns, until_ns)
-        self._shares = Shares(workload.tenants)
+        self._shares = WeightedNames(workload.tenants)
         self._chance = self._stream(seed, "asks")
         self._retry_chance = self._stream(seed, "retries")
         self._user_chances: list[Random] = []
@@ -127,7 +129,7 @@ class Clients:
         return Random(f"{seed}/{self._workload.name}/{use}")  # noqa: S311 - traffic, no secret
 
     def start(self) -> None:
-        """Plan the first of everybody."""
+        """Plan the first calls."""
         arrivals = self._workload.arrivals
         if isinstance(arrivals, ClosedLoop):
             for user in range(arrivals.users):
@@ -138,7 +140,7 @@ class Clients:
             self._due = self._open_loop(arrivals)
             self._plan_next()
 
-    def refused(self, call: Call, decision: Decision) -> None:
+    def refused(self, call: ClientCall, decision: Decision) -> None:
         """Take the gateway's no for an answer, or ask again."""
         told_s = retry_after_s(decision.retry_after_ns, self._retry_chance.random())
         retry = self._workload.retry
@@ -149,14 +151,14 @@ class Clients:
         else:
             self._back_off(call)
 
-    def failed(self, call: Call) -> None:
+    def failed(self, call: ClientCall) -> None:
         """Learn that the model server failed; ask again if there is an attempt left."""
         if call.attempt_count >= self._workload.retry.attempts_max:
             self._end(call, Ending.FAILED)
         else:
             self._back_off(call)
 
-    def answered(self, call: Call) -> None:
+    def answered(self, call: ClientCall) -> None:
         """Have read the last token."""
         self._end(call, Ending.ANSWERED)
 
@@ -183,7 +185,7 @@ class Clients:
     def _arrive(self, row: TraceRow) -> None:
         self._plan_next()
         tenant = self._shares.draw(self._chance)
-        self._begin(row.input_tokens, row.output_tokens, tenant, self._chance)
+        self._begin(row, tenant, self._chance)
 
     def _plan_user(self, user: int, at_ns: int) -> None:
         if at_ns < self._until_ns:
@@ -191,35 +193,32 @@ class Clients:
 
     def _ask_as(self, user: int) -> None:
         chance = self._user_chances[user]
-        prompt_tokens, output_tokens = self._workload.lengths.draw(chance)
+        row = TraceRow(self._clock.now_ns, *self._workload.lengths.draw(chance))
         names = self._shares.names
-        self._begin(prompt_tokens, output_tokens, names[user % len(names)], chance, user)
+        self._begin(row, names[user % len(names)], chance, user)
 
-    def _begin(
-        self,
-        prompt_tokens: int,
-        output_tokens: int,
-        tenant: str,
-        chance: Random,
-        user: int | None = None,
-    ) -> None:
+    def _begin(self, row: TraceRow, tenant: str, chance: Random, user: int | None = None) -> None:
         workload = self._workload
         patience_ns = None if workload.patience is None else workload.patience.draw(chance)
+        output_tokens = row.output_tokens
         if workload.output_tokens_max is not None:
             output_tokens = min(output_tokens, workload.output_tokens_max)
-        now_ns = self._clock.now_ns
-        call = Call(workload, tenant, prompt_tokens, output_tokens, patience_ns, now_ns, user)
+        call = ClientCall(
+            *(workload, tenant, row.input_tokens, output_tokens, patience_ns, self._clock.now_ns),
+            user=user,
+            prefix=row.prefix,
+        )
         self._door.begun(call)
         self._ask(call)
 
-    def _ask(self, call: Call) -> None:
+    def _ask(self, call: ClientCall) -> None:
         call.attempt_count += 1
         call.first_token_ns = None
         self._door.ask(call)
         if call.patience_ns is not None:
             self._clock.after(call.patience_ns, partial(self._lose_patience, call, call.attempt))
 
-    def _lose_patience(self, call: Call, attempt: Attempt | None) -> None:
+    def _lose_patience(self, call: ClientCall, attempt: Attempt | None) -> None:
         if call.attempt is not attempt or attempt is None or call.first_token_ns is not None:
             return
         self._door.hang_up(call)
@@ -231,14 +230,14 @@ class Clients:
         else:
             self._end(call, Ending.GAVE_UP)
 
-    def _back_off(self, call: Call) -> None:
+    def _back_off(self, call: ClientCall) -> None:
         retry = self._workload.retry
         doublings = min(call.attempt_count - 1, _BACKOFF_DOUBLINGS_MAX)
         delay_ns = min(retry.backoff_max_ns, retry.backoff_ns << doublings)
         spread = 0.5 + self._retry_chance.random()
         self._clock.after(round(delay_ns * spread), partial(self._ask, call))
 
-    def _end(self, call: Call, ending: Ending) -> None:
+    def _end(self, call: ClientCall, ending: Ending) -> None:
         call.ended_ns = self._clock.now_ns
         call.ending = ending
         self._door.ended(call)

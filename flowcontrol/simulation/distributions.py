@@ -1,7 +1,7 @@
 """Pure. Numbers drawn by chance: lengths in tokens, times in nanoseconds.
 
-Chance is an argument: whoever draws has a `random.Random` with a seed of its own, so that one more
-who draws changes nothing for the others.
+Chance is an argument: each user has a `random.Random` with a seed of its own, so that one more user
+changes nothing for the others.
 """
 
 from bisect import bisect_right
@@ -75,7 +75,7 @@ class Lognormal:
 
 
 @final
-class Shares:
+class WeightedNames:
     """Names, each drawn as often as its share says; O(log names).
 
     Args:

@@ -53,7 +53,7 @@ class MetricsLie:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SettlementSlow:
+class SettlementsSlow:
     """The access log of what ends now arrives late."""
 
     from_ns: int
@@ -63,7 +63,7 @@ class SettlementSlow:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SettlementLost:
+class SettlementsLost:
     """The access log of what ends now never arrives."""
 
     from_ns: int
@@ -101,7 +101,7 @@ class ClockJumped:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectivesEdited:
-    """Somebody applies other objectives."""
+    """An operator applies other objectives."""
 
     at_ns: int
     priorities: Mapping[str, int]
@@ -110,7 +110,7 @@ class ObjectivesEdited:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainBegins:
-    """The gateway is told to shut down; no successor takes its place."""
+    """The gateway gets the order to shut down; no successor takes its place."""
 
     at_ns: int
     budget_ns: int
@@ -120,8 +120,8 @@ Fault = (
     EndpointGone
     | MetricsStale
     | MetricsLie
-    | SettlementSlow
-    | SettlementLost
+    | SettlementsSlow
+    | SettlementsLost
     | DecisionsSlow
     | EngineStalled
     | ClockJumped
@@ -136,7 +136,7 @@ class Conditions:
 
     def __init__(self, faults: tuple[Fault, ...]) -> None:
         self._metrics = [f for f in faults if isinstance(f, MetricsStale | MetricsLie)]
-        self._settlement = [f for f in faults if isinstance(f, SettlementSlow | SettlementLost)]
+        self._settlement = [f for f in faults if isinstance(f, SettlementsSlow | SettlementsLost)]
         self._decisions = [f for f in faults if isinstance(f, DecisionsSlow)]
 
     def observed(self, truth: LoadObserved, now_ns: int) -> LoadObserved | None:
@@ -151,7 +151,7 @@ class Conditions:
         """Return after how long the access log arrives, None when it never does."""
         for fault in reversed(self._settlement):
             if fault.from_ns <= now_ns < fault.until_ns:
-                return fault.delay_ns if isinstance(fault, SettlementSlow) else None
+                return fault.delay_ns if isinstance(fault, SettlementsSlow) else None
         return usual_ns
 
     def decision_delay_ns(self, now_ns: int) -> int:

@@ -7,8 +7,8 @@ from flowcontrol.events import Arrived, Decision, Fact, Left, ObjectivesChanged
 from flowcontrol.request import DEFAULT_PRIORITY, Outcome
 
 
-class Engine(Protocol):
-    """What the world asks of whoever decides; `flowcontrol.controller.FlowController` is one."""
+class Decider(Protocol):
+    """What the world asks of what decides; `flowcontrol.controller.FlowController` is one."""
 
     def handle(self, fact: Fact, now_ns: int) -> None:
         """Take in one fact."""
@@ -31,7 +31,7 @@ class OpenGate:
         self._priorities: dict[str, int] = {}
         self._decisions: list[Decision] = []
 
-    def handle(self, fact: Fact, now_ns: int) -> None:  # noqa: ARG002 - an Engine
+    def handle(self, fact: Fact, now_ns: int) -> None:  # noqa: ARG002 - a Decider
         """Let a request go on; of the rest only the names of objectives matter."""
         match fact:
             case Arrived(request):
@@ -52,7 +52,7 @@ class OpenGate:
             case _:
                 pass
 
-    def poll(self, now_ns: int) -> list[Decision]:  # noqa: ARG002 - an Engine
+    def poll(self, now_ns: int) -> list[Decision]:  # noqa: ARG002 - a Decider
         """Return the decisions since the last poll."""
         decisions, self._decisions = self._decisions, []
         return decisions
@@ -79,7 +79,7 @@ class ForgetfulGate:
         forgets_after_ns: how long a request in flight is remembered.
     """
 
-    def __init__(self, engine: Engine, forgets_after_ns: int) -> None:
+    def __init__(self, engine: Decider, forgets_after_ns: int) -> None:
         self._engine = engine
         self._forgets_after_ns = forgets_after_ns
         self._in_flight: deque[tuple[int, int]] = deque()

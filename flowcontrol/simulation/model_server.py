@@ -1,25 +1,30 @@
 """A model of one continuous-batching LLM engine, in vLLM's manner.
 
 Pure: no clock, chance, thread or I/O. Time is the argument `now_ns`, so the same model runs behind
-HTTP in real time (`server.model_server`) and on a virtual clock in a discrete-event simulation.
+HTTP in real time (`tools.model_server`) and on a virtual clock in a discrete-event simulation.
 
 The engine works in steps. A step gives every running sequence one token of decoding or a chunk of
 its prefill; all its tokens appear at its end. The queue in front of it is first come, first served
-and has no limit: the engine takes every job it is given, and nobody can reorder, move or drop what
-waits inside. That is the problem this project exists for, so it is modelled and not repaired.
+and has no limit: the engine takes every job it is given, and what waits inside cannot be reordered,
+moved or dropped. That is the problem this project exists for, so it is modelled and not repaired.
+Jobs of a higher priority go before those that wait, as with vLLM's `--scheduling-policy priority`;
+none that runs is put back for them.
 
-Simpler than vLLM: the KV cache is counted in tokens, not blocks; nothing is shared between prompts
-(no prefix cache); every job generates exactly the number of tokens it asked for. What another
-server has prefilled arrives with the job, in no time.
+Simpler than vLLM: the KV cache is counted in tokens, not blocks; every job generates exactly the
+number of tokens it asked for. What another server has prefilled arrives with the job, in no time.
+The prefix cache, where there is one, holds blocks of prompts whose prefill is complete, as many as
+fit beside the running sequences, and forgets the least lately used; a running sequence counts in
+full although it shares them.
 
 A simulation asks for milestones only, the first and the last token of each job, and gets them at
-the same times for less: while all that run decode and nobody can join them, each step is longer
+the same times for less: while all that run decode and no job can join them, each step is longer
 than the one before by the same amount, so that a whole stretch of steps is one sum. It ends with
-the first job that ends, where the KV cache is full, or at the next step once somebody may join.
+the first job that ends, where the KV cache is full, or at the next step once a job may join.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass, fields
+from itertools import takewhile
 
 from flowcontrol.simulation.stretch import Stretch
 
@@ -63,6 +68,10 @@ class ModelServerConfig:
 
     context_token_ns: int = 218
     """Added per token in the KV cache, ns, >= 0. 218 ns: reading 128 KiB at 600 GB/s."""
+
+    prefix_block_tokens: int = 0
+    """Tokens of a block of the prefix cache; 0: there is none. Mooncake's traces name blocks of
+    512."""
 
     def __post_init__(self) -> None:
         """Check every field; report all problems at once."""
@@ -116,17 +125,28 @@ class _Job:
     """Tokens in the KV cache, those of the step under way included; of one that waits, those that
     it brings along."""
     generated_count: int = 0
+    prefix: tuple[int, ...] = ()
+    """Names of the blocks that its prompt begins with."""
+    cached_tokens: int = 0
+    """Of the prompt, found in the prefix cache when it was last admitted."""
+    priority: int = 0
 
-    def step_tokens(self, tokens_max: int) -> int:
-        """Tokens this job computes in its next step: a chunk of its prefill, or one."""
-        return min(max(self.prefill_tokens - self.kv_tokens, 1), tokens_max)
+    def step_tokens(self, tokens_max: int, kv_tokens: int | None = None) -> int:
+        """Tokens this job computes in its next step: a chunk of its prefill, or one.
+
+        Args:
+            tokens_max: The most there is room for.
+            kv_tokens: Tokens that it has in the KV cache then; None: those it has.
+        """
+        held = self.kv_tokens if kv_tokens is None else kv_tokens
+        return min(max(self.prefill_tokens - held, 1), tokens_max)
 
 
 class ModelServer:
     """One engine: an unbounded first-come-first-served queue before a batch of running sequences.
 
     Answers do not depend on how often `advance` is called: a step that begins at t runs exactly the
-    jobs submitted up to t. Time never goes back. Pure; owner: whoever holds the clock.
+    jobs submitted up to t. Time never goes back. Pure; owner: the holder of the clock.
 
     Args:
         config: Size and speed.
@@ -140,23 +160,30 @@ class ModelServer:
         self._config = config or ModelServerConfig()
         self._milestones_only = milestones_only
         self._waiting: OrderedDict[int, _Job] = OrderedDict()
+        self._lowest_priority = 0
+        """Of all jobs so far, and 0: one of it goes before none."""
         self._running: dict[int, _Job] = {}  # oldest admission first
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        """Blocks of the prefix cache, the least lately used first."""
         self._step_end_ns: int | None = None
         """End of the stretch of steps under way, which is one step but for milestones."""
         self._stretch = Stretch(0, 1, 0, 1)
         self._now_ns: int | None = None
         self._prompt_tokens_total = 0
+        self._cached_tokens_total = 0
         self._generated_tokens_total = 0
         self._preemptions_total = 0
 
-    def submit(
+    def submit(  # noqa: PLR0913 - what a job consists of
         self,
         job_id: int,
         prompt_tokens: int,
         output_tokens: int,
         now_ns: int,
         *,
+        prefix: tuple[int, ...] = (),
         is_prefilled: bool = False,
+        priority: int = 0,
     ) -> None:
         """Append a job to the waiting queue; an idle engine begins a step with it at `now_ns`.
 
@@ -165,8 +192,10 @@ class ModelServer:
             prompt_tokens: Length of the prompt, >= 1.
             output_tokens: Tokens it generates, >= 1.
             now_ns: The present, ns; never before that of an earlier call.
+            prefix: Names of the blocks that its prompt begins with.
             is_prefilled: It brings the KV cache of its prompt along, but for the last token, which
                 generates the first of the answer.
+            priority: It goes before all that wait with a lower one.
 
         Raises:
             ValueError: The id is in use, a count is below 1, or the job exceeds the KV cache, so
@@ -188,14 +217,20 @@ class ModelServer:
             )
             raise ValueError(message)
         self._observe(now_ns)
-        may_join = not self._waiting and len(self._running) < self._config.sequences_max
         kv_tokens = prompt_tokens - 1 if is_prefilled else 0
         self._waiting[job_id] = _Job(
-            job_id, prompt_tokens, output_tokens, now_ns, prompt_tokens, kv_tokens
+            *(job_id, prompt_tokens, output_tokens, now_ns, prompt_tokens, kv_tokens),
+            prefix=prefix,
+            priority=priority,
         )
+        self._lowest_priority = min(self._lowest_priority, priority)
+        if priority > self._lowest_priority:
+            for behind in [each for each in self._waiting.values() if each.priority < priority]:
+                self._waiting.move_to_end(behind.job_id)
+        is_next = next(iter(self._waiting)) == job_id
         if self._step_end_ns is None:
             self._begin_step(now_ns)
-        elif may_join:
+        elif is_next and len(self._running) < self._config.sequences_max:
             self._stretch.cut_from(now_ns)
             self._step_end_ns = self._stretch.end_ns
 
@@ -235,8 +270,8 @@ class ModelServer:
             if self._running:
                 self._begin_step(end_ns)
             elif self._waiting:
-                head = next(iter(self._waiting.values()))
-                self._begin_step(max(end_ns, head.submitted_ns))
+                first_ns = min([job.submitted_ns for job in self._waiting.values()])
+                self._begin_step(max(end_ns, first_ns))
             else:
                 self._step_end_ns = None
         if self._step_end_ns is not None and self._stretch.steps > 1:
@@ -261,6 +296,11 @@ class ModelServer:
         return len(self._waiting)
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self._config.kv_tokens
+
+    @property
     def kv_usage(self) -> float:
         """Share of the KV cache in use, 0 to 1. Costs O(running sequences)."""
         return self._kv_used() / self._config.kv_tokens
@@ -269,6 +309,11 @@ class ModelServer:
     def prompt_tokens_total(self) -> int:
         """Prompt tokens of all jobs that generated their first token; recomputing adds nothing."""
         return self._prompt_tokens_total
+
+    @property
+    def cached_tokens_total(self) -> int:
+        """Of the prompt tokens, those that the prefix cache had."""
+        return self._cached_tokens_total
 
     @property
     def generated_tokens_total(self) -> int:
@@ -293,7 +338,7 @@ class ModelServer:
         """Fill a step as vLLM's scheduler does: running sequences, oldest first, then waiting ones.
 
         Every running sequence gets its share: decoding ones need one token each, and only the
-        newest can be in the middle of its prefill, because nobody is admitted behind it.
+        newest can be in the middle of its prefill, because no job is admitted behind it.
         """
         config = self._config
         budget = config.batched_tokens_max
@@ -301,6 +346,7 @@ class ModelServer:
         decode_count = prefill_tokens = 0
         preempted_before = self._preemptions_total
 
+        job: _Job | None
         for job in list(self._running.values()):
             is_decoding = job.kv_tokens >= job.prefill_tokens
             tokens = 1 if is_decoding else job.step_tokens(budget)
@@ -317,21 +363,24 @@ class ModelServer:
             budget -= tokens
             kv_free -= tokens
 
-        # vLLM admits nobody in a step that had to preempt.
-        while self._waiting and budget > 0 and preempted_before == self._preemptions_total:
-            job = next(iter(self._waiting.values()))
-            tokens = job.step_tokens(budget)
-            kv_needed = job.kv_tokens + tokens
-            is_full = len(self._running) == config.sequences_max or kv_needed > kv_free
-            if is_full or job.submitted_ns > start_ns:
+        # vLLM admits no job in a step that had to preempt.
+        while budget > 0 and preempted_before == self._preemptions_total:
+            job = self._head(start_ns)
+            if job is None:
+                break
+            held = job.kv_tokens or self._cached_tokens(job, kv_free)
+            tokens = job.step_tokens(budget, held)
+            kv_needed = held + tokens
+            if len(self._running) == config.sequences_max or kv_needed > kv_free:
                 break
             self._running[job.job_id] = self._waiting.pop(job.job_id)
+            job.cached_tokens = 0 if job.kv_tokens else held
             prefill_tokens += tokens
             job.kv_tokens = kv_needed
             budget -= tokens
             kv_free -= kv_needed
 
-        assert self._running, "a step must run somebody"
+        assert self._running, "a step must run a job"
         step_ns = (
             config.step_base_ns
             + config.sequence_ns * decode_count
@@ -345,12 +394,36 @@ class ModelServer:
         self._stretch = Stretch(start_ns, step_ns, growth_ns, steps)
         self._step_end_ns = self._stretch.end_ns
 
+    def _head(self, start_ns: int) -> _Job | None:
+        """Return which job that was there at the start of a step is to be admitted next."""
+        here = (job for job in self._waiting.values() if job.submitted_ns <= start_ns)
+        return next(here, None)
+
+    def _cached_tokens(self, job: _Job, kv_free: int) -> int:
+        """Tokens of a job's prompt in the prefix cache, the last of the prompt never among them."""
+        block = self._config.prefix_block_tokens
+        if not block or not job.prefix:
+            return 0
+        while len(self._cached) * block > kv_free:
+            self._cached.popitem(last=False)
+        known = list(takewhile(self._cached.__contains__, job.prefix))
+        for name in reversed(known):  # the end of a prompt is forgotten before its beginning
+            self._cached.move_to_end(name)
+        return min(len(known) * block, job.prompt_tokens - 1)
+
+    def _cache(self, job: _Job) -> None:
+        """Keep the blocks of a prompt whose prefill is complete."""
+        if self._config.prefix_block_tokens:
+            for name in reversed(job.prefix):
+                self._cached[name] = None
+                self._cached.move_to_end(name)
+
     def _steps_alike(self, start_ns: int, kv_free: int, preempted_before: int) -> int:
         """Count the steps, this one included, that will run exactly the sequences of this one."""
         if preempted_before != self._preemptions_total:
             return 1  # The next step may admit.
         if self._waiting and next(iter(self._waiting.values())).submitted_ns > start_ns:
-            return 1  # Whoever else stands at the head was refused, and the room only shrinks.
+            return 1  # The job at the head was refused, and the room only shrinks.
         left = [job.output_tokens - job.generated_count for job in self._running.values()]
         return min(*left, 1 + kv_free // len(left))
 
@@ -390,6 +463,8 @@ class ModelServer:
             is_last = index + 1 == job.output_tokens
             if index == 0:
                 self._prompt_tokens_total += job.prompt_tokens
+                self._cached_tokens_total += job.cached_tokens
+                self._cache(job)
             if is_last or index == 0 or tells_all:
                 events.append(TokenEvent(job.job_id, index, end_ns, is_last))
             if is_last:

@@ -21,7 +21,7 @@ class Plan:
     """What happens, apart from what the engine decides."""
 
     duration_ns: int
-    """Nobody comes after it; the run goes on until everybody is gone."""
+    """No call begins after it; the run goes on until all are over."""
     servers: tuple[ServerSpec, ...]
     workloads: tuple[Workload, ...]
     objectives: Mapping[str, int] = field(default_factory=dict)
@@ -33,6 +33,8 @@ class Plan:
     1 s: Envoy's default `buffer_flush_interval` of the access log service."""
     scrape_interval_ns: int | None = None
     """How often each endpoint's load is observed; None: never."""
+    has_engine_priority: bool = False
+    """Whether model servers take those of higher bands first of what waits inside."""
 
     @property
     def quiet_ns(self) -> int:

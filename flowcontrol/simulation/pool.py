@@ -69,6 +69,11 @@ class SimulatedServer:
         self._planned_ns: int | None = None
 
     @property
+    def cached_share(self) -> float:
+        """Part of the prompts' tokens that its prefix cache had, until it was last looked at."""
+        return self._model.cached_tokens_total / max(1, self._model.prompt_tokens_total)
+
+    @property
     def tokens_generated(self) -> int:
         """Tokens it has generated, until it was last looked at."""
         return self._tokens_before + self._model.generated_tokens_total
@@ -78,10 +83,23 @@ class SimulatedServer:
         self._look()
         model = self._model
         address = self.spec.address
-        return LoadObserved(address, model.waiting_count, model.running_count, model.kv_usage)
+        return LoadObserved(
+            address,
+            model.waiting_count,
+            model.running_count,
+            model.kv_usage,
+            model.kv_tokens,
+        )
 
-    def submit(
-        self, request_id: int, prompt_tokens: int, output_tokens: int, *, is_prefilled: bool = False
+    def submit(  # noqa: PLR0913 - what a request consists of
+        self,
+        request_id: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        *,
+        prefix: tuple[int, ...] = (),
+        is_prefilled: bool = False,
+        priority: int = 0,
     ) -> bool:
         """Give it a request while it is up; whether it takes it."""
         if self._planned_ns is None:
@@ -92,7 +110,9 @@ class SimulatedServer:
                 prompt_tokens,
                 output_tokens,
                 self._clock.now_ns,
+                prefix=prefix,
                 is_prefilled=is_prefilled,
+                priority=priority,
             )
         except ValueError:
             return False  # longer than its KV cache: a real one answers 400
@@ -156,7 +176,7 @@ class SimulatedServer:
 
 
 @final
-class Pool:
+class ServerPool:
     """All model servers, and Envoy's choice between them.
 
     Args:
@@ -199,7 +219,7 @@ class Pool:
     def prefiller_for(self, server: SimulatedServer) -> SimulatedServer | None:
         """Return who prefills for a server: of those there are for it, the one with least to do.
 
-        None if it does so itself, because it does everything, or there is nobody for it.
+        None if it does so itself, because it does everything, or there is none for it.
         """
         if server.spec.role is not Role.DECODE:
             return None

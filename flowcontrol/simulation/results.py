@@ -10,13 +10,13 @@ from typing import NamedTuple, final
 
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
-from flowcontrol.simulation.clients import Attempt, Call, Ending
+from flowcontrol.simulation.clients import Attempt, ClientCall, Ending
 from flowcontrol.simulation.distributions import Fixed
 from flowcontrol.simulation.workload import ClosedLoop
 
 _SECOND_NS = 1_000_000_000
 _AT_ONCE_NS = 200_000_000
-"""An error nobody feels."""
+"""An error too small to matter."""
 
 
 class Sample(NamedTuple):
@@ -35,6 +35,8 @@ class Waited(NamedTuple):
     priority: int
     predicted_ns: int
     realised_ns: int
+    late_ns: int
+    """What nine in ten were said to stay within."""
 
     @property
     def is_close(self) -> bool:
@@ -43,7 +45,7 @@ class Waited(NamedTuple):
         return longer <= max(2 * shorter, shorter + _AT_ONCE_NS)
 
 
-class Calibration(NamedTuple):
+class ForecastAccuracy(NamedTuple):
     """How well the waits of a band were predicted."""
 
     predicted_count: int
@@ -51,11 +53,13 @@ class Calibration(NamedTuple):
     """In the middle: of what was waited to what was predicted."""
     close: float
     """Share that came true within a factor of two, or nearly at once."""
+    within: float
+    """Share that stayed within what nine in ten were said to stay within."""
 
 
 @final
 @dataclass(slots=True)
-class Figures:
+class TenantFigures:
     """One tenant in one band, or several of them together.
 
     Calls are what people want; decisions are about their attempts, of which there may be more.
@@ -77,6 +81,8 @@ class Figures:
     """In and out, of all calls; without end for users who ask again at once."""
     tokens_served: int = 0
     """In and out, of calls answered before the end of arrivals."""
+    ended_ns: int = 0
+    """When the last call ended."""
 
     @property
     def refused_attempts(self) -> int:
@@ -90,14 +96,14 @@ class Figures:
         return self.slo_met_count / self.slo_count if self.slo_count else None
 
     def wait_ns(self, percent: float) -> int | None:
-        """Return a percentile of the waits; None when nobody was dispatched."""
+        """Return a percentile of the waits; None when nothing was dispatched."""
         return percentile(self.waits_ns, percent)
 
     def ttft_ns(self, percent: float) -> int | None:
-        """Return a percentile of the times to first token; None when nobody was answered."""
+        """Return a percentile of the times to first token; None when nothing was answered."""
         return percentile([ttft_ns for _, ttft_ns in self.ttfts], percent)
 
-    def add(self, other: "Figures") -> None:
+    def add(self, other: "TenantFigures") -> None:
         """Count another's figures in."""
         self.call_count += other.call_count
         self.endings += other.endings
@@ -108,6 +114,7 @@ class Figures:
         self.slo_met_count += other.slo_met_count
         self.tokens_wanted += other.tokens_wanted
         self.tokens_served += other.tokens_served
+        self.ended_ns = max(self.ended_ns, other.ended_ns)
 
 
 @final
@@ -124,6 +131,8 @@ class ServerFigures:
     in_flight_most: int
     waiting_most: int
     """Queued inside it, at most."""
+    cached_share: float
+    """Part of the prompts' tokens that its prefix cache had, since it last started."""
 
 
 @final
@@ -136,7 +145,7 @@ class Results:
 
     def __init__(self, duration_ns: int) -> None:
         self.duration_ns = duration_ns
-        self.tenants: dict[tuple[int, str], Figures] = {}
+        self.tenants: dict[tuple[int, str], TenantFigures] = {}
         """By priority and fairness id."""
         self.samples: list[Sample] = []
         self.servers: tuple[ServerFigures, ...] = ()
@@ -148,9 +157,9 @@ class Results:
         self.waiting_most = 0
         self.in_flight_most = 0
         self.ended_ns = 0
-        """When everybody was gone."""
+        """When all calls were over."""
 
-    def begun(self, call: Call) -> None:
+    def begun(self, call: ClientCall) -> None:
         """Count a call that begins."""
         figures = self._of(call.priority, call.tenant)
         figures.call_count += 1
@@ -160,12 +169,13 @@ class Results:
             figures.tokens_wanted = inf
         figures.tokens_wanted += call.prompt_tokens + call.output_tokens
 
-    def ended(self, call: Call) -> None:
+    def ended(self, call: ClientCall) -> None:
         """Count a call that has ended."""
         figures = self._of(call.priority, call.tenant)
         assert call.ending is not None
         assert call.ended_ns is not None
         figures.endings[call.ending] += 1
+        figures.ended_ns = call.ended_ns
         if call.ending is not Ending.ANSWERED or call.first_token_ns is None:
             return
         ttft_ns = call.first_token_ns - call.asked_ns
@@ -183,7 +193,9 @@ class Results:
         if decision.outcome is Outcome.DISPATCHED:
             figures.waits_ns.append(waited_ns)
             if decision.expected_wait_ns is not None:
-                self.waited.append(Waited(decision.priority, decision.expected_wait_ns, waited_ns))
+                late_ns = decision.late_wait_ns or decision.expected_wait_ns
+                said = Waited(decision.priority, decision.expected_wait_ns, waited_ns, late_ns)
+                self.waited.append(said)
         self.transcript.append(
             f"{now_ns} {decision.request_id} {decision.outcome.value} {decision.priority} "
             f"{decision.flow_id} {waited_ns} {decision.endpoint or '-'} "
@@ -204,15 +216,15 @@ class Results:
         """Of the bands that had calls, highest first."""
         return tuple(sorted({priority for priority, _ in self.tenants}, reverse=True))
 
-    def band(self, priority: int) -> Figures:
+    def band(self, priority: int) -> TenantFigures:
         """Return the figures of all tenants of a band together."""
         return together(figures for key, figures in self.tenants.items() if key[0] == priority)
 
     def jain(self, priority: int) -> float | None:
         """Return how fairly tokens were shared in a band, see `jain_index`; None: only one tenant.
 
-        What is fair is the max-min share of what the band was served in all: nobody gets more than
-        he wanted, and what he leaves is for the others.
+        What is fair is the max-min share of what the band was served in all: no tenant gets more
+        than it wanted, and what it leaves is for the others.
         """
         mine = [figures for key, figures in self.tenants.items() if key[0] == priority]
         served = [figures.tokens_served for figures in mine]
@@ -221,32 +233,37 @@ class Results:
         fair = max_min_shares([figures.tokens_wanted for figures in mine], sum(served))
         return jain_index([got / due for got, due in zip(served, fair, strict=True) if due])
 
-    def calibration(self, priority: int) -> Calibration | None:
+    def calibration(self, priority: int) -> ForecastAccuracy | None:
         """Return how well waits of a band were predicted; None where none was.
 
-        Of requests that were dispatched in the end: who was evicted waited longer, nobody knows
-        how long.
+        Of requests that were dispatched in the end: what was evicted would have waited
+        longer, it is unknown how long.
         """
         mine = [each for each in self.waited if each.priority == priority]
         if not mine:
             return None
         ratios = [each.realised_ns / max(1, each.predicted_ns) for each in mine]
-        return Calibration(len(mine), median(ratios), fmean(each.is_close for each in mine))
+        return ForecastAccuracy(
+            len(mine),
+            median(ratios),
+            fmean(each.is_close for each in mine),
+            fmean(each.realised_ns <= each.late_ns for each in mine),
+        )
 
-    def tokens_per_second(self, figures: Figures) -> float:
+    def tokens_per_second(self, figures: TenantFigures) -> float:
         """Return the tokens served per second of arrivals."""
         return figures.tokens_served * _SECOND_NS / self.duration_ns
 
-    def _of(self, priority: int, tenant: str) -> Figures:
+    def _of(self, priority: int, tenant: str) -> TenantFigures:
         figures = self.tenants.get((priority, tenant))
         if figures is None:
-            figures = self.tenants[priority, tenant] = Figures()
+            figures = self.tenants[priority, tenant] = TenantFigures()
         return figures
 
 
-def together(many: Iterable[Figures]) -> Figures:
+def together(many: Iterable[TenantFigures]) -> TenantFigures:
     """Return the sum of figures."""
-    total = Figures()
+    total = TenantFigures()
     for figures in many:
         total.add(figures)
     return total
@@ -271,7 +288,7 @@ def jain_index(shares: Sequence[float]) -> float:
 
 
 def max_min_shares(wanted: Sequence[float], supply: float) -> list[float]:
-    """Divide a supply so that nobody's share can grow but at the cost of a smaller one."""
+    """Divide a supply so that no share can grow but at the cost of a smaller one."""
     shares = [0.0] * len(wanted)
     by_want = sorted(range(len(wanted)), key=lambda index: wanted[index])
     for place, index in enumerate(by_want):

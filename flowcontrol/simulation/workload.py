@@ -152,7 +152,7 @@ class Retry:
     attempts_max: int = 1
     """How often it asks at all, from 1."""
     honours_retry_after: bool = True
-    """Whether it waits as long as it is told; if it is not told, it backs off by itself."""
+    """Whether it waits for Retry-After; without one, it backs off by itself."""
     backoff_ns: int = _SECOND_NS
     """First wait of its own; doubles with each attempt, and is spread by a half either way."""
     backoff_max_ns: int = 30 * _SECOND_NS
@@ -186,7 +186,7 @@ class Workload:
     ttl_ns: int | None = None
     """Longest wait that the request itself allows."""
     patience: Distribution | None = None
-    """How long a client waits for its first token before it hangs up, ns; None: for ever."""
+    """How long a client waits for its first token before it leaves, ns; None: for ever."""
     retry: Retry = field(default_factory=Retry)
     model: str = ""
     subset: tuple[str, ...] | None = None

@@ -1,13 +1,13 @@
 """Pure. The world around the engine: clients, gateway and model servers on one virtual clock.
 
     clients ──▶ Arrived ──▶ engine ──▶ decisions ──▶ model servers ──▶ tokens ──▶ clients
-       └── hang up ──▶ Left ──▶  ▲                        │
+       └── leave ────▶ Left ──▶  ▲                        │
                                  └── Left, Settled, LoadObserved ◀──┘
 
 A turn is what the processor's turn is: everything that happens at one moment reaches the engine in
 one batch, then it is polled once, and then nothing happens to it before the next event or the
-moment it asked to be woken at. Every run is held against the ledger (`ledger`), and does not end
-before everybody is gone; a run in which somebody never is, fails.
+moment it asked to be woken at. Every run is checked for safety (`safety`), and does not end
+before all calls are over; a run in which one never is, fails.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,16 +17,16 @@ from typing import final
 
 from flowcontrol.events import Answered, Arrived, Decision, Fact, Left, ObjectivesChanged, Settled
 from flowcontrol.request import DEFAULT_PRIORITY, Outcome, Request
-from flowcontrol.simulation.clients import Attempt, Call, Clients
+from flowcontrol.simulation.clients import Attempt, ClientCall, Clients
 from flowcontrol.simulation.clock import VirtualClock
+from flowcontrol.simulation.environment import Environment
 from flowcontrol.simulation.faults import Conditions
-from flowcontrol.simulation.gates import Engine
-from flowcontrol.simulation.ledger import Ledger, LivenessError, SafetyError, Slots
+from flowcontrol.simulation.gates import Decider
 from flowcontrol.simulation.model_server import TokenEvent
 from flowcontrol.simulation.plan import Plan
-from flowcontrol.simulation.pool import Pool, SimulatedServer
+from flowcontrol.simulation.pool import ServerPool, SimulatedServer
 from flowcontrol.simulation.results import Results, Sample, ServerFigures
-from flowcontrol.simulation.stage import Stage
+from flowcontrol.simulation.safety import LivenessError, SafetyAccounts, SafetyError, Slots
 from flowcontrol.simulation.workload import BYTES_PER_TOKEN
 
 _HOUR_NS = 3_600_000_000_000
@@ -38,7 +38,7 @@ _SAMPLES = 400
 
 @final
 class World:
-    """One run. Owner: whoever calls it; the same arguments make the same run.
+    """One run. Owner: its caller; the same arguments make the same run.
 
     Args:
         engine: who decides; new, and told nothing yet.
@@ -50,7 +50,7 @@ class World:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Decider,
         plan: Plan,
         seed: int,
         *,
@@ -61,11 +61,11 @@ class World:
         self._engine = engine
         self._plan = plan
         self._is_checked = is_checked
-        self._ledger = Ledger(slots)
+        self._ledger = SafetyAccounts(slots)
         self._clock = VirtualClock()
         self._conditions = Conditions(plan.faults)
         chance = Random(f"{seed}/balancer")  # noqa: S311 - Envoy's choice, no secret
-        self._pool = Pool(plan.servers, self._clock, plan.balancer, chance, self._generated)
+        self._pool = ServerPool(plan.servers, self._clock, plan.balancer, chance, self._generated)
         self._clients = {
             workload.name: Clients(workload, self._clock, self, seed, plan.duration_ns)
             for workload in plan.workloads
@@ -80,13 +80,13 @@ class World:
         self._priorities: Mapping[str, int] = plan.objectives
         self._wakeup_ns: int | None = None
         self._moved_ns = 0
-        """When something was last decided, or somebody left."""
+        """When something was last decided, or a client left."""
         self._delivered_ns = 0
         """When the decisions made last take effect."""
         self._stalled_until_ns = 0
         self._clock_ahead_ns = 0
         """How far the engine's clock is ahead of the world's."""
-        self._stage = Stage(plan, self._clock, self._pool, self._conditions, self)
+        self._stage = Environment(plan, self._clock, self._pool, self._conditions, self)
         self._stage.start()
         for clients in self._clients.values():
             clients.start()
@@ -110,11 +110,11 @@ class World:
         self._clock.advance(max(until_ns, self._clock.now_ns))
 
     def finish(self, patience_ns: int = _HOUR_NS) -> Results:
-        """Run on until everybody is gone, and return how it was.
+        """Run on until all calls are over, and return the results.
 
         Args:
             patience_ns: for how long, after the end of arrivals and faults, nothing may be decided
-                and nobody may leave while there is somebody to decide or serve.
+                and no client may leave while there is a request to decide or serve.
 
         Raises:
             SafetyError: the engine did what it must never do.
@@ -182,7 +182,7 @@ class World:
 
     # What clients do
 
-    def begun(self, call: Call) -> None:
+    def begun(self, call: ClientCall) -> None:
         """Hear of a new call."""
         self._open_call_count += 1
         objective = call.workload.objective
@@ -190,12 +190,12 @@ class World:
             call.priority = self._priorities.get(objective, DEFAULT_PRIORITY)
         self.results.begun(call)
 
-    def ended(self, call: Call) -> None:
+    def ended(self, call: ClientCall) -> None:
         """Hear that a call has ended."""
         self._open_call_count -= 1
         self.results.ended(call)
 
-    def ask(self, call: Call) -> None:
+    def ask(self, call: ClientCall) -> None:
         """Begin an attempt."""
         workload = call.workload
         self._request_count += 1
@@ -212,10 +212,11 @@ class World:
             ttft_slo_ns=workload.ttft_slo_ns if workload.announces_slo else None,
             model=workload.model,
             subset=workload.subset,
+            prefix=call.prefix,
         )
         self._facts.append(Arrived(request))
 
-    def hang_up(self, call: Call) -> None:
+    def hang_up(self, call: ClientCall) -> None:
         """End the stream of the attempt under way."""
         attempt = call.attempt
         assert attempt is not None
@@ -226,7 +227,7 @@ class World:
 
     @property
     def is_busy(self) -> bool:
-        """Whether somebody still wants something."""
+        """Whether a client still waits for something."""
         return self._open_call_count > 0
 
     def post(self, fact: Fact) -> None:
@@ -299,7 +300,12 @@ class World:
         request_id, prompt_tokens = attempt.request_id, attempt.call.prompt_tokens
         if not server.is_up:
             self._clock.after(CONNECT_TIMEOUT_NS, partial(self._fail, attempt))
-        elif not server.submit(request_id, prompt_tokens, output_tokens, is_prefilled=is_prefilled):
+        elif not server.submit(
+            *(request_id, prompt_tokens, output_tokens),
+            prefix=attempt.call.prefix,
+            is_prefilled=is_prefilled,
+            priority=attempt.call.priority if self._plan.has_engine_priority else 0,
+        ):
             self._fail(attempt)  # it answers 400
         else:
             attempt.address = server.spec.address
@@ -381,4 +387,5 @@ class World:
                 server.tokens_generated,
                 server.in_flight_most,
                 server.waiting_most,
+                server.cached_share,
             )

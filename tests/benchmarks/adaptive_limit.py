@@ -3,7 +3,7 @@
 Question: how many answers in time does a pool give each second, with the limit that the engine
 finds by itself, of what it gives with the best fixed limit, which takes trying all of them?
 
-Method: the overloads of tests/overloads.py, each on each pool of it, simulated for so many minutes:
+Method: the overloads of support.overloads, each on each pool of it, simulated for so many minutes:
 with every fixed limit of the sweep, with the adaptive one told by settlements, and with the
 adaptive one that sees departures alone. The whole run counts, so what learning costs is in it. A
 call is in time if its first token is within its objective, from when the client first asked; who
@@ -22,7 +22,7 @@ import platform
 import time
 
 from flowcontrol.config import Adaptive, Concurrency, Detector, Picker
-from tests.overloads import OVERLOADS, POOLS, Overload, goodput, run
+from tests.support.overloads import OVERLOADS, POOLS, Overload, goodput, run
 
 LIMITS = (2, 4, 5, 6, 7, 8, 10, 12, 14, 16, 18, 20, 24, 32)
 LIMITS_LARGE = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)

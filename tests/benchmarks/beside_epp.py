@@ -121,6 +121,8 @@ def for_the_reference(content: Any) -> None:
     resources = content["static_resources"]
     manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
     (gate,) = (each for each in manager["http_filters"] if each["name"].endswith("ext_proc"))
+    # The reference does not set the mark without which the next filter denies a request.
+    manager["http_filters"] = [f for f in manager["http_filters"] if not f["name"].endswith("rbac")]
     own = gate["typed_config"]
     gate["typed_config"] = {
         "@type": own["@type"],
@@ -164,7 +166,7 @@ def contenders(
             )
         )
         door, theirs = enter(reference(directory, options.epp, ports, slots))
-        at_ours = enter(stage.envoy(directory, "envoy-ours", ours.config, ours.direct))
+        at_ours = enter(stage.envoy(directory, "envoy-ours", ours.config, ours.ext_proc))
         at_theirs = enter(
             stage.envoy(
                 directory, "envoy-theirs", ours.config, door, for_the_reference, is_bare=True

@@ -27,9 +27,9 @@ from matrix import Cell, begin, measure_all, print_all, traffic
 
 from flowcontrol.config import Fairness, Ordering
 from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
-from server.classify import RequestFacts, classify
-from server.gate import FlowGate
-from server.service import SWITCH_INTERVAL_S, tune_garbage_collection
+from flowcontrol_server.requests.classify import classify
+from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.service import SWITCH_INTERVAL_S, tune_garbage_collection
 
 
 class Run:
@@ -38,7 +38,7 @@ class Run:
     def __init__(self, cell: Cell, options: argparse.Namespace) -> None:
         self.cell = cell
         self.options = options
-        self.facts: list[RequestFacts] = [
+        self.requests = [
             classify(
                 {
                     "x-llm-d-inference-fairness-id": each.flow_id,
@@ -54,15 +54,15 @@ class Run:
 
     async def caller(self, gate: FlowGate) -> None:
         """Come, wait, leave, and come again."""
-        while self.next < len(self.facts):
+        while self.next < len(self.requests):
             if self.next == self.first:
                 self.wall_s, self.cpu_s = -time.perf_counter(), -time.process_time()
-            facts = self.facts[self.next]
+            request = self.requests[self.next]
             self.next += 1
-            if self.next == len(self.facts):
+            if self.next == len(self.requests):
                 self.wall_s += time.perf_counter()
                 self.cpu_s += time.process_time()
-            parked = gate.park(facts)
+            parked = gate.park(request)
             await parked.future
             gate.leave(parked)
 

@@ -13,19 +13,21 @@ once on the event loop's thread, beside the transport.
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter_ns
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from envoy.service.accesslog.v3 import als_pb2
-from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
 
-from server.classify import Intake, classify
-from server.codec import INSTANCE, Encoder, decode
-from server.log_codec import REPORT_TAG, decode_log
-from server.replies import Proceed
-from server.rules import Condition, Rule, parse_fact
+from flowcontrol.events import Decision
+from flowcontrol.request import Outcome
+from flowcontrol_server.common import envoy_messages
+from flowcontrol_server.requests.classify import Intake, classify
+from flowcontrol_server.requests.codec import Encoder, decode
+from flowcontrol_server.requests.log_codec import REPORT_TAG, decode_log
+from flowcontrol_server.requests.rules import Condition, Rule, parse_fact
+from flowcontrol_server.requests.tickets import TICKETS
 
 ROUNDS = 7
 LOOPS = 20_000
@@ -51,7 +53,7 @@ BODY = {"model": "llama-70b", "stream": "1", "max_tokens": 512.0, "user": "bob"}
 
 def request(*, with_body: bool) -> bytes:
     """Return the request headers as Envoy sends them."""
-    message = ext_proc_pb2.ProcessingRequest()
+    message = envoy_messages.ProcessingRequest()
     for name, value in HEADERS.items():
         message.request_headers.headers.headers.add(key=name, raw_value=value.encode())
     if with_body:
@@ -62,10 +64,11 @@ def request(*, with_body: bool) -> bytes:
 
 def log_entry() -> bytes:
     """Return a message of the access log that holds one entry."""
-    message = als_pb2.StreamAccessLogsMessage()
+    message = envoy_messages.StreamAccessLogsMessage()
     entry = message.http_logs.log_entry.add()
     entry.common_properties.custom_tags[REPORT_TAG] = (
-        f"{INSTANCE}.17 via_upstream - 200 151764 82958 2600 500 - 120 2311 456 10.0.0.5:8000"
+        f"{TICKETS.issue(17).decode()} via_upstream - 200 151764 82958 2600 500 - 120 2311 456 "
+        "10.0.0.5:8000"
     )
     entry.response.response_code.value = 200
     data: bytes = message.SerializeToString()
@@ -103,8 +106,8 @@ def main() -> None:
     )
     default = Intake()
     encoder, picking = Encoder(), Encoder(picks=True)
-    proceed = Proceed(17, 10, 1_234_000_000)
-    picked = Proceed(17, 10, 1_234_000_000, "10.0.0.5:8000")
+    proceed = Decision(17, Outcome.DISPATCHED, 10, "tenant", 1_234_000_000)
+    picked = replace(proceed, endpoint="10.0.0.5:8000")
     entry = log_entry()
     print(f"Python {platform.python_version()}, {platform.machine()}; us, best of {ROUNDS} rounds")
     read_args = (read.headers, read.metadata)
@@ -116,7 +119,7 @@ def main() -> None:
         ("classify, the body, and three rules", lambda: classify(*read_args, rules)),
         ("encode, gate only", lambda: encoder.encode(proceed)),
         ("encode, endpoint picked", lambda: picking.encode(picked)),
-        ("access log, one entry", lambda: decode_log(entry)),
+        ("access log, one entry", lambda: list(decode_log(entry))),
     ):
         print(f"{name:42} {best_us(work):6.2f}")
 

@@ -35,26 +35,32 @@ from typing import Literal
 
 import grpc
 import uvloop
-from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
 from hpack import Encoder
 
 from flowcontrol.config import Concurrency, ControllerConfig, Limits
 from flowcontrol.events import EndpointsChanged
-from server import logs
-from server.codec import SERVICE
-from server.direct_door import DirectDoor
-from server.ext_proc import ExtProcDoor
-from server.gate import FlowGate
-from server.grpc_ports import GRPC_OPTIONS
-from server.http2 import frames
-from server.http2.grpc_framing import framed
-from server.service import ARRIVALS_MAX, SWITCH_INTERVAL_S
-from server.terms import Terms
+from flowcontrol_server.common import envoy_messages
+from flowcontrol_server.doors.call_context import CallContext
+from flowcontrol_server.doors.direct.door import DirectDoor
+from flowcontrol_server.doors.ext_proc import ExtProcDoor
+from flowcontrol_server.doors.grpc_ports import GRPC_OPTIONS
+from flowcontrol_server.doors.http2 import frames
+from flowcontrol_server.doors.http2.grpc_framing import framed
+from flowcontrol_server.requests.codec import SERVICE
+from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.service import ARRIVALS_MAX, SWITCH_INTERVAL_S
+from flowcontrol_server.telemetry import logs
 
 Kind = Literal["grpcio", "direct"]
 KINDS: tuple[Kind, ...] = ("grpcio", "direct")
 CONNECTIONS = 4
 STREAMS = 16
+GREETING = (
+    frames.PREFACE
+    + frames.settings({frames.INITIAL_WINDOW_SIZE: frames.WINDOW_MAX})
+    + frames.window_update(0, frames.WINDOW_MAX - frames.WINDOW_DEFAULT)
+)
+"""What a client begins with that never waits for a window of its own to open."""
 HEADERS = {
     ":method": "POST",
     ":path": "/v1/chat/completions",
@@ -84,11 +90,11 @@ async def serve(kind: Kind, *, has_pool: bool) -> None:
     gate.start()
     gate.post(EndpointsChanged(("127.0.0.1:8000",) if has_pool else ()))
     if kind == "direct":
-        terms = Terms(gate=gate)
-        port = await DirectDoor(terms).listen(("127.0.0.1", 0))
+        context = CallContext(gate=gate)
+        port = await DirectDoor(context).listen(("127.0.0.1", 0))
     else:
         server = grpc.aio.server(options=GRPC_OPTIONS)
-        door = ExtProcDoor(Terms(gate=gate))
+        door = ExtProcDoor(CallContext(gate=gate))
         server.add_generic_rpc_handlers((door.handler(),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -141,7 +147,7 @@ class Client(asyncio.Protocol):
         self._opened = self._ended = 0
         self._window = frames.WINDOW_DEFAULT
         self._rest = b""
-        request = ext_proc_pb2.ProcessingRequest()
+        request = envoy_messages.ProcessingRequest()
         for name, value in HEADERS.items():
             request.request_headers.headers.headers.add(key=name, raw_value=value.encode())
         self._message = framed(request.SerializeToString())
@@ -156,9 +162,7 @@ class Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # always that one
         """Greet and begin."""
         self._transport = transport
-        windows = {frames.INITIAL_WINDOW_SIZE: frames.WINDOW_MAX}
-        wide = frames.window_update(0, frames.WINDOW_MAX - frames.WINDOW_DEFAULT)
-        transport.write(frames.PREFACE + frames.settings(windows) + wide)
+        transport.write(GREETING)
 
     def data_received(self, data: bytes) -> None:
         """Follow the streams."""

@@ -34,7 +34,7 @@ from flowcontrol.config import Fairness, Ordering
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Arrived, EndpointsChanged, Left, ObjectivesChanged, Settled
 from flowcontrol.request import Outcome, Request
-from server.service import tune_garbage_collection
+from flowcontrol_server.service import tune_garbage_collection
 
 TURN_NS = 100_000
 SECOND_NS = 1_000_000_000

@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,8 @@ from engine import Bench
 from matrix import HEADER, Cell, cells, machine
 
 from flowcontrol.config import Fairness, Ordering
-from server.service import SWITCH_INTERVAL_S
+from flowcontrol_server.service import SWITCH_INTERVAL_S
+from tests.benchmarks import stage
 
 _PACKAGE = "pkg/epp/flowcontrol/benchmark"
 _CELL_GO = """
@@ -160,14 +162,23 @@ def main() -> None:
                 alone[cell].append(Bench(cell, options).per_request(options.requests) * 1e6)
     print("us a request; x is the reference's over the gate's: above 1 the gate is faster")
     print(f"{HEADER}    reference wall, CPU       gate wall, CPU  engine    x wall   x CPU")
+    ratios: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for cell in chosen:
         go_cost, cost = middle(theirs[cell]), middle(ours[cell])
+        ratios[cell.limit].append((go_cost.wall / cost.wall, go_cost.cpu / cost.cpu))
         mark = "" if go_cost.dispatched > 0.99 else f"  {go_cost.dispatched:.0%} dispatched there"
         print(
             f"{cell} {go_cost.wall:12.1f} {go_cost.cpu:10.1f} {cost.wall:10.1f} {cost.cpu:9.1f} "
             f"{statistics.median(alone[cell]):7.1f} {go_cost.wall / cost.wall:9.2f} "
             f"{go_cost.cpu / cost.cpu:7.2f}{mark}"
         )
+    figures = {
+        f"{name}_{of}": min(pair[index] for pair in ratios[limit])
+        for name, limit in (("free", 0), ("one", 1))
+        for index, of in enumerate(("wall", "cpu"))
+        if limit in ratios
+    }
+    stage.keep_figures("reference", figures)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flowcontrol.config import Ordering
 from flowcontrol.controller import FlowController
-from flowcontrol.ledger import Turn
-from flowcontrol.rerun import Rerun
-from server.ledger import LedgerWriter, parts_of
-from server.recording import TurnFeed
-from server.replay import replay
-from tests.recorded import Recording, busy, whole_config
+from flowcontrol.replay.ledger import Turn
+from flowcontrol.replay.rerun import Rerun
+from flowcontrol_server.ledger.recording import TurnFeed
+from flowcontrol_server.ledger.replay import replay
+from flowcontrol_server.ledger.writer import LedgerWriter, parts_of
+from tests.support.recorded import Recording, busy, whole_config
 
 
 def record(turns: list[Turn], controller: FlowController) -> float:

@@ -16,6 +16,7 @@ Caveats: client and server share the machine, and the client is in Python: its r
 every time. No Envoy, which needs some 40 KiB for each request it holds, and more time than we do.
 
     python tests/benchmarks/saturated.py [--rounds 3] [--waiting 5000,50000]
+        [--only compiled]
 """
 
 import argparse
@@ -34,23 +35,23 @@ from typing import Any
 
 import grpc
 import uvloop
-from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
 from hpack import Encoder
 
 from flowcontrol.config import Concurrency, ControllerConfig, Limits
 from flowcontrol.events import EndpointsChanged
-from server import logs
-from server.codec import SERVICE
-from server.direct_door import DirectDoor
-from server.ext_proc import ExtProcDoor
-from server.gate import FlowGate
-from server.grpc_ports import GRPC_OPTIONS
-from server.http2 import frames
-from server.http2.grpc_framing import framed
-from server.service import ARRIVALS_MAX, SWITCH_INTERVAL_S, tune_garbage_collection
-from server.terms import Terms
+from flowcontrol_server.common import envoy_messages
+from flowcontrol_server.doors.call_context import CallContext
+from flowcontrol_server.doors.direct.door import DirectDoor
+from flowcontrol_server.doors.ext_proc import ExtProcDoor
+from flowcontrol_server.doors.grpc_ports import GRPC_OPTIONS
+from flowcontrol_server.doors.http2 import frames
+from flowcontrol_server.doors.http2.grpc_framing import framed
+from flowcontrol_server.requests.codec import SERVICE
+from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.service import ARRIVALS_MAX, SWITCH_INTERVAL_S, tune_garbage_collection
+from flowcontrol_server.telemetry import logs
 from tests.benchmarks import stage
-from tests.benchmarks.doors import HEADERS
+from tests.benchmarks.doors import GREETING, HEADERS
 
 DOORS = ("grpcio", "direct", "compiled")
 """The last is the direct door again."""
@@ -72,11 +73,11 @@ async def serve(door: str, slots: int) -> None:
     gate = FlowGate(config, ARRIVALS_MAX, log.request_ended, lambda _fault: None)
     gate.start()
     if door != "grpcio":
-        terms = Terms(gate=gate)
-        port = await DirectDoor(terms).listen((stage.HOST, 0))
+        context = CallContext(gate=gate)
+        port = await DirectDoor(context).listen((stage.HOST, 0))
     else:
         server = grpc.aio.server(options=GRPC_OPTIONS)
-        handler = ExtProcDoor(Terms(gate=gate)).handler()
+        handler = ExtProcDoor(CallContext(gate=gate)).handler()
         server.add_generic_rpc_handlers((handler,))
         port = server.add_insecure_port(f"{stage.HOST}:0")
         await server.start()
@@ -162,9 +163,7 @@ class Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # always that one
         """Greet."""
         self.transport = transport
-        windows = {frames.INITIAL_WINDOW_SIZE: frames.WINDOW_MAX}
-        wide = frames.window_update(0, frames.WINDOW_MAX - frames.WINDOW_DEFAULT)
-        transport.write(frames.PREFACE + frames.settings(windows) + wide)
+        transport.write(GREETING)
 
     def data_received(self, data: bytes) -> None:
         """Note the answers."""
@@ -201,7 +200,7 @@ class Client(asyncio.Protocol):
         """
         ids = []
         for number in range(count):
-            request = ext_proc_pb2.ProcessingRequest()
+            request = envoy_messages.ProcessingRequest()
             fields = HEADERS
             if deadline_s is not None:
                 left_s = deadline_s - time.perf_counter()
@@ -341,6 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--waiting", default="5000,50000")
+    parser.add_argument("--only", choices=DOORS[1:], help="one of the doors")
     parser.add_argument("--serve", choices=DOORS, help="be the server")
     parser.add_argument("--slots", type=int)
     options = parser.parse_args()
@@ -349,7 +349,10 @@ def main() -> None:
         return
     gc.disable()  # of the client
     counts = [int(count) for count in options.waiting.split(",")]
-    cases = [("grpcio", min(counts)), *product(("direct", "compiled"), counts)]
+    doors = [door for door in DOORS[1:] if options.only in {None, door}]
+    cases = [*product(doors, counts)]
+    if options.only is None:
+        cases.insert(0, ("grpcio", min(counts)))
     found: dict[tuple[str, int], dict[str, list[float]]] = {
         case: defaultdict(list) for case in cases
     }
@@ -364,7 +367,16 @@ def main() -> None:
     for name in names:
         cells: list[Any] = [stage.told(found[case][name], _digits(name)) for case in cases]
         lines.append(f"{name:34}" + "".join(f"{cell:>32}" for cell in cells))
-    stage.keep("saturated", "\n".join(lines))
+    stage.keep("saturated", "\n".join(lines), asked(found[cases[-1]]) if 50_000 in counts else None)
+
+
+def asked(found: dict[str, list[float]]) -> dict[str, float]:
+    """Return the figures of table.py."""
+    figures = {
+        f"{how}_cpu_s": statistics.median(found[f"{how} all: CPU s"])
+        for how in ("release", "cancel", "expire")
+    }
+    return figures | {"memory_kib": statistics.median(found["memory: bytes each"]) / 1024}
 
 
 def _digits(name: str) -> int:

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 import aiohttp
 from aiohttp import web
 
-from server.settings_sources import Load
-from server.sources.engine_metrics import read_load
-from server.sources.health import Health
-from server.sources.scraper import Result, Scraper
+from flowcontrol_server.config.sources import Load
+from flowcontrol_server.sources.engine_metrics import read_load
+from flowcontrol_server.sources.health import EndpointHealth
+from flowcontrol_server.sources.scraper import Scraper, ScrapeResult
 
 ATTEMPTS = 300
 RUNS = 5
@@ -69,13 +69,13 @@ def server() -> Iterator[None]:
 async def scrape() -> float:
     """Return the CPU seconds of one attempt."""
     load = Load(interval="1ms", scrapesPerSecondMax=1_000_000)  # type: ignore[arg-type]  # as written
-    health = Health(3, lambda _address, _is_up: None)
+    health = EndpointHealth(3, lambda _address, _is_up: None)
     scraper = Scraper(load, lambda _fact: None, health)
     begun_s = time.process_time()
     scraper.ask([f"127.0.0.1:{PORT}"])
-    while scraper.results[Result.OK] < ATTEMPTS:  # noqa: ASYNC110 - it rings no bell
+    while scraper.results[ScrapeResult.OK] < ATTEMPTS:  # noqa: ASYNC110 - it rings no bell
         await asyncio.sleep(0.05)
-    cost_s = (time.process_time() - begun_s) / scraper.results[Result.OK]
+    cost_s = (time.process_time() - begun_s) / scraper.results[ScrapeResult.OK]
     await scraper.close()
     return cost_s
 

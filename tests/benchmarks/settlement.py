@@ -1,7 +1,7 @@
 """What do reading bodies and settling requests cost, through a real Envoy?
 
 Method: wrk, 32 connections, a chat request of 1 KB and an answer with token usage, both JSON, all
-dispatched at once; Envoy with one worker and the service on the grpcio door. Three configurations
+dispatched at once; Envoy with one worker and the service on its direct door. Three configurations
 take turns: the gate alone; with the access log; with bodies and usage read, too. Requests a second,
 and CPU per request of each process, as the kernel counts it.
 

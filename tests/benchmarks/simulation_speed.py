@@ -25,7 +25,7 @@ from pathlib import Path
 
 from flowcontrol.simulation.workload import Replayed
 from flowcontrol.simulation.world import World
-from server.scenario import Scenario, load_scenario
+from flowcontrol_server.tools.simulate.scenario import Scenario, load_scenario
 
 SCENARIO = Path(__file__).parents[2] / "scenarios" / "replayed-trace.yaml"
 SECOND_NS = 1_000_000_000

@@ -5,6 +5,7 @@ nanoseconds), so it does not matter who waits for whom. Linux only.
 """
 
 import contextlib
+import json
 import os
 import platform
 import shutil
@@ -16,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,18 @@ import grpc
 import uvloop
 import yaml
 
-from server.envoy_binary import envoy_binary
-from server.settings import Address, load_settings
+from flowcontrol_server.config.settings import Address, load_settings
+from flowcontrol_server.tools.envoy.binary import envoy_binary
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
-    from server.envoy_config import EnvoyOptions, bootstrap
+    from flowcontrol_server.tools.envoy.config import EnvoyOptions, bootstrap
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 HOST = "127.0.0.1"
-START_S = 30.0
+START_S = 120.0
+_GPP = ("g++", "-O2", "-std=c++17")
 ROOT = HERE.parents[1]
 COMPILED = ROOT / "build" / "compiled"
 """The wheel that `make build/compiled/ready` makes and unpacks."""
@@ -125,7 +127,7 @@ def native(directory: Path) -> tuple[str, str]:
     source, plugin = HERE / "native", shutil.which("grpc_cpp_plugin")
     if plugin is None:
         sys.exit("missing: apt-get install g++ pkg-config protobuf-compiler-grpc libgrpc++-dev wrk")
-    processor, backend = directory / "noop", directory / "backend"
+    processor = directory / "noop"
     out, proto = str(directory), str(source / "ext_proc.proto")
     _do(
         "protoc",
@@ -140,10 +142,15 @@ def native(directory: Path) -> tuple[str, str]:
     )
     flags = _do("pkg-config", "--cflags", "--libs", "grpc++", "protobuf").split()
     generated = [str(directory / f"ext_proc.{kind}.cc") for kind in ("pb", "grpc.pb")]
-    gpp = ("g++", "-O2", "-std=c++17", "-I", out)
-    _do(*gpp, "-o", str(processor), str(source / "noop.cc"), *generated, *flags)
-    _do(*gpp, "-o", str(backend), str(source / "backend.cc"))
-    return str(processor), str(backend)
+    _do(*_GPP, "-I", out, "-o", str(processor), str(source / "noop.cc"), *generated, *flags)
+    return str(processor), model_server(directory)
+
+
+def model_server(directory: Path) -> str:
+    """Build the C++ backend alone, which needs g++ and nothing else."""
+    backend = str(directory / "backend")
+    _do(*_GPP, "-o", backend, str(HERE / "native" / "backend.cc"))
+    return backend
 
 
 @dataclass(frozen=True)
@@ -151,8 +158,9 @@ class Service:
     """flowcontrol, with both doors open."""
 
     process: Running
-    direct: int
     ext_proc: int
+    grpc: int
+    http: int
     config: Path
 
 
@@ -163,6 +171,7 @@ def service(
     *,
     endpoints: Sequence[int],
     is_compiled: bool = False,
+    before: Sequence[str] = (),
     **settings: Any,
 ) -> Iterator[Service]:
     """Run the whole service, as the product starts it, with its log written to a file.
@@ -172,16 +181,17 @@ def service(
         name: of its files.
         endpoints: ports of the model servers.
         is_compiled: run what was compiled.
+        before: what its command stands behind.
         settings: more of its configuration.
     """
-    direct, ext_proc, health, http = free_ports(4)
+    ext_proc, grpc_port, http = free_ports(3)
     objectives = directory / "objectives"
     objectives.mkdir(exist_ok=True)
     (objectives / "chat.yaml").write_text(
         "apiVersion: llm-d.ai/v1alpha2\nkind: InferenceObjective\nmetadata: {name: chat}\n"
         "spec: {priority: 10, poolRef: {name: llama}}\n"
     )
-    ports = {"direct": direct, "extProc": ext_proc, "health": health, "http": http}
+    ports = {"extProc": ext_proc, "grpc": grpc_port, "http": http}
     content = {
         "apiVersion": "flowcontrol/v1alpha1",
         "kind": "FlowControlConfig",
@@ -195,9 +205,9 @@ def service(
     config.parent.mkdir(exist_ok=True)  # of its own: its folder is watched, and logs change
     config.write_text(yaml.safe_dump(content))
     interpreter = python(is_compiled=is_compiled)
-    command = (*interpreter, "-m", "server", "serve", "--config", str(config))
+    command = (*before, *interpreter, "-m", "flowcontrol_server", "serve", "--config", str(config))
     with running(command, directory / f"{name}.log", answers(http, "/readyz")) as process:
-        yield Service(process, direct, ext_proc, config)
+        yield Service(process, ext_proc, grpc_port, http, config)
 
 
 @dataclass(frozen=True)
@@ -217,6 +227,7 @@ def envoy(
     edit: Callable[[Any], None] | None = None,
     *,
     is_bare: bool = False,
+    before: Sequence[str] = (),
 ) -> Iterator[Gateway]:
     """Run Envoy with the configuration the product generates.
 
@@ -227,6 +238,7 @@ def envoy(
         processor: port of the external processor; None for Envoy without one.
         edit: changes the configuration in place.
         is_bare: without what serves flowcontrol alone: reading of bodies, access log.
+        before: what its command stands behind.
     """
     listen, admin = (Address(HOST, port) for port in free_ports(2))
     target = Address(HOST, processor or 1)
@@ -245,11 +257,26 @@ def envoy(
     path = directory / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))
     command = (
+        *before,
         *(str(envoy_binary()), "--config-path", str(path), "--concurrency", "1"),
         *("--use-dynamic-base-id", "--disable-hot-restart", "--log-level", "error"),
     )
     with running(command, directory / f"{name}.log", answers(admin.port, "/ready")) as process:
         yield Gateway(process, listen.port)
+
+
+def dumped(pid: int, into: Path) -> Path:
+    """Have a process under callgrind write what it has counted into a folder; return where."""
+    before = set(into.iterdir())
+    _do("callgrind_control", "-d", str(pid))
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        for path in set(into.iterdir()) - before:
+            if path.name.startswith("callgrind") and "\ntotals: " in path.read_text():
+                return path
+        time.sleep(0.2)
+    message = f"callgrind has written nothing into {into}"
+    raise TimeoutError(message)
 
 
 def told(values: Sequence[float], digits: int = 0) -> str:
@@ -269,11 +296,20 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} CPUs, {versions}, uvloop {uvloop.__version__}, Envoy 1.40.0"
 
 
-def keep(name: str, text: str) -> None:
-    """Print a result and keep it as text."""
+def keep(name: str, text: str, figures: Mapping[str, float] | None = None) -> None:
+    """Print a result and keep it as text; with the figures that table.py asks for, if any."""
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.txt").write_text(text + "\n")
+    if figures:
+        keep_figures(name, figures)
+
+
+def keep_figures(name: str, figures: Mapping[str, float]) -> None:
+    """Keep figures for table.py, with the day."""
+    rounded = {key: round(value, 3) for key, value in figures.items()}
+    kept = {"day": time.strftime("%Y-%m-%d"), "figures": rounded}
+    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _do(*command: str) -> str:

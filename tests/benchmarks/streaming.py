@@ -59,9 +59,9 @@ def main() -> None:
                 directory, "compiled", is_compiled=True, endpoints=[port], saturation=slots
             )
         )
-        at_gate = enter(stage.envoy(directory, "envoy-gate", gate.config, gate.direct))
+        at_gate = enter(stage.envoy(directory, "envoy-gate", gate.config, gate.ext_proc))
         at_compiled = enter(
-            stage.envoy(directory, "envoy-compiled", compiled.config, compiled.direct)
+            stage.envoy(directory, "envoy-compiled", compiled.config, compiled.ext_proc)
         )
         at_echo = enter(
             stage.envoy(directory, "envoy-echo", gate.config, noop_port, full_duplex, is_bare=True)

@@ -9,9 +9,11 @@ latency that is added.
 Method: wrk against an Envoy for each contender, with the configuration that `flowcontrol
 envoy-config` writes (health checks off, because the C++ processor answers none) and a model server
 in C++ that answers at once. The filters are the same for all processors: bodies are read, and every
-request is reported in the access log, which the C++ processor takes and forgets; Envoy alone has
-none of that. Contenders take turns in every round; medians with their spread. CPU is of all threads
-of a process, from the kernel.
+request is reported in the access log, which the C++ processor takes and forgets; RBAC alone is left
+out for it, because it marks no request as admitted. Envoy alone has
+none of that, nor has the Envoy that reads nothing, in front of the C++ processor. Contenders take
+turns in every round; medians with their spread. CPU is of all threads of a process, from the
+kernel.
 
 Caveats: load, Envoy, service and model server share the machine, so the processor that takes less
 CPU leaves more to Envoy: requests/s compare whole systems of this size, CPU per request compares
@@ -38,7 +40,8 @@ from typing import Any
 
 from tests.benchmarks import stage
 
-CONTENDERS = ("Envoy alone", "C++ no-op", "grpcio door", "direct door", "compiled")
+CONTENDERS = ("Envoy alone", "reads nothing", "C++ no-op", "grpcio door", "direct door", "compiled")
+"""Behind the second stands the C++ processor, too, without the filters that serve flowcontrol."""
 LOADS = {"small": (64, 0), "one connection": (1, 0), "220 KB": (64, 220_000)}
 """Connections, and bytes of prompt beyond the few of a small request."""
 SCRIPT = """\
@@ -78,6 +81,7 @@ def contenders(directory: Path) -> Iterator[dict[str, Contender]]:
     """Start them all."""
     noop, backend = stage.native(directory)
     noop_port, backend_port = stage.free_ports(2)
+    unreported = {"settlement": {"accessLog": False}}  # grpcio serves no access log
     endless = {"saturation": {"maxConcurrency": 1_000_000}, "endpoints": [backend_port]}
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -89,15 +93,16 @@ def contenders(directory: Path) -> Iterator[dict[str, Contender]]:
         plain = enter(
             stage.running((noop, str(noop_port)), directory / "noop.log", stage.listens(noop_port))
         )
-        at_grpcio = enter(stage.service(directory, "at-grpcio", **endless))
+        at_grpcio = enter(stage.service(directory, "at-grpcio", **endless, **unreported))
         at_direct = enter(stage.service(directory, "at-direct", **endless))
         compiled = enter(stage.service(directory, "compiled", is_compiled=True, **endless))
         behind: dict[str, tuple[Path, int | None, stage.Running | None]] = {
             "Envoy alone": (at_direct.config, None, None),
+            "reads nothing": (at_direct.config, noop_port, plain),
             "C++ no-op": (at_direct.config, noop_port, plain),
-            "grpcio door": (at_grpcio.config, at_grpcio.ext_proc, at_grpcio.process),
-            "direct door": (at_direct.config, at_direct.direct, at_direct.process),
-            "compiled": (compiled.config, compiled.direct, compiled.process),
+            "grpcio door": (at_grpcio.config, at_grpcio.grpc, at_grpcio.process),
+            "direct door": (at_direct.config, at_direct.ext_proc, at_direct.process),
+            "compiled": (compiled.config, compiled.ext_proc, compiled.process),
         }
         edits = {"C++ no-op": functools.partial(reported, port=noop_port)}
         yield {
@@ -109,6 +114,7 @@ def contenders(directory: Path) -> Iterator[dict[str, Contender]]:
                         config,
                         port,
                         edits.get(name),
+                        is_bare=name == "reads nothing",
                     )
                 ),
                 process,
@@ -118,9 +124,10 @@ def contenders(directory: Path) -> Iterator[dict[str, Contender]]:
 
 
 def reported(configuration: Any, port: int) -> None:
-    """Have every request reported there, not only those with a ticket of flowcontrol's."""
+    """Have every request pass and be reported there, not only those that flowcontrol has marked."""
     resources = configuration["static_resources"]
     manager = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    manager["http_filters"] = [f for f in manager["http_filters"] if "rbac" not in f["name"]]
     (log,) = (each for each in manager["access_log"] if "grpc" in each["name"])
     del log["filter"]
     (cluster,) = (each for each in resources["clusters"] if each["name"] == "access_log")
@@ -163,7 +170,7 @@ def report(load: str, figures: dict[str, list[Figures]]) -> list[str]:
     connections, size = LOADS[load]
     lines = [f"{load}: {connections} connections, {size or 'small'} bytes of prompt"]
     lines.append(
-        f"  {'':12} {'requests/s':>24} {'p50 ms':>22} {'p99 ms':>22}"
+        f"  {'':13} {'requests/s':>24} {'p50 ms':>22} {'p99 ms':>22}"
         f" {'processor us':>24} {'Envoy us':>22}"
     )
     for name, runs in figures.items():
@@ -174,7 +181,7 @@ def report(load: str, figures: dict[str, list[Figures]]) -> list[str]:
             (stage.told([run.processor_us for run in runs], 1), 24),
             (stage.told([run.envoy_us for run in runs]), 22),
         )
-        lines.append(f"  {name:12} " + " ".join(f"{text:>{width}}" for text, width in cells))
+        lines.append(f"  {name:13} " + " ".join(f"{text:>{width}}" for text, width in cells))
     return lines
 
 
@@ -197,6 +204,27 @@ def ratios(figures: dict[str, dict[str, list[Figures]]]) -> list[str]:
         added = median(one, name, "p50_ms") - median(one, "Envoy alone", "p50_ms")
         lines.append(f"  added p50 at one connection, {name}: {added:.2f} ms")
     return lines
+
+
+def asked(figures: dict[str, dict[str, list[Figures]]]) -> dict[str, float]:
+    """Return the figures of table.py."""
+
+    def median(load: str, name: str, field: str) -> float:
+        return statistics.median(getattr(run, field) for run in figures[load][name])
+
+    def added(name: str, field: str) -> float:
+        one = "one connection"
+        return median(one, name, field) - median(one, "Envoy alone", field)
+
+    own, other = "compiled", "C++ no-op"
+    return {
+        "requests_per_s": median("small", own, "per_s") / median("small", other, "per_s"),
+        "cpu": median("small", own, "processor_us") / median("small", other, "processor_us"),
+        "added_p50": added(own, "p50_ms") / added(other, "p50_ms"),
+        "added_p99": added(own, "p99_ms") / added(other, "p99_ms"),
+        "envoy_cpu_220_kb": median("220 KB", own, "envoy_us")
+        / median("220 KB", "reads nothing", "envoy_us"),
+    }
 
 
 def main() -> None:
@@ -223,7 +251,7 @@ def main() -> None:
     for load in LOADS:
         lines += ["", *report(load, figures[load])]
     lines += ["", *ratios(figures)]
-    stage.keep("through_envoy", "\n".join(lines))
+    stage.keep("through_envoy", "\n".join(lines), asked(figures))
 
 
 if __name__ == "__main__":

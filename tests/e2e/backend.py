@@ -10,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self, final
 
-from server.settings import Address
+from flowcontrol_server.config.settings import Address
 
 ARRIVAL_S = 10.0
 """How long a test waits for a call that should come."""
@@ -70,6 +70,12 @@ class Call:
             self._writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
         await self._writer.drain()
 
+    async def upgrade(self, protocol: str) -> None:
+        """Accept an upgrade of the connection."""
+        head = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"
+        self._writer.write(f"{head}Upgrade: {protocol}\r\n\r\n".encode())
+        await self._writer.drain()
+
     async def end(self) -> None:
         """Complete a response that was begun."""
         self._writer.write(b"0\r\n\r\n")
@@ -103,6 +109,7 @@ class Backend:
         """What /metrics says, which is asked for beside the calls; None: 404."""
         self._arrived = arrived
         self._connections: set[asyncio.Task[None]] = set()
+        self._fresh: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
@@ -125,15 +132,26 @@ class Backend:
             connection.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
+    async def drop_fresh(self) -> int:
+        """Break off the connections on which no call has come; return how many there were."""
+        fresh = [*self._fresh]
+        for connection in fresh:
+            connection.cancel()
+        await asyncio.gather(*fresh, return_exceptions=True)
+        return len(fresh)
+
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.ensure_future(self._serve(reader, writer))
         self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._fresh.add(task)
+        for kept in (self._connections, self._fresh):
+            task.add_done_callback(kept.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             try:
                 head = await reader.readuntil(b"\r\n\r\n")
+                self._fresh -= {asyncio.current_task()}
                 while True:
                     call = await self._read(head, reader, writer)
                     # Envoy does not pipeline: what comes before the answer is the end.
@@ -164,9 +182,14 @@ class Backend:
             name.lower(): value.strip()
             for name, _, value in (line.partition(":") for line in lines)
         }
-        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        body = bytearray(await reader.readexactly(int(headers.get("content-length", 0))))
+        while headers.get("transfer-encoding") == "chunked":
+            size = int((await reader.readuntil(b"\r\n")).strip(), 16)
+            body += (await reader.readexactly(size + 2))[:-2]
+            if not size:
+                break
         now_s = asyncio.get_running_loop().time()
-        return Call(self.address, method, path, headers, body, now_s, writer)
+        return Call(self.address, method, path, headers, bytes(body), now_s, writer)
 
 
 def _note_end(call: Call, following: asyncio.Future[bytes]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
 
-from server.settings import Address
+from flowcontrol_server.config.settings import Address
 
 CHAT = "/v1/chat/completions"
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -40,6 +40,11 @@ class Caller:
     _is_chunked: bool = False
     _left: int = 0
     """Bytes of the body still to come, when that was announced."""
+
+    async def send(self, part: bytes) -> None:
+        """Send a part of a body whose length the headers have announced."""
+        self._writer.write(part)
+        await self._writer.drain()
 
     async def head(self) -> int:
         """Wait for status and headers; return the status."""

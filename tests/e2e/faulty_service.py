@@ -6,7 +6,7 @@ line included, is the product's. Run it as the product: `python faulty_service.p
 
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Arrived, Fact
-from server.cli import main
+from flowcontrol_server.cli import main
 
 FAULT = "planted-fault"
 

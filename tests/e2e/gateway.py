@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
 
@@ -16,11 +17,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
-from server import admin, codec
-from server.settings import Address
+from flowcontrol_server.admin import api as admin
+from flowcontrol_server.config.settings import Address
+from flowcontrol_server.requests import codec
 from tests.e2e.backend import ARRIVAL_S, Backend, Call
 from tests.e2e.client import CHAT, Caller, call, fetch
-from tests.e2e.harness import Stack, eventually
+from tests.e2e.harness import ADMIN_TOKEN, Stack, eventually
 
 ANSWER_S = 5.0
 """How long the service may take to say how it is."""
@@ -43,7 +45,7 @@ class Gateway:
         self.arrived: asyncio.Queue[Call] = asyncio.Queue()
         """Calls in the order in which they reached the backends."""
         self.backends = [Backend(address, self.arrived) for address in stack.endpoints]
-        self._channel = grpc.aio.insecure_channel(str(stack.ext_proc))
+        self._channel = grpc.aio.insecure_channel(str(stack.grpc))
         self._api = api_grpc.FlowControlStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self.expected_complaints: set[str] = set()
         """Log events of level warning or worse that the test means to cause."""
@@ -158,6 +160,13 @@ class Gateway:
             raise
         return last
 
+    async def evict(self, flow_id: str, priority: int = 0) -> int:
+        """Refuse all of a flow that waits, as an operator does; return how many."""
+        request = api.EvictFlowRequest(priority=priority, flow_id=flow_id)
+        proof = (("authorization", f"Bearer {ADMIN_TOKEN}"),)
+        reply = await self._api.EvictFlow(request, metadata=proof, timeout=ANSWER_S)
+        return int(reply.evicted)
+
     async def decided(self, name: str) -> dict[str, Any]:
         """Wait for the canonical log line of a request; return its fields."""
         return (await self._decided([name]))[name]
@@ -187,13 +196,17 @@ class Gateway:
 
     async def metric(self, name: str) -> float:
         """Return the value of a metric that has no labels."""
+        return (await self.metrics())[name]
+
+    async def metrics(self) -> Mapping[str, float]:
+        """Return every sample of the service's metrics, by its name and labels."""
         reply = await fetch(self.stack.http, "/metrics")
-        lines = [line.split(" ") for line in reply.body.decode().splitlines()]
-        return next(float(line[1]) for line in lines if line[0] == name)
+        lines = [line for line in reply.body.decode().splitlines() if line[:1] != "#"]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
     # Health
 
-    async def health(self, address: Address, service: str) -> int:
+    async def health(self, address: Address | Path, service: str) -> int:
         """Ask the health service at that address."""
         async with grpc.aio.insecure_channel(str(address)) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
@@ -201,7 +214,7 @@ class Gateway:
             return int(reply.status)
 
     @contextlib.asynccontextmanager
-    async def watching(self, address: Address, service: str) -> AsyncIterator[list[int]]:
+    async def watching(self, address: Address | Path, service: str) -> AsyncIterator[list[int]]:
         """Watch the health of a service at that address: a list that grows."""
         statuses: list[int] = []
 

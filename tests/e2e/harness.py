@@ -21,9 +21,9 @@ from typing import Any, final
 
 import yaml
 
-from server.envoy_binary import envoy_binary
-from server.guard import TOKEN_VARIABLE
-from server.settings import Address, load_settings
+from flowcontrol_server.config.admin import TOKEN_VARIABLE
+from flowcontrol_server.config.settings import Address, load_settings
+from flowcontrol_server.tools.envoy.binary import envoy_binary
 from tests.e2e.client import fetch
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +32,6 @@ POOL = "llama"
 ADMIN_TOKEN = "say-friend-and-enter"
 """What the service's environment holds; with it the API may change things."""
 OBJECTIVES: Mapping[str, int] = {"chat": 10, "batch": -1}
-DOORS = ("direct", "grpcio")
-"""Ways into the service for Envoy's ext_proc streams. Both are open; every test runs with each."""
 Edit = Callable[[dict[str, Any]], None]
 _POLL_S = 0.01
 _START_S = 20.0
@@ -108,14 +106,17 @@ class Spec:
     prepare: "Callable[[Stack], None] | None" = None
     """Called before anything starts: writes files that the settings name."""
     settlement: Mapping[str, Any] = field(default_factory=dict)
+    listen: Mapping[str, Any] = field(default_factory=dict)
+    """Of that section, what is no address."""
     log_level: str = "info"
     edit_envoy: Edit | None = None
     """Changes the generated Envoy configuration, parsed, in place."""
     service: Sequence[str] = (str(Path(sys.executable).with_name("flowcontrol")),)
     """The command that is told `serve --config ...`."""
-    door: str = DOORS[0]
+    door: str = "direct"
+    """The port that Envoy's ext_proc streams use: direct or grpcio; then there is no other."""
     is_socket: bool = False
-    """Whether the direct door is a Unix socket."""
+    """Whether Envoy's port is a Unix socket."""
     pems: Path | None = None
     """A folder for mutual TLS: the service's certificate.pem and key.pem, Envoy's client.pem and
     client.key, and ca.pem."""
@@ -187,10 +188,10 @@ class Stack:
     def __init__(self, spec: Spec, directory: Path) -> None:
         self.spec = spec
         self.directory = directory
-        self.gateway, self.admin, self.ext_proc, self.health, self.http = (
-            Address(HOST, free_port()) for _ in range(5)
+        self.gateway, self.admin, self.grpc, self.http = (
+            Address(HOST, free_port()) for _ in range(4)
         )
-        self.direct = directory / "door.sock" if spec.is_socket else Address(HOST, free_port())
+        self.ext_proc = directory / "door.sock" if spec.is_socket else Address(HOST, free_port())
         self.endpoints = [Address(HOST, free_port()) for _ in range(spec.endpoints)]
         self.objectives = directory / "objectives"
         self.config = directory / "flowcontrol.yaml"
@@ -198,11 +199,12 @@ class Stack:
         self._starts = 0
         self._service: Process | None = None
         self._envoy: Process | None = None
+        self._others: list[Process] = []
 
     @property
     def door(self) -> Address | Path:
         """Where Envoy finds the service: the one place that has to know doors."""
-        return {"direct": self.direct, "grpcio": self.ext_proc}[self.spec.door]
+        return {"direct": self.ext_proc, "grpcio": self.grpc}[self.spec.door]
 
     @property
     def service(self) -> Process:
@@ -225,7 +227,7 @@ class Stack:
             self.spec.prepare(self)
         self.configure()
         await self.start_service()
-        await self._start_envoy()
+        await self.start_envoy(self.directory / "envoy.log")
 
     def configure(self, **changes: Any) -> None:
         """Write the service's configuration, all at once, with other sections in place."""
@@ -245,7 +247,7 @@ class Stack:
 
     def stop(self) -> None:
         """End whatever runs."""
-        for process in (self._envoy, self._service):
+        for process in (*self._others, self._envoy, self._service):
             if process is not None:
                 process.stop()
 
@@ -273,8 +275,12 @@ class Stack:
         return [line for line in self._log_lines() if line["event"] == name]
 
     def complaints(self) -> list[dict[str, Any]]:
-        """Return the service's log lines that say something is wrong."""
-        return [line for line in self._log_lines() if line["level"] not in {"debug", "info"}]
+        """Return the service's log lines that say something is wrong; advice on settings apart."""
+        return [
+            line
+            for line in self._log_lines()
+            if line["level"] not in {"debug", "info"} and line["event"] != "configuration_warning"
+        ]
 
     def stray_lines(self) -> list[str]:
         """Return what the service has written beside its log: warnings and tracebacks."""
@@ -302,7 +308,7 @@ class Stack:
             "picker": spec.picker,
             "pickerFallbacks": spec.picker_fallbacks,
             "saturation": {"maxConcurrency": spec.max_concurrency},
-            "flowControl": dict(spec.flow_control),
+            "flowControl": {"ceilings": {"policy": "static"}, **spec.flow_control},
             "requests": dict(spec.requests),
             "settlement": dict(spec.settlement),
             "tls": self._tls(),
@@ -315,18 +321,28 @@ class Stack:
         return {name: str(pems / file) for name, file in files.items()} if pems else {}
 
     def _listen(self) -> dict[str, str]:
-        direct = f"unix:{self.direct}" if isinstance(self.direct, Path) else str(self.direct)
-        ports = {"extProc": self.ext_proc, "health": self.health, "http": self.http}
-        return {"direct": direct} | {name: str(address) for name, address in ports.items()}
+        door = f"unix:{self.ext_proc}" if isinstance(self.ext_proc, Path) else str(self.ext_proc)
+        addresses = {
+            "extProc": "off" if self.spec.door == "grpcio" else door,
+            "grpc": str(self.grpc),
+            "http": str(self.http),
+        }
+        return {**addresses, **self.spec.listen}
 
     def _configure_envoy(self) -> None:
         """Write the configuration that fits the service's, with the changes of the spec."""
+        configuration = self._envoy_configuration(self.gateway, self.admin, self.spec.edit_envoy)
+        self._envoy_yaml.write_text(yaml.safe_dump(configuration, sort_keys=False))
+
+    def _envoy_configuration(
+        self, gateway: Address, admin: Address, edit: Edit | None
+    ) -> dict[str, Any]:
         with warnings.catch_warnings():
             # pydantic has deprecated something that envoy-data-plane does as it is imported.
             warnings.filterwarnings(
                 "ignore", category=DeprecationWarning, module="envoy_data_plane"
             )
-            from server.envoy_config import (  # noqa: PLC0415 - it warns
+            from flowcontrol_server.tools.envoy.config import (  # noqa: PLC0415 - it warns
                 EnvoyOptions,
                 EnvoyTls,
                 bootstrap,
@@ -334,25 +350,37 @@ class Stack:
         names = ("ca.pem", "client.pem", "client.key")
         files = [str(self.spec.pems / name) for name in names] if self.spec.pems else []
         options = EnvoyOptions(
-            listen=self.gateway,
-            admin=self.admin,
-            ext_proc=self.ext_proc if self.spec.door == "grpcio" else None,
+            listen=gateway,
+            admin=admin,
             tls=EnvoyTls(*files) if files else None,
             original_dst=self.spec.original_dst,
         )
-        configuration = yaml.safe_load(bootstrap(load_settings(self.config), options))
-        if self.spec.edit_envoy is not None:
-            self.spec.edit_envoy(configuration)
-        self._envoy_yaml.write_text(yaml.safe_dump(configuration, sort_keys=False))
-
-    async def _start_envoy(self) -> None:
-        command = (
-            *(str(envoy_binary()), "--config-path", str(self._envoy_yaml)),
-            *("--concurrency", "1", "--use-dynamic-base-id", "--disable-hot-restart"),
-            *("--log-level", "warning", "--file-flush-interval-msec", "50"),
+        configuration: dict[str, Any] = yaml.safe_load(
+            bootstrap(load_settings(self.config), options)
         )
-        self._envoy = Process(command, self.directory / "envoy.log")
+        if edit is not None:
+            edit(configuration)
+        return configuration
+
+    async def start_envoy(self, log: Path) -> None:
+        """Start Envoy, again perhaps, and wait until it is ready."""
+        self._envoy = _run_envoy(self._envoy_yaml, log)
         await self._until_ready(self._envoy, self.admin, "/ready")
+
+    async def start_other_envoy(self, edit: Edit) -> Address:
+        """Start another Envoy beside the first; return where it listens.
+
+        Args:
+            edit: changes its configuration in place, in the place of the spec's.
+        """
+        gateway, admin = Address(HOST, free_port()), Address(HOST, free_port())
+        path = self.directory / f"envoy-{gateway.port}.yaml"
+        configuration = self._envoy_configuration(gateway, admin, edit)
+        path.write_text(yaml.safe_dump(configuration, sort_keys=False))
+        envoy = _run_envoy(path, path.with_suffix(".log"))
+        self._others.append(envoy)
+        await self._until_ready(envoy, admin, "/ready")
+        return gateway
 
     async def _until_ready(self, process: Process, address: Address, path: str) -> None:
         async def is_ready() -> bool:
@@ -360,6 +388,15 @@ class Stack:
             return (await fetch(address, path)).status == 200
 
         await eventually(is_ready, _START_S, f"{process.log.name} ready")
+
+
+def _run_envoy(configuration: Path, log: Path) -> Process:
+    command = (
+        *(str(envoy_binary()), "--config-path", str(configuration)),
+        *("--concurrency", "1", "--use-dynamic-base-id", "--disable-hot-restart"),
+        *("--log-level", "warning", "--file-flush-interval-msec", "50"),
+    )
+    return Process(command, log)
 
 
 def _whole_lines(path: Path) -> Iterator[str]:

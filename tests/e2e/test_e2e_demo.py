@@ -2,18 +2,26 @@
 
 import asyncio
 import csv
+import os
+import re
 import signal
 import socket
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from statistics import median
 
 import pytest
 
-from server.demo.stack import HOST, Ports
+from flowcontrol_server.tools.demo.stack import HOST, Ports
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 
 OFFSET = 11_000
+ROOT = Path(__file__).parents[2]
+GRPCURL = Path(sys.executable).with_name("grpcurl")
+_TIMED_OUT = 124
 PORTS = Ports().shifted(OFFSET)
 
 
@@ -21,7 +29,7 @@ async def demo(output: Path, *more: str) -> asyncio.subprocess.Process:
     """Start the demo."""
     command = ("demo", "--port-offset", str(OFFSET), "--output", str(output), *more)
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "server", *command),
+        *(sys.executable, "-m", "flowcontrol_server", *command),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
@@ -32,6 +40,27 @@ async def outcome(process: asyncio.subprocess.Process) -> tuple[int, str]:
     said, _ = await process.communicate()
     assert process.returncode is not None
     return process.returncode, said.decode()
+
+
+def documented() -> list[str]:
+    """Return the grpcurl commands of README and the API's page, with the demo's ports here.
+
+    Those with an own condition, objectives by the API, are left out.
+    """
+    page = (ROOT / "docs" / "grpc-api.md").read_text()
+    condition, rest = page.split("With `objectives: {api", 1)
+    _, rest = rest.split("\n\nBe Envoy yourself", 1)
+    found = []
+    for text in ((ROOT / "README.md").read_text(), rest, condition):  # it ends with Drain
+        joined = re.sub(r" *\\\n *", " ", text)
+        for block in re.findall(r"(?:^    .+\n?)+", joined, re.MULTILINE):
+            commands = textwrap.dedent(block)
+            if "grpcurl" in commands:
+                found += [commands] if commands.startswith("(") else commands.splitlines()
+    return [
+        re.sub(r"(127\.0\.0\.1:)(\d+)", lambda port: f"{port[1]}{int(port[2]) + OFFSET}", each)
+        for each in found
+    ]
 
 
 def listening() -> list[int]:
@@ -63,7 +92,49 @@ class TestDemo:
         first, second = ([row["at_s"] for row in rows if row["phase"] == name] for name in names)
         assert first == second
         assert {row["failure"] for row in rows} == {""}
+        alone_s, with_us_s = (
+            median(
+                float(row["ttft_s"])
+                for row in rows
+                if row["phase"] == name and row["class"] == "interactive"
+            )
+            for name in names
+        )
+        assert with_us_s < alone_s, "short as it is, it shows what it is for"
         assert listening() == []
+
+    @pytest.mark.skipif(not GRPCURL.exists(), reason="grpcurl is not installed")
+    async def test_commands_of_the_documents(self, tmp_path: Path) -> None:
+        """With what it prints, grpcurl does as README and the API's page say, admin calls too."""
+        process = await demo(tmp_path, "--seconds", "2", "--keep")
+        assert process.stdout is not None
+        said = b""
+        while b"Running until ctrl-C" not in said:
+            line = await process.stdout.readline()
+            assert line, said.decode()
+            said += line
+        token = re.search(rb"export FLOWCONTROL_ADMIN_TOKEN=(\w{32})", said)
+        assert token is not None, said.decode()
+        environment = os.environ | {"FLOWCONTROL_ADMIN_TOKEN": token[1].decode()}
+        environment["PATH"] = f"{GRPCURL.parent}:{os.environ['PATH']}"
+        answers = {}
+        for command in documented():
+            answers[command] = await asyncio.to_thread(
+                subprocess.run,
+                ("timeout", "4", "sh", "-c", command),
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                check=False,
+            )
+        process.send_signal(signal.SIGINT)
+        await process.wait()
+
+        assert len(answers) >= 12
+        for command, answer in answers.items():
+            is_endless = "WatchSnapshot" in command or "sleep" in command
+            assert answer.returncode == (_TIMED_OUT if is_endless else 0), (command, answer)
+            assert answer.stdout, command
 
     async def test_interrupted(self, tmp_path: Path) -> None:
         """Ctrl-C in the middle of it leaves nothing running."""
@@ -72,7 +143,7 @@ class TestDemo:
         said = b""
         while b"Envoy alone, " not in said:  # the live view: everything is up
             said += await process.stdout.readline()
-        assert len(listening()) == 10
+        assert listening() == [*PORTS.all()]
         process.send_signal(signal.SIGINT)
 
         status, rest = await outcome(process)

@@ -67,7 +67,9 @@ class TestAnthropic:
         assert error.status_code == 429
         assert error.response.headers[REASON] == "rejected-saturated"
         assert error.type == "rate_limit_error"
-        expected = "rejected-saturated: the queue for this request is full"
+        expected = (
+            "rejected-saturated: the queue for this request is full (band 0, limit reached: all)"
+        )
         assert error.body == {
             "type": "error",
             "error": {"type": "rate_limit_error", "message": expected},
@@ -87,7 +89,10 @@ class TestGrpc:
         await occupying.respond()
 
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert caught.value.details() == "rejected-saturated: the queue for this request is full"
+        assert (
+            caught.value.details()
+            == "rejected-saturated: the queue for this request is full (band 0, limit reached: all)"
+        )
 
 
 class TestPlain:
@@ -101,5 +106,7 @@ class TestPlain:
         await occupying.respond()
 
         assert reply.status == 429
-        expected = "rejected-saturated: the queue for this request is full"
+        expected = (
+            "rejected-saturated: the queue for this request is full (band 0, limit reached: all)"
+        )
         assert json.loads(reply.body) == {"error": expected}

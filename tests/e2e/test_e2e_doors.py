@@ -5,22 +5,16 @@ from typing import Any
 
 import grpc
 import pytest
-from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
 
-from server.direct_calls import ProcessCall
-from server.settings import Address
+from flowcontrol_server.common import envoy_messages
+from flowcontrol_server.config.settings import Address
+from flowcontrol_server.doors.direct.calls import ProcessCall
 from tests.e2e.client import fetch
 from tests.e2e.conftest import Start
 from tests.e2e.gateway import Gateway
 from tests.e2e.harness import Spec, eventually
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def door() -> str:
-    """These tests are about the direct door; the other is open too."""
-    return "direct"
 
 
 async def is_healthy(gateway: Gateway) -> bool:
@@ -55,8 +49,8 @@ class TestShapes:
         gateway.stack.service.send_signal(15)
 
         assert await gateway.stack.service.exited() == 0
-        assert isinstance(gateway.stack.direct, Path)
-        assert not gateway.stack.direct.exists()
+        assert isinstance(gateway.stack.ext_proc, Path)
+        assert not gateway.stack.ext_proc.exists()
 
 
 class TestBoth:
@@ -64,9 +58,9 @@ class TestBoth:
 
     async def test_one_queue(self, gateway: Gateway) -> None:
         """A slot taken through the one is not there for the other, and is when it is given back."""
-        assert isinstance(gateway.stack.direct, Address)
-        message = ext_proc_pb2.ProcessingRequest(request_headers={}).SerializeToString()
-        async with grpc.aio.insecure_channel(str(gateway.stack.ext_proc)) as channel:
+        assert isinstance(gateway.stack.ext_proc, Address)
+        message = envoy_messages.ProcessingRequest(request_headers={}).SerializeToString()
+        async with grpc.aio.insecure_channel(str(gateway.stack.grpc)) as channel:
             open_stream: Any = channel.stream_stream
             process = open_stream(ProcessCall.PATH.decode())
             holding = process()

@@ -20,13 +20,13 @@ QUICK_S = 5.0
 
 async def readiness(gateway: Gateway) -> set[int]:
     """Return every health status that readiness has, under each of its names on both ports."""
-    ports = (gateway.stack.ext_proc, gateway.stack.health)
+    ports = (gateway.stack.grpc, gateway.stack.ext_proc)
     return {await gateway.health(port, name) for port in ports for name in READINESS}
 
 
 async def liveness(gateway: Gateway) -> set[int]:
     """Return every health status that liveness has, on both ports."""
-    ports = (gateway.stack.ext_proc, gateway.stack.health)
+    ports = (gateway.stack.grpc, gateway.stack.ext_proc)
     return {await gateway.health(port, LIVENESS) for port in ports}
 
 
@@ -119,19 +119,18 @@ class TestDrain:
         assert (reply.status, reply.body) == (200, b"x" * 100_000)
 
     async def test_idle(self, start: Start) -> None:
-        """An idle service ends at once, with ctrl-C too; being told twice is being told once.
+        """An idle service ends at once, with ctrl-C too.
 
         Whoever watches readiness sees it go, on both ports; liveness is still well then.
         """
         gateway = await start(Spec())
-        ports = (gateway.stack.ext_proc, gateway.stack.health)
+        ports = (gateway.stack.grpc, gateway.stack.ext_proc)
         async with (
             gateway.watching(ports[0], "readiness") as at_main,
             gateway.watching(ports[1], "readiness") as at_probes,
             gateway.watching(ports[1], LIVENESS) as alive,
         ):
             gateway.stack.service.send_signal(signal.SIGINT)
-            gateway.stack.service.send_signal(signal.SIGTERM)
             status = await gateway.stack.service.exited(QUICK_S)
 
             assert status == 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.client import fetch
 from tests.e2e.conftest import Start
 from tests.e2e.gateway import Gateway
 from tests.e2e.harness import Spec
@@ -140,6 +141,42 @@ class TestRules:
 
         assert by_header["flow_id"] == by_body["flow_id"] == name
 
+    @pytest.mark.parametrize(
+        "body",
+        [
+            '{"service_tier":"flex","seed":18446744073709551615}',
+            '{"service_tier":"flex","x":NaN}',
+            '{"service_tier":"flex","x":' + "[" * 3000 + "]" * 3000 + "}",
+        ],
+        ids=["long-integer", "nan", "nested"],
+    )
+    async def test_unread_body(self, gateway: Gateway, body: str) -> None:
+        """A body that Envoy cannot parse matches no rule, passes, and is counted."""
+
+        async def count() -> float:
+            page = (await fetch(gateway.stack.http, "/metrics")).body.decode()
+            (line,) = (x for x in page.splitlines() if x.startswith("flowcontrol_unread_bodies_t"))
+            return float(line.split()[1])
+
+        before = await count()
+        caller = await gateway.call(body=body.encode(), headers=JSON)
+        call = await gateway.next_call()
+        await call.respond()
+        await caller.reply()
+        line = await gateway.decided(call.name)
+
+        assert line["priority"] == 0
+        assert await count() == before + 1
+
+    async def test_byte_order_mark(self, gateway: Gateway) -> None:
+        """Envoy 1.40 reads what is behind one: the rule matches."""
+        caller = await gateway.call(body='\ufeff{"service_tier":"flex"}'.encode(), headers=JSON)
+        call = await gateway.next_call()
+        await call.respond()
+        await caller.reply()
+
+        assert (await gateway.decided(call.name))["priority"] == -1
+
     async def test_charset(self, gateway: Gateway) -> None:
         """A charset beside the media type hides no body from the rules."""
         headers = {"content-type": "application/json; charset=utf-8"}
@@ -222,8 +259,9 @@ class TestServerAndClient:
 class TestBodies:
     """Envoy holds a JSON body to read it."""
 
-    async def test_large_prompt(self, gateway: Gateway) -> None:
-        """A prompt of megabytes is read, and arrives whole."""
+    async def test_large_prompt(self, start: Start) -> None:
+        """A prompt of megabytes is read where it is to be, and arrives whole."""
+        gateway = await start(Spec(requests={"readBodiesUpTo": "unlimited"}))
         line, _, _ = await fate(gateway, {"prompt": "x" * 4_000_000, "model": "large"})
 
         assert line["model"] == "large"
@@ -239,6 +277,15 @@ class TestBodies:
 
 class TestSmallBodiesAlone:
     """requests.readBodiesUpTo."""
+
+    async def test_by_default(self, start: Start) -> None:
+        """A body of more than 64 KiB passes as it is."""
+        gateway = await start(Spec())
+        small, _, _ = await fate(gateway, {"model": "m", "prompt": "x" * 60_000})
+        large, _, _ = await fate(gateway, {"model": "m", "prompt": "x" * 70_000})
+
+        assert (small["model"], large["model"]) == ("m", "")
+        assert large["byte_size"] > 70_000
 
     async def test_large_body_is_not_read(self, start: Start) -> None:
         """Beyond the size nothing is known of a body, and it passes; of others all is."""

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc_pb2
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import FileDescriptor
 from grpc_health.v1 import health_pb2
 
-from server import admin, codec, log_codec
-from server.settings import Address
+from flowcontrol_server.admin import api as admin
+from flowcontrol_server.common import envoy_messages
+from flowcontrol_server.config.settings import Address
+from flowcontrol_server.requests import codec
 from tests.e2e.gateway import FREED_S, Gateway
 from tests.e2e.harness import ADMIN_TOKEN
 
@@ -62,19 +63,14 @@ class TestReflection:
     """What there is to call."""
 
     async def test_list(self, gateway: Gateway) -> None:
-        """Each port lists exactly what it serves."""
-        main = await grpcurl(str(gateway.stack.ext_proc), "list")
-        probes = await grpcurl(str(gateway.stack.health), "list")
+        """The port lists exactly what it serves."""
+        listed = await grpcurl(str(gateway.stack.grpc), "list")
 
-        assert (
-            sorted((codec.SERVICE, log_codec.SERVICE, admin.SERVICE, HEALTH, REFLECTION))
-            == main.split()
-        )
-        assert probes.split() == [HEALTH, REFLECTION]
+        assert sorted((codec.SERVICE, admin.SERVICE, HEALTH, REFLECTION)) == listed.split()
 
     async def test_describe(self, gateway: Gateway) -> None:
         """The one method of ext_proc is described as Envoy defines it."""
-        described = await grpcurl(str(gateway.stack.ext_proc), "describe", codec.SERVICE)
+        described = await grpcurl(str(gateway.stack.grpc), "describe", codec.SERVICE)
 
         expected = (
             "rpc Process ( stream .envoy.service.ext_proc.v3.ProcessingRequest ) "
@@ -95,19 +91,19 @@ class TestCalls:
             return str(reply["status"])
 
         stack = gateway.stack
-        answers = [await check(stack.ext_proc, name) for name in ("", codec.SERVICE)]
-        answers += [await check(stack.health, name) for name in ("readiness", "liveness")]
-        assert isinstance(stack.direct, Address)
+        names = ("", codec.SERVICE, "readiness", "liveness", "inference-extension")
+        answers = [await check(stack.grpc, name) for name in names]
+        assert isinstance(stack.ext_proc, Address)
         known = ("-protoset", protoset(tmp_path, health_pb2.DESCRIPTOR))
-        answers += [await check(stack.direct, name, *known) for name in ("", codec.SERVICE)]
+        answers += [await check(stack.ext_proc, name, *known) for name in names]
 
-        assert answers == ["SERVING"] * 6
+        assert answers == ["SERVING"] * 10
 
     async def test_snapshot(self, gateway: Gateway) -> None:
         """The snapshot reads well as JSON."""
         _, occupying = await gateway.occupy()
         method = f"{admin.SERVICE}/GetSnapshot"
-        snapshot = json.loads(await grpcurl(str(gateway.stack.ext_proc), method))
+        snapshot = json.loads(await grpcurl(str(gateway.stack.grpc), method))
         await occupying.respond()
 
         assert (
@@ -124,7 +120,7 @@ class TestCalls:
         await gateway.until(waiting=1)
 
         async def ask(method: str, **data: object) -> dict[str, Any]:
-            address = str(gateway.stack.ext_proc)
+            address = str(gateway.stack.grpc)
             text = await grpcurl(
                 *PROOF, "-d", json.dumps(data), address, f"{admin.SERVICE}/{method}"
             )
@@ -146,12 +142,17 @@ class TestCalls:
         assert reply.status == 429
         assert reply.headers["x-llm-d-request-dropped-reason"] == "evicted-operator"
 
-    async def test_process(self, gateway: Gateway, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("port", ["ext_proc", "grpc"])
+    async def test_process(self, gateway: Gateway, tmp_path: Path, port: str) -> None:
         """A person can be Envoy: the slot is theirs as long as their input stays open."""
-        is_direct = gateway.stack.spec.door == "direct"
-        known = ("-protoset", protoset(tmp_path, ext_proc_pb2.DESCRIPTOR)) if is_direct else ()
+        known = (
+            ("-protoset", protoset(tmp_path, envoy_messages.ProcessingRequest.DESCRIPTOR.file))
+            if port == "ext_proc"
+            else ()
+        )
+        address = str(getattr(gateway.stack, port))
         process = await asyncio.create_subprocess_exec(
-            *(GRPCURL, "-plaintext", *known, "-d", "@", str(gateway.stack.door), PROCESS),
+            *(GRPCURL, "-plaintext", *known, "-d", "@", address, PROCESS),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -122,12 +122,12 @@ class TestLive:
 
         assert 6 not in bands(gone)
 
-    async def test_written_while_the_service_starts(self, door: str, tmp_path: Path) -> None:
+    async def test_written_while_the_service_starts(self, tmp_path: Path) -> None:
         """A manifest that is written while the service is still opening its ports counts too."""
-        stack = Stack(Spec(door=door), tmp_path)
+        stack = Stack(Spec(), tmp_path)
 
         async def is_open() -> bool:
-            _, writer = await asyncio.open_connection(*stack.ext_proc)
+            _, writer = await asyncio.open_connection(*stack.grpc)
             writer.close()
             return True
 

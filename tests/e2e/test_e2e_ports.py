@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.settings import Address
+from flowcontrol_server.config.settings import Address
 from tests.e2e.gateway import Gateway
 from tests.e2e.harness import HOST, ROOT, free_port
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.e2e
 class TestSecondService:
     """Each would gate half of the requests, were they to share a port."""
 
-    @pytest.mark.parametrize("taken", ["direct", "extProc", "health", "http"])
+    @pytest.mark.parametrize("taken", ["extProc", "grpc", "http"])
     async def test_port_is_taken(self, gateway: Gateway, taken: str, tmp_path: Path) -> None:
         """Whichever of its ports is taken, it exits with 2 and names the address."""
         stack = gateway.stack

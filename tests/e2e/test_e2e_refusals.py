@@ -195,6 +195,24 @@ class TestRateLimit:
         assert 300 <= line["waited_ms"] < 400
         assert line["outcome"] == "evicted-ttl"
 
+    async def test_spent_ttl_is_not_tried_again(self, gateway: Gateway) -> None:
+        """Although it may retry, the client does not park the request a second time."""
+        caller, occupying = await gateway.occupy()
+        async with client_of(gateway, retries=2) as client:
+            error = await Asking(client, ttl="1s", name="spent").refused()
+        await gateway.decided("spent")
+        decided = [
+            line["outcome"]
+            for line in gateway.stack.events("request_decided")
+            if line["client_request_id"] == "spent"
+        ]
+        await occupying.respond()
+        await caller.reply()
+
+        assert decided == ["evicted-ttl"]
+        assert error.response.headers["x-should-retry"] == "false"
+        assert error.response.headers["x-llm-d-flow-limit"] == "ttl"
+
     async def test_displaced(self, gateway: Gateway, client: Client) -> None:
         """The newest of the lowest band makes room when a better request finds the queue full."""
         _, occupying = await gateway.occupy()
@@ -214,7 +232,7 @@ class TestRateLimit:
         assert isinstance(error, openai.RateLimitError)
         expected = (429, "evicted-priority", "rate_limit_error", "evicted-priority")
         assert expected == told(error)
-        assert 1 <= int(error.response.headers.get("retry-after", "1")) <= 30
+        assert 1 <= int(error.response.headers["retry-after"]) <= 30
         assert served == ["better", "older"]
 
     async def test_retry_after_is_honoured(self, gateway: Gateway, limited: str) -> None:

@@ -2,6 +2,8 @@
 
 import pytest
 
+from flowcontrol_server.requests.codec import UNSENT_BYTES_MAX
+from tests.e2e.conftest import Start
 from tests.e2e.gateway import Gateway
 from tests.e2e.harness import Spec
 
@@ -30,6 +32,24 @@ async def test_counted(gateway: Gateway, *, is_announced: bool) -> None:
     assert snapshot.waiting_bytes == len(BODY)
     assert (await second.reply()).status == 429
     await first.hang_up()
+    await gateway.until(waiting=0)
+    await slot.respond()
+    await occupant.reply()
+
+
+async def test_unsent(start: Start) -> None:
+    """A gigabyte that is announced and not sent takes no more room than a megabyte."""
+    gateway = await start(Spec(flow_control={"maxBytes": "4Mi"}))
+    occupant, slot = await gateway.occupy()
+    upload = {"content-type": "application/octet-stream", "content-length": str(2**30)}
+    silent = await gateway.call(headers=upload, body=None)
+    snapshot = await gateway.until(waiting=1)
+    other = await gateway.call(headers=JSON, body=BODY)
+    await gateway.until(waiting=2)
+
+    assert UNSENT_BYTES_MAX < snapshot.waiting_bytes < UNSENT_BYTES_MAX + 2_000
+    await silent.hang_up()
+    await other.hang_up()
     await gateway.until(waiting=0)
     await slot.respond()
     await occupant.reply()

@@ -12,14 +12,14 @@ import yaml
 
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
-from server.settings import load_settings
-from server.settings_difference import settings_hash
-from server.sources.health import FAILURES_MAX
-from tests.dns_server import SERVFAIL, name_server
+from flowcontrol_server.config.difference import settings_hash
+from flowcontrol_server.config.settings import load_settings
+from flowcontrol_server.sources.health import FAILURES_MAX
 from tests.e2e.backend import Backend
 from tests.e2e.gateway import Gateway
-from tests.e2e.harness import ADMIN_TOKEN, POOL, Spec, Stack, eventually
-from tests.kubernetes_api import api_server
+from tests.e2e.harness import ADMIN_TOKEN, POOL, Spec, Stack, eventually, free_port
+from tests.support.dns_server import SERVFAIL, name_server
+from tests.support.kubernetes_api import api_server
 
 pytestmark = pytest.mark.e2e
 
@@ -112,6 +112,26 @@ class TestEndpointFile:
         assert await gateway.metric(metric) == 0.0
 
 
+class TestRefusingPool:
+    """A pool of which nobody listens, and no metrics pages to tell."""
+
+    async def test_queue_is_kept(self, start: Start) -> None:
+        """After a few refusals nothing is dispatched: what waits is served when one is back."""
+        port = free_port()
+        wanted = spec(
+            {"endpoints": {"static": [f"127.0.0.1:{port}"]}, "picker": "least-loaded"}, endpoints=1
+        )
+        gateway = await start(wanted)
+        gateway.expected_complaints |= {"endpoint_down", "endpoint_up"}
+        callers = [await gateway.call(name=f"r{number}") for number in range(60)]
+        # Each has the slot for a second: ten attempts of Envoy's, with nowhere else to go.
+        await eventually(lambda: gateway.stack.events("endpoint_down"), 5 * SEEN_S)
+        waiting = (await gateway.snapshot()).waiting
+        assert waiting >= 40, "a dozen were sent into refusals, not all"
+        for caller in callers:
+            await caller.hang_up()
+
+
 class TestNames:
     """Endpoints by DNS."""
 
@@ -163,8 +183,8 @@ class TestKubernetes:
             selector = {"matchLabels": {"app": "vllm"}}
             ports = [{"number": endpoint.port}]
             gateway.expected_complaints |= {
-                "pool_absent",
-                "kubernetes_not_followed",
+                "pool_unusable",
+                "kubernetes_watch_failed",
                 "status_not_written",
             }
             early = await gateway.call(name="early", objective="chat")
@@ -235,7 +255,7 @@ class TestApi:
         """An objective that was put counts for the next request, and after a restart."""
         proof = (("authorization", f"Bearer {ADMIN_TOKEN}"),)
         gateway = await start(Spec(settings={"objectives": {"api": {"file": "./kept.yaml"}}}))
-        async with grpc.aio.insecure_channel(str(gateway.stack.ext_proc)) as channel:
+        async with grpc.aio.insecure_channel(str(gateway.stack.grpc)) as channel:
             stub = api_grpc.FlowControlStub(channel)  # type: ignore[no-untyped-call]  # generated
             gold = api.Objective(name="gold", priority=70)
             await stub.PutObjective(api.PutObjectiveRequest(objective=gold), metadata=proof)
@@ -266,7 +286,7 @@ class TestLoad:
             )
         )
         gateway.expected_complaints |= {
-            *("endpoint_not_heard", "endpoint_down", "endpoint_up"),
+            *("endpoint_scrape_failed", "endpoint_down", "endpoint_up"),
         }
         first, second = gateway.backends
         both = {str(backend.address) for backend in gateway.backends}
@@ -342,7 +362,7 @@ class TestEverything:
         )
         gateway = await start(wanted)
         gateway.expected_complaints |= {
-            *("endpoint_not_heard", "objective_rejected"),
+            *("endpoint_scrape_failed", "objective_rejected"),
             "objective_unknown",  # gold, by whoever comes before it is declared
         }
         for backend in gateway.backends:
@@ -389,7 +409,7 @@ class TestReload:
         await gateway.call(name="before")
         await gateway.until(waiting=1)
         before = await gateway.metric("flowcontrol_config_hash")
-        gateway.stack.configure(requests={"exemptPaths": ["/hello"]})
+        gateway.stack.configure(requests={"exemptPaths": ["POST /hello"]})
         await eventually(lambda: gateway.stack.events("configuration_changed"), SEEN_S)
         passing = await gateway.call("/hello", name="exempt")
         exempt = await gateway.next_call()
@@ -432,7 +452,7 @@ class TestReload:
         before = await gateway.metric("flowcontrol_config_hash")
         successful = "flowcontrol_config_last_reload_successful"
         seen = [await gateway.metric(successful)]
-        gateway.stack.configure(pool="other", requests={"exemptPaths": ["/hello"]})
+        gateway.stack.configure(pool="other", requests={"exemptPaths": ["POST /hello"]})
         await eventually(lambda: len(gateway.stack.events("configuration_rejected")) == 1, SEEN_S)
         seen.append(await gateway.metric(successful))
         gateway.stack.config.write_text("pool: [")

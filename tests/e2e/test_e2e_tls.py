@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import pytest
 
-from server import admin
-from server.settings import Address
-from tests.certificates import Authority, write_all_at_once, write_pair
+from flowcontrol_server.admin import api as admin
+from flowcontrol_server.config.settings import Address
 from tests.e2e.backend import Backend, Call
 from tests.e2e.client import CHAT, call
 from tests.e2e.harness import Spec, Stack
+from tests.support.certificates import Authority, write_all_at_once, write_pair
 
 pytestmark = pytest.mark.e2e
 
@@ -36,11 +36,19 @@ class Guarded(NamedTuple):
     files: Path
     """certificate.pem and key.pem of the service, client.pem and client.key of Envoy, ca.pem."""
 
-    async def shown(self) -> bytes:
-        """Return the certificate that the service shows at a new handshake."""
-        assert isinstance(self.stack.door, Address)
+    @property
+    def ports(self) -> tuple[Address, Address]:
+        """The two ports that speak TLS."""
+        assert isinstance(self.stack.ext_proc, Address)
+        return self.stack.ext_proc, self.stack.grpc
+
+    async def shown(self) -> list[bytes]:
+        """Return the certificate that each port shows at a new handshake."""
+        return [await self._shown(port) for port in self.ports]
+
+    async def _shown(self, port: Address) -> bytes:
         reader, writer = await asyncio.open_connection(
-            *self.stack.door,
+            *port,
             ssl=self.authority.client_context(self.authority),
             server_hostname="localhost",
         )
@@ -52,7 +60,7 @@ class Guarded(NamedTuple):
 
     async def grpcurl(self, *options: str) -> tuple[int, str]:
         """Ask for a snapshot; return grpcurl's exit status and what it prints."""
-        address = f"localhost:{self.stack.ext_proc.port}"
+        address = f"localhost:{self.stack.grpc.port}"
         process = await asyncio.create_subprocess_exec(
             *(GRPCURL, "-cacert", str(self.files / "ca.pem"), *options),
             *(address, f"{admin.SERVICE}/GetSnapshot"),
@@ -65,7 +73,7 @@ class Guarded(NamedTuple):
 
 
 @pytest.fixture
-async def guarded(door: str, tmp_path: Path) -> AsyncIterator[Guarded]:
+async def guarded(tmp_path: Path) -> AsyncIterator[Guarded]:
     """A stack of one slot, its certificates in files."""
     authority, files = Authority(), tmp_path / "tls"
     files.mkdir()
@@ -74,7 +82,7 @@ async def guarded(door: str, tmp_path: Path) -> AsyncIterator[Guarded]:
     certificate, key = authority.issue("envoy.example")
     write_all_at_once(files / "client.pem", certificate)
     write_all_at_once(files / "client.key", key)
-    spec = Spec(pems=files, door=door)
+    spec = Spec(pems=files)
     (tmp_path / "stack").mkdir()
     stack = Stack(spec, tmp_path / "stack")
     arrived: asyncio.Queue[Call] = asyncio.Queue()
@@ -103,6 +111,7 @@ class TestMutualTls:
         await under_way.send(b'data: {"n": 2}\n\n')
         await under_way.end()
         reply = await caller.reply()
+        assert len({*before}) == len({*after}) == 1
         assert after != before
         assert reply.status == 200
         assert reply.body.count(b"data:") == 2
@@ -120,15 +129,15 @@ class TestMutualTls:
         status, text = await guarded.grpcurl()
         assert status != 0
         assert "pool" not in text
-        with pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
-            await stranger(guarded)
+        for port in guarded.ports:
+            with pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
+                await stranger(guarded, port)
 
 
-async def stranger(guarded: Guarded) -> None:
+async def stranger(guarded: Guarded, port: Address) -> None:
     """Shake hands without a certificate; TLS 1.3 refuses it with the first byte that is read."""
-    assert isinstance(guarded.stack.door, Address)
     reader, writer = await asyncio.open_connection(
-        *guarded.stack.door,
+        *port,
         ssl=guarded.authority.client_context(),
         server_hostname="localhost",
     )

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from server.otel import SPAN
+from flowcontrol_server.telemetry.otel import SPAN
 from tests.e2e.conftest import Start
 from tests.e2e.gateway import Gateway
 from tests.e2e.harness import HOST, Spec, eventually, free_port
-from tests.otlp import Collector, over_grpc, plain
+from tests.support.otlp import Collector, over_grpc, plain
 
 pytestmark = pytest.mark.e2e
 

@@ -1,14 +1,16 @@
 """Model servers that really send trailers: gRPC through the gateway, as Triton is spoken to."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import grpc
 import pytest
 
-from server.settings import Address
+from flowcontrol_server.config.settings import Address
 from tests.e2e.conftest import Start
 from tests.e2e.gateway import FREED_S, Gateway
+from tests.e2e.gateway_shapes import SHAPES, Shape
 from tests.e2e.harness import Spec
 
 pytestmark = pytest.mark.e2e
@@ -18,8 +20,10 @@ END: object = getattr(grpc.aio, "EOF")  # noqa: B009 - its stubs do not know it
 HTTP2 = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
-def speak_http2(configuration: dict[str, Any]) -> None:
-    """Let Envoy speak HTTP/2 to the model servers."""
+def speak_http2(configuration: dict[str, Any], shape: Shape | None = None) -> None:
+    """Let Envoy speak HTTP/2 to the model servers, wired as one of the gateways if one is named."""
+    if shape is not None:
+        shape(configuration)
     clusters = {each["name"]: each for each in configuration["static_resources"]["clusters"]}
     protocol = clusters["model_servers"]["typed_extension_protocol_options"][HTTP2]
     protocol["explicit_http_config"] = {"http2_protocol_options": {}}
@@ -30,8 +34,22 @@ def open_channel(address: Address) -> Any:
     return grpc.aio.insecure_channel(str(address))
 
 
-@pytest.fixture
-async def gateway(start: Start) -> AsyncIterator[Gateway]:
+SPECS = {
+    "ours": Spec(edit_envoy=speak_http2),
+    **{
+        shape.__name__: Spec(
+            picker="least-loaded",
+            edit_envoy=partial(speak_http2, shape=shape),
+            settings={"tls": {"selfSigned": True}},
+        )
+        for shape in SHAPES
+    },
+}
+"""The product's own wiring, and that of each gateway."""
+
+
+@pytest.fixture(params=SPECS)
+async def gateway(start: Start, request: pytest.FixtureRequest) -> AsyncIterator[Gateway]:
     """A gateway to a model server that speaks gRPC: it answers each request with two messages."""
 
     async def infer(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
@@ -40,7 +58,7 @@ async def gateway(start: Start) -> AsyncIterator[Gateway]:
             yield message + b" two"
         context.set_trailing_metadata((("x-tokens", "2"),))
 
-    gateway = await start(Spec(edit_envoy=speak_http2))
+    gateway = await start(SPECS[request.param])
     await gateway.backends[0].close()
     server = grpc.aio.server()
     service, method = METHOD[1:].split("/")

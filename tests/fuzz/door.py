@@ -18,17 +18,18 @@ import structlog
 
 from flowcontrol.config import Concurrency, ControllerConfig
 from flowcontrol.events import DrainBegan
-from server.classify import ExemptPaths, Intake, RequestFacts
-from server.direct_line import Line
-from server.gate import FlowGate
-from server.http2 import frames
-from server.http2.limits import Http2Limits
-from server.terms import Terms
+from flowcontrol.request import Request
+from flowcontrol_server.doors.call_context import CallContext
+from flowcontrol_server.doors.connection_log import ConnectionLog
+from flowcontrol_server.doors.direct.connection import Line, Turns
+from flowcontrol_server.doors.http2 import frames
+from flowcontrol_server.doors.http2.limits import Http2Limits
+from flowcontrol_server.requests.classify import ExemptPaths, Intake
+from flowcontrol_server.requests.gate import FlowGate
 
 LIMITS = Http2Limits(
     streams_max=50, message_bytes_max=2_000, partial_bytes_max=5_000, queued_bytes_max=20_000
 )
-PROBE = RequestFacts("probe", None, 0, None, "", "/")
 HELLO = frames.PREFACE + frames.settings({}) + frames.SETTINGS_ACK
 
 
@@ -65,6 +66,12 @@ class Transport:
     def write_eof(self) -> None:
         """The door says no more, and listens on."""
 
+    def pause_reading(self) -> None:
+        """What comes all the same is to be read, later."""
+
+    def resume_reading(self) -> None:
+        """Nothing was held back."""
+
     def abort(self) -> None:
         """The door has had enough."""
         self.is_over = True
@@ -87,9 +94,9 @@ async def talk(pieces: list[bytes]) -> bytes:
         lambda parked, _decision: ended.append(parked.request_id),
         lambda _fault: over.set(),
     )
-    terms = Terms(gate=gate, intake=Intake(exempt=ExemptPaths(("/",))), limits=LIMITS)
+    context = CallContext(gate=gate, intake=Intake(exempt=ExemptPaths(("/",))), limits=LIMITS)
     transport, lines = Transport(), set[Line]()
-    line = Line(terms, lines, lambda: None)
+    line = Line(context, lines, lambda: None, ConnectionLog(), Turns())
     line.connection_made(cast("asyncio.Transport", transport))
     for piece in pieces:
         if not transport.is_over:
@@ -97,7 +104,7 @@ async def talk(pieces: list[bytes]) -> bytes:
             await asyncio.sleep(0)
     gate.start()  # what is parked gets its decision now, and after it
     gate.post(DrainBegan(0))
-    line.end_politely()
+    line.end_with_status()
     await over.wait()
     await asyncio.sleep(0)
     line.connection_lost(None)
@@ -106,7 +113,7 @@ async def talk(pieces: list[bytes]) -> bytes:
     assert gate.join(10)
     assert failures == []
     assert lines == set()
-    probe = gate.park(PROBE)
+    probe = gate.park(Request(0, "probe"))
     assert sorted(ended) == [*range(1, probe.request_id)], "a request ends, and once"
     return bytes(transport.written)
 

@@ -1,0 +1,78 @@
+{{- define "flowcontrol.fullname" -}}
+{{- if contains "flowcontrol" .Release.Name }}{{ .Release.Name }}{{ else }}{{ .Release.Name }}-flowcontrol{{ end -}}
+{{- end }}
+
+{{/* Name of a pool's objects. Of: root, pool. */}}
+{{- define "flowcontrol.name" -}}
+{{ printf "%s-%s" (include "flowcontrol.fullname" .root) .pool.name | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "flowcontrol.serviceAccount" -}}
+{{ .Values.serviceAccount.name | default (include "flowcontrol.fullname" .) }}
+{{- end }}
+
+{{- define "flowcontrol.adminSecret" -}}
+{{ .Values.admin.existingSecret | default (printf "%s-admin" (include "flowcontrol.fullname" .)) }}
+{{- end }}
+
+{{- define "flowcontrol.image" -}}
+{{- with .Values.image }}{{ if .registry }}{{ .registry }}/{{ end }}{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}{{ end -}}
+{{- end }}
+
+{{/* Labels of everything. Of: root. */}}
+{{- define "flowcontrol.labels" -}}
+app.kubernetes.io/name: flowcontrol
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{/* Labels that select a pool's pods. Of: root, pool. */}}
+{{- define "flowcontrol.selector" -}}
+app.kubernetes.io/name: flowcontrol
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+flowcontrol/pool: {{ .pool.name }}
+{{- end }}
+
+{{/* A pool's own value, merged over the top level's: of the keys that a pool may set. As YAML. */}}
+{{- define "flowcontrol.merged" -}}
+{{- $own := dict }}
+{{- range $key := list "inferencePool" "httpRoute" "keda" "resources" }}
+{{- $_ := set $own $key (mergeOverwrite (deepCopy (index $.root.Values $key)) (deepCopy (index $.pool $key | default dict))) }}
+{{- end }}
+{{- $_ := set $own "replicas" (ternary .pool.replicas .root.Values.replicas (hasKey .pool "replicas")) }}
+{{- $_ := set $own "inferenceObjectives" (.pool.inferenceObjectives | default .root.Values.inferenceObjectives) }}
+{{- toYaml $own }}
+{{- end }}
+
+{{/* The configuration file of a pool. Of: root, pool. */}}
+{{- define "flowcontrol.config" -}}
+{{- $ports := .root.Values.ports }}
+{{- $given := mergeOverwrite (deepCopy .root.Values.config) (deepCopy (.pool.config | default dict)) }}
+{{- $listen := dict "extProc" (printf "0.0.0.0:%v" $ports.extProc) "grpc" (printf "0.0.0.0:%v" $ports.grpc) "http" (printf "0.0.0.0:%v" $ports.http) }}
+{{- $base := dict "apiVersion" "flowcontrol/v1alpha1" "kind" "FlowControlConfig" "pool" .pool.name "listen" $listen "picker" "least-loaded" "load" dict "admin" (dict "trustLoopback" false) }}
+{{- if not (hasKey $given "objectives") }}
+{{- $_ := set $base "objectives" (dict "kubernetes" (dict "writeStatus" .root.Values.writeStatus)) }}
+{{- end }}
+{{- if not (hasKey $given "endpoints") }}
+{{- $_ := set $base "endpoints" (dict "kubernetes" dict) }}
+{{- end }}
+{{- if .root.Values.tls.existingSecret }}
+{{- $tls := dict "certificate" "/etc/flowcontrol-tls/tls.crt" "key" "/etc/flowcontrol-tls/tls.key" }}
+{{- if .root.Values.tls.clientCA }}{{ $_ := set $tls "clientCa" "/etc/flowcontrol-tls/ca.crt" }}{{ end }}
+{{- $_ := set $base "tls" $tls }}
+{{- end }}
+{{- if or .root.Values.admin.existingSecret .root.Values.admin.token }}
+{{- $_ := set $base.admin "tokenFile" "/etc/flowcontrol-admin/token" }}
+{{- end }}
+{{- toYaml (mergeOverwrite $base $given) }}
+{{- end }}
+
+{{/* Whether any pool elects its leader by a Lease. */}}
+{{- define "flowcontrol.hasLease" -}}
+{{- range $pool := .Values.pools }}
+{{- $given := mergeOverwrite (deepCopy $.Values.config) (deepCopy ($pool.config | default dict)) }}
+{{- if eq (dig "availability" "election" "off" $given | toString) "kubernetes" }}yes{{ end }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,248 @@
+"""Pure. Limits that find themselves on traffic they have never seen: `auto`.
+
+Three things fill an engine, and each needs its own evidence.
+
+Sequences. Beyond what it batches, requests wait inside, where they cannot be reordered. By
+Little's law the share of what is in flight that waits inside is
+
+    s = dispatches x mean wait / area under the number in flight
+
+over one window. The limit on requests falls where s is above `many`, rises where s is below `few`
+and the limit was reached, and else stays. Whatever the limit is, a request waits for the end of the
+step under way. It runs for as many steps as its answer has tokens, so by Little's law as many wait
+for that as run, over the length of answers: hardly any of a chat, half of all embeddings. They are
+no queue. To count what is queued instead of reacting to delay is
+TCP Vegas' idea (Brakmo and Peterson, 1995): latency itself grows with prompts, answers and
+neighbours long before an engine is full, which gradient2 and Envoy's adaptive concurrency take for
+congestion, and errors, which AIMD waits for, an engine that queues without limit never makes.
+
+KV cache. A sequence holds its prompt and what it has answered, so the unit is the token, not the
+request. Over the edge answers that have begun are preempted and computed again, so that more in
+flight gives less output. The limit on tokens in flight (prompt, and answer as expected) is 0.85 of
+the cache by the measured use of it: u / T for a use u at T tokens, the largest lately, so that
+answers longer than expected and shared prefixes are in it; of a cache that is nearly empty only
+the longest answers are left, and it tells nothing. Before any is measured, 0.8 of the capacity that
+the engine tells. Since one request may go beyond a limit, room is left for the largest of late.
+
+Prompts. A job that fills a hundred free places at once puts a hundred prompts before the next
+person, half a minute of work, though nothing is full. So an endpoint is sent the next prompt only
+when those before are nearly read, by the speed learnt from the least times to first token
+(`prefill`). The engine loses nothing: it could not read them sooner. It is BBR's pacing (Cardwell
+et al., 2016): to know the bottleneck's rate and never to send faster, instead of filling its
+queue. To make it safe the speed is one that the engine has really shown.
+
+The evidence degrades in steps, and each move says which it was.
+
+    metrics      s from requests waiting and running, cache from its use; some seconds
+    settlements  s from times to first token beyond the least for that length; with the answers
+    departures   s from how long the shortest sixth of a cohort was in flight; one limit more slowly
+
+Without metrics nothing tells which of the two limits is to blame for a queue. It is the one of
+which more was in flight than ever was without a queue; both, if it is both or neither.
+
+The start is fast and ends at the first sign: a queue, or a token taking four times the least. By
+metrics it goes in small steps, by 35 % and at least four requests every two looks, so that it goes
+over the edge by few; else by half a window. Since output at n in flight goes as n / (a + b n), its
+growth is that of n times a / (a + b n), the least time of a token over the present one: a quarter
+is where doubling stops paying. Later steps are of 6 %, squared after three rises in a row that each
+lasted as long as a request is in flight, so that a limit that has fallen by mistake, or that the
+traffic has outgrown, is back in some service times.
+
+With a reserve (`reserve`) the limit is seldom reached, so that nothing is seen of a queue that
+would be there if it were. So beyond what ran at most when a queue was last seen, the limit rises
+only if it was reached on average: it does not grow into the reserve. Before any queue was seen
+three quarters of it count as reached: a reserve takes no more than the fourth.
+
+Bounds. In flight at an endpoint never exceeds its limits by more than one request. Where the engine
+picks, each endpoint has limits of its own, so unequal ones find theirs. A false sign costs at most
+half of a limit, a missed one a window's growth: half at the start, 6 % later.
+
+What it does not see: without metrics, KV use before the first queue, so that the start may go over
+the edge once by half; how much of a person's time to first token is the job's work in the same
+step; and prompts all of one length tell no speed, so they are not paced.
+"""
+
+from math import inf
+from statistics import median
+from typing import Final, final
+
+from flowcontrol.config import Auto
+from flowcontrol.events import LoadObserved, Settled
+from flowcontrol.flow import Lease
+from flowcontrol.keyedheap import KeyedHeap
+from flowcontrol.moves import LimitMove, LimitMoves
+from flowcontrol.picker import FULL
+from flowcontrol.place import Moved, Place
+from flowcontrol.pool import InFlight, StageLoad
+
+_FIRST: Final = 8.0
+"""Requests in flight at one endpoint to begin with."""
+_SILENCE_NS, _SILENT_COMPLETIONS = 60_000_000_000, 64
+"""No settlement for so long, while so many requests ended: there is no access log any more."""
+_STAGE: Final = ""
+"""Stands for the address where all endpoints have one place."""
+
+
+@final
+class AutoDetector:
+    """Requests and tokens in flight over limits that find themselves.
+
+    O(log endpoints), but O(endpoints) where they change or a limit moves.
+    """
+
+    counts_dispatches = True
+    has_timer = True
+
+    def __init__(self, settings: Auto, stage: StageLoad, now_ns: int) -> None:
+        self.settings = settings
+        self.revision = 0
+        self.moves = LimitMoves()
+        self._stage = stage
+        self._has_settlements = False
+        self._settled_ns = now_ns
+        self._completed = 0
+        """Since the last settlement."""
+        self._places: dict[str, Place] = {}
+        """By address, or one for the stage where Envoy picks."""
+        self._held: KeyedHeap[str, int] = KeyedHeap()
+        """Places that are sent no prompt, by when they are again."""
+
+    @property
+    def limit(self) -> int:
+        """Return how many may be in flight at all endpoints together."""
+        return sum([int(place.requests_max) for place in self._places.values()])
+
+    @property
+    def tokens_limit(self) -> int | None:
+        """Return how many tokens may be in flight at all endpoints together; None: not known."""
+        tokens = sum([place.tokens_max for place in self._places.values()])
+        return None if tokens == inf else int(tokens)
+
+    def limit_of(self, address: str) -> int:
+        """Return how many may be in flight at one endpoint."""
+        own = self._places.get(address)
+        if own is not None:
+            return int(own.requests_max)
+        return -(-self.limit // len(self._stage.addresses))
+
+    def saturation(self) -> float:
+        """Return the load of the stage; where the engine picks, of requests alone."""
+        shared = self._places.get(_STAGE)
+        if shared is None:
+            return self._stage.pool().requests / self.limit
+        return FULL if shared.is_held else shared.saturation()
+
+    def endpoint_saturation(self, address: str) -> float:
+        """Return the load of one endpoint."""
+        own = self._places.get(address)
+        return self.saturation() if own is None else own.saturation()
+
+    def holds(self, address: str) -> bool:
+        """Whether the prompts that an endpoint was sent last have to be read first."""
+        own = self._places.get(address)
+        return own is not None and own.is_held
+
+    def endpoints_changed(self, now_ns: int) -> None:
+        """Keep the limits of each endpoint that stays; who is new has what is usual among them."""
+        if self._stage.is_picked:
+            self._places = {
+                address: self._place_at(address, now_ns) for address in self._stage.addresses
+            }
+        else:
+            self._places = {_STAGE: self._place_of_stage(now_ns)}
+        for address in set(self._held) - set(self._places):
+            self._held.discard(address)
+        self.revision += 1
+
+    def _place_at(self, address: str, now_ns: int) -> Place:
+        load, place = self._stage.at(address), self._places.get(address)
+        assert load is not None, "where the engine picks, each endpoint has an account"
+        if place is None:
+            others = list(self._places.values())
+            usual = median([each.requests_max / each.endpoints for each in others] or [_FIRST])
+            place = self._new_place(address, load, 1, usual, now_ns)
+            if others:
+                place.like(others[0])
+        place.load = load
+        return place
+
+    def _place_of_stage(self, now_ns: int) -> Place:
+        count, shared = len(self._stage.addresses), self._places.get(_STAGE)
+        if shared is None:
+            others = list(self._places.values())
+            usual = median([each.requests_max for each in others] or [_FIRST])
+            shared = self._new_place(_STAGE, self._stage.pool(), count, usual * count, now_ns)
+            if others:
+                shared.like(others[0])
+        elif shared.endpoints != count:
+            shared.scale(count, now_ns)
+        return shared
+
+    def _new_place(
+        self, address: str, load: InFlight, endpoints: int, limit: float, now_ns: int
+    ) -> Place:
+        place = Place(load, endpoints, limit, self._moved(address), now_ns)
+        place.has_settlements = self._has_settlements
+        return place
+
+    def _moved(self, address: str) -> Moved:
+        def moved(what: str, before: float, after: float, reason: str, now_ns: int) -> None:
+            self.revision += 1
+            self.moves.note(LimitMove(now_ns, address or None, before, after, f"{what}: {reason}"))
+
+        return moved
+
+    def charged(self, lease: Lease, now_ns: int) -> None:
+        """Count the dispatch, and hold the next prompt back until this one is nearly read."""
+        address = self._address_of(lease)
+        place = self._places[address]
+        place.charged(lease, now_ns)
+        if place.is_held:
+            self._held.put(address, place.held_until_ns)
+
+    def released(self, lease: Lease, now_ns: int) -> None:
+        """Count the departure; many without a settlement mean that there is none to come."""
+        self._completed += 1
+        is_silent = now_ns - self._settled_ns > _SILENCE_NS
+        if self._has_settlements and is_silent and self._completed >= _SILENT_COMPLETIONS:
+            self._go_by_settlements(is_so=False)
+        place = self._places.get(self._address_of(lease))
+        if place is not None:
+            place.released(lease, now_ns)
+
+    def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
+        """Take in what a request really took."""
+        self._settled_ns, self._completed = now_ns, 0
+        if settled.ttft_ns is not None and not self._has_settlements:
+            self._go_by_settlements(is_so=True)
+        place = self._places.get(self._address_of(lease))
+        if place is not None:
+            place.settled(lease, settled, now_ns)
+
+    def observed(self, load: LoadObserved, now_ns: int) -> None:
+        """Take in what an endpoint says of itself."""
+        place = self._places.get(load.address) or self._places.get(_STAGE)
+        if place is not None:
+            place.observed(load, now_ns)
+
+    def advance(self, now_ns: int) -> list[str]:
+        """Let prompts be read; return where the next may go."""
+        freed: list[str] = []
+        while (first := self._held.first()) is not None and first[0] <= now_ns:
+            self._held.discard(first[1])
+            self._places[first[1]].is_held = False
+            freed.append(first[1])
+        return freed
+
+    def next_change_ns(self) -> int | None:
+        """Return when the next prompt may go somewhere."""
+        first = self._held.first()
+        return None if first is None else first[0]
+
+    def _address_of(self, lease: Lease) -> str:
+        return _STAGE if _STAGE in self._places else lease.endpoint or _STAGE
+
+    def _go_by_settlements(self, *, is_so: bool) -> None:
+        self._has_settlements = is_so
+        for place in self._places.values():
+            place.has_settlements = is_so

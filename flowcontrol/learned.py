@@ -1,0 +1,65 @@
+"""Pure. Takes out what the engine has learnt, and puts it into another."""
+
+from collections.abc import Iterator
+from heapq import nlargest
+from operator import itemgetter
+from typing import final
+
+from flowcontrol.adaptive import AdaptiveDetector
+from flowcontrol.bands import Bands
+from flowcontrol.estimates import TokenEstimator
+from flowcontrol.memory import KEPT_MAX, BandMemory, EngineMemory
+from flowcontrol.pool import Pool
+from flowcontrol.retry import DrainRate
+
+
+@final
+class Learned:
+    """The parts of an engine that learn. O(accounts and estimates)."""
+
+    def __init__(
+        self, bands: Bands, pool: Pool, estimator: TokenEstimator, drain_rate: DrainRate
+    ) -> None:
+        self._bands = bands
+        self._pool = pool
+        self._estimator = estimator
+        self._drain_rate = drain_rate
+
+    def memory(self, now_ns: int) -> EngineMemory:
+        """Return what is worth keeping."""
+        limits: dict[str, float] = {}
+        for detector in self._adaptive():
+            limits.update(detector.remember())
+        bands = tuple(
+            BandMemory(
+                band.priority,
+                dict(nlargest(KEPT_MAX, band.fairness.accounts().items(), key=itemgetter(1))),
+                band.drain_rate.remember(now_ns),
+            )
+            for band in self._bands
+        )
+        estimates = self._estimator.remember()
+        return EngineMemory(bands, estimates, limits, self._drain_rate.remember(now_ns))
+
+    def restore(self, memory: EngineMemory, now_ns: int) -> None:
+        """Go on with what another engine had learnt, in bands and at endpoints that are known."""
+        for each in memory.bands:
+            band = self._bands.by_priority.get(each.priority)
+            if band is None:
+                continue
+            for flow_id, cost in each.accounts.items():
+                band.fairness.correct(flow_id, cost, now_ns)
+            if each.drain is not None:
+                band.drain_rate.restore(each.drain, now_ns)
+        self._estimator.restore(memory.estimates)
+        for detector in self._adaptive():
+            detector.restore(memory.limits, now_ns)
+        self._pool.limits_changed()
+        if memory.drain is not None:
+            self._drain_rate.restore(memory.drain, now_ns)
+
+    def _adaptive(self) -> Iterator[AdaptiveDetector]:
+        for detectors in self._pool.detectors.values():
+            for detector in detectors:
+                if isinstance(detector, AdaptiveDetector):
+                    yield detector

@@ -1,0 +1,465 @@
+"""Pure. The limits of one endpoint, or of a stage that Envoy picks from, and what moves them.
+
+`auto` derives them. Everything here is judged by one number, the share s of what is in flight that
+waits inside the engine, in one window between two moves of the limits.
+"""
+
+from collections.abc import Callable
+from math import inf
+from typing import Final, final
+
+from flowcontrol.events import LoadObserved, Settled
+from flowcontrol.evidence import Residences
+from flowcontrol.flow import Lease
+from flowcontrol.pool import InFlight
+from flowcontrol.prefill import FirstTokenTimes
+
+_FEW, _AIM, _MANY = 0.045, 0.08, 0.115
+"""Shares that wait inside: below, at, and above what is wanted."""
+_SCRAPED: Final = 1.5
+"""What engines say of themselves is exact, so that less is allowed: a share counts this much."""
+_START, _STEP, _STEP_MIN = 1.5, 1.06, 0.5
+"""Growth of a limit before it first fell, and after; and the least, in requests."""
+_START_HEARD, _START_LEAST = 1.35, 4.0
+"""The same before it first fell, with metrics; and the least, in requests at each endpoint."""
+_DOUBLINGS_MAX: Final = 3
+_PATIENCE: Final = 3
+"""After so many rises in a row, each as long as a request is in flight, the step is squared."""
+_FALL_MOST: Final = 0.5
+"""No window takes more than this part."""
+_FALL_BLIND: Final = 2.0
+"""Without metrics a limit falls by twice what is too many: the next word comes late."""
+_REACHED, _REACHED_ALL, _REACHED_START = 0.9, 0.95, 0.75
+"""Part of a limit that must have been in flight, once or on average, for it to rise; before it
+first fell, once, less: what a reserve leaves of it."""
+_FORGOTTEN: Final = 1.0003
+"""How what ran at most when a queue was seen fades, a window."""
+_TURNED_AWAY, _TURNED_AWAY_FALL = 0.1, 0.8
+"""Part of a cohort that engines refused, from which the limit falls; and to which part."""
+_VAIN_FALL, _VAIN_EFFECT = 0.7, 0.5
+"""Fallen to this part, and the share waiting did not fall by half as much: the least is wrong."""
+_COHORT, _COHORT_FIRST, _COHORT_KNOWN = 16, 8, 0.75
+"""Requests of a window, as long as the limit has never fallen, and the part that must be known."""
+_SCRAPES: Final = 4
+"""Looks at an endpoint in a window."""
+_SCRAPES_FIRST: Final = 2
+"""The same before the limit first fell, once times to first token are known."""
+_FRESH_NS: Final = 10_000_000_000
+"""Metrics that old are none."""
+_STANDING: Final = 0.7
+"""Fewer than that at an endpoint, on average, are no queue."""
+_PLAIN: Final = 0.3
+"""A share that needs no further look."""
+_SLOWER: Final = 4.0
+"""Once a token takes so many times the least, a quarter more in flight gives little more output."""
+_OUTPUT_MIN: Final = 8
+"""Tokens of an answer that tells how long one takes."""
+_KV_FIRST, _KV_FULL = 0.8, 0.85
+"""Part of the KV cache to fill: by what a request will need at most, and as it is measured."""
+_KV_FULL_LEAST: Final = 0.5
+"""The same, where single requests take so much of it that the next may not fit."""
+_LARGEST: Final = 0.98
+"""How the largest request fades, with each that follows."""
+_KV_FADING: Final = 0.998
+_KV_LEAST: Final = 0.3
+"""A cache that is emptier tells nothing."""
+_BACKLOG: Final = 0.25
+"""Work on prompts that may stand before the next one, in usual times to first token."""
+
+Moved = Callable[[str, float, float, str, int], None]
+"""Takes a move of a limit: which, from, to, why and when."""
+
+
+@final
+class _Window:
+    """What has happened since the limits last moved."""
+
+    __slots__ = (
+        *("all", "area", "began_ns", "counted_ns", "dispatched", "filling", "full_ns"),
+        *("in_flight", "joined", "looked_ns", "members", "most", "most_tokens", "over"),
+        *("running", "running_most", "scrapes", "skips", "steps", "token_ns", "tokens"),
+        *("turned_away", "waiting", "waits", "waits_ns"),
+    )
+
+    def __init__(self, now_ns: int, in_flight: int, filling: int, skips: int) -> None:
+        self.filling = filling
+        """Dispatches still to come that fill empty places: they are not judged."""
+        self.members: dict[int, int] = {}
+        """Requests of the cohort that are not over, by id, and when they were dispatched."""
+        self.joined = self.over = self.turned_away = 0
+        self.all = self.dispatched = 0
+        """Dispatches, and those that filled no empty place."""
+        self.waits = self.tokens = 0
+        self.waits_ns = self.token_ns = 0.0
+        self.steps = 0.0
+        """Tokens that the answers to all dispatches are expected to have: each is a step."""
+        self.area = 0
+        self.most = 0
+        self.most_tokens = 0.0
+        self.in_flight = in_flight
+        self.began_ns = self.counted_ns = self.looked_ns = self.full_ns = now_ns
+        self.skips = skips
+        """Scrapes that are too early to show the last move."""
+        self.scrapes = self.waiting = self.running = self.running_most = 0
+
+    def look(self, load: InFlight, now_ns: int) -> None:
+        """Bring the account of what is in flight up to the present."""
+        self.area += self.in_flight * (now_ns - self.looked_ns)
+        self.looked_ns = now_ns
+        self.in_flight = load.requests
+        if load.requests > self.most:
+            self.most = load.requests
+        if load.tokens > self.most_tokens:
+            self.most_tokens = load.tokens
+
+    @property
+    def mean(self) -> float:
+        """How many were in flight, on average."""
+        lasted_ns = self.looked_ns - self.counted_ns
+        return self.area / lasted_ns if lasted_ns > 0 else float(self.in_flight)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether all that was in flight has been replaced once."""
+        return self.dispatched >= self.most
+
+
+@final
+class Place:
+    """One limit on requests and one on tokens. O(cohort) memory, O(log cohort) an event.
+
+    Args:
+        load: what is in flight there.
+        endpoints: how many there are in it; 1, or those of a stage.
+        requests_max: the limit to begin with.
+        moved: called with every move.
+        now_ns: the time.
+    """
+
+    def __init__(
+        self, load: InFlight, endpoints: int, requests_max: float, moved: Moved, now_ns: int
+    ) -> None:
+        self.load = load
+        self.endpoints = endpoints
+        self.requests_max = requests_max
+        self.tokens_max = inf
+        self.has_settlements = False
+        self.is_held = False
+        """Whether prompts that were sent there have to be read first."""
+        self.held_until_ns = now_ns
+        self._read_ns = now_ns
+        """When all prompts that were sent there are expected to be read."""
+        self._is_starting = True
+        self._tokens_start = True
+        self._first_tokens = FirstTokenTimes()
+        self._residences = Residences()
+        self._moved = moved
+        self._heard_ns: int | None = None
+        self._kv_per_token = 0.0
+        """Part of the KV cache that one token in flight takes; 0 while it is not known."""
+        self._largest = 0.0
+        """Tokens of the largest request of late."""
+        self._calm = self._calm_tokens = 0.0
+        """Most in flight, without a queue."""
+        self._rises = self._token_rises = 0
+        """In a row."""
+        self._ran = inf
+        """What ran at most when a queue was last seen: beyond it a place is none."""
+        self._least_token_ns = 0.0
+        self._fell_from: tuple[float, float] | None = None
+        """Limit and share waiting when it began to fall."""
+        self._window = _Window(now_ns, load.requests, 0, endpoints)
+
+    def saturation(self) -> float:
+        """Return the load: of requests or of tokens, the fuller counts."""
+        by_requests = self.load.requests / int(self.requests_max)
+        by_tokens = self.load.tokens / self.tokens_max
+        return by_requests if by_requests > by_tokens else by_tokens
+
+    def like(self, other: "Place") -> None:
+        """Begin with what another of the same stage knows."""
+        self._is_starting = other._is_starting  # noqa: SLF001 - one of us
+        self._tokens_start = other._tokens_start  # noqa: SLF001 - as above
+        self.has_settlements = other.has_settlements
+        self.tokens_max = other.tokens_max * self.endpoints / other.endpoints
+
+    def scale(self, endpoints: int, now_ns: int) -> None:
+        """Follow the number of endpoints."""
+        factor = endpoints / self.endpoints
+        self.endpoints = endpoints
+        self.tokens_max *= factor
+        self._calm *= factor
+        self._calm_tokens *= factor
+        self._ran *= factor
+        self._move(self.requests_max * factor, f"there are {endpoints} endpoints", now_ns)
+        self._begin(now_ns, 0)
+
+    # What happens
+
+    def charged(self, lease: Lease, now_ns: int) -> None:
+        """Count a dispatch, and take it into the cohort.
+
+        What exceeds the cohort is for settlements that never come.
+        """
+        window = self._window
+        window.look(self.load, now_ns)
+        window.all += 1
+        self._largest = max(lease.tokens.input + lease.tokens.output, self._largest * _LARGEST)
+        window.steps += max(1.0, lease.tokens.output)
+        self._hold(lease, now_ns)
+        if window.filling:
+            window.filling -= 1
+            window.area = 0
+            window.counted_ns = now_ns
+            return
+        window.dispatched += 1
+        if window.joined < self._wanted + window.dispatched // 8:
+            window.joined += 1
+            if window.joined == self._wanted:
+                window.full_ns = now_ns
+            window.members[lease.request.request_id] = now_ns
+
+    def _hold(self, lease: Lease, now_ns: int) -> None:
+        """Let the next prompt wait until most of those sent before are read."""
+        if self._read_ns < now_ns:
+            self._read_ns = now_ns
+        token_ns = self._first_tokens.token_ns / self.endpoints
+        self._read_ns += round(token_ns * lease.tokens.input)
+        self.held_until_ns = self._read_ns - round(_BACKLOG * self._first_tokens.usual_ns)
+        self.is_held = self.held_until_ns > now_ns
+
+    def released(self, lease: Lease, now_ns: int) -> None:
+        """Count a departure."""
+        self._window.look(self.load, now_ns)
+        since_ns = self._window.members.get(lease.request.request_id)
+        if since_ns is not None and not self.has_settlements:
+            self._residences.released(now_ns - since_ns)
+            self._end(lease, now_ns)
+
+    def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
+        """Take in what a request really took."""
+        waited_ns = self._first_tokens.learn(lease, settled)
+        window = self._window
+        if lease.request.request_id not in window.members:
+            return
+        window.look(self.load, now_ns)
+        window.turned_away += settled.was_turned_away
+        output, generation_ns = settled.output_tokens, settled.generation_ns
+        if generation_ns and output is not None and output >= _OUTPUT_MIN:
+            token_ns = generation_ns / (output - 1)
+            if not self._least_token_ns or token_ns < self._least_token_ns:
+                self._least_token_ns = token_ns
+            window.token_ns += token_ns
+            window.tokens += 1
+        if waited_ns is not None:
+            window.waits_ns += waited_ns
+            window.waits += 1
+        if self.has_settlements:  # else its departure is what tells
+            self._end(lease, now_ns)
+
+    def observed(self, load: LoadObserved, now_ns: int) -> None:
+        """Take in what an endpoint says of itself."""
+        if load.running is None:
+            return
+        window = self._window
+        window.look(self.load, now_ns)
+        self._heard_ns = now_ns
+        if load.kv_usage is not None:
+            self._learn_cache(load.kv_usage, load.kv_tokens)
+        if window.skips:
+            window.skips -= 1
+            return
+        window.scrapes += 1
+        window.waiting += load.waiting
+        window.running += load.running
+        if load.running > window.running_most:
+            window.running_most = load.running
+        least = _SCRAPES_FIRST if self._first_tokens.usual_ns else _SCRAPES
+        if window.scrapes < least * self.endpoints:
+            return
+        share = self._scraped_share()
+        scrapes = (_SCRAPES_FIRST if self._is_starting else _SCRAPES) * self.endpoints
+        if share > _PLAIN or (window.scrapes >= scrapes and window.all >= _COHORT_FIRST):
+            self._judge(share, now_ns)
+
+    def _scraped_share(self) -> float:
+        """Return the share that waits inside, but for those that wait no longer than they must.
+
+        That is as long as a prompt takes; and for the end of the step under way, of which each runs
+        for as many as its answer has tokens: those that run, over that number, wait for that.
+        """
+        window = self._window
+        waiting = float(window.waiting)
+        lasted_ns = window.looked_ns - window.began_ns
+        if lasted_ns > 0:
+            rate = window.all / lasted_ns
+            waiting -= max(
+                rate * self._first_tokens.usual_ns * window.scrapes,
+                window.running_most * window.scrapes * window.all / max(1.0, window.steps),
+            )
+            waiting = max(0.0, waiting)
+        inside = window.waiting + window.running
+        share = _SCRAPED * waiting / inside if inside else 0.0
+        is_queue = waiting >= _STANDING * window.scrapes / self.endpoints
+        return share if is_queue else min(share, _AIM)
+
+    def _learn_cache(self, usage: float, capacity: int | None) -> None:
+        """Learn how much of the KV cache a token in flight takes, and limit them by that."""
+        if capacity and not self._kv_per_token:
+            self._kv_per_token = _KV_FULL / (_KV_FIRST * capacity)
+        self._kv_per_token *= _KV_FADING
+        tokens = self.load.tokens / self.endpoints
+        if usage >= _KV_LEAST and tokens:
+            self._kv_per_token = max(self._kv_per_token, usage / tokens)
+        if self._kv_per_token:
+            full = max(_KV_FULL_LEAST, min(_KV_FULL, 1 - self._largest * self._kv_per_token))
+            self.tokens_max = self.endpoints * full / self._kv_per_token
+
+    # Judgement
+
+    @property
+    def _wanted(self) -> int:
+        if not self.has_settlements:
+            return self._residences.cohort
+        return _COHORT_FIRST if self._is_starting else _COHORT
+
+    def _is_heard(self, now_ns: int) -> bool:
+        return self._heard_ns is not None and now_ns - self._heard_ns < _FRESH_NS
+
+    def _begin(self, now_ns: int, filling: int) -> None:
+        self._first_tokens.fade()
+        self._residences.begin()
+        self._window = _Window(now_ns, self.load.requests, filling, self.endpoints)
+
+    def _end(self, lease: Lease, now_ns: int) -> None:
+        """Count one of the cohort as over, and judge when most of it is."""
+        window = self._window
+        del window.members[lease.request.request_id]
+        window.over += 1
+        if window.turned_away >= _TURNED_AWAY * self._wanted:
+            reason = f"{window.turned_away} of {window.over} were turned away"
+            self._fall(_TURNED_AWAY_FALL, 0.0, reason, now_ns)
+            self._begin(now_ns, 0)
+        elif not self._is_heard(now_ns):
+            wait_ns = self._wait_ns(now_ns)
+            if wait_ns is not None:
+                self._judge(wait_ns * window.dispatched / max(1, window.area), now_ns)
+
+    def _wait_ns(self, now_ns: int) -> float | None:
+        """Return the mean wait inside of the cohort; None while too little of it is known."""
+        window = self._window
+        if self.has_settlements:
+            is_known = window.over >= _COHORT_KNOWN * self._wanted and window.waits
+            return window.waits_ns / window.waits if is_known else None
+        full_ns = now_ns - window.full_ns if window.joined >= self._wanted else 0
+        if not self._residences.is_enough(window.over, self._wanted, full_ns):
+            return None
+        return self._residences.wait_ns()
+
+    def _judge(self, share: float, now_ns: int) -> None:
+        before, window = self.requests_max, self._window
+        if window.tokens and window.token_ns > _SLOWER * self._least_token_ns * window.tokens:
+            self._end_start()
+        if share > _MANY and self._is_falling_in_vain(share, now_ns):
+            self._learn_anew()
+        elif share > _MANY:
+            self._fell_from = self._fell_from or (before, share)
+            by = share - _AIM if self._is_heard(now_ns) else _FALL_BLIND * (share - _AIM)
+            self._fall(max(_FALL_MOST, 1 - by), share, self._reason(share, now_ns), now_ns)
+        elif share < (_AIM if self._is_starting else _FEW):
+            self._fell_from = None
+            self._rise(share, self._reason(share, now_ns), now_ns)
+        else:
+            self._rises = self._token_rises = 0
+        self._begin(now_ns, filling=max(0, int(self.requests_max) - int(before)))
+
+    def _reason(self, share: float, now_ns: int) -> str:
+        source = "settlements" if self.has_settlements else "departures"
+        source = "metrics" if self._is_heard(now_ns) else source
+        return f"{share:.0%} of those in flight wait inside, as {source} tell"
+
+    def _end_start(self) -> None:
+        if self._is_starting:
+            self._rises = self._token_rises = 0
+        self._is_starting = self._tokens_start = False
+
+    def _fall(self, factor: float, share: float, reason: str, now_ns: int) -> None:
+        """Lower the limit that is to blame: of which more was in flight than ever was well."""
+        window = self._window
+        self._rises = self._token_rises = 0
+        is_requests, is_tokens = window.most > self._calm, window.most_tokens > self._calm_tokens
+        if self._is_heard(now_ns):
+            is_requests, is_tokens = True, False  # of tokens the cache itself tells
+        elif is_requests == is_tokens:
+            is_requests = is_tokens = True
+        if is_requests:
+            self._is_starting = False
+            self._ran = float(window.running_most) or window.mean * (1 - share)
+            limit = min(self.requests_max, max(1.0, float(window.most)))
+            limit = min(limit * factor, max(self._ran, limit * _FALL_MOST))
+            self._move(limit, reason, now_ns)
+            self._calm = min(self._calm, self.requests_max)
+        if is_tokens:
+            self._tokens_start = False
+            self._move_tokens(min(self.tokens_max, window.most_tokens) * factor, reason, now_ns)
+            self._calm_tokens = min(self._calm_tokens, self.tokens_max)
+
+    def _rise(self, share: float, reason: str, now_ns: int) -> None:
+        """Raise the limits that were reached."""
+        window = self._window
+        self._calm = max(self._calm, window.most)
+        self._calm_tokens = max(self._calm_tokens, window.most_tokens)
+        reached = _REACHED_START if self._is_starting else _REACHED
+        if window.most >= reached * int(self.requests_max):
+            self._rises += window.is_long
+            step = _step(self._rises)
+            if self._rises < _PATIENCE:
+                step = min(step, 1 + _AIM - share)
+            least = _STEP_MIN
+            if self._is_starting:
+                step = _START_HEARD if self._is_heard(now_ns) else _START
+                least = _START_LEAST * self.endpoints
+            limit = max(self.requests_max * step, self.requests_max + least)
+            if limit > self._ran and window.mean < _REACHED_ALL * int(self.requests_max):
+                limit = max(self.requests_max, self._ran)
+            self._ran *= _FORGOTTEN
+            self._move(limit, reason, now_ns)
+        if not self._is_heard(now_ns) and window.most_tokens >= _REACHED * self.tokens_max:
+            self._token_rises += window.is_long
+            step = _START if self._tokens_start else _step(self._token_rises)
+            self._move_tokens(self.tokens_max * step, reason, now_ns)
+
+    def _is_falling_in_vain(self, share: float, now_ns: int) -> bool:
+        if self._fell_from is None or self._is_heard(now_ns):
+            return False
+        limit, share_before = self._fell_from
+        fallen = 1 - self.requests_max / limit
+        is_low = self.requests_max < _VAIN_FALL * limit
+        return is_low and share > share_before - _VAIN_EFFECT * fallen
+
+    def _learn_anew(self) -> None:
+        self._fell_from = None
+        if self.has_settlements:
+            self._first_tokens.forget()
+        else:
+            self._residences.learn_anew()
+
+    def _move(self, limit: float, reason: str, now_ns: int) -> None:
+        before = self.requests_max
+        limit = max(1.0, limit)
+        if abs(limit - before) >= _STEP_MIN:
+            self.requests_max = limit
+            self._moved("requests", before, limit, reason, now_ns)
+
+    def _move_tokens(self, limit: float, reason: str, now_ns: int) -> None:
+        before, self.tokens_max = self.tokens_max, max(1.0, limit)
+        self._moved("tokens", before, self.tokens_max, reason, now_ns)
+
+
+def _step(rises: int) -> float:
+    """Return by how much a limit grows after so many rises in a row."""
+    doublings = rises // _PATIENCE
+    if doublings > _DOUBLINGS_MAX:
+        doublings = _DOUBLINGS_MAX
+    step: float = _STEP ** (1 << doublings)
+    return step

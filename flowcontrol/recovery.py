@@ -1,0 +1,155 @@
+"""Pure. Requests in flight that another process dispatched: a predecessor, or the leader before.
+
+Each holds its slot until the access log reports its end, or its endpoint reports fewer requests
+than are held there, or it is older than a bound. Requests that no book knows are found by the first
+report of an endpoint: what it works on beyond what is known to be in flight there is counted, too.
+
+What was dispatched just now may not have reached its endpoint, and what has ended there is in
+flight here a moment longer. So leases are over by as many as were missing from every report of a
+while. Where Envoy picks, the sums over all endpoints are compared.
+"""
+
+from typing import Final, NamedTuple, final
+
+from flowcontrol.config import Limits, Ordering
+from flowcontrol.estimates import Tokens
+from flowcontrol.events import LeasesRecovered, LoadObserved, RecoveredLease
+from flowcontrol.flow import Flow, Lease
+from flowcontrol.keyedheap import KeyedHeap
+from flowcontrol.pool import Pool
+from flowcontrol.request import DEFAULT_PRIORITY, FlowKey, Request
+
+MISSING_NS: Final = 500_000_000
+"""How long requests must be missing from the reports of their endpoint to be over."""
+
+
+class _Missing(NamedTuple):
+    """Requests that are in flight here and not at their endpoint."""
+
+    requests: int
+    """The least of all reports."""
+    since_ns: int
+
+
+@final
+class Recovery:
+    """Holds the slots of recovered leases. O(log leases) for each, O(leases) for a report.
+
+    Args:
+        pool: where the slots are.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._flow = Flow(FlowKey(DEFAULT_PRIORITY, ""), Ordering.FCFS, Limits())
+        """In no band: recovered requests belong to none."""
+        self._leases: dict[str, Lease] = {}
+        """By ticket."""
+        self._due: KeyedHeap[str, int] = KeyedHeap()
+        """When each is too old: the oldest first."""
+        self._age_max_ns = 0
+        self._is_counting_until_ns: int | None = None
+        self._counted: set[str | None] = set()
+        """Places that have reported since the recovery; None: the pool as a whole."""
+        self._reports: dict[str, int] = {}
+        """Requests each endpoint has, by its latest report since the recovery."""
+        self._missing: dict[str | None, _Missing] = {}
+        """By place."""
+        self._taken_up = 0
+        """Ever: numbers requests downwards, where no request of this process is."""
+
+    @property
+    def count(self) -> int:
+        """Leases that hold a slot."""
+        return len(self._leases)
+
+    def recover(self, recovered: LeasesRecovered, now_ns: int) -> None:
+        """Take up leases in place of those recovered before."""
+        for ticket in list(self._leases):
+            self._release(ticket, now_ns)
+        self._age_max_ns = recovered.age_max_ns
+        self._is_counting_until_ns = now_ns + recovered.count_running_within_ns
+        self._counted.clear()
+        self._reports.clear()
+        self._missing.clear()
+        for lease in recovered.leases:
+            if lease.age_ns < recovered.age_max_ns and lease.ticket not in self._leases:
+                self._take_up(lease, now_ns)
+
+    def ended(self, ticket: str, now_ns: int) -> None:
+        """Free the slot of a lease whose end was reported."""
+        if ticket in self._leases:
+            self._release(ticket, now_ns)
+
+    def expire(self, now_ns: int) -> None:
+        """Free the slots of leases that are too old."""
+        while (first := self._due.first()) is not None and first[0] <= now_ns:
+            self._release(first[1], now_ns)
+
+    def next_due_ns(self) -> int | None:
+        """Return when the next lease is too old, None if there is none."""
+        first = self._due.first()
+        return None if first is None else first[0]
+
+    def observed(self, load: LoadObserved, now_ns: int) -> None:
+        """Compare a report with what is held."""
+        counts_until_ns = self._is_counting_until_ns
+        is_counting = counts_until_ns is not None and now_ns < counts_until_ns
+        if load.running is None or not (self._leases or is_counting):
+            return
+        self._reports[load.address] = load.running + load.waiting
+        place: str | None = load.address
+        if not self._pool.picks:
+            place = None
+            if any(each.address not in self._reports for each in self._pool.endpoints):
+                return
+        if place is not None and place not in self._pool.loads:
+            return
+        in_flight = self._pool.total if place is None else self._pool.loads[place]
+        missing = in_flight.requests - self._reported(place)
+        if is_counting and place not in self._counted:
+            for _ in range(-missing):
+                unknown = f"unknown.{self._taken_up + 1}"
+                self._take_up(RecoveredLease(unknown, place), now_ns)
+        self._counted.add(place)
+        self._note_missing(place, missing, now_ns)
+
+    def _note_missing(self, place: str | None, missing: int, now_ns: int) -> None:
+        """Free the slots of as many leases as have been missing for long enough, oldest first."""
+        if missing <= 0:
+            self._missing.pop(place, None)
+            return
+        noted = self._missing.get(place)
+        if noted is None:
+            self._missing[place] = _Missing(missing, now_ns)
+            return
+        count = min(noted.requests, missing)
+        if now_ns - noted.since_ns < MISSING_NS:
+            self._missing[place] = _Missing(count, noted.since_ns)
+            return
+        del self._missing[place]
+        held = [ticket for ticket, lease in self._leases.items() if place in {None, lease.endpoint}]
+        for ticket in held[:count]:
+            self._release(ticket, now_ns)
+
+    def _reported(self, place: str | None) -> int:
+        if place is not None:
+            return self._reports[place]
+        return sum(self._reports[each.address] for each in self._pool.endpoints)
+
+    def _take_up(self, recovered: RecoveredLease, now_ns: int) -> None:
+        self._taken_up += 1
+        dispatched_ns = now_ns - recovered.age_ns
+        lease = Lease(
+            Request(-self._taken_up), self._flow, 0, dispatched_ns, Tokens(recovered.tokens, 0), 0.0
+        )
+        lease.is_in_flight = True
+        lease.dispatched_ns = dispatched_ns
+        lease.endpoint = recovered.endpoint
+        self._leases[recovered.ticket] = lease
+        self._due.put(recovered.ticket, dispatched_ns + self._age_max_ns)
+        self._pool.take_up(lease)
+
+    def _release(self, ticket: str, now_ns: int) -> None:
+        self._due.discard(ticket)
+        self._pool.release(self._leases.pop(ticket), now_ns)

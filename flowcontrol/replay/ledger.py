@@ -1,0 +1,268 @@
+"""Pure. The decision ledger: every fact the engine took in, when, and what it decided.
+
+A ledger is lines, each a mapping with a few words as keys:
+
+    header      what wrote it, of which run, which part of it, and the configuration in force
+    turn        `t`, the facts the engine took in then, and the decisions it made
+    checkpoint  what was live at `t`, for a reader who was not there from the beginning
+    gap         so many turns were not written; a checkpoint follows
+
+Times are monotonic nanoseconds, as the engine has them. Turns without facts and without decisions
+are written, too: time alone can change what the engine knows. A reader who has every turn since the
+engine was made can decide everything again, identically. One who begins at a checkpoint knows who
+waits and who is in flight, but not how fast queues drained, what tenants owe each other and what an
+adaptive limit had learnt: it decides alike as soon as those are learnt again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any, NamedTuple, final
+
+from flowcontrol.config import ControllerConfig
+from flowcontrol.controller import FlowController
+from flowcontrol.errors import LedgerError
+from flowcontrol.events import (
+    Arrived,
+    Decision,
+    EndpointsChanged,
+    Fact,
+    FlowEvicted,
+    ObjectivesChanged,
+    Reconfigured,
+)
+from flowcontrol.replay.plain import plainly
+from flowcontrol.request import Request
+
+VERSION = 1
+BEGINNING = b'{"header":'
+"""Of every file's first line."""
+_ID_BYTES = 8
+
+
+class Turn(NamedTuple):
+    """One turn of the engine."""
+
+    now_ns: int
+    facts: Sequence[Fact]
+    decisions: Sequence[Decision]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Stands first in every file."""
+
+    run: str
+    """Of which run of the service; the same in all files of one run."""
+    part: int
+    """From 0, counted in files."""
+    wall_ns: int
+    """Time of day at `now_ns`, since 1970."""
+    now_ns: int
+    """When this file was begun, or in part 0 when the engine was made."""
+    config: ControllerConfig
+    """In force then."""
+    salt: str = ""
+    """What flow ids were hashed with; empty: they were not."""
+    version: int = VERSION
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LiveRequest:
+    """A request at a checkpoint."""
+
+    request: Request
+    arrived_ns: int
+    """When it was handed over."""
+    is_in_flight: bool = False
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What was live, after the turn of that moment."""
+
+    now_ns: int
+    config: ControllerConfig
+    objectives: ObjectivesChanged
+    endpoints: EndpointsChanged
+    live: tuple[LiveRequest, ...] = ()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Turns that were not written, because the writer could not keep up or the disk was full."""
+
+    turns: int
+
+
+Entry = Header | Turn | Checkpoint | Gap
+
+_FACT, _DECISION = plainly(Fact), plainly(Decision)
+_KINDS: Mapping[str, Any] = {
+    "header": Header,
+    "checkpoint": Checkpoint,
+    "gap": Gap,
+}
+
+
+def take_checkpoint(controller: FlowController, now_ns: int) -> Checkpoint:
+    """Return what is live; O(live requests). By the controller's owner only."""
+    pool = controller.pool
+    return Checkpoint(
+        now_ns,
+        controller.config,
+        ObjectivesChanged(dict(controller.bands.objectives)),
+        EndpointsChanged(
+            tuple(endpoint.address for endpoint in pool.endpoints),
+            {endpoint.address: endpoint.role for endpoint in pool.endpoints},
+        ),
+        tuple(
+            LiveRequest(lease.request, lease.arrived_ns + lease.request.age_ns, lease.is_in_flight)
+            for lease in controller.leases.values()
+        ),
+    )
+
+
+def restore(checkpoint: Checkpoint, config: ControllerConfig) -> FlowController:
+    """Return an engine in which what was live is live: exact for who waits since when.
+
+    Who was in flight is dispatched again, as far as the configuration allows.
+    """
+    live = sorted(checkpoint.live, key=lambda each: (not each.is_in_flight, each.arrived_ns))
+    first_ns = min((each.arrived_ns for each in live), default=checkpoint.now_ns)
+    controller = FlowController(config, first_ns)
+    controller.handle(checkpoint.objectives, first_ns)
+    controller.handle(checkpoint.endpoints, first_ns)
+    now_ns = first_ns
+    for each in live:
+        if each.is_in_flight:
+            controller.handle(Arrived(each.request), now_ns)
+    controller.poll(now_ns)
+    for each in live:
+        if not each.is_in_flight:
+            now_ns = each.arrived_ns
+            controller.handle(Arrived(each.request), now_ns)
+    controller.poll(max(now_ns, checkpoint.now_ns))
+    return controller
+
+
+def to_line(entry: Entry) -> dict[str, Any]:
+    """Return an entry as plain values."""
+    if isinstance(entry, Turn):
+        line: dict[str, Any] = {"t": entry.now_ns}
+        if entry.facts:
+            write = _FACT.write
+            line["facts"] = [write(fact) for fact in entry.facts]
+        if entry.decisions:
+            write = _DECISION.write
+            line["decisions"] = [write(decision) for decision in entry.decisions]
+        return line
+    for word, kind in _KINDS.items():
+        if isinstance(entry, kind):
+            return {word: plainly(kind).write(entry)}
+    raise AssertionError(entry)
+
+
+def from_line(line: Any) -> Entry:
+    """Read an entry.
+
+    Raises:
+        LedgerError: it is not one.
+    """
+    try:
+        if "t" in line:
+            return Turn(
+                plainly(int).read(line["t"]),
+                [_FACT.read(each) for each in line.get("facts", ())],
+                [_DECISION.read(each) for each in line.get("decisions", ())],
+            )
+        ((word, plain),) = line.items()
+        entry: Entry = plainly(_KINDS[word]).read(plain)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        message = f"must be a header, turn, checkpoint or gap ({error!r})"
+        raise LedgerError(message) from error
+    if isinstance(entry, Header) and entry.version != VERSION:
+        message = f"must be of version {VERSION}, got {entry.version}"
+        raise LedgerError(message)
+    return entry
+
+
+# Flow ids in disguise
+
+Disguise = Callable[[str], str]
+
+
+def disguise_with(salt: str) -> Disguise:
+    """Return what hides flow ids: the same id always becomes the same 16 letters of one run.
+
+    It keeps tenants apart without naming them. It does not withstand who can guess their names:
+    the salt is in the ledger, so that another configuration's weights can be matched.
+    """
+    key = salt.encode()
+    known: dict[str, str] = {}
+
+    def disguise(flow_id: str) -> str:
+        hidden = known.get(flow_id)
+        if hidden is None:
+            if len(known) >= _KNOWN_MAX:
+                known.clear()
+            hidden = blake2b(flow_id.encode(), digest_size=_ID_BYTES, key=key).hexdigest()
+            known[flow_id] = hidden
+        return hidden
+
+    return disguise
+
+
+_KNOWN_MAX = 10_000
+
+
+def disguised(entry: Entry, disguise: Disguise) -> Entry:
+    """Return an entry with its flow ids hidden."""
+    match entry:
+        case Turn(now_ns, facts, decisions):
+            return Turn(
+                now_ns,
+                [_disguised_fact(fact, disguise) for fact in facts],
+                list(_disguised_decisions(decisions, disguise)),
+            )
+        case Checkpoint():
+            live = tuple(
+                replace(each, request=_disguised_request(each.request, disguise))
+                for each in entry.live
+            )
+            return replace(entry, config=disguised_config(entry.config, disguise), live=live)
+        case Header():
+            return replace(entry, config=disguised_config(entry.config, disguise))
+        case Gap():
+            return entry
+
+
+def disguised_config(config: ControllerConfig, disguise: Disguise) -> ControllerConfig:
+    """Return a configuration that names tenants in disguise."""
+    weights = {disguise(flow_id): weight for flow_id, weight in config.weights.items()}
+    return replace(config, weights=weights)
+
+
+def _disguised_fact(fact: Fact, disguise: Disguise) -> Fact:
+    match fact:
+        case Arrived(request):
+            return Arrived(_disguised_request(request, disguise))
+        case FlowEvicted(priority, flow_id):
+            return FlowEvicted(priority, disguise(flow_id))
+        case Reconfigured(config):
+            return Reconfigured(disguised_config(config, disguise))
+        case _:
+            return fact
+
+
+def _disguised_request(request: Request, disguise: Disguise) -> Request:
+    return replace(request, flow_id=disguise(request.flow_id))
+
+
+def _disguised_decisions(decisions: Sequence[Decision], disguise: Disguise) -> Iterator[Decision]:
+    for decision in decisions:
+        yield replace(decision, flow_id=disguise(decision.flow_id))

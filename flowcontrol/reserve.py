@@ -1,0 +1,208 @@
+"""Pure. How much of the pool must a lower band leave free, so that higher ones find a place?
+
+A person who comes when every place is taken waits for the next departure. So a lower band is let in
+only while more than k places would stay free, and k is chosen such that an arrival of the higher
+bands finds none with at most the probability p that their `wait_target` says.
+
+While lower ones wait, k places are free or fewer: a departure that makes it more lets one of them
+in. Higher ones take places at a rate a, departures give places back at a rate d. So k less the free
+places is a random walk with drift a - d that is held at 0, and an arrival waits where it has
+reached k. By Lundberg's inequality, for what it is like after a long time,
+
+    P(walk >= k) <= exp(-t k)       where t > 0 solves   (a / b) (exp(t b) - 1) = d (1 - exp(-t))
+
+for arrivals in batches of b that come at random, and departures at random (Asmussen and Albrecher,
+Ruin Probabilities, 2010; for b = 1 it is exact: t = log(d / a), the queue M/M/1). So
+
+    k = log(1 / p) / t
+
+How bursty arrivals are is measured: the variance of their number in a second, and in eight, over
+its mean is 1 where they come independently of each other, and b where they come in batches of b;
+the larger counts. Rates are means over about a minute. The departures that matter are those of a
+full pool: by Little's law, what leaves it now over how full it is.
+
+A place is what a request of the higher bands adds to the load of the pool on average: a slot, or
+its tokens. A quarter of the pool is the most that is held back, also where a and d are so close
+that the walk has no drift: people who fill more than that go before the job anyway.
+
+What it does not see: which endpoint is free matters little where the engine picks, but a request
+that may only go to some of them finds a place with less certainty; and the first burst of its kind
+comes before it was measured.
+"""
+
+from collections.abc import Sequence
+from math import exp, expm1, log
+from typing import Final, final
+
+from flowcontrol.config import ControllerConfig
+
+_SECOND_NS: Final = 1_000_000_000
+_MEMORY: Final = 64.0
+"""Seconds that a mean remembers."""
+_SCALES: Final = (1, 8)
+"""Seconds over which arrivals are counted, to see how bursty they are."""
+_KEPT_MOST: Final = 0.25
+"""Of the pool, never more is held back."""
+_RENEW_NS: Final = 250_000_000
+_LOAD_MEMORY: Final = 64.0
+_SELDOM: Final = 0.5
+"""Arrivals in a memory, below which none is expected."""
+_BATCH_MOST: Final = 256.0
+
+
+@final
+class EventCounts:
+    """Events by the second: their rate, and how bursty they are. O(1) amortised."""
+
+    __slots__ = ("_bins", "_means", "_next_ns", "_now", "_passed", "_squares")
+
+    def __init__(self, now_ns: int) -> None:
+        self._begin(now_ns)
+
+    def _begin(self, now_ns: int) -> None:
+        self._next_ns = now_ns + _SECOND_NS
+        self._now = [0.0 for _ in _SCALES]
+        """In the bin under way, of each scale."""
+        self._passed = 0
+        """Seconds."""
+        self._bins = [0.0 for _ in _SCALES]
+        """Bins that the means are of, at most those remembered."""
+        self._means = [0.0 for _ in _SCALES]
+        self._squares = [0.0 for _ in _SCALES]
+
+    def count(self, now_ns: int) -> None:
+        """Take in one event."""
+        self.advance(now_ns)
+        for index in range(len(_SCALES)):
+            self._now[index] += 1.0
+
+    def advance(self, now_ns: int) -> None:
+        """Close the bins that are over; after a long silence all is forgotten."""
+        if now_ns - self._next_ns > 8 * _MEMORY * _SECOND_NS:
+            self._begin(now_ns)
+            return
+        while self._next_ns <= now_ns:
+            self._next_ns += _SECOND_NS
+            self._passed += 1
+            for index, seconds in enumerate(_SCALES):
+                if self._passed % seconds == 0:
+                    self._close(index, seconds)
+
+    def _close(self, index: int, seconds: int) -> None:
+        number, self._now[index] = self._now[index], 0.0
+        bins = self._bins[index] = min(self._bins[index] + 1.0, _MEMORY / seconds)
+        self._means[index] += (number - self._means[index]) / bins
+        self._squares[index] += (number * number - self._squares[index]) / bins
+
+    @property
+    def per_second(self) -> float:
+        """The mean rate."""
+        return self._means[0]
+
+    @property
+    def batch(self) -> float:
+        """Variance over mean of the counts, at least 1: as if they came in batches of so many."""
+        batch = 1.0
+        for index, mean in enumerate(self._means):
+            if mean > 0 and self._bins[index] > 1:
+                batch = max(batch, (self._squares[index] - mean * mean) / mean)
+        return min(batch, _BATCH_MOST)
+
+
+@final
+class Reserve:
+    """Learns what the bands need free, and says at which saturation each lower one is gated.
+
+    O(bands) a quarter of a second, else O(1).
+    """
+
+    def __init__(self, now_ns: int) -> None:
+        self.ceilings: list[float] = []
+        """Of each band, highest first, as of the last renewal."""
+        self._priorities: Sequence[int] = ()
+        self._targets: list[float] = []
+        self._above: dict[int, EventCounts] = {}
+        """By priority: arrivals of that band and all above it."""
+        self._departures = EventCounts(now_ns)
+        self._loads: dict[int, float] = {}
+        """By priority: what one request adds to the saturation of the pool, on average."""
+        self._fullness = 0.0
+        self._renewed_ns: int | None = None
+
+    def set_bands(self, priorities: Sequence[int], config: ControllerConfig, now_ns: int) -> None:
+        """Take other bands, or other settings of them."""
+        self._priorities = priorities
+        self._targets = [config.settings_for(each).wait_target for each in priorities]
+        self._above = {each: self._above.get(each) or EventCounts(now_ns) for each in priorities}
+        self._loads = {each: self._loads.get(each, 0.0) for each in priorities}
+        self.ceilings = [1.0] * len(priorities)
+        self._renewed_ns = None
+
+    def arrived(self, priority: int, now_ns: int) -> None:
+        """Count an arrival for its band and those below it."""
+        for each, counts in self._above.items():
+            if each <= priority:
+                counts.count(now_ns)
+
+    def sent(self, priority: int, load: float) -> None:
+        """Take in what a dispatch added to the saturation of the pool."""
+        before = self._loads.get(priority)
+        if before is not None and load > 0:
+            self._loads[priority] = before + (load - before) / (_LOAD_MEMORY if before else 1.0)
+
+    def left(self, now_ns: int) -> None:
+        """Count a departure."""
+        self._departures.count(now_ns)
+
+    def renew(self, saturation: float, high: float, now_ns: int) -> None:
+        """Compute the ceilings again, at most every quarter of a second.
+
+        Args:
+            saturation: of the pool, now.
+            high: the ceiling of the highest band.
+            now_ns: the time.
+        """
+        if self._renewed_ns is not None and now_ns - self._renewed_ns < _RENEW_NS:
+            return
+        passed_s = (now_ns - self._renewed_ns) / _SECOND_NS if self._renewed_ns is not None else 1.0
+        self._renewed_ns = now_ns
+        part = min(1.0, passed_s / _MEMORY) if self._fullness else 1.0
+        self._fullness += (min(saturation, 1.0) - self._fullness) * part
+        self._departures.advance(now_ns)
+        departures = self._departures.per_second / max(self._fullness, 0.01)
+        kept = 0.0
+        for rank, priority in enumerate(self._priorities):
+            load = self._loads[priority]
+            self.ceilings[rank] = high - min(kept + load, _KEPT_MOST) if kept else high
+            counts = self._above[priority]
+            counts.advance(now_ns)
+            free = places(counts.per_second, counts.batch, departures, self._targets[rank])
+            kept = max(kept, free * load)
+
+
+def places(arrivals: float, batch: float, departures: float, target: float) -> float:
+    """Return how many places must be free so that an arrival finds none with that probability.
+
+    Args:
+        arrivals: a second.
+        batch: how many come together.
+        departures: a second, of a full pool.
+        target: above 0, at most 1.
+    """
+    if target >= 1 or arrivals * _MEMORY < _SELDOM:
+        return 0.0
+    if arrivals >= departures:
+        return 1e9
+    return log(1 / target) / _exponent(arrivals, batch, departures)
+
+
+def _exponent(arrivals: float, batch: float, departures: float) -> float:
+    """Solve for the exponent by halving; the walk drifts down, so there is one above 0."""
+    low, high = 0.0, log(departures / arrivals)
+    for _ in range(40):
+        middle = (low + high) / 2
+        if arrivals / batch * expm1(middle * batch) < departures * (1 - exp(-middle)):
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

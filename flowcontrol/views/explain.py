@@ -1,0 +1,156 @@
+"""Pure. What is it waiting for? Everything there is to say about one live request."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from heapq import nlargest
+from typing import final
+
+from flowcontrol.band import Band
+from flowcontrol.controller import FlowController
+from flowcontrol.flow import Lease
+from flowcontrol.picker import FULL
+from flowcontrol.views.snapshot import EndpointSnapshot, FlowSnapshot
+from flowcontrol.views.view import endpoint_snapshots, flow_snapshot
+
+_FLOWS_SHOWN_MAX = 10
+
+
+class Gate(Enum):
+    """What keeps a request waiting; the first that holds."""
+
+    NO_ENDPOINTS = "no-endpoints"
+    """The pool is empty."""
+    POOL_FULL = "pool-full"
+    """No endpoint has room: the saturation is 1 or more."""
+    HIGHER_BAND = "higher-band"
+    """A higher band has work waiting, and is gated itself."""
+    CEILING = "ceiling"
+    """The pool has room, but not for this band: the saturation is at its ceiling."""
+    SUBSET = "subset"
+    """The pool has room, but not at any endpoint that the request may go to."""
+    TURN = "turn"
+    """Nothing; it goes in the next turns."""
+    NONE = "none"
+    """It does not wait."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One live request, and what it waits for."""
+
+    request_id: int
+    is_in_flight: bool
+    priority: int
+    flow_id: str
+    objective: str | None
+    age_ns: int
+    """Since its arrival."""
+    deadline_in_ns: int | None
+    """Until it will have waited too long; None: never, or it does not wait."""
+    endpoint: str | None
+    """Where it was sent, when the engine is the picker."""
+    is_reclaimed: bool
+    """Whether it has been told to end, for a better request that waits."""
+    gate: Gate
+    saturation: float
+    ceiling: float
+    """At which its band is gated."""
+    gating_priority: int
+    """Of the band that it stands behind, or its own."""
+    in_flight: int
+    """In the pool."""
+    endpoints: tuple[EndpointSnapshot, ...]
+    flow: FlowSnapshot
+    """Its own, with its share and fair share."""
+    position: int = 0
+    """How many stand ahead of it in all."""
+    ahead_in_flow: int = 0
+    ahead_in_band: int = 0
+    """Of all flows, its own included; estimated by turns."""
+    ahead_above: Mapping[int, int] = field(default_factory=dict)
+    """Waiting in higher bands, by priority."""
+    rivals: tuple[FlowSnapshot, ...] = ()
+    """The other flows of its band with the longest backlogs."""
+    expected_wait_ns: int | None = None
+    """From now; None while unknown."""
+    expected_at_arrival_ns: int | None = None
+    late_wait_ns: int | None = None
+    """From now, that nine in ten stay within; None while unknown."""
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it is expected to be evicted before its turn."""
+        wait_ns, deadline_ns = self.expected_wait_ns, self.deadline_in_ns
+        return wait_ns is not None and deadline_ns is not None and wait_ns > deadline_ns
+
+
+def explain(controller: FlowController, request_id: int, now_ns: int) -> Explanation | None:
+    """Return what a live request waits for, None if there is no such request; O(its band)."""
+    lease = controller.leases.get(request_id)
+    if lease is None:
+        return None
+    key = lease.flow.key
+    band = controller.bands.by_priority[key.priority]
+    saturation = controller.pool.saturation()
+    gates = controller.gates()
+    ceiling = next(ceiling for each, ceiling in gates if each is band)
+    gated = next((each for each, limit in gates if each.waiting and saturation >= limit), band)
+    above = {
+        each.priority: each.waiting
+        for each in controller.bands
+        if each.priority > band.priority and each.waiting
+    }
+    forecast = controller.expected(request_id, now_ns)
+    is_waiting = forecast is not None
+    weights = controller.config.weights
+    return Explanation(
+        request_id,
+        lease.is_in_flight,
+        key.priority,
+        key.flow_id,
+        lease.request.objective,
+        now_ns - lease.arrived_ns,
+        None if lease.is_in_flight or lease.deadline_ns is None else lease.deadline_ns - now_ns,
+        lease.endpoint,
+        lease.is_reclaimed,
+        _gate(controller, lease, gated, saturation, ceiling),
+        saturation,
+        ceiling,
+        max(gated.priority, key.priority) if is_waiting else key.priority,
+        controller.in_flight,
+        endpoint_snapshots(controller),
+        flow_snapshot(lease.flow, band, weights, now_ns),
+        position=0 if forecast is None else forecast.position,
+        ahead_in_flow=lease.flow.place(lease) if is_waiting else 0,
+        ahead_in_band=forecast.position - sum(above.values()) if forecast is not None else 0,
+        ahead_above=above if is_waiting else {},
+        rivals=tuple(
+            flow_snapshot(each, band, weights, now_ns)
+            for each in nlargest(
+                _FLOWS_SHOWN_MAX,
+                (flow for flow in band.flows.values() if flow and flow is not lease.flow),
+                key=len,
+            )
+        ),
+        expected_wait_ns=None if forecast is None else forecast.wait_ns,
+        expected_at_arrival_ns=lease.expected_wait_ns,
+        late_wait_ns=None if forecast is None else forecast.late_ns,
+    )
+
+
+def _gate(
+    controller: FlowController, lease: Lease, gated: Band, saturation: float, ceiling: float
+) -> Gate:
+    if lease.is_in_flight:
+        return Gate.NONE
+    if controller.pool.is_empty:
+        return Gate.NO_ENDPOINTS
+    if saturation >= FULL:
+        return Gate.POOL_FULL
+    if gated.priority > lease.flow.key.priority:
+        return Gate.HIGHER_BAND
+    if saturation >= ceiling:
+        return Gate.CEILING
+    return Gate.TURN if controller.pool.has_room_for(lease) else Gate.SUBSET

@@ -1,6 +1,0 @@
-"""`python -m server` is `flowcontrol`."""
-
-from server.cli import main
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""What people see and ask: the gRPC API, its guard, the dashboard."""

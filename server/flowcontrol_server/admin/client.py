@@ -1,0 +1,78 @@
+"""A client of the admin API, for who looks from elsewhere."""
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol, final
+
+import grpc
+
+from flowcontrol.v1 import flowcontrol_pb2 as api
+
+_DECISIONS_SHOWN = 100
+_FLOWS_SHOWN = 50
+
+
+class SnapshotSource(Protocol):
+    """Where the figures come from."""
+
+    def watch(self) -> AsyncIterator[api.Snapshot]:
+        """Yield snapshots without end."""
+
+    async def decisions(self) -> api.ListDecisionsResponse:
+        """Return the newest decisions."""
+
+    async def explain(self, request_id: str) -> api.Explanation:
+        """Say what there is to say of a request."""
+
+    async def close(self) -> None:
+        """Let go of the service."""
+
+
+@final
+class AdminSource:
+    """The admin API of a running service.
+
+    Args:
+        address: host:port of its gRPC.
+        token: shown as `authorization: Bearer ...`, if there is one.
+    """
+
+    def __init__(self, address: str, token: str | None = None) -> None:
+        self._channel = grpc.aio.insecure_channel(address)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+
+    async def watch(self) -> AsyncIterator[api.Snapshot]:
+        """Yield snapshots once a second."""
+        call = self._channel.unary_stream(
+            "/flowcontrol.v1.FlowControl/WatchSnapshot",
+            request_serializer=api.WatchSnapshotRequest.SerializeToString,
+            response_deserializer=api.Snapshot.FromString,
+        )
+        asked = api.WatchSnapshotRequest(flows_max=_FLOWS_SHOWN)
+        async for snapshot in call(asked, metadata=self._metadata):
+            yield snapshot
+
+    async def decisions(self) -> api.ListDecisionsResponse:
+        """Return the newest decisions."""
+        asked = api.ListDecisionsRequest(count_max=_DECISIONS_SHOWN)
+        answer: api.ListDecisionsResponse = await self._ask(
+            "ListDecisions", asked, api.ListDecisionsResponse
+        )
+        return answer
+
+    async def explain(self, request_id: str) -> api.Explanation:
+        """Say what there is to say of a request."""
+        asked = api.ExplainRequest(request_id=request_id)
+        answer: api.Explanation = await self._ask("Explain", asked, api.Explanation)
+        return answer
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._channel.close(None)
+
+    async def _ask(self, method: str, message: Any, kind: Any) -> Any:
+        call = self._channel.unary_unary(
+            f"/flowcontrol.v1.FlowControl/{method}",
+            request_serializer=type(message).SerializeToString,
+            response_deserializer=kind.FromString,
+        )
+        return await call(message, metadata=self._metadata, timeout=5.0)

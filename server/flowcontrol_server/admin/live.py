@@ -1,0 +1,241 @@
+"""What the dashboard gets: a sample a second, always, and the whole view while a browser is open.
+
+A sample costs the processor a question of O(bands + detectors) a second, so that a browser opened
+late still sees the last minutes. A whole view costs O(flows), and is taken once for all browsers.
+"""
+
+import asyncio
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+from flowcontrol.controller import FlowController
+from flowcontrol.errors import NotRunningError
+from flowcontrol.request import Group, Outcome
+from flowcontrol.views.snapshot import Snapshot, requests_limit
+from flowcontrol.views.view import detector_snapshots
+from flowcontrol_server.admin.messages import (
+    add_status,
+    decision_message,
+    plain_message,
+    snapshot_message,
+)
+from flowcontrol_server.common.status import ServiceStatus
+from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.requests.log_join import LogJoin
+from flowcontrol_server.requests.recent import Decided, RecentDecisions
+
+INTERVAL_S = 1.0
+HISTORY_MAX = 900
+"""Samples kept: a quarter of an hour."""
+_FLOWS_SHOWN_MAX = 30
+"""Of each band, those with the longest backlogs."""
+_DECISIONS_SHOWN_MAX = 40
+"""Of each kind, in each view."""
+_MINUTE_NS = 60_000_000_000
+_RECENT_SEEN_MAX = 5_000
+"""Decisions of the last minute that are counted; the newest of them, when there were more."""
+
+
+_NOT_OURS = frozenset((Outcome.DISPATCHED, Outcome.EVICTED_CANCELLED))
+"""Outcomes that are neither a refusal nor an eviction by this service."""
+
+
+class Reading(NamedTuple):
+    """What a sample is made of."""
+
+    saturation: float
+    in_flight: int
+    limit: int | None
+    """Requests in flight at which the pool is full; None where no detector goes by a number."""
+    waiting: Mapping[int, int]
+    """By priority."""
+    undispatched: int
+    """Requests refused or evicted, since the start, without those whose client went away."""
+
+
+def read(controller: FlowController, now_ns: int) -> Reading:
+    """Return what a sample needs; O(bands + detectors)."""
+    return Reading(
+        controller.pool.saturation(),
+        controller.in_flight,
+        requests_limit(detector_snapshots(controller.pool, now_ns)),
+        {band.priority: band.waiting for band in controller.bands},
+        sum(
+            count
+            for tally in controller.decisions.tallies.values()
+            for outcome, count in tally.outcomes.items()
+            if outcome not in _NOT_OURS
+        ),
+    )
+
+
+@final
+class LiveView:
+    """Keeps the history, and makes one view a second for all who wait for it.
+
+    Owner: the event loop's thread.
+
+    Args:
+        gate: the way to the processor.
+        pool: the name of the inference pool.
+        log_join: knows which requests the access log has reported.
+        status: what is wrong now, and what runs.
+        interval_s: between two samples, and two views.
+    """
+
+    def __init__(
+        self,
+        gate: FlowGate,
+        pool: str,
+        log_join: LogJoin,
+        status: ServiceStatus,
+        interval_s: float = INTERVAL_S,
+    ) -> None:
+        self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY_MAX)
+        self._gate = gate
+        self._pool = pool
+        self._log_join = log_join
+        self._status = status
+        self._interval_s = interval_s
+        self._reading: Reading | None = None
+        self._next: asyncio.Future[str] | None = None
+        """Made by who waits for the next view."""
+        self._is_over = False
+
+    async def run(self) -> None:
+        """Sample until the processor has ended, or this is cancelled."""
+        try:
+            while True:
+                await self._sample()
+                if self._next is not None:
+                    await self._show()
+                await asyncio.sleep(self._interval_s)
+        except NotRunningError:
+            pass
+        finally:
+            self._is_over = True
+            if self._next is not None and not self._next.done():
+                self._next.set_exception(NotRunningError("the service is shutting down"))
+
+    async def next_view(self) -> str:
+        """Return the next view, as JSON.
+
+        Raises:
+            NotRunningError: there will be none.
+        """
+        if self._is_over:
+            message = "the service is shutting down"
+            raise NotRunningError(message)
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_future()
+        return await asyncio.shield(self._next)
+
+    async def view(self) -> str:
+        """Return a view of now, as JSON.
+
+        Raises:
+            NotRunningError: the processor has ended.
+        """
+        if self._reading is None:
+            await self._sample()
+        snapshot = await self._gate.snapshot()
+        return json.dumps(self._view(snapshot))
+
+    async def _show(self) -> None:
+        text = await self.view()
+        waiting, self._next = self._next, None
+        if waiting is not None and not waiting.done():
+            waiting.set_result(text)
+
+    async def _sample(self) -> None:
+        self._status.problems()  # so that each is known since when
+        before, reading = self._reading, await self._gate.ask(read)
+        self._reading = reading
+        self.history.append(
+            {
+                "time": round(time.time(), 1),
+                "saturation": round(reading.saturation, 4),
+                "in_flight": reading.in_flight,
+                "limit": reading.limit,
+                "waiting": sum(reading.waiting.values()),
+                "refused": _grown(before, reading),
+                "bands": reading.waiting,
+            }
+        )
+
+    def _view(self, snapshot: Snapshot) -> dict[str, Any]:
+        recent = self._gate.recent
+        minutes = _minutes(recent)
+        message = snapshot_message(
+            snapshot,
+            self._pool,
+            self._gate.inbox_refusals,
+            self._log_join.counts(time.monotonic_ns()),
+            _FLOWS_SHOWN_MAX,
+        )
+        add_status(message, self._status)
+        view = plain_message(message)
+        for band in view["bands"]:
+            band["minute"] = _minute(minutes.get(band["priority"], []))
+        return {
+            **view,
+            "limit": requests_limit(snapshot.detectors),
+            "decisions": self._newest(),
+            "sample": self.history[-1],
+        }
+
+    def _newest(self) -> list[dict[str, Any]]:
+        """Return the newest decisions; those that were not dispatched are not crowded out."""
+        recent, count = self._gate.recent, _DECISIONS_SHOWN_MAX
+        newest = recent.newest(count)
+        undispatched = [
+            each
+            for each in recent.newest(_RECENT_SEEN_MAX)
+            if each.decision.outcome is not Outcome.DISPATCHED
+        ]
+        chosen = {id(each): each for each in (*newest, *undispatched[:count])}
+        return [
+            plain_message(decision_message(each, self._gate.live(each.decision.request_id)))
+            for each in chosen.values()
+        ]
+
+
+def _minutes(recent: RecentDecisions) -> dict[int, list[Decided]]:
+    """Return the decisions of the last minute by priority."""
+    since_ns = time.monotonic_ns() - _MINUTE_NS
+    found: dict[int, list[Decided]] = {}
+    for decided in recent.newest(_RECENT_SEEN_MAX):
+        if decided.decided_ns < since_ns:
+            break
+        found.setdefault(decided.decision.priority, []).append(decided)
+    return found
+
+
+def _minute(decided: Sequence[Decided]) -> dict[str, Any]:
+    """Return what became of the requests of one band."""
+    outcomes = Counter(
+        each.decision.outcome.group
+        for each in decided
+        if each.decision.outcome is not Outcome.EVICTED_CANCELLED
+    )
+    waits = sorted(
+        each.decision.waited_ns for each in decided if each.decision.outcome is Outcome.DISPATCHED
+    )
+    return {
+        **{group.value: outcomes[group] for group in Group},
+        "cancelled": len(decided) - outcomes.total(),
+        "wait_p50": _seconds(waits[len(waits) // 2]) if waits else None,
+        "wait_p95": _seconds(waits[len(waits) * 95 // 100]) if waits else None,
+    }
+
+
+def _seconds(duration_ns: int) -> float:
+    return round(duration_ns / 1e9, 4)
+
+
+def _grown(before: Reading | None, after: Reading) -> int:
+    """Return how many more were undispatched; 0 where counts were forgotten in between."""
+    return 0 if before is None else max(0, after.undispatched - before.undispatched)

@@ -1,0 +1,109 @@
+"""Our own gRPC API, flowcontrol.v1: the objectives, and changing them where they come from here."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, final
+
+import grpc
+
+from flowcontrol.errors import NotRunningError
+from flowcontrol.v1 import flowcontrol_pb2 as api
+from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.sources.objective_store import ObjectiveStore
+
+Answer = TypeVar("Answer")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ObjectiveAccess:
+    """Where objectives come from; asked again at each call."""
+
+    store: Callable[[], ObjectiveStore | None]
+    """Where they are changed, if they come from here."""
+    problems: Callable[[], Iterable[tuple[str, str, str]]]
+    """What is wrong where they come from: source, what it is about, mistake."""
+
+
+FROM_ELSEWHERE = ObjectiveAccess(lambda: None, lambda: ())
+
+
+async def while_running(answer: Awaitable[Answer], context: Any) -> Answer:
+    """Return an answer of the processor's; end the call as UNAVAILABLE when it has ended."""
+    try:
+        return await answer
+    except NotRunningError as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        raise  # abort has raised already
+
+
+class ObjectiveMethods:
+    """The methods about objectives. Each change is in force when it is answered.
+
+    Args:
+        gate: whose engine knows what is in force.
+        objectives: where they come from.
+    """
+
+    def __init__(self, gate: FlowGate, objectives: ObjectiveAccess) -> None:
+        self._gate = gate
+        self._objectives = objectives
+
+    async def ListObjectives(  # noqa: N802 - as the .proto says
+        self,
+        request: api.ListObjectivesRequest,  # noqa: ARG002 - as grpc calls it
+        context: Any,
+    ) -> api.ListObjectivesResponse:
+        """Return the objectives in force, and what is wrong where they come from."""
+        snapshot = await while_running(self._gate.snapshot(), context)
+        return api.ListObjectivesResponse(
+            objectives=[
+                api.Objective(name=name, priority=priority)
+                for name, priority in sorted(snapshot.objectives.items())
+            ],
+            writable=self._objectives.store() is not None,
+            problems=[
+                api.SourceProblem(source=source, about=about, problem=problem)
+                for source, about, problem in self._objectives.problems()
+            ],
+        )
+
+    async def PutObjective(  # noqa: N802 - as the .proto says
+        self, request: api.PutObjectiveRequest, context: Any
+    ) -> api.Objective:
+        """Declare an objective, new or changed."""
+        store = await self._writable(context)
+        objective = request.objective
+        try:
+            await store.put(objective.name, objective.priority)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except OSError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"not kept: {error}")
+        return objective
+
+    async def DeleteObjective(  # noqa: N802 - as the .proto says
+        self, request: api.DeleteObjectiveRequest, context: Any
+    ) -> api.DeleteObjectiveResponse:
+        """Take an objective back: its band drains."""
+        store = await self._writable(context)
+        try:
+            was_there = await store.delete(request.name)
+        except OSError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"not kept: {error}")
+            raise  # abort has raised already
+        if not was_there:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no objective {request.name!r}")
+        return api.DeleteObjectiveResponse()
+
+    async def _writable(self, context: Any) -> ObjectiveStore:
+        """Return the store, or end the call: there is none."""
+        store = self._objectives.store()
+        if store is None:
+            message = (
+                "objectives do not come from the API: change them at their source, "
+                "or set objectives.api"
+            )
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
+            raise AssertionError  # abort has raised already
+        return store

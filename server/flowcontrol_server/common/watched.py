@@ -1,0 +1,91 @@
+"""Watching a folder for as long as it is needed, also while it is missing."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import NoReturn
+
+import structlog
+from watchfiles import awatch
+
+LOOK_AGAIN_MS = 5_000
+"""How often to see whether the folder is still the one watched: inotify follows the folder itself,
+and does not notice when a link above it is swapped (git-sync), or when it is created again."""
+_DEBOUNCE_MS = 50
+_STEP_MS = 20
+_log = structlog.get_logger()
+
+
+async def watch_folder(
+    directory: Path, look: Callable[[], Awaitable[None]], look_again_ms: int = LOOK_AGAIN_MS
+) -> NoReturn:
+    """Call `look` now and whenever something in a folder may have changed, until cancelled.
+
+    Each change is followed by a look that begins after it; changes close together share one. A
+    folder that is missing is looked at again and again until it is there; one that cannot be
+    watched, because it may not be read or the system's limits for inotify are reached, until it
+    can. Whatever `look` raises is raised.
+    """
+    is_refused = False
+    while True:
+        watched = _identity(directory)
+        if watched is None:
+            await look()
+            await asyncio.sleep(look_again_ms / 1000)
+        else:
+            error = await _watch(directory, watched, look, look_again_ms)
+            if error is not None:
+                if not is_refused:
+                    every_s, reason = look_again_ms / 1000, " ".join(str(error).split())
+                    _log.warning(
+                        "folder_polled", folder=str(directory), every_s=every_s, reason=reason
+                    )
+                await asyncio.sleep(look_again_ms / 1000)
+            is_refused = error is not None
+
+
+async def _watch(
+    directory: Path,
+    watched: tuple[int, int],
+    look: Callable[[], Awaitable[None]],
+    look_again_ms: int,
+) -> Exception | None:
+    """Watch the folder as long as it is the same one; return why it cannot be watched, if so."""
+    changes = awatch(
+        directory,
+        debounce=_DEBOUNCE_MS,
+        step=_STEP_MS,
+        rust_timeout=look_again_ms,
+        yield_on_timeout=True,
+        recursive=False,
+    )
+    pending = asyncio.ensure_future(anext(changes))
+    try:
+        await asyncio.sleep(0)  # the watch begins before the first look: no gap
+        await look()
+        while _identity(directory) == watched:
+            try:
+                has_changed = await pending
+            except FileNotFoundError:  # gone before the watch began
+                return None
+            except Exception as error:  # noqa: BLE001 - OSError, or an internal one of watchfiles
+                return error
+            pending = asyncio.ensure_future(anext(changes))
+            if has_changed:
+                await look()
+    finally:
+        pending.cancel()
+        await asyncio.wait((pending,))
+        if not pending.cancelled():
+            pending.exception()  # else asyncio logs it as never retrieved
+        await changes.aclose()
+    return None
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Return what tells this folder from another at the same place; None if there is none."""
+    try:
+        stat = directory.stat()
+    except OSError:
+        return None
+    return (stat.st_dev, stat.st_ino) if directory.is_dir() else None

@@ -1,0 +1,107 @@
+"""Settings of our own API: the token that calls show."""
+
+import base64
+import hmac
+import os
+from pathlib import Path
+from typing import Annotated, final
+
+from pydantic import Field
+
+from flowcontrol_server.common.secret_file import OWN_LENGTHS, checked, read_secret
+from flowcontrol_server.common.sections import PathBeside, Section
+
+TOKEN_VARIABLE = "FLOWCONTROL_ADMIN_TOKEN"  # noqa: S105 - a name, no secret
+NO_TOKEN = (
+    "no admin token is set: this machine alone may ask, and calls that change something are "
+    f"refused; set {TOKEN_VARIABLE} or admin.tokenFile"
+)
+"""What is said at the start of a service without a token."""
+ClientName = Annotated[str, Field(min_length=1)]
+
+
+class Admin(Section):
+    """Who may use our own API: flowcontrol.v1, and the pages beside /metrics."""
+
+    token_file: PathBeside | None = None
+    """File with the secret that calls show as `authorization: Bearer`; read again at each call.
+    Without it the environment's FLOWCONTROL_ADMIN_TOKEN counts. With neither, and without
+    `clients`, only this machine may read, and nothing may be changed."""
+    clients: tuple[ClientName, ...] = ()
+    """Names in client certificates (`tls.clientCa`) whose holders may ask and change: a whole DNS
+    name, URI, e-mail or IP address, or the common name of a certificate without any. Any other
+    certificate, Envoy's for one, allows nothing here."""
+    trust_loopback: bool = Field(default=True, strict=True)
+    """Whether a caller at 127.0.0.1 or ::1 may ask without proof. Must be false where a proxy or a
+    sidecar on this machine passes on what others send."""
+
+    def complaint(self) -> str | None:
+        """Return what is wrong with the token, without showing it; None if nothing is."""
+        where = TOKEN_VARIABLE if self.token_file is None else "admin.tokenFile"
+        try:
+            self.secret().token()
+        except OSError as error:
+            return f"{where} must be a file to read, got '{self.token_file}': {error.strerror}"
+        except ValueError as error:
+            return f"{where} {error}"
+        return None
+
+    def is_read_only(self) -> bool:
+        """Whether all calls that change something are refused."""
+        return self.token_file is None and not self.clients and self.secret().token() is None
+
+    def secret(self) -> "Secret":
+        """Return where the token is."""
+        return Secret(self.token_file)
+
+
+@final
+class Secret:
+    """The admin token, wherever it is. It is never logged and never shown.
+
+    Args:
+        path: its file; None: the environment.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def token(self) -> str | None:
+        """Return it as it is now; None if there is none.
+
+        Raises:
+            OSError: its file cannot be read.
+            ValueError: it is too short, too long, or has characters that a header cannot carry.
+        """
+        if self._path is None:
+            text = os.environ.get(TOKEN_VARIABLE, "").strip()
+            # empty: as Compose writes a variable that is not set
+            return checked(text, OWN_LENGTHS) if text else None
+        return read_secret(self._path, OWN_LENGTHS)
+
+    def is_set(self) -> bool:
+        """Whether there is one, or should be."""
+        return self._path is not None or bool(os.environ.get(TOKEN_VARIABLE, "").strip())
+
+    def matches(self, authorization: str) -> bool:
+        """Whether the header shows the token: Bearer, or as Basic's password, as browsers do."""
+        shown = _shown(authorization)
+        try:
+            token = self.token()
+        except (OSError, ValueError):  # gone since the start: then nothing matches
+            return False
+        return token is not None and shown is not None and hmac.compare_digest(token, shown)
+
+
+def _shown(authorization: str) -> str | None:
+    """Return the token a header shows; None if it is no header of ours, or not ASCII."""
+    scheme, _, text = authorization.partition(" ")
+    text = text.strip()
+    if scheme.lower() == "basic":
+        try:
+            text = base64.b64decode(text, validate=True).decode("ascii").partition(":")[2]
+        except ValueError:  # no base64, or not ASCII, inside or out
+            return None
+    elif scheme.lower() != "bearer":
+        return None
+    return text if text.isascii() else None

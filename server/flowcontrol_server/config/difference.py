@@ -1,0 +1,77 @@
+"""Pure. In what two configurations differ, and what of it a running service cannot change."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple, final
+
+from flowcontrol_server.config.settings import Settings
+
+FIXED = (
+    *("apiVersion", "kind", "pool", "listen", "tls", "admin", "traces"),
+    *("ledger", "recentDecisions", "state", "availability"),
+)
+"""Settings, with all below them, that hold from start to end: Envoy and the kernel know them, or
+doors are built on them. The files that tls and admin name are read again all the same."""
+HASH_HEX = 12
+
+
+@final
+class Change(NamedTuple):
+    """One setting that differs."""
+
+    where: str
+    before: str
+    after: str
+    """As JSON; `unset` where there is none."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a running service can change it."""
+        return not any(self.where == name or self.where.startswith(f"{name}.") for name in FIXED)
+
+    def __str__(self) -> str:
+        note = "" if self.is_live else " (needs a restart)"
+        return f"{self.where}: {self.before} -> {self.after}{note}"
+
+
+def differences(before: Settings, after: Settings) -> list[Change]:
+    """Return the settings that differ, in the order of the file."""
+    old, new = dict(_leaves(_plain(before), "")), dict(_leaves(_plain(after), ""))
+    names = [*old, *(name for name in new if name not in old)]
+    pairs = ((name, old.get(name, "unset"), new.get(name, "unset")) for name in names)
+    return [Change(*each) for each in pairs if each[1] != each[2]]
+
+
+def settings_hash(settings: Settings) -> str:
+    """Return 12 hexadecimal digits that are equal where two services have the same settings.
+
+    Of the settings with their defaults, not of the file: neither its order nor its comments count,
+    nor the folder that it and what it names lie in.
+    """
+    text = json.dumps(_beside(_plain(settings), f"{settings.folder}/"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_HEX]
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", by_alias=True)
+
+
+def _beside(node: Any, folder: str) -> Any:
+    """Return the same with paths that begin in the file's folder relative to it."""
+    if isinstance(node, dict):
+        return {key: _beside(value, folder) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_beside(value, folder) for value in node]
+    return f"{node}/".removeprefix(folder).rstrip("/") if isinstance(node, str) else node
+
+
+def _leaves(node: Any, where: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{where}.{key}".lstrip("."))
+    elif isinstance(node, list) and any(isinstance(each, dict) for each in node):
+        for index, value in enumerate(node):
+            yield from _leaves(value, f"{where}[{index}]")
+    elif node is not None:
+        yield where, json.dumps(node)

@@ -1,0 +1,292 @@
+"""The sections of the configuration file about requests and their settlement."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
+
+from flowcontrol_server.common.sections import (
+    Duration,
+    LimitFrom1,
+    Section,
+    broken,
+    switched_off,
+    written,
+)
+from flowcontrol_server.requests.classify import READ_HEADERS, BodyReads, ExemptPaths, Intake
+from flowcontrol_server.requests.conformance import SELECTION_HEADER, Conformance
+from flowcontrol_server.requests.replies import ENGINE_PRIORITIES, EnginePriority
+from flowcontrol_server.requests.rules import (
+    BODY_NAMESPACE,
+    FACT_RULE,
+    Condition,
+    Fact,
+    Rule,
+    as_text,
+    parse_fact,
+)
+
+_HEADER = re.compile(r":(authority|method|path|scheme)|[!#$%&'*+.^_`|~0-9a-z-]+")
+"""Names that a header can have by the time Envoy forwards it."""
+_HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection"))
+"""Removed by Envoy before any filter sees them."""
+
+
+def _fact(value: object) -> object:
+    fact = parse_fact(value) if isinstance(value, str) else None
+    if fact is None:
+        raise broken(FACT_RULE)
+    if fact.header == "host":
+        rule = "must be header::authority, as Envoy names that header"
+        raise broken(rule)
+    if fact.header and (not _HEADER.fullmatch(fact.header) or fact.header in _HOP_BY_HOP):
+        rule = "must name a header that Envoy forwards"
+        raise broken(rule)
+    return fact
+
+
+_STREAM = Fact(namespace=BODY_NAMESPACE, path=("stream",))
+
+
+def _fact_text(fact: Fact) -> str:
+    if fact.header:
+        return f"header:{fact.header}"
+    if fact.namespace == BODY_NAMESPACE:
+        return f"body:{fact.path[0]}"
+    return ":".join(("metadata", fact.namespace, *fact.path))
+
+
+def _pattern(value: object) -> object:
+    text = as_text(value)
+    if not text or "*" in text[:-1]:
+        rule = "must be a text that is not empty and has * only at the end"
+        raise broken(rule)
+    return text
+
+
+def _match(value: object) -> object:
+    """Reject values that the fact can never have, as YAML reads them."""
+    for name, pattern in value.items() if isinstance(value, Mapping) else ():
+        fact = parse_fact(name) if isinstance(name, str) else None
+        if fact is None:
+            continue
+        is_text = fact.header or fact.namespace == BODY_NAMESPACE
+        if fact == _STREAM:
+            if as_text(pattern) not in {"true", "false", "*"}:
+                rule = f"must have true or false for {name}, got {pattern!r}"
+                raise broken(rule)
+        elif is_text and isinstance(pattern, bool | float):
+            rule = f"must quote the value of {name}, which YAML reads as {pattern!r}"
+            raise broken(rule)
+        elif isinstance(pattern, date):
+            rule = f"must quote the value of {name}, which YAML reads as a date, got {pattern}"
+            raise broken(rule)
+        elif fact.header and isinstance(pattern, str) and pattern != pattern.strip():
+            rule = f"must have a value without spaces around it for {name}, got {pattern!r}"
+            raise broken(rule)
+    return value
+
+
+def _exempt_path(value: str) -> str:
+    if _EXEMPT.fullmatch(value) is None:
+        rule = (
+            "must be a path that begins with / and has * only at the end, alone or after a method, "
+            "as in POST /api/show"
+        )
+        raise broken(rule)
+    return value
+
+
+_EXEMPT = re.compile(r"(([A-Z]+|\*) )?/[^\s*]*\*?")
+
+
+ExemptPath = Annotated[str, AfterValidator(_exempt_path)]
+FactName = Annotated[Fact, BeforeValidator(_fact), PlainSerializer(_fact_text)]
+Pattern = Annotated[str, BeforeValidator(_pattern)]
+
+
+class RequestRule(Section):
+    """What an operator makes of trusted facts."""
+
+    match: Annotated[Mapping[FactName, Pattern], BeforeValidator(_match)] = Field(default={})
+    """Facts and what each must be: a text, one that begins so (`gold-*`), or anything (`*`). A fact
+    is `header:NAME`, `body:NAME` (model, stream, max_tokens, max_completion_tokens, user,
+    service_tier) or `metadata:NAMESPACE:KEY`. Nothing to match: always. No rule on the body matches
+    a body that Envoy cannot parse: with an integer beyond 64 bits, NaN or deep nesting;
+    `flowcontrol_unread_bodies_total` counts them."""
+    objective: str | None = Field(default=None, min_length=1)
+    """The InferenceObjective of such a request."""
+    objective_from: FactName | None = None
+    """The fact that names it."""
+    flow_id: str | None = Field(default=None, min_length=1)
+    """The tenant of such a request."""
+    flow_id_from: FactName | None = None
+    """The fact that names it."""
+
+    @model_validator(mode="after")
+    def _says_something_once(self) -> Self:
+        objectives = (self.objective, self.objective_from)
+        flow_ids = (self.flow_id, self.flow_id_from)
+        if all(objectives) or all(flow_ids) or not any((*objectives, *flow_ids)):
+            rule = "must set objective or objectiveFrom, or flowId or flowIdFrom, or one of each"
+            raise broken(rule)
+        return self
+
+    def rule(self) -> Rule:
+        """Return it as requests are read by it."""
+        return Rule(
+            match=tuple(Condition(fact, pattern) for fact, pattern in self.match.items()),
+            objective=self.objective or self.objective_from,
+            flow_id=self.flow_id or self.flow_id_from,
+        )
+
+    def facts(self) -> list[Fact]:
+        """Return every fact it asks for."""
+        said = (self.objective_from, self.flow_id_from)
+        return [*self.match, *(fact for fact in said if fact is not None)]
+
+
+class Requests(Section):
+    """How requests are read."""
+
+    exempt_paths: tuple[ExemptPath, ...] = (
+        *("/health", "/healthz", "/ping", "/ready", "/version", "/metrics"),
+        *("/v1/models", "/v1/models/*"),
+        *("/", "/api/tags", "/api/ps", "/api/version"),  # Ollama's
+    )
+    """Requests that pass without queueing and hold no slot. A path is exact, or a prefix that ends
+    in *. A path alone stands for GET, HEAD and OPTIONS; `POST /api/show` names a method, `* /echo`
+    any method."""
+    exempt_without_gate: bool = Field(default=True, strict=True)
+    """Whether Envoy lets exempt requests pass while this service is unreachable (`envoy-config`).
+    false: they get 503 like all others. With --original-dst they get 503 in any case: without
+    it no endpoint is named."""
+    on_fault: Literal["refuse", "continue"] = "refuse"
+    """What happens to requests when flow control fails. refuse: 500 when the processor inside this
+    service fails; 503, from Envoy, while this service is unreachable (`envoy-config`). continue:
+    they pass ungated in both cases. Responses that have begun complete either way."""
+    rules: tuple[RequestRule, ...] = ()
+    """Objective and flow id from facts that the operator trusts. Each is taken from the first rule
+    that matches and says it; such a rule comes before the client's header."""
+    trust_headers: bool = Field(default=True, strict=True)
+    """Whether objective, flow id and TTFT target are also taken from the headers a request comes
+    with. false: a client cannot name its own; only the rules count."""
+    trust_engine_headers: bool = Field(default=False, strict=True)
+    """Whether a client's own x-vllm-priority, x-override-priority and
+    x-gateway-destination-endpoint reach the model server. false: they are removed. Needed where a
+    proxy in front of this one sets them; where this service sets one of them, its value counts."""
+    websockets: bool = Field(default=False, strict=True)
+    """Whether Envoy accepts WebSocket upgrades (`envoy-config`). A connection then queues like a
+    request and holds one slot until it closes. false: Envoy answers 403."""
+    input_tokens_from: FactName | None = None
+    """The fact that says how many tokens the prompt has, where something in front knows; else the
+    announced size is divided by 4."""
+    read_bodies: bool = Field(default=True, strict=True)
+    """Whether Envoy is to read model, max_tokens and so on from request bodies (`envoy-config`). It
+    then holds a whole JSON body before anything else, and refuses one beyond its buffer limit with
+    413. No body reaches this service either way."""
+    read_bodies_up_to: LimitFrom1 = written("64Ki")
+    """Bytes of a body beyond which Envoy reads nothing of it (`envoy-config`), and lets it pass
+    unheld; as announced in content-length. Reading costs Envoy about 7 us a KiB. Beyond it rules on
+    the body find nothing: with such rules a client could evade them by its prompt's size, so unless
+    this is set, it is unlimited while `rules` or `inputTokensFrom` ask for a fact of the body, and
+    in policies for Envoy Gateway."""
+    engine_priority: Annotated[Literal["off", "vllm", "sglang"], BeforeValidator(switched_off)] = (
+        written("off", alias="enginePriority")
+    )
+    """Tell model servers the band, as a header each of them lets overrule the body's `priority`:
+    vllm: x-vllm-priority (needs --scheduling-policy priority); sglang: x-override-priority (needs
+    --enable-priority-scheduling)."""
+    response_headers: tuple[Literal["queue-duration", "position", "headroom"], ...] = (
+        "queue-duration",
+    )
+    """Headers Envoy adds to responses (`envoy-config`): x-llm-d-flow-queue-duration-ms;
+    x-llm-d-flow-position, how many stood ahead as the wait began, for which every wait is forecast;
+    x-llm-d-flow-headroom, the part of the pool still free at dispatch."""
+
+    unseen_hold: Duration = written("10s")
+    """How long a request keeps its slot after its dispatch behind a gateway that shows no response
+    (NGINX Gateway Fabric): what one usually takes. Behind every other gateway a slot is free when
+    its response has ended."""
+
+    conformance: bool = Field(default=False, strict=True)
+    """For the conformance tests of the Gateway API Inference Extension and never in service: a
+    request chooses its endpoints by the header test-epp-endpoint-selection, and the response says
+    in x-conformance-test-served-endpoint which one the gateway named. Needs a picker."""
+
+    @model_validator(mode="after")
+    def _bodies_are_read_for_rules(self) -> Self:
+        asked = [fact for fact in self._facts() if fact.namespace == BODY_NAMESPACE]
+        if asked and not self.read_bodies:
+            rule = f"must have readBodies: true while {_fact_text(asked[0])} is asked for"
+            raise broken(rule)
+        return self
+
+    def body_bytes_max(self, *, by_default: bool) -> int | None:
+        """Return up to how many bytes Envoy is to read a body; None: it reads every one.
+
+        Args:
+            by_default: whether there is a limit where none is set, and no rule asks for the body.
+        """
+        is_asked = any(fact.namespace == BODY_NAMESPACE for fact in self._facts())
+        is_set = "read_bodies_up_to" in self.model_fields_set
+        return self.read_bodies_up_to if is_set or (by_default and not is_asked) else None
+
+    def intake(
+        self,
+        bodies: BodyReads | None = None,
+        *,
+        reads_prefixes: bool = False,
+        endpoints: Callable[[], Iterable[str]] = tuple,
+    ) -> Intake:
+        """Return how requests are to be read.
+
+        Args:
+            bodies: counts those that Envoy was to read and has not.
+            reads_prefixes: whether the picker asks what prompts begin with.
+            endpoints: returns those of the pool.
+        """
+        return Intake(
+            exempt=ExemptPaths(self.exempt_paths),
+            trusts_headers=self.trust_headers,
+            rules=tuple(each.rule() for each in self.rules),
+            input_tokens=self.input_tokens_from,
+            bodies=bodies if self.read_bodies else None,
+            conformance=Conformance(endpoints) if self.conformance else None,
+            reads_prefixes=reads_prefixes,
+        )
+
+    def engine(self) -> EnginePriority | None:
+        """Return how the band is passed on to model servers."""
+        return ENGINE_PRIORITIES.get(self.engine_priority)
+
+    def namespaces(self) -> list[str]:
+        """Return the metadata that Envoy must forward for the rules, that of bodies apart."""
+        return sorted({fact.namespace for fact in self._facts()} - {"", BODY_NAMESPACE})
+
+    def headers(self) -> list[str]:
+        """Return the headers that Envoy must forward."""
+        conformance = {SELECTION_HEADER} if self.conformance else set()
+        facts = {fact.header for fact in self._facts()}
+        return sorted({*READ_HEADERS, *facts, *conformance} - {""})
+
+    def _facts(self) -> list[Fact]:
+        """Return every fact that is asked for."""
+        facts = [fact for each in self.rules for fact in each.facts()]
+        return facts if self.input_tokens_from is None else [*facts, self.input_tokens_from]
+
+
+class Settlement(Section):
+    """What Envoy reports of finished requests, in its gRPC access log."""
+
+    access_log: bool = Field(default=True, strict=True)
+    """Whether Envoy is to report every finished request (`envoy-config`): status, time to first
+    token, generation time, bytes, endpoint. Needs Envoy 1.37."""
+    token_usage: bool = Field(default=True, strict=True)
+    """And its token usage, which Envoy reads from responses. It holds a JSON response that is no
+    stream until it is whole; one beyond its buffer limit becomes a 500."""
+    lost_after: Duration = written("60s")
+    """A request that ended this long ago and was never reported counts as lost: what it took stays
+    an estimate."""

@@ -1,0 +1,377 @@
+"""The configuration file: its shape, its units, its errors. The only reader of it.
+
+Every model field carries its meaning as a docstring; the README's reference is generated from them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from flowcontrol.config import ControllerConfig, Utilization
+from flowcontrol.errors import ConfigError
+from flowcontrol_server.common.addresses import Address, DirectAddress, HostPort, parse_address
+from flowcontrol_server.common.sections import PathBeside, Section, broken, switched_off, written
+from flowcontrol_server.common.yamlfile import read_mapping
+from flowcontrol_server.config.admin import Admin
+from flowcontrol_server.config.engine import EngineSection
+from flowcontrol_server.config.ledger import LedgerSection
+from flowcontrol_server.config.requests import Requests, Settlement
+from flowcontrol_server.config.sources import (
+    Endpoints,
+    Given,
+    Kubernetes,
+    Load,
+    Objectives,
+    left_out,
+)
+from flowcontrol_server.config.state import Availability, State
+from flowcontrol_server.doors.envoy_secret import EnvoySecret
+from flowcontrol_server.doors.tls import Tls
+
+__all__ = [
+    "Address",
+    "Endpoints",
+    "Listen",
+    "Objectives",
+    "Settings",
+    "load_policies",
+    "load_settings",
+    "parse_address",
+    "problems_of",
+]
+_TRACE_HEADERS: Final = (
+    *("traceparent", "tracestate", "baggage", "b3"),
+    *("x-b3-traceid", "x-b3-spanid", "x-b3-parentspanid", "x-b3-sampled", "x-b3-flags"),
+)
+
+
+class Listen(Section):
+    """Where the service listens, each as host:port. By default this machine alone connects."""
+
+    ext_proc: DirectAddress = written("127.0.0.1:9002")
+    """The direct door, for Envoy: ext_proc, its access log, and gRPC health. host:port, unix:/path,
+    or off; then Envoy is served at `grpc`, at several times the cost and without the log."""
+    grpc: HostPort = written("127.0.0.1:9003")
+    """The grpcio door, for people and programs: our own API, health, reflection, and ext_proc for
+    any gRPC client."""
+    http: HostPort = written("127.0.0.1:9090")
+    """HTTP: the dashboard at /, /metrics, /healthz, /readyz."""
+    connections_max: int = Field(
+        default=1_000, alias="maxConnections", ge=1, le=100_000, strict=True
+    )
+    """Connections of `extProc` at once. Envoy opens one for each of its workers; an idle one
+    makes room for a new one. Each takes an open file."""
+    secret_file: PathBeside | None = None
+    """File with secrets, one a line, of 16 to 1024 letters, digits and -._~+/=: Envoy must show one
+    of them on each ext_proc and access-log stream, as `authorization: Bearer`. `envoy-config`
+    writes the first. Read again when it changes. For ports without `tls.clientCa`."""
+
+    def secret(self) -> EnvoySecret | None:
+        """Return what Envoy must show; None: nothing.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: what it holds cannot be used.
+        """
+        return None if self.secret_file is None else EnvoySecret(self.secret_file)
+
+    @model_validator(mode="after")
+    def _secret_can_be_used(self) -> Self:
+        try:
+            self.secret()
+        except OSError as error:
+            rule = f"secretFile must be a file to read, got '{self.secret_file}': {error.strerror}"
+            raise broken(rule) from error
+        except ValueError as error:
+            rule = f"secretFile {error}"
+            raise broken(rule) from error
+        return self
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        ports = [self.grpc.port, self.http.port]
+        if isinstance(self.ext_proc, Address):
+            ports.append(self.ext_proc.port)
+        if len(set(ports)) != len(ports):
+            rule = "must name different ports"
+            raise broken(rule)
+        return self
+
+
+class Metrics(Section):
+    """What /metrics says."""
+
+    reference_names: bool = Field(default=False, strict=True)
+    """Also say what there is under the names of llm-d-router's flow control,
+    llm_d_epp_flow_control_*, for dashboards and KEDA triggers that ask for them."""
+
+
+class Traces(Section):
+    """OpenTelemetry's traces; needs the extra otel."""
+
+    exporter: Annotated[Literal["off", "otlp"], BeforeValidator(switched_off)] = "off"
+    """otlp: a span flow_control.wait for each request, sent where OTEL_EXPORTER_OTLP_ENDPOINT says.
+    The other OTEL_* variables count, too."""
+
+    def headers(self) -> tuple[str, ...]:
+        """Return the headers that carry a request's trace context: W3C's, and B3's."""
+        return () if self.exporter == "off" else _TRACE_HEADERS
+
+
+class _Surroundings(Section):
+    """What the file says of itself, and of the service around the engine."""
+
+    api_version: Literal["flowcontrol/v1alpha1"]
+    """Version of this file's shape."""
+    kind: Literal["FlowControlConfig"]
+    """Kind of this file."""
+    pool: str = Field(min_length=1)
+    """The one inference pool this process guards; objectives of other pools are ignored."""
+    listen: Listen = Listen()
+    tls: Tls = Tls()
+    admin: Admin = Admin()
+    objectives: Objectives
+    endpoints: Endpoints
+    load: Annotated[Load | None, Given] = left_out()
+    kubernetes: Kubernetes = Kubernetes()
+
+
+class ServiceEngine(EngineSection):
+    """The engine's settings, and those about requests, on which it depends as well."""
+
+    requests: Requests = Requests()
+
+    def controller_config(self) -> ControllerConfig:
+        """Return the engine's settings; every wait is forecast only where answers say it."""
+        forecasts = "position" in self.requests.response_headers
+        return replace(super().controller_config(), forecasts=forecasts)
+
+
+class Settings(ServiceEngine, _Surroundings):
+    """The whole file."""
+
+    settlement: Settlement = Settlement()
+    state: State = State()
+    availability: Availability = Availability()
+    metrics: Metrics = Metrics()
+    traces: Traces = Traces()
+    ledger: Annotated[LedgerSection | None, Given] = left_out()
+    """Where decisions are written down, nowhere if left out."""
+    recent_decisions: int = Field(default=10_000, ge=1, le=10_000_000, strict=True)
+    """Decisions kept in memory to be explained, about 1 kB each."""
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @property
+    def folder(self) -> Path:
+        """Where the file lies, at which relative paths start."""
+        return self._folder
+
+    @property
+    def is_reported(self) -> bool:
+        """Whether Envoy's access log reports of finished requests."""
+        return self.settlement.access_log and self.listen.ext_proc is not None
+
+    @property
+    def scraping(self) -> Load | None:
+        """How endpoints are asked for their load: `load`, or its defaults for a detector's sake."""
+        detectors = self.controller_config().detectors
+        is_needed = any(isinstance(each, Utilization) for each in detectors)
+        return self.load or (Load() if is_needed else None)
+
+    @model_validator(mode="after")
+    def _picked_by_address(self) -> Self:
+        static = self.endpoints.static or ()
+        names = [str(address) for address in static if not address.is_ip]
+        if self.picker != "off" and names:
+            rule = (
+                "picker must be off while endpoints.static has host names, as Envoy knows a picked "
+                f"endpoint by its IP address alone, got {', '.join(names)}"
+            )
+            raise broken(rule)
+        return self
+
+    @model_validator(mode="after")
+    def _can_elect(self) -> Self:
+        election = self.availability.election
+        if election == "valkey" and self.state.valkey is None:
+            rule = "availability.election must not be valkey without state.valkey"
+            raise broken(rule)
+        if election != "off" and self.state.directory is not None:
+            rule = (
+                "state.directory must be absent with availability.election, as a replica cannot "
+                f"read another's files, got {str(self.state.directory)!r}"
+            )
+            raise broken(rule)
+        if election == "kubernetes" and self.availability.lease_duration % 1_000_000_000:
+            rule = "availability.leaseDuration must be whole seconds with kubernetes"
+            raise broken(rule)
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_chosen(self) -> Self:
+        if self.requests.conformance and self.picker == "off":
+            rule = "picker must not be off where requests.conformance is true"
+            raise broken(rule)
+        return self
+
+    @model_validator(mode="after")
+    def _can_sign(self) -> Self:
+        if self.tls.self_signed and not isinstance(self.listen.ext_proc, Address):
+            shown = "off" if self.listen.ext_proc is None else f"unix:{self.listen.ext_proc}"
+            rule = f"listen.extProc must be host:port where tls.selfSigned is true, got {shown}"
+            raise broken(rule)
+        return self
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        complaint = self.admin.complaint()
+        if complaint is not None:
+            raise broken(complaint)
+        return self
+
+    @property
+    def longest_wait_ns(self) -> int:
+        """How long a request can possibly be parked: both budgets, one after the other."""
+        return self.flow_control.longest_wait_ns
+
+
+def load_settings(path: Path) -> Settings:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: naming every mistake in it, each with its path in the file.
+    """
+    content = read_mapping(path)
+    try:
+        settings = Settings.model_validate(content, context={"directory": path.parent})
+    except ValidationError as error:
+        raise ConfigError(problems_of(error, Settings)) from error
+    settings._folder = path.parent.absolute()  # noqa: SLF001 - its own maker
+    return settings
+
+
+class _Policies(ServiceEngine):
+    """Picker, saturation, queue and requests; the rest of the file is for the service."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+def load_policies(path: Path) -> ControllerConfig:
+    """Read the engine's settings from a configuration file; folders in it need not exist.
+
+    Raises:
+        ConfigError: naming every mistake in the part that counts, and every unknown setting.
+    """
+    content = read_mapping(path)
+    known = {str(field.alias or name) for name, field in Settings.model_fields.items()}
+    problems = [f"{name} is not a known setting" for name in content if name not in known]
+    try:
+        policies = _Policies.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError([*problems, *problems_of(error)]) from error
+    if problems:
+        raise ConfigError(problems)
+    return policies.controller_config()
+
+
+def problems_of(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
+    """Return pydantic's errors in this project's words, each with its path in the file.
+
+    Args:
+        error: pydantic's.
+        model: what did not validate, to suggest the names of its settings.
+    """
+    names = [] if model is None else list(_names(model))
+    return [f"{_say(each)}{_hint(each, names)}" for each in error.errors()]
+
+
+def _names(model: type[BaseModel], where: str = "") -> Iterator[str]:
+    """Yield every setting that a mapping may have, as a path without indices."""
+    for name, field in model.model_fields.items():
+        path = f"{where}{field.alias or name}"
+        yield path
+        for section in _sections(field.annotation):
+            yield from _names(section, f"{path}.")
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
+
+
+def _hint(error: ErrorDetails, names: Sequence[str]) -> str:
+    """Return what an unknown setting may have been meant to be."""
+    if error["type"] != "extra_forbidden":
+        return ""
+    *above, key = (str(part) for part in error["loc"] if isinstance(part, str) and part[0] != "(")
+    prefix = "".join(f"{part}." for part in above)
+    beside = [n.removeprefix(prefix) for n in names if n.rpartition(".")[0] == prefix[:-1]]
+    near = get_close_matches(key, beside, 1)
+    elsewhere = [n for n in names if n.rpartition(".")[2].lower() == key.lower()]
+    is_case = any(each.lower() == key.lower() for each in near)
+    found = near if is_case or not elsewhere else elsewhere
+    return f", did you mean {found[0]}?" if found else ""
+
+
+_SHOWN_MAX = 120
+"""Characters of a wrong value that are said."""
+_RULES = {
+    "literal_error": "must be {expected}",
+    "bool_type": "must be true or false",
+    "greater_than_equal": "must be >= {ge}",
+    "less_than_equal": "must be <= {le}",
+    "string_too_long": "must have at most {max_length} characters",
+    "too_long": "must have at most {max_length}, got {actual_length}",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "finite_number": "must be a whole number",
+    "string_type": "must be text",
+    "path_type": "must be text",
+    "string_too_short": "must not be empty",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "mapping_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "model_attributes_type": "must be a mapping",
+    "rule": "{rule}",
+}
+"""pydantic's kinds of error in this project's words."""
+
+
+def _say(error: ErrorDetails) -> str:
+    """Put one of pydantic's errors as where, rule, value."""
+    # Whether one or several are given, in parentheses, is not a place in the file.
+    loc = error["loc"][:-2] if error["loc"][-1:] == ("[key]",) else error["loc"]
+    places = [part for part in loc if not str(part).startswith("(")]
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in places)
+    where = str(error["loc"][-1]) if error["type"] == "invalid_key" else "".join(parts).lstrip(".")
+    if error["type"] == "missing":
+        return f"{where} is required"
+    if error["type"] in {"extra_forbidden", "invalid_key"}:
+        return f"{where} is not a known setting"
+    rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+    value = error["input"]
+    is_said = isinstance(value, dict | BaseModel) or ", got " in rule
+    shown = "" if is_said else f", got {_shortened(repr(value))}"
+    return f"{where} {rule}{shown}".strip()
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."

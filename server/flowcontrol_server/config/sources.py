@@ -1,0 +1,255 @@
+"""The sections of the configuration file that say where objectives, endpoints and load come from.
+
+Apart from `settings` for size alone: that is where they are part of the whole.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from flowcontrol.config import Role
+from flowcontrol_server.common.addresses import Address, HostPort
+from flowcontrol_server.common.sections import (
+    CountFrom1,
+    Duration,
+    FileBeside,
+    PathBeside,
+    Section,
+    broken,
+    can_be_a_file,
+    expect,
+    written,
+)
+
+_LABEL_LENGTH_MAX = 63
+_PORTS_MAX = 8
+"""As many target ports as an InferencePool may have."""
+
+
+def _not_null(value: object) -> object:
+    if value is None:
+        rule = "must not be left empty"
+        raise broken(rule)
+    return value
+
+
+Given = BeforeValidator(_not_null)
+"""For what may be left out: but when it is there, it must say something."""
+
+
+def left_out() -> Any:
+    """Return the default of what may be left out."""
+    return Field(default=None, validate_default=False)
+
+
+class KubernetesObjectives(Section):
+    """InferenceObjectives of the pool's namespace, watched."""
+
+    write_status: Annotated[bool, Field(strict=True)] = True
+    """Write the condition Accepted into each objective's status. Where that is forbidden, they are
+    followed all the same."""
+
+
+class ApiObjectives(Section):
+    """Objectives put and deleted by the gRPC API, flowcontrol.v1, with the admin token."""
+
+    file: Annotated[PathBeside | None, Given] = left_out()
+    """Where they are kept across restarts, as manifests; in memory alone if unset."""
+
+    @field_validator("file")
+    @classmethod
+    def _in_a_folder(cls, value: Path | None) -> Path | None:
+        rule = "must be a file in an existing folder"
+        return value and expect(value, rule, can_be_a_file)
+
+
+class Objectives(Section):
+    """Where InferenceObjectives come from: one of three."""
+
+    directory: Annotated[PathBeside | None, Given] = left_out()
+    """Folder of InferenceObjective manifests (*.yaml, *.yml), followed live.
+    A relative path starts at the configuration file."""
+    kubernetes: Annotated[KubernetesObjectives | None, Given] = left_out()
+    api: Annotated[ApiObjectives | None, Given] = left_out()
+
+    @field_validator("directory")
+    @classmethod
+    def _is_a_folder(cls, value: Path | None) -> Path | None:
+        return value and expect(value, "must be a folder", Path.is_dir)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(given) or "none of them"
+            rule = f"must have one of directory, kubernetes or api, got {said}"
+            raise broken(rule)
+        return self
+
+
+class Dns(Section):
+    """Endpoints by DNS, asked again and again; with the picker on, their addresses are used."""
+
+    names: tuple[HostPort, ...] = ()
+    """Names with a port: every address of each (A, AAAA) is an endpoint."""
+    srv: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Names of SRV records, such as _http._tcp.vllm.models.svc.cluster.local: the targets of the
+    lowest priority number are endpoints, each with its own port."""
+    family: Literal["prefer-ipv4", "ipv4", "ipv6", "all"] = "prefer-ipv4"
+    """Which addresses of a name count. With all, a server that has one of each counts twice."""
+    interval: Duration = written("5s")
+    """How often to ask, at least; sooner when the answer's time to live ends sooner, never more
+    than once a second."""
+    servers: tuple[HostPort, ...] = ()
+    """Name servers to ask, by IP address; those of the system if empty."""
+
+    @model_validator(mode="after")
+    def _something_to_ask(self) -> Self:
+        if not self.names and not self.srv:
+            rule = "must have names or srv"
+            raise broken(rule)
+        return self
+
+    @field_validator("names")
+    @classmethod
+    def _are_names(cls, value: tuple[Address, ...]) -> tuple[Address, ...]:
+        addresses = [str(address) for address in value if address.is_ip]
+        if addresses:
+            rule = f"must be host names, addresses belong into static, got {', '.join(addresses)}"
+            raise broken(rule)
+        return value
+
+    @field_validator("servers")
+    @classmethod
+    def _are_addresses(cls, value: tuple[Address, ...]) -> tuple[Address, ...]:
+        names = [str(address) for address in value if not address.is_ip]
+        if names:
+            rule = f"must be IP addresses with a port, got {', '.join(names)}"
+            raise broken(rule)
+        return value
+
+
+Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
+
+
+class KubernetesEndpoints(Section):
+    """Ready pods of the InferencePool that is called as the pool, at each of its target ports."""
+
+    selector: Mapping[str, str] = Field(default={})
+    """Labels of the pods, in place of an InferencePool's; with ports."""
+    ports: Annotated[tuple[Port, ...], Field(max_length=_PORTS_MAX)] = ()
+    """Ports of each pod, in place of an InferencePool's; with selector."""
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Self:
+        if bool(self.selector) != bool(self.ports):
+            rule = "must have both selector and ports, or neither to follow the InferencePool"
+            raise broken(rule)
+        return self
+
+
+class Endpoints(Section):
+    """The model servers of the pool: from one source or several, together."""
+
+    static: Annotated[tuple[HostPort, ...] | None, Given] = left_out()
+    """Addresses as host:port. An empty list is an empty pool: everything waits."""
+    roles: Mapping[str, Literal["prefill", "decode"]] = Field(default={})
+    """Where prefill and decode run apart, what an endpoint does, such as {10.0.0.5:8000: prefill}.
+    Those not named do both. The fuller kind counts."""
+    dns: Annotated[Dns | None, Given] = left_out()
+    file: Annotated[FileBeside | None, Given] = left_out()
+    """A YAML list of endpoints, followed live: host:port, or {address, port, role}.
+    A relative path starts at the configuration file."""
+    kubernetes: Annotated[KubernetesEndpoints | None, Given] = left_out()
+
+    @field_validator("static")
+    @classmethod
+    def _each_once(cls, value: tuple[Address, ...] | None) -> tuple[Address, ...] | None:
+        value = value or ()
+        twice = sorted({str(address) for address in value if value.count(address) > 1})
+        if twice:
+            rule = f"must name each endpoint once, {', '.join(twice)} comes again"
+            raise broken(rule)
+        return value
+
+    @model_validator(mode="after")
+    def _some_source(self) -> Self:
+        sources = ("static", "dns", "file", "kubernetes")
+        if not any(name in self.model_fields_set for name in sources):
+            rule = "must have static, dns, file or kubernetes"
+            raise broken(rule)
+        strangers = sorted(set(self.roles) - {str(address) for address in self.static or ()})
+        if strangers and self.model_fields_set.isdisjoint(sources[1:]):
+            names = ", ".join(strangers)
+            rule = f"must have roles only for endpoints in endpoints.static, got {names}"
+            raise broken(rule)
+        return self
+
+    def role_of(self) -> dict[str, Role]:
+        """Return the roles of endpoints that do only prefill or decode."""
+        return {address: Role(role) for address, role in self.roles.items()}
+
+    @property
+    def written(self) -> tuple[Address, ...]:
+        """The endpoints that the file itself names, host names among them."""
+        return (*(self.static or ()), *(self.dns.names if self.dns else ()))
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the file itself names all that there will ever be."""
+        return self.file is None and self.kubernetes is None and not (self.dns and self.dns.srv)
+
+
+def _http_path(value: object) -> object:
+    if not isinstance(value, str) or not value.startswith("/") or not value.isprintable():
+        rule = "must be a path that begins with /"
+        raise broken(rule)
+    return value
+
+
+class Load(Section):
+    """Asking the endpoints for their load, and so noticing which are down."""
+
+    engine: Literal["auto", "vllm", "sglang", "tgi", "triton", "llama.cpp", "ollama"] = "auto"
+    """Whose metrics page to expect; auto knows each by its names. ollama has none and is only asked
+    whether it is there."""
+    scheme: Literal["http", "https"] = "http"
+    """https: with a certificate that the system trusts."""
+    port: Annotated[Port | None, Given] = left_out()
+    """Where the page is, if not at the endpoint's own port: a refused connection there then does
+    not count against it. Triton's is 8002."""
+    path: Annotated[str | None, BeforeValidator(_http_path)] = left_out()
+    """Of the page; /metrics if unset."""
+    token_file: Annotated[FileBeside | None, Given] = left_out()
+    """File with the key of metrics pages that want one, sent as `Authorization: Bearer`; read
+    again for each request, so it can be renewed in place. Over `http` anyone on the network path
+    can read the key."""
+    interval: Duration = written("200ms")
+    """How often to ask each endpoint, give or take a tenth."""
+    timeout: Duration = written("1s")
+    """How long one answer may take, in all."""
+    scrapes_per_second_max: CountFrom1 = 100
+    """Of all endpoints together; with many of them the interval grows: past 180, to more than the
+    2 s that `saturation.metricsStalenessThreshold` lets pass. Each takes about half a millisecond
+    of CPU: a hundred a second, 5 % of a core."""
+    unreachable_after: CountFrom1 = 3
+    """Refused connections in a row, after which an endpoint leaves the pool until
+    one is accepted."""
+
+
+class Kubernetes(Section):
+    """How to reach the Kubernetes API, for objectives and endpoints."""
+
+    namespace: Annotated[str, Field(min_length=1, max_length=_LABEL_LENGTH_MAX)] | None = None
+    """Of the pool; the pod's own, or the kubeconfig's, if unset."""
+    kubeconfig: Annotated[PathBeside | None, Given] = left_out()
+    """If unset: the pod's service account, or else ~/.kube/config."""
+    context: Annotated[str | None, Given] = left_out()
+    """Of the kubeconfig; its current one if unset."""
+
+    @field_validator("kubeconfig")
+    @classmethod
+    def _is_a_kubeconfig(cls, value: Path | None) -> Path | None:
+        return value and expect(value, "must be a kubeconfig file", Path.is_file)

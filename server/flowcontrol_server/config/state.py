@@ -1,0 +1,134 @@
+"""The sections of the configuration file about state kept outside the process, and the leader."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from flowcontrol_server.common.sections import (
+    Duration,
+    FileBeside,
+    PathBeside,
+    Section,
+    broken,
+    expect,
+    switched_off,
+    written,
+)
+from flowcontrol_server.config.sources import Given, left_out
+
+_SCHEMES = ("valkey", "valkeys", "redis", "rediss", "unix")
+LEASE_MIN_NS = 1_000_000_000
+
+
+class Valkey(Section):
+    """A Valkey or Redis server, for several replicas. Needs the extra valkey."""
+
+    url: str = Field(min_length=1)
+    """valkey://HOST:PORT/DATABASE, or valkeys:// for TLS, or unix:///PATH; redis:// and rediss://
+    mean the same. With Sentinel the host is any of the sentinels; with a cluster any of its nodes.
+    """
+    user: str | None = Field(default=None, min_length=1)
+    """User name, where the server has access control lists."""
+    password_file: Annotated[FileBeside | None, Given] = left_out()
+    """File with the password, read at every connection. A relative path starts at the configuration
+    file."""
+    ca: Annotated[FileBeside | None, Given] = left_out()
+    """PEM file with the certificate authorities of the server; those of the system if unset."""
+    certificate: Annotated[FileBeside | None, Given] = left_out()
+    """PEM file with a client certificate; with key."""
+    key: Annotated[FileBeside | None, Given] = left_out()
+    """PEM file with the key of the client certificate."""
+    sentinel: str | None = Field(default=None, min_length=1)
+    """Name of the primary that Sentinel watches; set it to connect through Sentinel. With TLS the
+    sentinels have it, too; they must not ask for a password."""
+    is_cluster: bool = Field(default=False, strict=True, alias="cluster")
+    """Whether the server is a cluster."""
+    timeout: Duration = written("500ms")
+    """Longest time for one answer."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_url(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            is_one = parts.scheme in _SCHEMES and bool(
+                parts.path if parts.scheme == "unix" else parts.hostname
+            )
+            has_password = parts.password is not None
+            _ = parts.port
+        except ValueError:
+            is_one, has_password = False, False
+        if not is_one:
+            rule = f"must be a URL with one of {', '.join(_SCHEMES)} as its scheme"
+            raise broken(rule)
+        if has_password:
+            rule = "must not hold a password, which belongs in passwordFile, got one"
+            raise broken(rule)
+        return value
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            rule = "must have both certificate and key, or neither"
+            raise broken(rule)
+        if self.sentinel is not None and self.is_cluster:
+            rule = "must have one of sentinel and cluster"
+            raise broken(rule)
+        return self
+
+
+class State(Section):
+    """Where requests in flight are recorded, so that a restart does not exceed the limit.
+
+    Nothing is recorded by default. Records are written behind, in batches: a request waits for none
+    of it. What was dispatched within the last batch is not recorded when the process is killed, and
+    the limit can be exceeded by that many.
+    """
+
+    directory: Annotated[PathBeside | None, Given] = left_out()
+    """Folder for the file of one replica that restarts. A relative path starts at the configuration
+    file."""
+    valkey: Annotated[Valkey | None, Given] = left_out()
+    write_within: Duration = written("50ms")
+    """Longest time from a dispatch to its record, while the store keeps up."""
+    lease_age_max: Duration = written("10m")
+    """How long after its dispatch a recovered request can hold its slot. Until then it does, unless
+    the access log reports its end or its endpoint reports fewer requests than are held there."""
+    count_running: bool = Field(default=True, strict=True)
+    """Whether requests that endpoints already work on at the start count as in flight, as far as
+    they are not recorded. Needs `load`. Switch it off where others send requests to them, too."""
+
+    @field_validator("directory")
+    @classmethod
+    def _is_a_folder(cls, value: Path | None) -> Path | None:
+        return value and expect(value, "must be a folder", Path.is_dir)
+
+    @model_validator(mode="after")
+    def _one_store(self) -> Self:
+        if self.directory is not None and self.valkey is not None:
+            rule = "must have one of directory and valkey"
+            raise broken(rule)
+        return self
+
+
+class Availability(Section):
+    """How several replicas of one pool agree on which of them decides."""
+
+    election: Annotated[Literal["kubernetes", "valkey", "off"], BeforeValidator(switched_off)] = (
+        written("off")
+    )
+    """kubernetes: by a coordination.k8s.io Lease called flowcontrol-POOL in the pool's namespace.
+    valkey: by a key in `state.valkey`. off: this process is the only one."""
+    lease_duration: Duration = written("2s")
+    """How long a silent leader stays the leader; whole seconds with kubernetes. A leader renews
+    four times in it, and stops deciding a quarter of it early."""
+
+    @field_validator("lease_duration")
+    @classmethod
+    def _is_long_enough(cls, value: int) -> int:
+        if value < LEASE_MIN_NS:
+            rule = "must be at least 1s"
+            raise broken(rule)
+        return value

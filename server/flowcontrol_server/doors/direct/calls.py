@@ -1,0 +1,599 @@
+"""What is said on the streams of the direct door: ext_proc, the access log, health.
+
+A call takes what comes on its stream, and says what is to go out. It ends in one of two ways:
+`finish` (we end it, with a status) and `lose` (it is gone). There is no task behind it.
+"""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, Final, Protocol, final
+
+import structlog
+
+from flowcontrol.events import Decision
+from flowcontrol.request import Request
+from flowcontrol_server.doors import access_log
+from flowcontrol_server.doors.call_context import STANDBY, CallContext
+from flowcontrol_server.doors.envoy_secret import NOT_SHOWN
+from flowcontrol_server.doors.http2 import grpc_framing
+from flowcontrol_server.doors.http2.grpc_framing import FramingError, Refusal, Status, refused
+from flowcontrol_server.doors.http2.headers import RequestHead
+from flowcontrol_server.requests import codec, log_codec
+from flowcontrol_server.requests.codec import MalformedMessageError, decode
+from flowcontrol_server.requests.dialects import Dialect
+from flowcontrol_server.requests.exchange import (
+    Exchange,
+    Message,
+    MessageKind,
+    Mode,
+    Parting,
+    Phase,
+    ProtocolError,
+    Reply,
+)
+from flowcontrol_server.requests.gate import Parked, trace_of
+from flowcontrol_server.requests.replies import Answer, answer, refusal, unavailable
+from flowcontrol_server.requests.splice import BodyPart, LargeBody, NoBodyError, echoes
+
+_log = structlog.get_logger()
+
+
+class Wire(Protocol):
+    """The connection, as its calls see it."""
+
+    @property
+    def context(self) -> CallContext:
+        """Return what all calls share."""
+
+    def send(self, stream_id: int, message: bytes, *, is_first: bool) -> None:
+        """Send one message, behind the headers if it is the first."""
+
+    def end_call(self, call: "Call", ending: bytes) -> None:
+        """Send the end of a call and forget it."""
+
+    def heard(self, call: "Call") -> None:
+        """Take note of the first message of a call."""
+
+    def hold(self, change_bytes: int) -> None:
+        """Account for parts of messages and bodies; raises FramingError beyond the limit."""
+
+    def pause(self, stream_id: int, *, is_paused: bool) -> None:
+        """Let the client send no more than it may already, or go on."""
+
+    def park_soon(self, park: Callable[[], None]) -> None:
+        """Call something at the end of this turn of the loop."""
+
+    def echo_soon(self, call: "ProcessCall") -> None:
+        """Let a call send its echo before the next write."""
+
+
+class Call:
+    """One gRPC call, from its stream's beginning to its end."""
+
+    __slots__ = (
+        *("_held", "_is_begun", "_is_gone", "_is_heard", "_wire"),
+        *("held_bytes", "stream_id"),
+    )
+
+    def __init__(self, wire: Wire, stream_id: int, head: RequestHead) -> None:
+        del head  # what most calls have to know of it is said by their class
+        self._wire = wire
+        self.stream_id = stream_id
+        self.held_bytes = 0
+        """Of a message that has begun, as accounted for."""
+        self._held: bytearray | None = None
+        self._is_begun = False
+        """An answer was written."""
+        self._is_gone = False
+        """Nothing is to be said any more."""
+        self._is_heard = False
+        """A message has come."""
+
+    @classmethod
+    def refusal(cls, context: CallContext, head: RequestHead) -> Refusal | None:
+        """Return why a call must not begin; None if it may."""
+        del context, head
+        return None
+
+    def take(self, data: bytes, *, is_ended: bool) -> None:
+        """Take more of what the client says."""
+        try:
+            if data:
+                messages = self._messages(data)
+                if messages and not self._is_heard:
+                    self._is_heard = True
+                    self._wire.heard(self)
+                for message in messages:
+                    if not self._is_gone:
+                        self._receive(message)
+            if is_ended and not self._is_gone:
+                self._expect_whole()
+                self._end()
+        except FramingError as error:
+            self._fail(error)
+        except (ProtocolError, MalformedMessageError) as mistake:
+            self.finish(Status.INVALID_ARGUMENT, str(mistake))
+        except Exception:  # noqa: BLE001 - a bug; it must not end all the calls beside this one
+            _log.exception("direct_call_failed")
+            self.finish(Status.INTERNAL, "internal error")
+
+    def let_go(self) -> None:
+        """End the call if no response depends on it; the door closes."""
+
+    def move(self) -> None:
+        """End the call so that another replica takes it up, if that is possible."""
+
+    def lose(self) -> None:
+        """Take note that the stream is gone."""
+        self._is_gone = True
+
+    def finish(self, status: Status = Status.OK, reason: str = "") -> None:
+        """End the stream with a status."""
+        if not self._is_gone:
+            ending = grpc_framing.ending(status, reason, is_begun=self._is_begun)
+            self._wire.end_call(self, ending)
+            self.lose()
+
+    def _fail(self, error: FramingError) -> None:
+        self.finish(error.status, str(error))
+
+    def _kept_bytes(self) -> int:
+        """Return how much is kept of what was said."""
+        return 0 if self._held is None else len(self._held)
+
+    def _account(self) -> None:
+        kept_bytes = self._kept_bytes()
+        if kept_bytes != self.held_bytes:
+            change_bytes, self.held_bytes = kept_bytes - self.held_bytes, kept_bytes
+            self._wire.hold(change_bytes)
+
+    def _receive(self, message: bytes) -> None:
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Take note that the client has said everything."""
+        raise NotImplementedError
+
+    def _send(self, message: bytes) -> None:
+        self._wire.send(self.stream_id, message, is_first=not self._is_begun)
+        self._is_begun = True
+
+    def _messages(self, data: bytes) -> list[bytes]:
+        held, self._held = self._held, None
+        messages, self._held = grpc_framing.split(held, data, self._message_bytes_max())
+        self._account()
+        return messages
+
+    def _message_bytes_max(self) -> int:
+        return self._wire.context.limits.message_bytes_max
+
+    def _expect_whole(self) -> None:
+        if self._held is not None:
+            reason = "the last message must be whole"
+            raise FramingError(Status.INTERNAL, reason)
+
+
+@final
+class ProcessCall(Call):
+    """One request of Envoy's. It has no more states than its exchange; it leaves the gate once."""
+
+    __slots__ = ("_echo", "_exchange", "_head", "_is_ended", "_large", "_parked")
+    PATH: ClassVar = f"/{codec.SERVICE}/Process".encode()
+
+    def __init__(self, wire: Wire, stream_id: int, head: RequestHead) -> None:
+        super().__init__(wire, stream_id, head)
+        self._head = head if wire.context.trace_fields else None
+        self._exchange = Exchange(wire.context.intake)
+        self._parked: Parked | None = None
+        self._is_ended = False
+        """The client has said everything."""
+        self._large: LargeBody | None = None
+        """A message that is passed on as it comes."""
+        self._echo: list[BodyPart] | None = None
+        """Parts of one body, to be sent back together."""
+
+    @classmethod
+    def refusal(cls, context: CallContext, head: RequestHead) -> Refusal | None:
+        """Refuse who does not show Envoy's secret, where one is asked for."""
+        if shows_secret(context, head):
+            return None
+        return refused(Status.UNAUTHENTICATED, NOT_SHOWN)
+
+    @property
+    def owes_echoes(self) -> bool:
+        """Whether a body may be under way, which breaks off if the stream ends."""
+        return self._exchange.parting is Parting.STAY
+
+    def let_go(self) -> None:
+        """End the stream if its request is in flight: politely, so that the response goes on."""
+        if self._exchange.parting is Parting.END:
+            self.finish()
+
+    def move(self) -> None:
+        """End the stream: of a parked request so that another replica decides.
+
+        Of one in flight politely, so that the response goes on.
+        """
+        if self._exchange.phase is Phase.PARKED:
+            self._pass_on()
+        else:
+            self.let_go()
+
+    def lose(self) -> None:
+        """Take note that the stream is gone."""
+        super().lose()
+        parked, context = self._parked, self._wire.context
+        if parked is not None and self._is_ended and self._exchange.is_unseen:
+            context.gate.leave_later(parked, context.unseen_ns)
+        else:
+            self._leave()
+
+    def finish(self, status: Status = Status.OK, reason: str = "") -> None:
+        """End the stream with a status, behind what is to be sent back."""
+        self.send_echo()
+        super().finish(status, reason)
+
+    def send_echo(self) -> None:
+        """Send back what has come of a body since the last time."""
+        parts, self._echo = self._echo, None
+        if parts is None or self._is_gone:
+            return
+        first, last = parts[0], parts[-1]
+        if len(parts) > 1:
+            body = b"".join([part.body for part in parts])
+            first = BodyPart(first.is_request, body, last.is_end)
+        for message in echoes(first):
+            self._send(message)
+
+    def _messages(self, data: bytes) -> list[bytes]:
+        if self._large is None:
+            try:
+                return super()._messages(data)
+            except FramingError as error:
+                return self._begin_large(error)
+        try:
+            messages, after = self._large.take(data)
+        except NoBodyError as mistake:  # compiled, a name has one type in a function
+            bytes_max = self._message_bytes_max()
+            reason = f"messages must be at most {bytes_max} bytes, but for parts of bodies"
+            raise FramingError(Status.RESOURCE_EXHAUSTED, reason) from mistake
+        if after is not None:
+            self._large = None
+            if after:
+                messages += self._messages(after)
+        return messages
+
+    def _begin_large(self, error: FramingError) -> list[bytes]:
+        """Pass a message that is too large on in parts, if it may be a part of a body."""
+        if error.rest is None:
+            raise error
+        if error.messages:  # they say which conversation it is
+            self._held = bytearray(error.rest)
+            self._account()
+            return error.messages
+        if not self._exchange.takes_bodies:
+            raise error
+        prefix = grpc_framing.PREFIX_BYTES
+        self._large = LargeBody(int.from_bytes(error.rest[1:prefix]))
+        self._account()
+        return self._messages(error.rest[prefix:])
+
+    def _expect_whole(self) -> None:
+        super()._expect_whole()
+        if self._large is not None:
+            reason = "the last message must be whole"
+            raise FramingError(Status.INTERNAL, reason)
+
+    def _receive(self, message: bytes) -> None:
+        said = decode(message)
+        was_parked = self._exchange.phase is Phase.PARKED
+        reply = self._exchange.receive(said)
+        if isinstance(reply, BodyPart):
+            self._note_response(reply)
+            self._send_back(reply)
+        elif isinstance(said, BodyPart):
+            if reply is not None:
+                assert not isinstance(reply, Request), "headers ask for a decision"
+                self._say(reply)
+            elif was_parked:
+                self._wire.pause(self.stream_id, is_paused=True)
+                self._account()
+        else:
+            self._receive_message(said, reply)
+
+    def _receive_message(self, said: Message, reply: Request | Reply | None) -> None:
+        if isinstance(reply, Request):
+            if not self._wire.context.may_decide():
+                self._pass_on()
+            elif self._exchange.mode is Mode.DUPLEX and not said.is_end:
+                self._wire.pause(self.stream_id, is_paused=True)
+                self._wire.park_soon(partial(self._park_with_body, reply, said))
+            else:
+                self._park(reply, said)
+            return
+        parked = self._parked
+        if parked is not None and not parked.future.done():
+            if said.kind is MessageKind.RESPONSE_HEADERS:
+                self._leave()  # Envoy itself responds
+                self._wire.pause(self.stream_id, is_paused=False)
+                self._account()
+        else:
+            self._note_response(said)
+        if reply is not None:
+            self._say(reply)
+
+    def _park_with_body(self, request: Request, said: Message) -> None:
+        """Park a request at the end of the turn: what of its body came with it is known now."""
+        if self._is_gone or self._exchange.phase is not Phase.PARKED:
+            return
+        self._park(self._exchange.with_body(request, said), said)
+        if self._is_ended and not self._exchange.awaits_end:
+            self._leave()
+
+    def _park(self, request: Request, said: Message) -> None:
+        context = self._wire.context
+        parked = context.gate.park(
+            request, said.headers, said.began, self._exchange.origin, said.attempt
+        )
+        self._parked = parked
+        if self._head is not None:
+            fields = {
+                name.decode("latin-1"): text.decode("latin-1") for name, text in self._head.fields
+            }
+            parked.trace = trace_of(context.trace_fields, fields, said.headers)
+            self._head = None
+        parked.future.add_done_callback(self._decided, context=context.callbacks)
+
+    def _decided(self, future: asyncio.Future[Decision]) -> None:
+        if self._is_gone or self._exchange.phase is not Phase.PARKED:
+            return
+        parked, context = self._parked, self._wire.context
+        assert parked is not None, "what is decided was parked"
+        if not context.may_decide():
+            self._pass_on()
+            return
+        if parked.recall is not None:
+            parked.recall.add_done_callback(self._recalled, context=context.callbacks)
+        chance = context.chance.random()
+        decided = answer(
+            future.result(),
+            chance,
+            parked.dialect,
+            continue_on_fault=context.continue_on_fault,
+        )
+        self._answer(decided)
+
+    def _pass_on(self) -> None:
+        """Leave a request that is not decided to another replica, or to the client to try again."""
+        if self._exchange.parting is Parting.REFUSE:
+            parked = self._parked
+            self._answer(unavailable(Dialect.OPENAI if parked is None else parked.dialect))
+        else:
+            self.finish(Status.UNAVAILABLE, STANDBY)
+
+    def _answer(self, decided: Answer) -> None:
+        """Answer the headers, and send back what was held of the body."""
+        replies = self._exchange.decide(decided)
+        if self._exchange.mode is Mode.DUPLEX:
+            self._account()
+            self._wire.pause(self.stream_id, is_paused=False)
+        for reply in replies[:-1]:
+            self._send_all(reply)
+        self._say(replies[-1])
+
+    def _recalled(self, future: asyncio.Future[Decision]) -> None:
+        if not self._is_gone:
+            assert self._parked is not None, "what is recalled was parked"
+            chance, dialect = self._wire.context.chance.random(), self._parked.dialect
+            self._say(self._exchange.recall(refusal(future.result(), chance, dialect)))
+
+    def _note_response(self, said: Message | BodyPart) -> None:
+        if self._parked is not None and self._parked.left_ns is None:
+            self._wire.context.gate.responded(self._parked, said, self._exchange.mode)
+
+    def _send_back(self, part: BodyPart) -> None:
+        """Send back a part of a body, together with what comes in the same turn of the loop."""
+        if self._echo is None or self._echo[0].is_request is not part.is_request:
+            self.send_echo()
+            self._echo = []
+            self._wire.echo_soon(self)
+        self._echo.append(part)
+
+    def _send_all(self, reply: Reply) -> None:
+        self.send_echo()
+        for message in self._wire.context.encoder.encode(reply, self._exchange.mode):
+            self._send(message)
+
+    def _say(self, reply: Reply) -> None:
+        self._send_all(reply)
+        is_left_alone = self._wire.context.is_closing and not self.owes_echoes
+        if self._is_ended or is_left_alone or self._exchange.phase is Phase.OVER:
+            self.finish()
+
+    def _end(self) -> None:
+        """Take note that the client has said everything.
+
+        A request that is parked has ended by that, but gets its decision all the same: a stream
+        that ends unanswered would let it through.
+        """
+        self._is_ended = True
+        if self._exchange.phase is not Phase.PARKED:
+            self.finish()
+            return
+        self._exchange.end_request()
+        if not self._exchange.awaits_end:
+            self._leave()
+
+    def _fail(self, error: FramingError) -> None:
+        """Refuse a request that takes too much room; nothing else is owed an answer."""
+        parked = self._parked
+        is_full = error.status is Status.RESOURCE_EXHAUSTED
+        if not is_full or self._exchange.phase is not Phase.PARKED:
+            super()._fail(error)
+            return
+        self._wire.context.body_refusals += 1
+        own = self._wire.context.gate.refused(parked)
+        dialect = Dialect.OPENAI if parked is None else parked.dialect
+        self._answer(refusal(own, self._wire.context.chance.random(), dialect))
+
+    def _kept_bytes(self) -> int:
+        return super()._kept_bytes() + self._exchange.held_bytes
+
+    def _leave(self) -> None:
+        if self._parked is not None and self._parked.left_ns is None:
+            self._wire.context.gate.leave(self._parked)
+
+
+@final
+class HealthCall(Call):
+    """A health check: one question, one answer."""
+
+    __slots__ = ()
+    PATH: ClassVar = b"/grpc.health.v1.Health/Check"
+
+    def _receive(self, message: bytes) -> None:
+        reply = self._wire.context.health.check(message)
+        if reply is None:
+            self.finish(Status.NOT_FOUND, "unknown service")
+        else:
+            self._send(reply)
+            self.finish()
+
+    def _end(self) -> None:
+        self.finish(Status.INVALID_ARGUMENT, "a health check must ask for a service")
+
+
+@final
+class WatchCall(Call):
+    """A health check that is answered again with every change, until the client ends it."""
+
+    __slots__ = ("_is_watching",)
+    PATH: ClassVar = b"/grpc.health.v1.Health/Watch"
+
+    def __init__(self, wire: Wire, stream_id: int, head: RequestHead) -> None:
+        super().__init__(wire, stream_id, head)
+        self._is_watching = False
+
+    def tell(self, answer: bytes) -> None:
+        """Send a change."""
+        self._send(answer)
+
+    def let_go(self) -> None:
+        """End the call, which would not end by itself."""
+        self.finish(Status.UNAVAILABLE, "the service ends")
+
+    def lose(self) -> None:
+        """Take note that the stream is gone."""
+        super().lose()
+        self._wire.context.health.unwatch(self)
+
+    def _receive(self, message: bytes) -> None:
+        if self._is_watching:
+            self.finish(Status.INVALID_ARGUMENT, "a health check must ask for one service")
+            return
+        answer = self._wire.context.health.watch(message, self)
+        if answer is None:
+            self.finish(Status.RESOURCE_EXHAUSTED, "too many health checks watch; use Check")
+            return
+        self._is_watching = True
+        self._send(answer)
+
+    def _end(self) -> None:
+        if not self._is_watching:
+            self.finish(Status.INVALID_ARGUMENT, "a health check must ask for a service")
+
+
+@final
+class LogCall(Call):
+    """A stream of Envoy's access log, which Envoy holds open as long as it can.
+
+    While messages of it wait to be settled, Envoy may send no more than it may already. It ends
+    with UNAVAILABLE, from which Envoy opens another, and sends again what it still has.
+    """
+
+    __slots__ = ("_is_ended", "_log", "_waiting")
+    PATH: ClassVar = f"/{log_codec.SERVICE}/StreamAccessLogs".encode()
+
+    def __init__(self, wire: Wire, stream_id: int, head: RequestHead) -> None:
+        super().__init__(wire, stream_id, head)
+        log = wire.context.access_log
+        assert log is not None, "else the call is refused"
+        self._log = log
+        self._waiting = 0
+        """Messages to be settled."""
+        self._is_ended = False
+        """The client has said everything."""
+        log.opened(self)
+
+    @classmethod
+    def refusal(cls, context: CallContext, head: RequestHead) -> Refusal | None:
+        """Refuse where it is not served, where Envoy's secret is not shown, and on a standby."""
+        log = context.access_log
+        if log is None or not log.is_served:
+            return refused(Status.UNIMPLEMENTED, "settlement.accessLog is off")
+        if not shows_secret(context, head):
+            log.log_join.stream_refused()
+            return refused(Status.UNAUTHENTICATED, NOT_SHOWN)
+        if not context.may_decide():
+            return refused(Status.UNAVAILABLE, STANDBY)
+        return None
+
+    def settled(self) -> None:
+        """Take note that one more message is settled."""
+        self._waiting -= 1
+        if not (self._waiting or self._is_gone):
+            if self._is_ended:
+                self._answer()
+            else:
+                self._wire.pause(self.stream_id, is_paused=False)
+
+    def let_go(self) -> None:
+        """End the stream: Envoy holds it open for ever."""
+        self.move()
+
+    def move(self) -> None:
+        """End the stream so that Envoy opens another, here or elsewhere."""
+        self.finish(Status.UNAVAILABLE, STANDBY)
+
+    def lose(self) -> None:
+        """Take note that the stream is gone."""
+        super().lose()
+        self._log.closed(self)
+
+    def _receive(self, message: bytes) -> None:
+        if not self._log.take(self, message):
+            self.finish(Status.RESOURCE_EXHAUSTED, "log entries come faster than they are settled")
+            return
+        self._waiting += 1
+        if self._waiting == 1:
+            self._wire.pause(self.stream_id, is_paused=True)
+
+    def _message_bytes_max(self) -> int:
+        return access_log.MESSAGE_BYTES_MAX
+
+    def _end(self) -> None:
+        self._is_ended = True
+        if not self._waiting:
+            self._answer()
+
+    def _answer(self) -> None:
+        self._send(b"")  # StreamAccessLogsResponse, which has no fields
+        self.finish()
+
+
+CALLS: Final[dict[bytes, type[Call]]] = {
+    ProcessCall.PATH: ProcessCall,
+    HealthCall.PATH: HealthCall,
+    WatchCall.PATH: WatchCall,
+    LogCall.PATH: LogCall,
+}
+"""What is served here, by path."""
+
+
+def shows_secret(context: CallContext, head: RequestHead) -> bool:
+    """Whether a call shows Envoy's secret, or none is asked for."""
+    secret = context.secret
+    return secret is None or any(
+        name == b"authorization" and secret.is_shown(value) for name, value in head.fields
+    )

@@ -1,0 +1,195 @@
+"""The grpcio door: carries the ext_proc conversation between Envoy and the gate, nothing else."""
+
+import asyncio
+from typing import Any, Final, final
+
+import grpc
+
+from flowcontrol.request import Request
+from flowcontrol_server.doors.call_context import STANDBY, CallContext
+from flowcontrol_server.doors.envoy_secret import NOT_SHOWN
+from flowcontrol_server.requests.codec import SERVICE, MalformedMessageError, decode
+from flowcontrol_server.requests.dialects import Dialect
+from flowcontrol_server.requests.exchange import (
+    Exchange,
+    Message,
+    Parting,
+    Phase,
+    ProtocolError,
+    Reply,
+)
+from flowcontrol_server.requests.gate import Parked, trace_of
+from flowcontrol_server.requests.replies import answer, refusal, unavailable
+from flowcontrol_server.requests.splice import BodyPart
+
+_Context = grpc.aio.ServicerContext[bytes, bytes]
+_Reading = asyncio.Future[Message | BodyPart | None]
+HELD_BYTES_MAX: Final = 65_536
+"""Of the body of a parked request, beyond which no more is read until it is decided."""
+
+
+@final
+class ExtProcDoor:
+    """Serves `envoy.service.ext_proc.v3.ExternalProcessor/Process`, bytes to bytes.
+
+    Args:
+        shared: settings and collaborators of all calls.
+    """
+
+    def __init__(self, shared: CallContext) -> None:
+        self._shared = shared
+        self._closing = asyncio.get_running_loop().create_future()
+        self._moving = asyncio.get_running_loop().create_future()
+        """Resolves, and is replaced, when another replica is to take up all streams."""
+
+    def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
+        """Return what a grpc.aio server takes up."""
+        process = grpc.stream_stream_rpc_method_handler(self._process)
+        return grpc.method_handlers_generic_handler(SERVICE, {"Process": process})
+
+    def close(self) -> None:
+        """End the streams of requests in flight politely.
+
+        A stream that breaks off makes Envoy break off the response; one that ends with OK after its
+        answer leaves the response alone.
+        """
+        if not self._closing.done():
+            self._closing.set_result(None)
+
+    def move_calls(self) -> None:
+        """End all streams so that another replica takes them up; requests in flight go on."""
+        self._moving.set_result(None)
+        self._moving = asyncio.get_running_loop().create_future()
+
+    async def _process(self, _requests: Any, context: _Context) -> None:
+        shared = self._shared
+        if shared.secret is not None and not shared.secret.is_among(context.invocation_metadata()):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, NOT_SHOWN)
+        exchange = Exchange(shared.intake)
+        try:
+            first = await self._read(context)
+            if first is None:
+                return
+            reply = exchange.receive(first)
+            if isinstance(reply, Request):
+                assert isinstance(first, Message), "headers ask for a decision"
+                if not shared.may_decide():
+                    await self._pass_on(exchange, Dialect.OPENAI, context)
+                    return
+                parked = shared.gate.park(
+                    reply, first.headers, first.began, exchange.origin, first.attempt
+                )
+                if shared.trace_fields:
+                    said = dict(context.invocation_metadata() or ())
+                    parked.trace = trace_of(shared.trace_fields, said, first.headers)
+                await self._hold(exchange, parked, context)
+            else:
+                await self._say(exchange, reply, context)
+                if exchange.phase is Phase.GOING:
+                    await self._converse(exchange, None, context, self._reading(context))
+        except (ProtocolError, MalformedMessageError) as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _hold(  # noqa: C901 - one conversation, told once
+        self, exchange: Exchange, parked: Parked, context: _Context
+    ) -> None:
+        """Answer a parked request, and keep its slot until its stream ends."""
+        shared, moving = self._shared, self._moving
+        # Read on while parked: with Envoy's graceful close the end of a request shows only there.
+        reading = self._reading(context)
+        is_full = False
+        try:
+            while not (parked.future.done() or moving.done()):
+                parts = (parked.future, reading, moving)
+                await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+                if parked.future.done() or moving.done():
+                    break
+                message = reading.result()
+                if message is None:
+                    if not exchange.awaits_end:
+                        shared.gate.leave(parked)  # an unanswered request would go through
+                    break
+                reply = exchange.receive(message)  # raises where nothing may be said while parked
+                if exchange.phase is Phase.GOING:  # Envoy itself responds
+                    shared.gate.leave(parked)
+                    await self._say(exchange, reply, context)
+                    await self._converse(exchange, None, context, self._reading(context))
+                    return
+                is_full = exchange.held_bytes > HELD_BYTES_MAX
+                if is_full:
+                    break
+                reading = self._reading(context)
+            # Not awaited itself: a stream cancelled now would cancel the future with it.
+            await asyncio.wait((parked.future, moving), return_when=asyncio.FIRST_COMPLETED)
+            if not parked.future.done() or not shared.may_decide():
+                await self._pass_on(exchange, parked.dialect, context)
+                return
+            if is_full:
+                reading = self._reading(context)
+            decided = answer(
+                parked.future.result(),
+                shared.chance.random(),
+                parked.dialect,
+                continue_on_fault=shared.continue_on_fault,
+            )
+            for each in exchange.decide(decided):
+                await self._say(exchange, each, context)
+            await self._converse(exchange, parked, context, reading)
+        finally:
+            reading.cancel()
+            if parked.left_ns is None:
+                shared.gate.leave(parked)
+
+    async def _pass_on(self, exchange: Exchange, dialect: Dialect, context: _Context) -> None:
+        """Leave a request to another replica, or to the client to try again."""
+        if exchange.parting is not Parting.REFUSE:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, STANDBY)
+        for each in exchange.decide(unavailable(dialect)):
+            await self._say(exchange, each, context)
+
+    async def _converse(
+        self, exchange: Exchange, parked: Parked | None, context: _Context, reading: _Reading
+    ) -> None:
+        """Answer what comes after the headers, until the request is over or recalled."""
+        shared = self._shared
+        try:
+            while exchange.phase is Phase.GOING:
+                news: list[asyncio.Future[Any]] = [reading]
+                if exchange.parting is Parting.END:  # else a body may be under way
+                    news += (self._closing, self._moving)
+                if parked is not None and parked.recall is not None:
+                    news.append(parked.recall)
+                await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
+                if parked is not None and parked.recall is not None and parked.recall.done():
+                    chance = shared.chance.random()
+                    ending = refusal(parked.recall.result(), chance, parked.dialect)
+                    await self._say(exchange, exchange.recall(ending), context)
+                    return
+                message = reading.result() if reading.done() else None
+                if message is None:
+                    return
+                reading = self._reading(context)
+                reply = exchange.receive(message)
+                if parked is not None:
+                    shared.gate.responded(parked, message, exchange.mode)
+                await self._say(exchange, reply, context)
+        finally:
+            reading.cancel()
+
+    async def _say(
+        self, exchange: Exchange, reply: Request | Reply | None, context: _Context
+    ) -> None:
+        assert not isinstance(reply, Request), "headers come once"
+        if reply is not None:
+            for message in self._shared.encoder.encode(reply, exchange.mode):
+                await context.write(message)
+
+    @staticmethod
+    def _reading(context: _Context) -> _Reading:
+        return asyncio.ensure_future(ExtProcDoor._read(context))
+
+    @staticmethod
+    async def _read(context: _Context) -> Message | BodyPart | None:
+        """Return the next message, None at the end of the stream."""
+        data: object = await context.read()  # grpc.aio.EOF, which its stubs do not know
+        return decode(data) if isinstance(data, bytes) else None

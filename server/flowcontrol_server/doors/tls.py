@@ -1,0 +1,231 @@
+"""TLS for every door: PEM files, read again when they change.
+
+Whoever rotates certificates (cert-manager, a Kubernetes secret, a script) replaces the files, and
+the next handshake shows the new ones. Comparing the stamps of three files costs microseconds, a
+handshake a thousand times that: so nothing watches the files and nothing is restarted. Streams
+under way keep the connection they were opened on. Files that do not belong together, as when only
+one of them has been replaced yet, change nothing.
+
+No session is resumed on the direct door: a resumed one would show no certificate, so that a client
+whose authority is trusted no more would come in with what it got before. grpcio cannot be told to
+keep none; there, new files end all sessions, and with them what old ones could resume.
+"""
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self, final
+
+import grpc
+import structlog
+from pydantic import Field, model_validator
+
+from flowcontrol_server.common.sections import PathBeside, Section, broken
+
+_log = structlog.get_logger()
+_Stamp = tuple[int, int, int]
+
+
+class Tls(Section):
+    """TLS of the gRPC doors. Relative paths start at the configuration file."""
+
+    certificate: PathBeside | None = None
+    """PEM file with the certificate the doors show, its chain after it. Plain text if unset."""
+    key: PathBeside | None = None
+    """PEM file with the certificate's private key."""
+    client_ca: PathBeside | None = None
+    """PEM file with the authorities whose certificates clients must show: mutual TLS."""
+    self_signed: bool = Field(default=False, strict=True)
+    """For `listen.extProc` alone: a certificate made at each start, and plain text on the same
+    port. Gateways that speak TLS to their endpoint picker without verifying it (kgateway,
+    agentgateway, Envoy AI Gateway) need nothing more, Istio speaks plain text. It authenticates
+    neither side: for a network you trust. Needs the extra kubernetes."""
+
+    @model_validator(mode="after")
+    def _can_be_used(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            rule = "must have both certificate and key, or neither"
+            raise broken(rule)
+        if self.client_ca is not None and self.certificate is None:
+            rule = "must have certificate and key where clientCa is set"
+            raise broken(rule)
+        if self.self_signed and self.certificate is not None:
+            rule = "must have no certificate, key and clientCa where selfSigned is true"
+            raise broken(rule)
+        try:
+            self.certificates()
+        except OSError as error:
+            rule = f"must name PEM files that belong together: {_reason(error)}"
+            raise broken(rule) from error
+        return self
+
+    def certificates(self) -> "Certificates | None":
+        """Read the files; None for plain text.
+
+        Raises:
+            OSError: a file cannot be read, or they do not belong together.
+        """
+        if self.certificate is None or self.key is None:
+            return None
+        return Certificates(_Files(self.certificate, self.key, self.client_ca))
+
+
+class _Files(NamedTuple):
+    certificate: Path
+    key: Path
+    client_ca: Path | None
+
+    def stamps(self) -> tuple[_Stamp, ...]:
+        """What differs once a file has been replaced."""
+        stats = [path.stat() for path in self if path is not None]
+        return tuple((stat.st_mtime_ns, stat.st_ino, stat.st_size) for stat in stats)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    stamps: tuple[_Stamp, ...]
+    for_grpc: grpc.ServerCertificateConfiguration
+    for_asyncio: ssl.SSLContext
+
+
+@final
+class Certificates:
+    """What the doors show and ask for, as the files say at each handshake.
+
+    Called on the loop's thread and on grpc's own; what is loaded is replaced as a whole.
+
+    Raises:
+        OSError: a file cannot be read, or they do not belong together.
+    """
+
+    def __init__(self, files: _Files) -> None:
+        self._files = files
+        self._loaded = _load(files)
+        self._refused: tuple[_Stamp, ...] | None = None
+        """Stamps of files that were of no use, so that it is said once."""
+
+    @property
+    def is_mutual(self) -> bool:
+        """Whether clients must show a certificate."""
+        return self._files.client_ca is not None
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """Return what a grpc server opens a port with."""
+        given = self._loaded
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            """Return the configuration for this handshake, None if it is the last one again."""
+            nonlocal given
+            current = self._current()
+            if current is given:
+                return None
+            given = current
+            return current.for_grpc
+
+        return grpc.dynamic_ssl_server_credentials(
+            given.for_grpc,
+            fetch,  # type: ignore[arg-type]  # grpc documents None, its stubs do not know it
+            require_client_authentication=self.is_mutual,
+        )
+
+    def ssl_context(self) -> ssl.SSLContext:
+        """Return what an asyncio server opens a port with; HTTP/2 is chosen by ALPN."""
+
+        def choose(connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> None:
+            """Go on with the certificates of the moment, whatever host was asked for."""
+            connection.context = self._current().for_asyncio
+
+        def fresh() -> ssl.SSLContext:
+            """Return a context without a certificate and without a session."""
+            context = server_context(is_mutual=self.is_mutual)
+            context.sni_callback = choose  # called at every handshake, also without a name
+            return context
+
+        served = _ContextPerConnection(ssl.PROTOCOL_TLS_SERVER)
+        served.fresh = fresh
+        return served
+
+    def _current(self) -> _Loaded:
+        try:
+            stamps = self._files.stamps()
+            if stamps == self._loaded.stamps:
+                return self._loaded
+            self._loaded = _load(self._files)
+        except OSError as error:
+            self._say_once(error)
+        else:
+            _log.info("certificate_reloaded", certificate=str(self._files.certificate))
+        return self._loaded
+
+    def _say_once(self, error: OSError) -> None:
+        try:
+            stamps = self._files.stamps()
+        except OSError:
+            stamps = ()
+        if stamps != self._refused:
+            self._refused = stamps
+            path = str(self._files.certificate)
+            _log.error("certificate_not_reloaded", certificate=path, error=_reason(error))
+
+
+class _ContextPerConnection(ssl.SSLContext):
+    """Serves each connection with a context of its own.
+
+    OpenSSL keeps sessions in the context that a connection began with, and Python cannot switch
+    that off: without tickets, TLS 1.2 still resumes by session id. A context ends with its
+    connection, and its sessions with it. It costs 0.2 ms; a handshake costs ten times that.
+    """
+
+    fresh: Callable[[], ssl.SSLContext]
+
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,  # noqa: FBT001, FBT002 - the signature of ssl
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        """Begin a connection."""
+        return self.fresh().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
+
+
+def server_context(*, is_mutual: bool) -> ssl.SSLContext:
+    """Return a context for HTTP/2 over TLS that shows no certificate yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9113, 9.2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2: those without CBC
+    context.set_alpn_protocols(["h2"])
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
+    if is_mutual:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _load(files: _Files) -> _Loaded:
+    stamps = files.stamps()
+    certificate, key = files.certificate.read_bytes(), files.key.read_bytes()
+    client_ca = None if files.client_ca is None else files.client_ca.read_bytes()
+    context = server_context(is_mutual=files.client_ca is not None)
+    context.load_cert_chain(files.certificate, files.key, _no_password)
+    if files.client_ca is not None:
+        context.load_verify_locations(files.client_ca)
+    if files.stamps() != stamps:
+        message = "the files are being replaced"
+        raise OSError(message)
+    for_grpc = grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca)
+    return _Loaded(stamps, for_grpc, context)
+
+
+def _no_password() -> str:
+    message = "the key must not have a password"
+    raise OSError(message)
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        is_pair = error.reason != "KEY_VALUES_MISMATCH"
+        return "one is not what it should be" if is_pair else "the key is another certificate's"
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)

@@ -1,0 +1,1 @@
+"""The decision ledger on disk, and deciding it again."""

@@ -1,0 +1,71 @@
+"""The decision ledger of a serving process: its lock, its writer, and the feed between them."""
+
+import time
+from typing import Final, final
+
+from flowcontrol.config import ControllerConfig
+from flowcontrol.errors import LedgerError
+from flowcontrol_server.config.ledger import LedgerSection
+from flowcontrol_server.ledger.claim import LedgerLock
+from flowcontrol_server.ledger.recording import TurnFeed
+from flowcontrol_server.ledger.writer import LedgerWriter
+
+LATELY_S: Final = 300.0
+"""How long lost turns are shown as a problem after the last of them."""
+_CLOSE_TIMEOUT_S: Final = 5.0
+
+
+@final
+class Ledger:
+    """Owns the thread that writes.
+
+    Args:
+        settings: where to write, and how much to keep.
+    """
+
+    def __init__(self, settings: LedgerSection) -> None:
+        self.feed = TurnFeed()
+        """What the processor shows its turns."""
+        self._claim = LedgerLock(settings.file)
+        self._writer = LedgerWriter(
+            settings.file,
+            settings.max_bytes,
+            settings.files,
+            self.feed,
+            hides_flows=settings.hide_flow_ids,
+        )
+        self._is_open = False
+
+    @property
+    def turns(self) -> tuple[int, int]:
+        """How many were written, and how many were lost."""
+        return self._writer.turns, self._writer.lost_turns
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong now: it cannot be written, or has lost turns lately."""
+        lost = f"{self._writer.lost_turns} turns since the start are not in the ledger"
+        if self._writer.failure is not None:
+            return f"{lost}; it cannot be written: {self._writer.failure}"
+        missed_s = self.feed.missed_s
+        return lost if missed_s is not None and time.monotonic() < missed_s + LATELY_S else None
+
+    def start(self, config: ControllerConfig, made_ns: int) -> None:
+        """Begin, for an engine of that configuration made at that time.
+
+        Raises:
+            LedgerError: the ledger cannot be written, or another process writes it.
+        """
+        try:
+            self._claim.take()
+            self._writer.start(config, made_ns)
+        except OSError as error:
+            message = f"ledger.file cannot be written: {error}"
+            raise LedgerError(message) from error
+        self._is_open = True
+
+    def close(self) -> None:
+        """Write what there is, and end; also if it was never started."""
+        if self._is_open:
+            self._writer.close(_CLOSE_TIMEOUT_S)
+        self._claim.release()

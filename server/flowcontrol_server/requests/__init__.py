@@ -1,0 +1,1 @@
+"""One request's way without a transport: read, classified, parked, answered, settled."""

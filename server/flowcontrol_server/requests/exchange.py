@@ -1,0 +1,427 @@
+"""Pure. The ext_proc conversation of one request, whatever carries it.
+
+Envoy opens a stream and sends the request headers. Nothing else is owed until the headers are
+answered. What follows is one of two conversations, which Envoy names in its first message:
+
+ANSWERS. Envoy keeps the bodies. The stream stays open until the request is over (response trailers
+SEND), and at most one more message comes, the trailers of the response, if the model server really
+sends any. BUFFERED is the same where the answer to the headers must ask Envoy to keep the bodies;
+one that comes before Envoy has read that is acknowledged.
+
+DUPLEX (FULL_DUPLEX_STREAMED, as gateways wire endpoint pickers). Envoy sends both bodies in parts
+and waits for them to be sent back. Parts that come while the request is parked are held, and sent
+back behind the answer to the headers; all others are sent back at once. The end of a body is sent
+back once, and what comes behind it is ignored (envoyproxy/envoy#46237). Nothing follows an
+ImmediateResponse.
+
+Messages and answers are plain slots classes, built once and read once: frozen ones take four times
+as long to make.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Final, NamedTuple, final
+
+from flowcontrol.events import Decision
+from flowcontrol.request import Request
+from flowcontrol_server.requests.body_facts import READ_BYTES_MAX, body_facts
+from flowcontrol_server.requests.classify import (
+    Intake,
+    Origin,
+    classify_with_origin,
+    path_of,
+    served_endpoint,
+)
+from flowcontrol_server.requests.prefix import prefix_of_body
+from flowcontrol_server.requests.replies import Answer, Exempt, Refuse
+from flowcontrol_server.requests.rules import BODY_NAMESPACE, Metadata
+from flowcontrol_server.requests.splice import BodyPart
+
+_NO_METADATA: Final[Metadata] = {}
+
+
+class Phase(Enum):
+    """Where a conversation stands."""
+
+    OPENING = auto()
+    """Nothing has been said."""
+    PARKED = auto()
+    """The headers are here and owed an answer."""
+    GOING = auto()
+    """The request was let on; its stream is the lease on its slot."""
+    OVER = auto()
+    """Nothing more is to be said: refused, exempt, or ended."""
+
+    __hash__ = object.__hash__  # as in Outcome
+
+
+class Mode(Enum):
+    """Which conversation it is."""
+
+    ANSWERS = "answers"
+    """Envoy keeps the bodies."""
+    BUFFERED = "buffered"
+    """Envoy would send bodies, and is asked not to; what it sends all the same passes."""
+    DUPLEX = "duplex"
+    """Envoy sends the bodies, and gets them back."""
+
+    __hash__ = object.__hash__
+
+
+class MessageKind(Enum):
+    """What Envoy can send."""
+
+    REQUEST_HEADERS = "request_headers"
+    REQUEST_BODY = "request_body"
+    REQUEST_TRAILERS = "request_trailers"
+    RESPONSE_HEADERS = "response_headers"
+    RESPONSE_BODY = "response_body"
+    RESPONSE_TRAILERS = "response_trailers"
+
+    __hash__ = object.__hash__
+
+
+class FurtherAttempt(NamedTuple):
+    """Another attempt at a request: Envoy could not send it where it was to go."""
+
+    ticket: str
+    """Of the attempt before; empty where that had none."""
+    endpoint: str
+    """Where Envoy would send it now."""
+
+
+@final
+@dataclass(slots=True, init=False)
+class Message:
+    """One message of Envoy's that is no part of a body."""
+
+    kind: MessageKind
+    headers: Mapping[str, str]
+    """Of the request or the response, names in lower case; of trailers they are not read."""
+    metadata: Metadata = field(default_factory=dict)
+    """What Envoy's filters found in it, where Envoy forwards that."""
+    began: str = ""
+    """When Envoy first saw the request, RFC 3339; empty where it does not say."""
+    mode: Mode | None = None
+    """Which conversation follows; None where Envoy does not say."""
+    is_end: bool = False
+    """Whether no body follows these headers."""
+    attempt: FurtherAttempt | None = None
+    """None where Envoy has not tried to send the request yet."""
+
+    def __init__(  # noqa: PLR0913 - its fields; a dataclass's own is interpreted
+        self,
+        kind: MessageKind,
+        headers: Mapping[str, str],
+        metadata: Metadata = _NO_METADATA,
+        began: str = "",
+        mode: Mode | None = None,
+        *,
+        is_end: bool = False,
+        attempt: FurtherAttempt | None = None,
+    ) -> None:
+        self.kind = kind
+        self.headers = headers
+        self.metadata = metadata
+        self.began = began
+        self.mode = mode
+        self.is_end = is_end
+        self.attempt = attempt
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Acknowledge:
+    """Let a later part of the request or response pass as it is."""
+
+    kind: MessageKind
+    served: str = ""
+    """For conformance tests: the endpoint that the headers of the response are to name."""
+
+
+Reply = Answer | Acknowledge | BodyPart
+
+
+class ProtocolError(Exception):
+    """The client of this stream sent a message that must not come now; nothing has changed."""
+
+
+class Move(Enum):
+    """What is done about a message."""
+
+    PARK = "park"
+    """Ask for the decision."""
+    HOLD = "hold"
+    """Keep it until the headers are answered."""
+    ECHO = "echo"
+    """Send it back."""
+    ACKNOWLEDGE = "acknowledge"
+    """Let it pass."""
+    GIVE_UP = "give up"
+    """Envoy itself responds while the request is parked; let that pass, and leave the queue."""
+
+
+_OPENS: Final = "the first message must be request_headers"
+_TWICE: Final = "request_headers must come once"
+_BODIES: Final = "processing_mode must keep request and response bodies NONE, or stream both ways"
+_EARLY: Final = "no response may come before the headers are answered"
+_OVER: Final = "the conversation is over"
+_PARK: Final = Move.PARK
+_HOLD: Final = Move.HOLD
+_ECHO: Final = Move.ECHO
+_ACK: Final = Move.ACKNOWLEDGE
+_GIVE_UP: Final = Move.GIVE_UP
+
+MOVES: Final[Mapping[tuple[Mode, Phase], Sequence[Move | str]]] = {
+    # By the kinds of messages: those of the request (headers, body, trailers), of the response.
+    # A text says why the message must not come.
+    (Mode.ANSWERS, Phase.OPENING): (_PARK, _OPENS, _OPENS, _OPENS, _OPENS, _OPENS),
+    (Mode.ANSWERS, Phase.PARKED): (_TWICE, _BODIES, _BODIES, _BODIES, _BODIES, _BODIES),
+    (Mode.ANSWERS, Phase.GOING): (_TWICE, _ACK, _ACK, _ACK, _ACK, _ACK),
+    (Mode.ANSWERS, Phase.OVER): (_OVER, _OVER, _OVER, _OVER, _OVER, _OVER),
+    (Mode.BUFFERED, Phase.OPENING): (_PARK, _OPENS, _OPENS, _OPENS, _OPENS, _OPENS),
+    (Mode.BUFFERED, Phase.PARKED): (_TWICE, _HOLD, _HOLD, _BODIES, _BODIES, _BODIES),
+    (Mode.BUFFERED, Phase.GOING): (_TWICE, _ACK, _ACK, _ACK, _ACK, _ACK),
+    (Mode.BUFFERED, Phase.OVER): (_OVER, _OVER, _OVER, _OVER, _OVER, _OVER),
+    (Mode.DUPLEX, Phase.OPENING): (_PARK, _OPENS, _OPENS, _OPENS, _OPENS, _OPENS),
+    (Mode.DUPLEX, Phase.PARKED): (_TWICE, _HOLD, _HOLD, _GIVE_UP, _EARLY, _EARLY),
+    (Mode.DUPLEX, Phase.GOING): (_TWICE, _ECHO, _ACK, _ACK, _ECHO, _ACK),
+    (Mode.DUPLEX, Phase.OVER): (_OVER, _OVER, _OVER, _OVER, _OVER, _OVER),
+}
+
+
+class Parting(Enum):
+    """What is done about a request when this replica is to decide no more, or closes."""
+
+    MOVE = "move"
+    """End the stream unanswered: Envoy asks the next replica."""
+    REFUSE = "refuse"
+    """Tell the client. Envoy keeps nothing of a body that it has sent here, and gateways wire no
+    second try: it would answer with a bare 500, or let the request on undecided."""
+    END = "end"
+    """End the stream: the response goes on without it."""
+    STAY = "stay"
+    """Let the bodies pass to their end."""
+
+    __hash__ = object.__hash__
+
+
+PARTINGS: Final[Mapping[tuple[Mode, Phase], Parting]] = {
+    (Mode.ANSWERS, Phase.PARKED): Parting.MOVE,
+    (Mode.ANSWERS, Phase.GOING): Parting.END,
+    (Mode.BUFFERED, Phase.PARKED): Parting.REFUSE,
+    (Mode.BUFFERED, Phase.GOING): Parting.END,
+    (Mode.DUPLEX, Phase.PARKED): Parting.REFUSE,
+    (Mode.DUPLEX, Phase.GOING): Parting.STAY,
+}
+_KINDS: Final = tuple(MessageKind)
+_MOVES: Final = {
+    (mode, phase, kind): move
+    for (mode, phase), moves in MOVES.items()
+    for kind, move in zip(_KINDS, moves, strict=True)
+}
+_EXEMPT: Final = Exempt()
+
+
+@final
+class Exchange:
+    """One conversation: messages and decisions go in, replies come out.
+
+    Legal moves are the table above; an illegal one raises `ProtocolError` and changes nothing.
+    """
+
+    __slots__ = (
+        "_has_asked",
+        "_has_only_asked",
+        "_held",
+        "_intake",
+        "_is_end_held",
+        "_is_request_ended",
+        "_is_response_ended",
+        "_owed",
+        "held_bytes",
+        "mode",
+        "origin",
+        "phase",
+    )
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self.origin: Origin | None = None
+        """What named the objective and the flow of the request; None: it is not classified."""
+        self.phase = Phase.OPENING
+        self.mode = Mode.ANSWERS
+        self._has_asked = False
+        """Whether Envoy has said which conversation it wants."""
+        self._has_only_asked = False
+        """All of a request came without a word of conversations, and no response."""
+        self._held: list[bytes] | None = None
+        """Of the request's body, while it is parked."""
+        self.held_bytes = 0
+        self._is_end_held = False
+        self._owed: list[Reply] | None = None
+        """Acknowledgements that wait for the answer to the headers."""
+        self._is_request_ended = False
+        """The end of the request's body has come."""
+        self._is_response_ended = False
+
+    def receive(self, said: Message | BodyPart) -> Request | Reply | None:
+        """Take what Envoy says; return the answer, or the request whose decision will be it.
+
+        None: nothing is owed now.
+        """
+        if isinstance(said, BodyPart):
+            return self._receive_body(said)
+        kind = said.kind
+        move = _MOVES[self.mode, self.phase, kind]
+        if isinstance(move, str):
+            raise ProtocolError(move)
+        if move is _PARK:
+            return self._begin(said)
+        if move is _HOLD:
+            self._owe(kind)
+            return None
+        if kind is MessageKind.RESPONSE_HEADERS:
+            self._has_only_asked = False
+        if move is _GIVE_UP:
+            self._drop_held()
+            self.phase = Phase.GOING
+        if self._intake.conformance is not None and kind is MessageKind.RESPONSE_HEADERS:
+            return Acknowledge(kind, served_endpoint(said.metadata))
+        return Acknowledge(kind)
+
+    def with_body(self, request: Request, message: Message) -> Request:
+        """Return a request with what has come of its body taken into account.
+
+        Args:
+            request: as the headers have it.
+            message: the headers.
+        """
+        if self._held is None:
+            return request
+        body = b"".join(self._held)[:READ_BYTES_MAX]
+        if BODY_NAMESPACE not in message.metadata and (found := body_facts(body)):
+            metadata = {**message.metadata, BODY_NAMESPACE: found}
+            request = self._classify(message.headers, metadata)
+        if self._intake.reads_prefixes:
+            request.prefix = prefix_of_body(request.model, body)
+        return request
+
+    @property
+    def awaits_end(self) -> bool:
+        """Whether a half-close is not the end of the request.
+
+        A client that does not say which conversation it wants (NGINX Gateway Fabric) ends its side
+        behind the request, and reads the answers then.
+        """
+        return not self._has_asked and self._is_request_ended
+
+    def end_request(self) -> None:
+        """Take note that the client has ended its side while the request is parked."""
+        self._has_only_asked = self.awaits_end
+
+    @property
+    def takes_bodies(self) -> bool:
+        """Whether a part of a body may come and is sent back, in however many parts."""
+        return self.mode is Mode.DUPLEX or not self._has_asked
+
+    @property
+    def parting(self) -> Parting | None:
+        """Return what is done when this replica is to decide no more; None: nothing is left."""
+        return PARTINGS.get((self.mode, self.phase))
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether nothing will tell of the response: the same client asks only where to send."""
+        return self._has_only_asked and self.phase is Phase.GOING
+
+    def recall(self, refusal: Refuse) -> Reply:
+        """Take the decision that ends a request in flight; return it as the reply to be sent."""
+        assert self.phase is Phase.GOING, "only a request in flight is recalled"
+        self.phase = Phase.OVER
+        return refusal
+
+    def decide(self, answer: Answer) -> list[Reply]:
+        """Take the decision about the parked request; return what is owed, in order."""
+        assert self.phase is Phase.PARKED, "only a parked request is decided"
+        replies: list[Reply] = [answer]
+        is_going = isinstance(answer, Decision) or (
+            isinstance(answer, Exempt) and self.mode is Mode.DUPLEX
+        )
+        self.phase = Phase.GOING if is_going else Phase.OVER
+        if not isinstance(answer, Refuse):
+            if self._held is not None or self._is_end_held:
+                body = b"".join(self._held or ())
+                replies.append(BodyPart(is_request=True, body=body, is_end=self._is_end_held))
+            if self._owed is not None:
+                replies += self._owed
+        self._drop_held()
+        return replies
+
+    def _begin(self, message: Message) -> Request | Reply:
+        if message.mode is not None:
+            self._has_asked = True
+            self.mode = message.mode
+        self.phase = Phase.PARKED
+        self._is_request_ended = message.is_end
+        headers = message.headers
+        if message.attempt is not None and not message.attempt.ticket:
+            self.phase = Phase.OVER  # exempt, or let on while this service was gone
+            return Acknowledge(message.kind)
+        if self._intake.exempt.passes(headers.get(":method", ""), path_of(headers)):
+            self.phase = Phase.GOING if self.mode is Mode.DUPLEX else Phase.OVER
+            return _EXEMPT
+        return self._classify(headers, message.metadata)
+
+    def _classify(self, headers: Mapping[str, str], metadata: Metadata) -> Request:
+        request, self.origin = classify_with_origin(headers, metadata, self._intake)
+        return request
+
+    def _receive_body(self, part: BodyPart) -> Reply | None:
+        kind = MessageKind.REQUEST_BODY if part.is_request else MessageKind.RESPONSE_BODY
+        move = _MOVES[self.mode, self.phase, kind]
+        if isinstance(move, str):
+            is_unasked = self.phase is Phase.PARKED and part.is_request and not self._has_asked
+            if self.mode is Mode.DUPLEX or not is_unasked:
+                raise ProtocolError(move)
+            self.mode, move = Mode.DUPLEX, _HOLD  # no other conversation sends a body so early
+        if part.is_request and part.is_end and not self._has_asked:
+            self._has_only_asked = True
+        if move is _ACK:
+            return Acknowledge(kind)
+        if self.mode is Mode.BUFFERED:
+            self._owe(kind)
+            return None
+        if self._has_ended(part):
+            return None
+        if move is _ECHO:
+            return part
+        assert move is _HOLD, "a body is held, or sent back"
+        self._is_end_held = part.is_end
+        if part.body:
+            if self._held is None:
+                self._held = []
+            self._held.append(part.body)
+            self.held_bytes += len(part.body)
+        return None
+
+    def _has_ended(self, part: BodyPart) -> bool:
+        """Whether the end of a part's body came before it; take note of the part."""
+        if part.is_request:
+            has_ended = self._is_request_ended
+            self._is_request_ended = has_ended or part.is_end
+        else:
+            has_ended = self._is_response_ended
+            self._is_response_ended = has_ended or part.is_end
+        return has_ended
+
+    def _owe(self, kind: MessageKind) -> None:
+        if self._owed is None:
+            self._owed = []
+        self._owed.append(Acknowledge(kind))
+
+    def _drop_held(self) -> None:
+        self._held, self.held_bytes = None, 0
+        self._is_end_held = False
+        self._owed = None

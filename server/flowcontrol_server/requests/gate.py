@@ -1,0 +1,650 @@
+"""The bridge between the event loop and the processor thread.
+
+Everything here runs on the loop's thread, except that `deliver` and `ended` are called by the
+processor and hop over at once. Per turn of the loop the processor is woken once, however many
+requests came; per batch of decisions the loop is woken once. While nothing waits there is nothing
+to decide, and what is not an arrival wakes no thread: it is read before the next arrival, or a
+moment later if none comes.
+"""
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final, TypeVar, final
+
+from flowcontrol.config import ControllerConfig
+from flowcontrol.controller import FlowController
+from flowcontrol.errors import NotRunningError
+from flowcontrol.events import Answered, Arrived, Decision, DrainBegan, Fact, FlowEvicted, Left
+from flowcontrol.inbox import Asked, Inbox
+from flowcontrol.processor import FlowProcessor, Recorder
+from flowcontrol.request import DEFAULT_FLOW_ID, DEFAULT_PRIORITY, FlowKey, Outcome, Request
+from flowcontrol.views.snapshot import Snapshot
+from flowcontrol_server.requests.arrival import ArrivalClock
+from flowcontrol_server.requests.classify import (
+    Origin,
+    client_request_id_of,
+    path_of,
+    served_endpoint,
+)
+from flowcontrol_server.requests.dialects import Dialect, dialect_of
+from flowcontrol_server.requests.exchange import FurtherAttempt, Message, MessageKind, Mode
+from flowcontrol_server.requests.log_codec import LogEntry
+from flowcontrol_server.requests.log_join import Claim, claim
+from flowcontrol_server.requests.pool_view import PoolView
+from flowcontrol_server.requests.recent import RecentDecisions, own_id
+from flowcontrol_server.requests.response_reader import ResponseReader
+from flowcontrol_server.requests.splice import BodyPart
+from flowcontrol_server.requests.tickets import TICKETS
+
+Answer = TypeVar("Answer")
+_STOPPED: Final = "the processor has stopped"
+
+NEWS_WITHIN_S: Final = 0.005
+"""How long a fact that decides nothing may stay unread. To wake the processor for each departure,
+too, would double its turns."""
+
+
+SETTLED_AT_ONCE_MAX: Final = 256
+"""Decisions settled in one turn of the loop. A queue of thousands may end in one turn of the
+processor, and each costs the loop about 20 us until its answer is written."""
+SUBSETS_MAX: Final = 256
+"""Distinct subsets of endpoints that requests may wait with; the engine looks at each at every
+dispatch, about 0.6 us. A request with one more is refused as if the queue were full."""
+_ROOM_NS: Final = 1_000_000_000
+"""Retry-After of a request that the engine did not see."""
+_NO_HEADERS: Final[Mapping[str, str]] = {}
+
+
+@final
+@dataclass(slots=True, eq=False, init=False)
+class Parked:
+    """A request at the gate, from its arrival to the end of its stream."""
+
+    request: Request
+    """As the engine knows it."""
+    future: asyncio.Future[Decision]
+    """Resolves exactly once, with the decision; never cancelled, never an exception."""
+    client_request_id: str = ""
+    path: str = ""
+    """Without its query."""
+    dialect: Dialect = Dialect.OPENAI
+    """How errors are written for its client."""
+    arrived_ns: int = 0
+    decided_ns: int = 0
+    left_ns: int | None = None
+    recall: asyncio.Future[Decision] | None = None
+    """Resolves with a second decision, if one comes: to end the request in flight. None where none
+    can come."""
+    origin: Origin | None = None
+    """What named its objective and its flow; None where nothing is known of that."""
+    response: ResponseReader | None = None
+    """Reads the response, where that passes through here."""
+    trace: Mapping[str, str] | None = None
+    """Headers that tell of the trace it belongs to; None while traces are off."""
+    former: "Parked | None" = None
+    """The attempt before, which Envoy could not send; it leaves when this one is dispatched."""
+    is_unsent: bool = False
+    """Whether it was dispatched, could not be sent, and another attempt was dispatched since."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its fields; a dataclass's own is interpreted
+        self,
+        request: Request,
+        future: asyncio.Future[Decision],
+        client_request_id: str = "",
+        path: str = "",
+        dialect: Dialect = Dialect.OPENAI,
+        arrived_ns: int = 0,
+        *,
+        decided_ns: int = 0,
+        left_ns: int | None = None,
+        origin: Origin | None = None,
+        response: ResponseReader | None = None,
+        trace: Mapping[str, str] | None = None,
+        former: "Parked | None" = None,
+    ) -> None:
+        self.request = request
+        self.future = future
+        self.client_request_id = client_request_id
+        self.path = path
+        self.dialect = dialect
+        self.arrived_ns = arrived_ns
+        self.decided_ns = decided_ns
+        self.left_ns = left_ns
+        self.recall = None
+        self.origin = origin
+        self.response = response
+        self.trace = trace
+        self.former = former
+        self.is_unsent = False
+
+    @property
+    def request_id(self) -> int:
+        """Our own id of the request."""
+        return self.request.request_id
+
+
+@final
+@dataclass(slots=True, eq=False)
+class _Eviction:
+    """One caller's wish that a flow be evicted, and how many of it were since."""
+
+    key: FlowKey
+    count: int = 0
+
+
+@final
+class FlowGate:
+    """Parks requests on futures and settles them with the processor's decisions.
+
+    Args:
+        config: for the flow controller it builds.
+        arrivals_max: arrivals the processor may be behind before more are refused on the spot.
+        request_ended: called once for every request, when it is both decided and gone.
+        processor_ended: called once, with what went wrong or None after a drain.
+        recorder: is shown every turn of the processor.
+        recent_max: decisions kept to be asked about.
+        dispatched: called at every dispatch, before the request is answered.
+        may_decide: whether decisions count now; those that do not are held until `resume`.
+        unsent: called with each endpoint to which Envoy could not send a request.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is one wire of the shell
+        self,
+        config: ControllerConfig,
+        arrivals_max: int,
+        request_ended: Callable[[Parked, Decision], None],
+        processor_ended: Callable[[BaseException | None], None],
+        *,
+        recorder: Recorder | None = None,
+        recent_max: int = 1000,
+        dispatched: Callable[[Parked, Decision], None] | None = None,
+        may_decide: Callable[[], bool] = lambda: True,
+        unsent: Callable[[str], None] = lambda _endpoint: None,
+    ) -> None:
+        self.inbox_refusals = 0
+        self.pool_view = PoolView()
+        self.recent = RecentDecisions(recent_max)
+        self.arrivals = ArrivalClock()
+        self._loop = asyncio.get_running_loop()
+        self._request_ended = request_ended
+        self._processor_ended = processor_ended
+        self._dispatched = dispatched
+        self._may_decide = may_decide
+        self._unsent = unsent
+        self._held: list[Decision] = []
+        """Decisions that came while none counted; at most one or two for each live request."""
+        self._inbox = Inbox(arrivals_max)
+        self.made_ns = time.monotonic_ns()
+        """When the engine was made."""
+        self._processor = FlowProcessor(
+            FlowController(config, self.made_ns),
+            self._inbox,
+            self._deliver,
+            self._ended,
+            recorder=recorder,
+        )
+        self._ids = itertools.count(1)
+        self._parked: dict[int, Parked] = {}
+        self._unseen: dict[Parked, asyncio.TimerHandle] = {}
+        """Dispatched requests that have no stream any more, and what lets them leave."""
+        self._undecided = 0
+        """Of them, those that wait for their decision."""
+        self._subsets: dict[tuple[str, ...], int] = {}
+        """Of those, the subsets, and how many wait with each."""
+        self._delivered: deque[Decision | Callable[[], None]] = deque()
+        """By the processor, and not settled yet, with what is to be done after."""
+        self._is_bell_due = False
+        self._is_news_due = False
+        self._snapshot: asyncio.Future[Snapshot] | None = None
+        self._next_snapshot: asyncio.Future[Snapshot] | None = None
+        """For callers that ask while one is being taken."""
+        self._questions: set[asyncio.Future[Any]] = set()
+        """Asked and not answered yet."""
+        self._evictions: set[_Eviction] = set()
+        """Asked for and not answered yet."""
+        self._closed_as: Outcome | None = None
+        """How arrivals are answered once the processor has ended."""
+
+    def start(self) -> None:
+        """Start the processor."""
+        self._processor.start()
+
+    def fail(self, fault: Exception) -> None:
+        """Settle all that is parked, as when the processor fails, and let the processor end.
+
+        For a callback on the loop that failed: what it was doing is half done, perhaps of ours.
+        """
+        self._inbox.post(DrainBegan(0))
+        self._inbox.ring()
+        self._close(fault)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the processor thread, which has said it ended; whether it did."""
+        return self._processor.join(timeout_s)
+
+    def park(
+        self,
+        request: Request,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        began: str = "",
+        origin: Origin | None = None,
+        attempt: FurtherAttempt | None = None,
+    ) -> Parked:
+        """Take in a request; its future resolves with the decision. `leave` must follow, once.
+
+        Args:
+            request: as `classify` read it; it gets its id here.
+            headers: for what the engine need not know.
+            began: when Envoy first saw it, RFC 3339; empty where that is unknown.
+            origin: what named its objective and its flow, where that is known.
+            attempt: that Envoy makes to send it again, if it is one: it waits as before for a slot
+                where Envoy would send it now.
+        """
+        now_ns = time.monotonic_ns()
+        former = None if attempt is None else self._dispatched_as(attempt.ticket)
+        if began:
+            request.age_ns = self.arrivals.age_ns(began, time.time_ns(), now_ns)
+        if former is not None:  # what named its flow has been removed, and `began` is the attempt
+            request = replace(former.request, age_ns=now_ns - former.arrived_ns)
+            origin = former.origin
+            self._unsent_to(former)
+        if attempt is not None:
+            request = replace(request, subset=(attempt.endpoint,))
+        request_id = request.request_id = next(self._ids)
+        path = path_of(headers)
+        parked = Parked(
+            request,
+            self._loop.create_future(),
+            client_request_id_of(headers),
+            path,
+            dialect_of(path, headers.get("content-type", "")),
+            now_ns - request.age_ns,
+            origin=origin,
+            former=former,
+        )
+        self._parked[request_id] = parked
+        self._undecided += 1
+        if self._closed_as is not None:
+            self._settle(self._own_decision(parked, self._closed_as))
+            return parked
+        if request.subset is not None and not self._count_subset(request.subset):
+            self.inbox_refusals += 1
+            self._settle(self._own_decision(parked, Outcome.REJECTED_CAPACITY))
+            return parked
+        try:
+            is_taken = self._inbox.offer(Arrived(request))
+        except NotRunningError:
+            return parked  # that news is on its way, and settles it
+        if is_taken:
+            self._ring()
+        else:
+            self.inbox_refusals += 1
+            self._settle(self._own_decision(parked, Outcome.REJECTED_CAPACITY))
+        return parked
+
+    def _dispatched_as(self, ticket: str) -> Parked | None:
+        """Return the request of a ticket, if it is in flight."""
+        request_id = TICKETS.read(ticket)
+        parked = self._parked.get(request_id) if isinstance(request_id, int) else None
+        return None if parked is None or self.claim_in_flight(parked.request_id) is None else parked
+
+    def _unsent_to(self, parked: Parked) -> None:
+        endpoint = parked.future.result().endpoint
+        if endpoint is not None:
+            self._unsent(endpoint)
+
+    def leave(self, parked: Parked) -> None:
+        """Note that the request's stream has ended, whatever state the request is in."""
+        assert parked.left_ns is None, "a request leaves once"
+        parked.left_ns = time.monotonic_ns()
+        if not parked.future.done():
+            self._put(Left(parked.request_id))
+            return
+        decision = parked.future.result()
+        if decision.outcome is Outcome.DISPATCHED:
+            self._put(Left(parked.request_id))
+        self._finish(parked, decision)
+
+    def leave_later(self, parked: Parked, after_ns: int) -> None:
+        """Let a dispatched request leave in a while: its response is not seen, and may go on."""
+        self._unseen[parked] = self._loop.call_later(after_ns / 1e9, self._leave_unseen, parked)
+
+    def release_unseen(self) -> None:
+        """Let all of them leave now."""
+        for parked in list(self._unseen):
+            self._leave_unseen(parked)
+
+    def _leave_unseen(self, parked: Parked) -> None:
+        self._unseen.pop(parked).cancel()
+        self.leave(parked)
+
+    @staticmethod
+    def refused(parked: Parked | None) -> Decision:
+        """Return the decision about a request for whose body there is no room.
+
+        Args:
+            parked: the request; None: it was not parked yet.
+        """
+        return Decision(
+            0 if parked is None else parked.request_id,
+            Outcome.REJECTED_CAPACITY,
+            DEFAULT_PRIORITY,
+            DEFAULT_FLOW_ID if parked is None else parked.request.flow_id,
+            waited_ns=0 if parked is None else time.monotonic_ns() - parked.arrived_ns,
+            retry_after_ns=_ROOM_NS,
+        )
+
+    def responded(self, parked: Parked, said: Message | BodyPart, mode: Mode) -> None:
+        """Note what a message tells of the request's response, if anything.
+
+        Args:
+            parked: the request, dispatched.
+            said: any message of its conversation.
+            mode: of its conversation; ANSWERS leaves what the response says to the access log.
+        """
+        if isinstance(said, BodyPart):
+            if parked.response is not None and not said.is_request:
+                parked.response.take(said.body, time.monotonic_ns(), is_end=said.is_end)
+        elif said.kind is MessageKind.RESPONSE_HEADERS:
+            served = served_endpoint(said.metadata)
+            self._put(Answered(parked.request_id, served))
+            if mode is not Mode.ANSWERS:
+                parked.response = ResponseReader(said.headers, served)
+                if said.is_end:
+                    parked.response.end(time.monotonic_ns())
+        elif said.kind is MessageKind.RESPONSE_TRAILERS and parked.response is not None:
+            parked.response.end(time.monotonic_ns())
+
+    def post(self, fact: Fact) -> None:
+        """Tell the engine anything but an arrival or a departure."""
+        self.pool_view.notice(fact, time.monotonic_ns())
+        self._put(fact)
+
+    def claim_in_flight(self, request_id: int) -> Claim | None:
+        """Return what bounds the settlement of a request that is dispatched and not gone."""
+        parked = self._parked.get(request_id)
+        if parked is None or not parked.future.done():
+            return None
+        decision = parked.future.result()
+        return claim_of(parked, decision) if decision.outcome is Outcome.DISPATCHED else None
+
+    def live(self, request_id: int) -> Parked | None:
+        """Return a request of ours that has not left, or whose decision has not come."""
+        return self._parked.get(request_id)
+
+    def find(self, request_id: str) -> Parked | None:
+        """Return a live request: by our id, else by the client's, the latest; O(live) for that."""
+        own = own_id(request_id)
+        known = None if own is None else self._parked.get(own)
+        if known is not None:
+            return known
+        theirs = (p for p in self._parked.values() if p.client_request_id == request_id)
+        return max(theirs, key=lambda parked: parked.request_id, default=None)
+
+    async def evict_flow(self, key: FlowKey) -> int:
+        """Refuse all of a flow that waits; return how many, those of other callers included.
+
+        Raises:
+            NotRunningError: the processor has ended.
+        """
+        eviction = _Eviction(key)
+        self._evictions.add(eviction)
+        self.post(FlowEvicted(key.priority, key.flow_id))
+        try:
+            await self.ask(_nothing)  # its answer comes behind the evictions
+            return eviction.count
+        finally:
+            self._evictions.discard(eviction)
+
+    async def ask(self, question: Callable[[FlowController, int], Answer]) -> Answer:
+        """Return the processor's answer to a question: all posted before it has been decided.
+
+        Raises:
+            NotRunningError: the processor has ended.
+        """
+        if self._closed_as is not None:
+            raise NotRunningError(_STOPPED)
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self._questions.add(future)
+
+        def reply(answer: object) -> None:
+            """Hop over to the loop."""
+            self._loop.call_soon_threadsafe(self._in_turn, partial(self._answered, future, answer))
+
+        self._inbox.post(Asked(question, reply))
+        self._ring()
+        return await future
+
+    def _answered(self, future: asyncio.Future[Answer], answer: object) -> None:
+        self._questions.discard(future)
+        if future.done():
+            return  # the caller is gone
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)  # type: ignore[arg-type]  # its question's answer
+
+    async def snapshot(self) -> Snapshot:
+        """Return the engine's state as of a moment after this call.
+
+        Raises:
+            NotRunningError: the processor has ended.
+        """
+        if self._closed_as is not None:
+            raise NotRunningError(_STOPPED)
+        if self._snapshot is None:
+            self._snapshot = self._loop.create_future()
+            self._processor.want_snapshot()
+            return await asyncio.shield(self._snapshot)
+        if self._next_snapshot is None:  # the one asked for may have been taken by now
+            self._next_snapshot = self._loop.create_future()
+        return await asyncio.shield(self._next_snapshot)
+
+    def _put(self, fact: Fact) -> None:
+        self._inbox.post(fact)
+        if self._undecided:
+            self._ring()
+        elif not self._is_news_due:
+            self._is_news_due = True
+            self._loop.call_later(NEWS_WITHIN_S, self._tell_news)
+
+    def _tell_news(self) -> None:
+        self._is_news_due = False
+        self._inbox.ring()
+
+    def _ring(self) -> None:
+        if not self._is_bell_due:
+            self._is_bell_due = True
+            self._loop.call_soon(self._ring_now)
+
+    def _ring_now(self) -> None:
+        self._is_bell_due = False
+        self._inbox.ring()
+
+    def _deliver(self, decisions: list[Decision], snapshot: Snapshot | None) -> None:
+        self._loop.call_soon_threadsafe(self._receive, decisions, snapshot)
+
+    def _receive(self, decisions: list[Decision], snapshot: Snapshot | None) -> None:
+        if self._closed_as is not None:
+            return  # we have failed meanwhile, and decided ourselves
+        is_idle = not self._delivered
+        self._delivered.extend(decisions)
+        if snapshot is not None:
+            self._delivered.append(partial(self._publish, snapshot))
+        if is_idle:
+            self._settle_some()
+
+    def _settle_some(self) -> None:
+        """Take so many of what the processor has delivered, and the rest in the next turn."""
+        delivered = self._delivered
+        for _ in range(min(len(delivered), SETTLED_AT_ONCE_MAX)):
+            each = delivered.popleft()
+            if not isinstance(each, Decision):
+                each()
+            elif self._held or not self._may_decide():
+                self._held.append(each)
+            else:
+                self._settle(each)
+        if delivered:
+            self._loop.call_soon(self._settle_some)
+
+    def _in_turn(self, action: Callable[[], None]) -> None:
+        """Do something after what the processor delivered before it."""
+        if self._delivered:
+            self._delivered.append(action)
+        else:
+            action()
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        if self._snapshot is not None:
+            self._snapshot.set_result(snapshot)
+            self._snapshot, self._next_snapshot = self._next_snapshot, None
+            if self._snapshot is not None:
+                self._processor.want_snapshot()
+
+    def resume(self) -> None:
+        """Settle what was held: decisions count again, or their requests have left."""
+        held, self._held = self._held, []
+        for decision in held:
+            self._settle(decision)
+
+    def _settle(self, decision: Decision) -> None:
+        """Resolve a request's future: the one place where that is done."""
+        if decision.outcome is Outcome.RECLAIMED:
+            self._recall(decision)
+            return
+        parked = self._parked[decision.request_id]
+        self._undecided -= 1
+        parked.decided_ns = time.monotonic_ns()
+        if decision.is_reclaimable:
+            parked.recall = self._loop.create_future()
+        if decision.outcome is Outcome.DISPATCHED:
+            if self._dispatched is not None:
+                self._dispatched(parked, decision)
+            former, parked.former = parked.former, None
+            if former is not None and former.left_ns is None:
+                former.is_unsent = True
+                self.leave(former)
+        parked.future.set_result(decision)
+        self._keep(parked, decision, parked.decided_ns)
+        if parked.request.subset is not None:
+            self._uncount_subset(parked.request.subset)
+        if decision.outcome is Outcome.EVICTED_OPERATOR:
+            key = FlowKey(decision.priority, decision.flow_id)
+            for eviction in self._evictions:
+                eviction.count += eviction.key == key
+        if parked.left_ns is not None:
+            self._finish(parked, decision)
+
+    def _recall(self, decision: Decision) -> None:
+        parked = self._parked.get(decision.request_id)
+        if parked is not None:  # else it has ended meanwhile: what was wanted of it
+            assert parked.recall is not None, "only what is reclaimable is reclaimed"
+            parked.recall.set_result(decision)
+            self._keep(parked, decision, time.monotonic_ns())
+
+    def _keep(self, parked: Parked, decision: Decision, now_ns: int) -> None:
+        request, client_id = parked.request, parked.client_request_id
+        self.recent.keep(request, client_id, decision, now_ns, parked.origin)
+
+    def _finish(self, parked: Parked, decision: Decision) -> None:
+        del self._parked[parked.request_id]
+        if parked.recall is not None and parked.recall.done():
+            decision = parked.recall.result()
+        self._request_ended(parked, decision)
+
+    def _count_subset(self, subset: tuple[str, ...]) -> bool:
+        """Count a request that waits with this subset; False if too many others differ."""
+        count = self._subsets.get(subset, 0)
+        if not count and len(self._subsets) >= SUBSETS_MAX:
+            return False
+        self._subsets[subset] = count + 1
+        return True
+
+    def _uncount_subset(self, subset: tuple[str, ...]) -> None:
+        count = self._subsets.get(subset)  # None: refused as one too many
+        if count == 1:
+            del self._subsets[subset]
+        elif count is not None:
+            self._subsets[subset] = count - 1
+
+    def _ended(self, fault: BaseException | None) -> None:
+        self._loop.call_soon_threadsafe(self._in_turn, partial(self._close, fault))
+
+    def _close(self, fault: BaseException | None) -> None:
+        """Settle what the processor left behind: nothing after a drain, all after a fault."""
+        if self._closed_as is not None:
+            return
+        self._closed_as = Outcome.REJECTED_DRAINING if fault is None else Outcome.INTERNAL
+        self.resume()
+        self._delivered.clear()  # after a fault of the loop; the processor's end comes behind them
+        now_ns = time.monotonic_ns()
+        for parked in self._parked.values():
+            if not parked.future.done():  # each by itself: one that fails keeps no other from it
+                waited_ns = now_ns - parked.arrived_ns
+                decision = self._own_decision(parked, self._closed_as, waited_ns)
+                self._loop.call_soon(self._settle, decision)
+        for asked in (self._snapshot, self._next_snapshot):
+            if asked is not None:
+                asked.set_exception(NotRunningError(_STOPPED))
+        self._snapshot = self._next_snapshot = None
+        for question in self._questions:
+            if not question.done():
+                question.set_exception(NotRunningError(_STOPPED))
+        self._questions.clear()
+        self._processor_ended(fault)
+
+    def _own_decision(self, parked: Parked, outcome: Outcome, waited_ns: int = 0) -> Decision:
+        """Decide in the engine's place, where the engine never saw the request or is no more."""
+        retry_after_ns = _ROOM_NS if outcome is not Outcome.INTERNAL else None
+        return Decision(
+            parked.request_id,
+            outcome,
+            DEFAULT_PRIORITY,
+            parked.request.flow_id,
+            waited_ns=waited_ns,
+            retry_after_ns=retry_after_ns,
+        )
+
+
+def claim_of(parked: Parked, decision: Decision) -> Claim:
+    """Return what bounds the settlement of a request that was dispatched."""
+    request = parked.request
+    endpoints = () if decision.endpoint is None else (decision.endpoint, *decision.fallbacks)
+    return claim(
+        decision.priority,
+        parked.decided_ns,
+        request.byte_size,
+        request.output_tokens_max,
+        endpoints,
+    )
+
+
+def report_of(parked: Parked) -> LogEntry | None:
+    """Return what the response of a dispatched request that has left said of itself, if known."""
+    if parked.response is None:
+        return None
+    return parked.response.report(parked.decided_ns, parked.left_ns or parked.decided_ns)
+
+
+def trace_of(
+    fields: tuple[str, ...], metadata: Mapping[str, str | bytes], headers: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the headers of a request's trace.
+
+    Args:
+        fields: names of the headers that do.
+        metadata: of the stream: Envoy's own span, where Envoy traces.
+        headers: of the request: the client's span, where Envoy does not.
+    """
+    said = {name: text for name in fields if isinstance(text := metadata.get(name), str)}
+    return said or {name: headers[name] for name in fields if name in headers}
+
+
+def _nothing(_controller: FlowController, _now_ns: int) -> None:
+    """Ask nothing."""

@@ -1,0 +1,232 @@
+"""The only file that knows Envoy's access log messages. Bytes in, plain values out."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, final
+
+from flowcontrol_server.common.envoy_messages import StreamAccessLogsMessage
+from flowcontrol_server.requests.codec import (
+    METADATA_NAMESPACE,
+    TICKET,
+    MalformedMessageError,
+    parsed,
+)
+from flowcontrol_server.requests.usage import COUNTS, ERROR, tokens
+from flowcontrol_server.requests.wire import LogReport, UnexpectedError, log_reports
+
+SERVICE: Final = "envoy.service.accesslog.v3.AccessLogService"
+USAGE_NAMESPACE: Final = "flowcontrol.usage"
+"""Dynamic metadata that Envoy makes of a response's token usage."""
+REPORT_TAG: Final = "flowcontrol"
+"""Custom tag of an entry that says all we want to know in one line of words, as Envoy writes it.
+To ask protobuf for the same, field by field, takes a third longer."""
+_REPORT: Final = (
+    f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{TICKET})%",
+    "%RESPONSE_CODE_DETAILS%",
+    "%RESPONSE_FLAGS%",
+    "%RESPONSE_CODE%",
+    # The time to the first byte that Envoy itself logs is that of the headers, which come long
+    # before a token.
+    "%COMMON_DURATION(US_TX_BEG:US_RX_BODY_BEG:us)%",
+    "%COMMON_DURATION(US_RX_BODY_BEG:US_RX_END:us)%",
+    "%COMMON_DURATION(DS_RX_BEG:US_TX_BEG:us)%",
+    *(f"%DYNAMIC_METADATA({USAGE_NAMESPACE}:{name})%" for name in COUNTS),
+    f"%DYNAMIC_METADATA({USAGE_NAMESPACE}:error)%",
+    f"%DYNAMIC_METADATA({USAGE_NAMESPACE}:first_token_late_ms)%",
+    "%BYTES_RECEIVED%",
+    "%BYTES_SENT%",
+    "%UPSTREAM_REMOTE_ADDRESS%",
+)
+REPORT_FORMAT: Final = " ".join(_REPORT)
+"""What Envoy does not know it writes as a dash."""
+
+_FAULTS: Final = frozenset(("UT", "UR", "UF", "UC", "UPE", "UH", "URX", "SI", "UMSDR"))
+"""Flags of a response that the model server failed to give, whatever its status: upstream timeout,
+reset, connect failure, termination, protocol error; none healthy, no try left; idle, too long."""
+_UNREACHABLE: Final = "UF"
+_CLIENT_LEFT: Final = frozenset(("DC", "DR"))
+CLIENT_ERROR, SERVER_ERROR, _STATUSES_END = 400, 500, 600
+NO_ROOM: Final = frozenset({429, 503, 529})
+"""529 is Anthropic's word for overloaded."""
+_BY_UPSTREAM: Final = "via_upstream"
+"""Envoy's word for a response that it did not make itself."""
+_NO_HOST: Final = ("-", "/")
+"""How an address begins that is not known, and one of a Unix socket."""
+_ENTRIES_MAX: Final = 10_000
+"""Of one message. Envoy's own have some hundred; 1 MiB could hold 500,000 that say nothing."""
+_MS_US: Final = 1000
+_WORDS: Final = len(_REPORT)
+_NUMBERS_FROM: Final = 3
+"""Words before the numbers; one stands behind them."""
+_ZERO: Final = 48
+_NINE: Final = 9
+_DIGITS_MAX: Final = 15
+"""Of a number that a request can have: years of microseconds."""
+
+
+@final
+@dataclass(slots=True, init=False)
+class LogEntry:
+    """What Envoy says of one finished request. None: it does not know."""
+
+    ticket: str
+    status: int
+    """0: there was no response. Of a response of 200 with an error inside, the error's."""
+    is_success: bool
+    """Whether it was answered below 400, without an error inside the response, and in full, unless
+    it was the client who went away."""
+    is_failure: bool = False
+    """Whether the model server is to blame: 5xx, also inside a response of 200, or it broke off."""
+    is_unreachable: bool = False
+    """Whether no connection to the model server could be made."""
+    was_turned_away: bool = False
+    """Whether the model server answered that it has no room: 429, 503 or 529, and not Envoy."""
+    was_abandoned: bool = False
+    """Whether the client left, or Envoy answered, before the model server's own answer was whole:
+    what it would have been is unknown."""
+    ttft_us: int | None = None
+    generation_us: int | None = None
+    parked_us: int | None = None
+    """From the client's first byte to the model server's; more than our part of it."""
+    input_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    request_bytes: int = 0
+    response_bytes: int = 0
+    endpoint: str = ""
+    """The endpoint tried last; empty if none was."""
+    load_report: Mapping[str, str] | None = None
+    """Headers in which the endpoint spoke of its load."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - its fields; a dataclass's own is interpreted
+        self,
+        ticket: str,
+        status: int,
+        is_success: bool,  # noqa: FBT001 - a field
+        is_failure: bool = False,  # noqa: FBT001, FBT002 - a field
+        is_unreachable: bool = False,  # noqa: FBT001, FBT002 - a field
+        was_turned_away: bool = False,  # noqa: FBT001, FBT002 - a field
+        was_abandoned: bool = False,  # noqa: FBT001, FBT002 - a field
+        ttft_us: int | None = None,
+        generation_us: int | None = None,
+        parked_us: int | None = None,
+        input_tokens: int | None = None,
+        cached_tokens: int | None = None,
+        output_tokens: int | None = None,
+        request_bytes: int = 0,
+        response_bytes: int = 0,
+        endpoint: str = "",
+        load_report: Mapping[str, str] | None = None,
+    ) -> None:
+        self.ticket = ticket
+        self.status = status
+        self.is_success = is_success
+        self.is_failure = is_failure
+        self.is_unreachable = is_unreachable
+        self.was_turned_away = was_turned_away
+        self.was_abandoned = was_abandoned
+        self.ttft_us = ttft_us
+        self.generation_us = generation_us
+        self.parked_us = parked_us
+        self.input_tokens = input_tokens
+        self.cached_tokens = cached_tokens
+        self.output_tokens = output_tokens
+        self.request_bytes = request_bytes
+        self.response_bytes = response_bytes
+        self.endpoint = endpoint
+        self.load_report = load_report
+
+
+def decode_log(data: bytes) -> Iterator[LogEntry]:
+    """Read one StreamAccessLogsMessage; an entry that is not of our requests has no ticket.
+
+    The message is parsed at once, each entry is read as it is asked for.
+
+    Raises:
+        MalformedMessageError: it cannot be read, or has more entries than are read.
+    """
+    try:
+        reports = log_reports(data, REPORT_TAG, _ENTRIES_MAX)
+    except (UnexpectedError, UnicodeDecodeError):
+        reports = _reports_of_any(data)
+    return map(_entry, reports)
+
+
+def _reports_of_any(data: bytes) -> list[LogReport]:
+    """Read whatever else a StreamAccessLogsMessage may be."""
+    entries = parsed(StreamAccessLogsMessage, data).http_logs.log_entry
+    if len(entries) > _ENTRIES_MAX:
+        message = f"a message must have at most {_ENTRIES_MAX} entries, got {len(entries)}"
+        raise MalformedMessageError(message)
+    return [
+        LogReport(
+            entry.common_properties.custom_tags.get(REPORT_TAG, "").encode(),
+            dict(entry.response.response_headers) or None,
+        )
+        for entry in entries
+    ]
+
+
+def _entry(said: LogReport) -> LogEntry:
+    words = said.report.split(b" ", _WORDS - 1)  # an address comes last: a path may have spaces
+    if len(words) != _WORDS:
+        return _NO_REPORT
+    try:
+        ticket, details, flags = words[0].decode(), words[1].decode(), words[2].decode()
+        address = words[-1].decode()
+    except UnicodeDecodeError:
+        return _NO_REPORT
+    numbers = [_count(words[at]) for at in range(_NUMBERS_FROM, _WORDS - 1)]
+    status = numbers[0] or 0
+    ttft, generation, parked = numbers[1], numbers[2], numbers[3]
+    error, late_ms, received, sent = numbers[-4], numbers[-3], numbers[-2], numbers[-1]
+    if error is not None and status < CLIENT_ERROR:
+        status = error if CLIENT_ERROR <= error < _STATUSES_END else ERROR
+    if late_ms and ttft is not None:
+        ttft += late_ms * _MS_US
+        generation = None if generation is None else max(0, generation - late_ms * _MS_US)
+    is_faulty = has_client_left = is_unreachable = False
+    if flags != "-":
+        raised = flags.split(",")
+        is_faulty = not _FAULTS.isdisjoint(raised)
+        has_client_left = not _CLIENT_LEFT.isdisjoint(raised)
+        is_unreachable = _UNREACHABLE in raised
+    is_failure = status >= SERVER_ERROR or is_faulty
+    is_by_upstream = details == _BY_UPSTREAM
+    input_tokens, cached_tokens, output_tokens = tokens(numbers[4:-4])
+    return LogEntry(
+        ticket,
+        status,
+        status < CLIENT_ERROR and not is_faulty,
+        is_failure,
+        is_unreachable,
+        status in NO_ROOM and is_by_upstream,
+        not (is_failure or (is_by_upstream and not has_client_left)),
+        ttft,
+        generation,
+        parked,
+        input_tokens,
+        cached_tokens,
+        output_tokens,
+        received or 0,
+        sent or 0,
+        "" if address.startswith(_NO_HOST) else address,
+        said.load,
+    )
+
+
+def _count(word: bytes) -> int | None:
+    """Return the number that a word is, None if it is none or too long."""
+    size = len(word)
+    if not 0 < size <= _DIGITS_MAX:
+        return None
+    number = 0
+    for at in range(size):
+        digit = word[at] - _ZERO
+        if not 0 <= digit <= _NINE:
+            return None
+        number = number * 10 + digit
+    return number
+
+
+_NO_REPORT: Final = LogEntry(ticket="", status=0, is_success=True)

@@ -1,0 +1,224 @@
+"""Pure. What a client gets: the one table from outcomes to HTTP."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, NamedTuple, final
+
+from flowcontrol.events import Decision
+from flowcontrol.request import Outcome
+from flowcontrol.retry import retry_after_s
+from flowcontrol_server.requests.dialects import Dialect, content_type_of, error_body
+
+REASON_HEADER: Final = "x-llm-d-request-dropped-reason"
+DURATION_HEADER: Final = "x-llm-d-flow-queue-duration-ms"
+BAND_HEADER: Final = "x-llm-d-flow-priority"
+LIMIT_HEADER: Final = "x-llm-d-flow-limit"
+"""Which limits refused it: of its flow, its band, of all bands, or a time."""
+SHOULD_RETRY_HEADER: Final = "x-should-retry"
+"""Read by the official clients of OpenAI and Anthropic, which retry 429 twice by themselves."""
+REFUSALS_MAX: Final = 2_048
+"""Those of a second differ by outcome, dialect, band, Retry-After and the seconds waited. Each is
+made once, when it first comes: to make them was a quarter of what it costs to expire a queue."""
+_RETRY_AFTER_MAX_S: Final = 30
+_SECOND_NS: Final = 1_000_000_000
+
+
+class Refused(NamedTuple):
+    """How one outcome looks to a client."""
+
+    status: int
+    reason: str
+    message: str
+    grpc_status: int
+
+
+_RESOURCE_EXHAUSTED, _INTERNAL, _UNAVAILABLE, _CANCELLED = 8, 13, 14, 1
+
+REFUSALS: Final = {
+    Outcome.REJECTED_CAPACITY: Refused(
+        429, "rejected-saturated", "the queue for this request is full", _RESOURCE_EXHAUSTED
+    ),
+    Outcome.REJECTED_NO_ENDPOINTS: Refused(
+        503, "rejected-no-endpoints", "no model server is available", _UNAVAILABLE
+    ),
+    Outcome.REJECTED_DRAINING: Refused(
+        503, "rejected-shutting-down", "this gateway is shutting down", _UNAVAILABLE
+    ),
+    Outcome.EVICTED_TTL: Refused(
+        429, "rejected-ttl-expired", "the request waited too long for its turn", _RESOURCE_EXHAUSTED
+    ),
+    Outcome.EVICTED_NO_ENDPOINTS: Refused(
+        503, "rejected-no-endpoints", "no model server became available in time", _UNAVAILABLE
+    ),
+    Outcome.EVICTED_DISPLACED: Refused(
+        429,
+        "evicted-priority",
+        "the queue is full, and another request took the place",
+        _RESOURCE_EXHAUSTED,
+    ),
+    Outcome.EVICTED_CANCELLED: Refused(
+        499, "rejected-context-cancelled", "the client went away", _CANCELLED
+    ),
+    Outcome.EVICTED_DRAINED: Refused(
+        503, "rejected-shutting-down", "this gateway is shutting down", _UNAVAILABLE
+    ),
+    Outcome.EVICTED_OPERATOR: Refused(
+        429, "evicted-operator", "an operator cleared this queue", _RESOURCE_EXHAUSTED
+    ),
+    Outcome.RECLAIMED: Refused(
+        429, "evicted", "ended for a request of higher priority", _RESOURCE_EXHAUSTED
+    ),
+    Outcome.INTERNAL: Refused(500, "internal", "flow control failed", _INTERNAL),
+}
+"""Every outcome but DISPATCHED. Statuses and reasons are those of the reference implementation.
+
+429: there is capacity, others hold it. 503: there is none.
+"""
+
+_TIMES: Final = {
+    Outcome.EVICTED_TTL: ("ttl",),
+    Outcome.EVICTED_NO_ENDPOINTS: ("no-endpoint-ttl",),
+}
+"""Refused by a limit of time."""
+UNREACHABLE: Final = Refused(
+    503, "rejected-unavailable", "flow control is not available", _UNAVAILABLE
+)
+"""What Envoy answers in our place while this service is gone (`envoy-config`)."""
+UNREACHABLE_RETRY_S: Final = 5
+"""Its Retry-After. Envoy has tried for 15 s by then."""
+
+
+class EnginePriority(NamedTuple):
+    """How the band is passed on to a model server that schedules by priority."""
+
+    header: str
+    sign: int
+    """1 where it serves larger numbers first, as we do; -1 where smaller ones."""
+
+
+ENGINE_PRIORITIES: Final = {
+    "vllm": EnginePriority("x-vllm-priority", -1),
+    "sglang": EnginePriority("x-override-priority", 1),
+}
+"""Both let the header overrule the `priority` of the body, which Envoy cannot change unbuffered."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Exempt:
+    """Let the request go on as if we were not there."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Answer the client in place of the model server."""
+
+    status: int
+    reason: str
+    """Also the response code details in Envoy's access log."""
+    body: bytes
+    grpc_status: int
+    retry_after_s: int | None = None
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+    """Further ones."""
+
+
+Answer = Decision | Exempt | Refuse
+"""A decision that is an answer dispatches its request."""
+
+
+def answer(
+    decision: Decision,
+    chance: float,
+    dialect: Dialect = Dialect.OPENAI,
+    *,
+    continue_on_fault: bool = False,
+) -> Answer:
+    """Return the answer to Envoy for a decision.
+
+    Args:
+        decision: of the engine, or of the gate when the engine has failed.
+        chance: from 0 to 1, spreads Retry-After so that a crowd does not come back as one.
+        dialect: how errors are written for its client.
+        continue_on_fault: let a request on, ungated, when it was the engine that failed.
+    """
+    if decision.outcome is Outcome.DISPATCHED:
+        return decision
+    if status_of(decision.outcome, continue_on_fault=continue_on_fault) is None:
+        return Exempt()
+    return refusal(decision, chance, dialect)
+
+
+def status_of(outcome: Outcome, *, continue_on_fault: bool) -> int | None:
+    """Return the HTTP status a client gets; None: its request goes on, gated or not."""
+    if outcome is Outcome.DISPATCHED or (outcome is Outcome.INTERNAL and continue_on_fault):
+        return None
+    return REFUSALS[outcome].status
+
+
+def refusal(decision: Decision, chance: float, dialect: Dialect = Dialect.OPENAI) -> Refuse:
+    """Return the answer to Envoy for any decision but a dispatch.
+
+    Args:
+        decision: of the engine, or of the gate when the engine has failed.
+        chance: from 0 to 1, as for `answer`.
+        dialect: how errors are written for its client.
+    """
+    waited_s = decision.waited_ns // _SECOND_NS
+    retry_s = retry_after_s(decision.retry_after_ns, chance)
+    if retry_s is None and decision.outcome is Outcome.EVICTED_DISPLACED:
+        retry_s = min(max(1, waited_s), _RETRY_AFTER_MAX_S)  # nothing has moved so far
+    limits = tuple(scope.value for scope in decision.without_room)
+    if decision.outcome in _TIMES:
+        limits = _TIMES[decision.outcome]
+    return _refusal(decision.outcome, dialect, retry_s, decision.priority, waited_s, limits)
+
+
+@lru_cache
+def unavailable(dialect: Dialect) -> Refuse:
+    """Return the answer where another replica decides and Envoy cannot ask it.
+
+    It is what Envoy answers where it can ask, and none is there.
+    """
+    status, reason, message, grpc_status = UNREACHABLE
+    return Refuse(
+        status,
+        reason,
+        error_body(dialect, status, reason, message),
+        grpc_status,
+        UNREACHABLE_RETRY_S,
+        content_type_of(dialect),
+    )
+
+
+@lru_cache(REFUSALS_MAX)
+def _refusal(  # noqa: PLR0913, PLR0917 - all that refusals differ in
+    outcome: Outcome,
+    dialect: Dialect,
+    retry_after_s: int | None,
+    priority: int,
+    waited_s: int,
+    limits: tuple[str, ...],
+) -> Refuse:
+    refused = REFUSALS[outcome]
+    is_internal = outcome is Outcome.INTERNAL
+    circumstances = [f"waited {waited_s} s"] if waited_s else []
+    circumstances.append(f"band {priority}")
+    headers = [(BAND_HEADER, str(priority)), (DURATION_HEADER, str(waited_s * 1000))]
+    if limits:
+        circumstances.append(f"limit reached: {', '.join(limits)}")
+        headers.append((LIMIT_HEADER, ", ".join(limits)))
+    if outcome is Outcome.EVICTED_TTL:  # it has had its time: another try doubles the wait
+        headers.append((SHOULD_RETRY_HEADER, "false"))
+    message = refused.message if is_internal else f"{refused.message} ({', '.join(circumstances)})"
+    return Refuse(
+        refused.status,
+        refused.reason,
+        error_body(dialect, refused.status, refused.reason, message),
+        refused.grpc_status,
+        retry_after_s,
+        content_type_of(dialect),
+        () if is_internal else tuple(headers),
+    )

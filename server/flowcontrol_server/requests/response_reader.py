@@ -1,0 +1,216 @@
+"""Pure. What one response says of itself, read from its parts as they pass.
+
+Behind a gateway that streams bodies through its endpoint picker this stands in for Envoy's access
+log: status, time to the first token, tokens, an error inside a response of 200, and which endpoint
+served it. Nothing here delays or changes a response, and what cannot be read is passed over.
+
+A stream is read event by event; an event of more than 64 KiB is skipped. Of a response that is one
+JSON object the last 16 KiB are kept: engines write the usage behind the answer.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final, final
+
+from flowcontrol_server.common.units import parse_whole
+from flowcontrol_server.requests import usage
+from flowcontrol_server.requests.log_codec import CLIENT_ERROR, NO_ROOM, SERVER_ERROR, LogEntry
+
+_EVENT_BYTES_MAX: Final = 65_536
+_TAIL_BYTES: Final = 16_384
+_STREAM, _LINES, _OBJECT, _UNREAD = range(4)
+_EVENTS: Final = "text/event-stream"
+_JSON_LINES: Final = "application/x-ndjson"
+_JSON: Final = re.compile(r"(?i)application/json\s*(;|$)")
+_TELLING: Final = re.compile(rb'"usage"|"error|_count"|^error:', re.MULTILINE)
+"""In everything that counts or fails."""
+_TYPE: Final = re.compile(rb'"type"\s*:\s*"([\w.]+)"')
+_EARLY: Final = frozenset(kind.encode() for kind in usage.EARLY_EVENTS)
+_USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_US_NS: Final = 1_000
+_STATUS_DIGITS: Final = 3
+
+
+@final
+class ResponseReader:
+    """Reads one response.
+
+    Args:
+        headers: of the response, names in lower case.
+        endpoint: that served it; empty where that is not known.
+    """
+
+    __slots__ = (
+        "_bytes",
+        "_counts",
+        "_endpoint",
+        "_error",
+        "_first_ns",
+        "_form",
+        "_has_number",
+        "_is_passing",
+        "_is_whole",
+        "_json",
+        "_rest",
+        "_status",
+    )
+
+    def __init__(self, headers: Mapping[str, str], endpoint: str = "") -> None:
+        self._status = parse_whole(headers.get(":status", ""), _STATUS_DIGITS) or 0
+        self._endpoint = endpoint
+        self._form = _form_of(headers)
+        self._rest = bytearray()
+        """Of a line that has not ended; of an object, its last bytes."""
+        self._json = b""
+        """Of an event whose JSON has several lines."""
+        self._counts: dict[str, int] = {}
+        self._error: int | None = None
+        self._has_number = False
+        self._first_ns: int | None = None
+        self._bytes = 0
+        self._is_passing = False
+        """The body passes through here; else nothing is known of it, nor of its end."""
+        self._is_whole = False
+
+    def take(self, body: bytes, now_ns: int, *, is_end: bool) -> None:
+        """Take the next part of the body; cost is linear in it."""
+        self._is_passing = True
+        self._is_whole |= is_end
+        self._bytes += len(body)
+        if self._form in {_STREAM, _LINES}:
+            self._take_lines(body, now_ns, is_end=is_end)
+            return
+        if body and self._first_ns is None:
+            self._first_ns = now_ns
+        if self._form == _OBJECT:
+            self._rest += body
+            if len(self._rest) > 2 * _TAIL_BYTES:
+                del self._rest[:-_TAIL_BYTES]
+            if is_end:
+                self._read_object()
+
+    def end(self, now_ns: int) -> None:
+        """Take note that the response has ended, with its headers or its trailers."""
+        if not self._is_whole:
+            self.take(b"", now_ns, is_end=True)
+
+    def report(self, dispatched_ns: int, ended_ns: int) -> LogEntry:
+        """Return what is known of the response, as the access log would tell it.
+
+        Args:
+            dispatched_ns: when its request was let on.
+            ended_ns: when its stream ended.
+        """
+        status = self._status
+        if self._error is not None and status < CLIENT_ERROR:
+            status = self._error
+        input_, cached, output = usage.tokens([self._counts.get(name) for name in usage.COUNTS])
+        first_ns = self._first_ns
+        is_failure = status >= SERVER_ERROR
+        return LogEntry(
+            ticket="",
+            status=status,
+            is_success=0 < status < CLIENT_ERROR,
+            is_failure=is_failure,
+            was_turned_away=status in NO_ROOM,
+            was_abandoned=self._is_passing and not (self._is_whole or is_failure),
+            ttft_us=None if first_ns is None else (first_ns - dispatched_ns) // _US_NS,
+            generation_us=None if first_ns is None else (ended_ns - first_ns) // _US_NS,
+            input_tokens=input_,
+            cached_tokens=cached,
+            output_tokens=output,
+            response_bytes=self._bytes,
+            endpoint=self._endpoint,
+        )
+
+    def _take_lines(self, body: bytes, now_ns: int, *, is_end: bool) -> None:
+        rest = self._rest
+        rest += body
+        begin = max(body.rfind(b"\n"), body.rfind(b"\r")) + 1
+        end = len(rest) - len(body) + begin if begin else 0
+        whole = bytes(rest if is_end else rest[:end])
+        del rest[: len(whole)]
+        if len(rest) > _EVENT_BYTES_MAX:
+            rest.clear()
+            self._json = b""
+        if self._first_ns is not None and not self._json and not _TELLING.search(whole):
+            return
+        for line in whole.splitlines():
+            self._read_line(line, now_ns)
+        if is_end:
+            self._read_event()
+
+    def _read_line(self, line: bytes, now_ns: int) -> None:
+        if not line or len(line) > _EVENT_BYTES_MAX:
+            self._read_event()
+            return
+        is_error = False
+        if self._form == _STREAM:
+            name, colon, value = line.partition(b":")
+            is_error = name == b"error"  # llama.cpp's servers before mid 2025
+            if colon and name in {b"data", b"error"}:
+                line = value
+            elif (colon and name.isalpha()) or not self._json:
+                return
+        line = line.strip()
+        if not line:
+            return
+        if self._first_ns is None:
+            kind = _TYPE.search(line)
+            if kind is None or kind[1] not in _EARLY:
+                self._first_ns = now_ns
+        if is_error:
+            self._read({"error": _object(line) or "error"})
+        elif self._json or not self._read(_object(line)):
+            self._json = (self._json + line + b"\n")[: _EVENT_BYTES_MAX + 1]
+
+    def _read_event(self) -> None:
+        text, self._json = self._json, b""
+        if text:
+            self._read(_object(text))
+
+    def _read_object(self) -> None:
+        text = bytes(self._rest[-_TAIL_BYTES:])
+        self._rest.clear()
+        said = _object(text)
+        if said is None:
+            found = list(_USAGE.finditer(text))
+            said = None if not found else _object(text[found[-1].end() :], is_open=True)
+            said = None if said is None else {"usage": said}
+        self._read(said)
+
+    def _read(self, said: dict[str, Any] | None) -> bool:
+        """Note what an object says; False if it is none."""
+        if said is None:
+            return False
+        self._counts.update(usage.read_counts(said))
+        error = usage.read_error(said)
+        if error is not None and (error[1] or not self._has_number):
+            self._error, self._has_number = error
+        return True
+
+
+def _form_of(headers: Mapping[str, str]) -> int:
+    kind = headers.get("content-type", "")
+    if headers.get("content-encoding", "identity") != "identity":
+        return _UNREAD
+    if kind.startswith(_EVENTS):
+        return _STREAM
+    if kind.startswith(_JSON_LINES):
+        return _LINES
+    return _OBJECT if _JSON.match(kind) else _UNREAD
+
+
+def _object(text: bytes, *, is_open: bool = False) -> dict[str, Any] | None:
+    """Return the JSON object that a text is, or begins with."""
+    if not text.startswith(b"{"):
+        return None
+    try:
+        if is_open:
+            said, _ = json.JSONDecoder().raw_decode(text.decode())
+        else:
+            said = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return said if isinstance(said, dict) else None

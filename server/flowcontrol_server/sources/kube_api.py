@@ -1,0 +1,360 @@
+"""The Kubernetes API, as much of it as is needed: list, watch and patch, of plain dictionaries.
+
+kubernetes-asyncio brings what is hard about it: in-cluster tokens that are renewed, kubeconfigs
+with certificates, contexts and credential plugins. It reads a kubeconfig once, so here it is loaded
+again, plugin and token file included, when the API server answers 401. Its models and its watch are
+not used: the former are hundreds of classes for three fields, the latter decides by itself when to
+list again.
+"""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http import HTTPStatus
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Self, final
+
+import aiohttp
+import structlog
+from aiohttp.http_exceptions import LineTooLong
+
+from flowcontrol.errors import ConfigError, FlowControlError
+from flowcontrol_server.common.extras import missing
+from flowcontrol_server.common.yamlfile import read_documents
+from flowcontrol_server.config.sources import Kubernetes
+
+Object = Mapping[str, Any]
+"""An object of the API, as JSON has it."""
+ANSWER_S = 30.0
+"""How long one answer may take that is no watch."""
+CONNECT_S = 10.0
+CREDENTIALS_S = 30.0
+"""How long loading a kubeconfig may take, with the credential plugin it runs."""
+RENEWAL_PAUSE_S = 5.0
+"""Between two loads of a kubeconfig whose credentials the API server refuses."""
+PAGE_OBJECTS = 100
+"""Listed at once: a pod has 10 to 20 KiB, and reading them holds up the loop."""
+PAGE_BYTES_MAX = 32 << 20
+"""Of one page of a list; a larger one is not read."""
+LIST_BYTES_MAX = 256 << 20
+"""Of a list that is read whole: 13,000 pods of 20 KiB."""
+MANAGER = "flowcontrol"
+"""The field manager: shown in `managedFields` and in conflicts."""
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_log = structlog.get_logger()
+
+
+class ApiError(Exception):
+    """The API server has refused."""
+
+    def __init__(self, status: int, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+class NoJsonError(Exception):
+    """The API server has answered, but not in JSON, or with more than is read."""
+
+
+UNREACHABLE = (aiohttp.ClientError, OSError, TimeoutError)
+"""What a call raises when the API server is out of reach or breaks off."""
+
+
+class _Call(NamedTuple):
+    """A request to be sent, once or again with other credentials."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    timeout: aiohttp.ClientTimeout
+    body: Object | None = None
+    kind: str = "application/merge-patch+json"
+    """Of the body."""
+
+
+@final
+class KubeApi:
+    """Connections to one API server. Owner: the loop.
+
+    Args:
+        client: kubernetes-asyncio's ApiClient.
+        namespace: where the pool is.
+        load: makes another client with the credentials as they now are; None where the client
+            renews them itself.
+    """
+
+    def __init__(
+        self, client: Any, namespace: str, load: Callable[[], Awaitable[Any]] | None = None
+    ) -> None:
+        self.namespace = namespace
+        self._client = client
+        self._load = load
+        self._previous: Any = None
+        """The client before the last renewal: watches opened with it go on."""
+        self._renewal = asyncio.Lock()
+        self._renews_from_s = 0.0
+
+    @classmethod
+    async def connect(cls, settings: Kubernetes) -> Self:
+        """Read the credentials; nothing is sent yet.
+
+        Raises:
+            FlowControlError: there are none, or kubernetes-asyncio is missing.
+        """
+        try:
+            from kubernetes_asyncio import client, config  # noqa: PLC0415 - an extra, and slow
+        except ModuleNotFoundError as error:
+            raise FlowControlError(missing(error, "kubernetes")) from error
+        own_namespace = None if settings.kubeconfig else _own_namespace()
+        if own_namespace is None:
+            loaded, namespace = await _load_kubeconfig(settings)
+
+            async def load() -> Any:
+                """Read the kubeconfig again."""
+                return (await _load_kubeconfig(settings))[0]
+
+            return cls(loaded, settings.namespace or namespace or "default", load)
+        configuration = client.Configuration()
+        try:
+            config.load_incluster_config(client_configuration=configuration)
+        except (config.ConfigException, OSError) as error:
+            message = f"kubernetes: no usable credentials: {error}"
+            raise FlowControlError(message) from error
+        return cls(_client(configuration), settings.namespace or own_namespace or "default")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+        if self._previous is not None:
+            await self._previous.close()
+
+    async def list_page(self, path: str, parameters: Mapping[str, str]) -> Object:
+        """Return one page of a list.
+
+        Raises:
+            ApiError: refused.
+            UNREACHABLE: one of these.
+            NoJsonError: likewise.
+        """
+        return await self._list(
+            path, {**parameters, "limit": str(PAGE_OBJECTS)}, "a page must be", PAGE_BYTES_MAX
+        )
+
+    async def list_whole(self, path: str, parameters: Mapping[str, str]) -> Object:
+        """Return a list without pages, for where they expire before all have been read.
+
+        Raises:
+            ApiError, UNREACHABLE, NoJsonError: as `list_page` does.
+        """
+        return await self._list(path, parameters, "a list must be", LIST_BYTES_MAX)
+
+    async def _list(self, path: str, query: Mapping[str, str], rule: str, bytes_max: int) -> Object:
+        call = _Call("GET", path, query, _timeout(total_s=ANSWER_S))
+        async with await self._send(call) as response:
+            with _in_json():
+                body = bytearray()
+                async for chunk in response.content.iter_any():
+                    body += chunk
+                    if len(body) > bytes_max:
+                        message = f"{rule} at most {bytes_max} bytes"
+                        raise NoJsonError(message)
+                page: Object = json.loads(body)
+            return page
+
+    async def watch(
+        self, path: str, parameters: Mapping[str, str], silence_s: float
+    ) -> AsyncGenerator[Object, None]:
+        """Yield the events of a watch until the server ends it; close the iterator when done.
+
+        Args:
+            path: of the collection.
+            parameters: of the query.
+            silence_s: seconds without a byte after which the connection counts as dead.
+
+        Raises:
+            as `list_page` does.
+        """
+        query = {**parameters, "watch": "1"}
+        call = _Call("GET", path, query, _timeout(read_s=silence_s))
+        async with await self._send(call) as response:
+            while True:
+                with _in_json():
+                    line = await response.content.readline()
+                    if not line.endswith(b"\n"):
+                        return  # the end, or cut off in the middle: the rest comes again
+                    event: Object = json.loads(line)
+                yield event
+
+    async def merge(self, path: str, patch: Object) -> None:
+        """Merge a patch into an object.
+
+        Raises:
+            ApiError, UNREACHABLE: as `list_page` does.
+        """
+        query = {"fieldManager": MANAGER}
+        call = _Call("PATCH", path, query, _timeout(total_s=ANSWER_S), patch)
+        async with await self._send(call) as response:
+            await response.read()
+
+    async def exchange(self, method: str, path: str, body: Object | None) -> Object:
+        """Read, create or replace one object; return it as it then is.
+
+        Raises:
+            ApiError, UNREACHABLE, NoJsonError: as `list_page` does.
+        """
+        timeout = _timeout(total_s=ANSWER_S)
+        call = _Call(method, path, {}, timeout, body, kind="application/json")
+        async with await self._send(call) as response:
+            with _in_json():
+                answer: Object = json.loads(await response.read())
+            return answer
+
+    async def _send(self, call: _Call) -> aiohttp.ClientResponse:
+        client = self._client
+        response = await _request(client, call)
+        if response.status == HTTPStatus.UNAUTHORIZED and await self._renew(client):
+            response.close()
+            response = await _request(self._client, call)
+        if response.status >= HTTPStatus.BAD_REQUEST:
+            async with response:
+                raise _error(response.status, await response.content.read(65536), response.headers)
+        return response
+
+    async def _renew(self, refused: Any) -> bool:
+        """Load the credentials again; return whether they are others than the refused client's.
+
+        Loaded on 401 alone and not at `expirationTimestamp`, too: a token file says no time, and a
+        request that is refused once is sent again at once.
+        """
+        if self._load is None:
+            return False
+        async with self._renewal:
+            if self._client is not refused:
+                return True  # a request that failed beside this one has renewed them
+            if time.monotonic() < self._renews_from_s:
+                return False
+            self._renews_from_s = time.monotonic() + RENEWAL_PAUSE_S
+            try:
+                client = await self._load()
+            except FlowControlError as error:
+                _log.warning("kubernetes_credentials_not_renewed", problem=str(error))
+                return False
+            if self._previous is not None:
+                await self._previous.close()
+            self._previous, self._client = self._client, client
+            _log.info("kubernetes_credentials_renewed")
+            return True
+
+
+async def _load_kubeconfig(settings: Kubernetes) -> tuple[Any, str | None]:
+    """Return a client with the credentials of the kubeconfig, and the namespace it names.
+
+    Raises:
+        FlowControlError: there are none.
+    """
+    from kubernetes_asyncio import client, config  # noqa: PLC0415 - an extra, and slow
+    from kubernetes_asyncio.config.kube_config import (  # noqa: PLC0415 - likewise
+        KUBE_CONFIG_DEFAULT_LOCATION,
+    )
+
+    configuration = client.Configuration()
+    try:
+        _expect_bounds(settings.kubeconfig or KUBE_CONFIG_DEFAULT_LOCATION)
+        async with asyncio.timeout(CREDENTIALS_S):
+            loader = await config.load_kube_config(
+                config_file=settings.kubeconfig and str(settings.kubeconfig),
+                context=settings.context,
+                client_configuration=configuration,
+                persist_config=False,
+            )
+        current: Any = loader.current_context
+        namespace = current["context"].get("namespace")
+    except TimeoutError as error:
+        message = f"kubernetes: no usable credentials: none within {CREDENTIALS_S:g} s"
+        raise FlowControlError(message) from error
+    except (
+        config.ConfigException,
+        ConfigError,
+        OSError,
+        TypeError,
+        ValueError,
+        LookupError,
+    ) as error:
+        message = f"kubernetes: no usable credentials: {error}"
+        raise FlowControlError(message) from error
+    return _client(configuration), namespace
+
+
+def _client(configuration: Any) -> Any:
+    from kubernetes_asyncio import client  # noqa: PLC0415 - an extra, and slow
+
+    made = client.ApiClient(configuration)
+    made.user_agent = f"{MANAGER}/{version('flowcontrol')}"
+    return made
+
+
+async def _request(client: Any, call: _Call) -> aiohttp.ClientResponse:
+    headers = {"Accept": "application/json", "User-Agent": client.user_agent}
+    if call.body is not None:
+        headers["Content-Type"] = call.kind
+    await client.update_params_for_auth(headers, [], ["BearerToken"])
+    response: aiohttp.ClientResponse = await client.request(
+        call.method,
+        client.configuration.host + call.path,
+        query_params=dict(call.query),
+        headers=headers,
+        body=call.body,
+        _preload_content=False,
+        _request_timeout=call.timeout,
+    )
+    return response
+
+
+def _expect_bounds(paths: Path | str) -> None:
+    """Read what kubernetes-asyncio is going to read: it has no bounds of its own.
+
+    Raises:
+        ConfigError: a file is beyond one, or is not YAML.
+    """
+    for each in str(paths).split(os.pathsep):
+        path = Path(each).expanduser()
+        if each and path.exists():
+            read_documents(path)
+
+
+@contextmanager
+def _in_json() -> Iterator[None]:
+    try:
+        yield
+    except LineTooLong as error:
+        message = "a watch line must be at most 4 MiB"
+        raise NoJsonError(message) from error
+    except (ValueError, RecursionError) as error:
+        raise NoJsonError(str(error)) from error
+
+
+def _own_namespace() -> str | None:
+    """Return the namespace of the pod this runs in; None where this is no pod."""
+    try:
+        return _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _timeout(total_s: float | None = None, read_s: float | None = None) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_S, sock_read=read_s)
+
+
+def _error(status: int, body: bytes, headers: Mapping[str, str]) -> ApiError:
+    try:
+        said = json.loads(body)
+        message = str(said["message"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        message = body[:200].decode(errors="replace")
+    wait = headers.get("Retry-After", "")
+    return ApiError(status, message, float(wait) if wait.isdecimal() else None)

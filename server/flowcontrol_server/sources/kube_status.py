@@ -1,0 +1,199 @@
+"""Writes conditions into the status of Kubernetes objects.
+
+A condition is written with the version of the object it was judged in: a status that another writer
+changed meanwhile is left, and judged again when that change arrives. What the API server refuses
+for good (a 4xx, such as 422) is not written again until the object changes. What it may accept
+later is tried again: one object by itself, longer each time, and all of them once two have failed
+without a success in between. So one object that cannot be written delays no other.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any, NamedTuple, NoReturn, final
+
+import structlog
+
+from flowcontrol_server.sources.backoff import Backoff
+from flowcontrol_server.sources.kube_api import UNREACHABLE, ApiError, KubeApi, Object
+
+WRITERS = 10
+"""Statuses written at the same time."""
+WRITE_EVERY_S = 0.04
+"""From one status of a writer to its next: at most 250 a second, 5,000 in 20 s, also where each
+takes this long. An API server lets each client do this and more, and it is a third of one core
+here."""
+_PASSING = frozenset(
+    (
+        HTTPStatus.UNAUTHORIZED,
+        HTTPStatus.FORBIDDEN,
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.TOO_MANY_REQUESTS,
+    )
+)
+"""Refusals below 500 that may pass without a change of the object: an API server that starts
+answers 403 to what is permitted until it has read its roles."""
+_MESSAGE_MAX = 32768
+"""As long as the schema lets a condition's message be."""
+_log = structlog.get_logger()
+
+
+class _Unwritten(NamedTuple):
+    item: Object
+    condition: Mapping[str, Any]
+
+
+class _Refusal(NamedTuple):
+    status: int
+    text: str
+
+
+@final
+class StatusWriter:
+    """Conditions to be written. Owner: the loop.
+
+    Args:
+        api: of the cluster.
+        retry_s: longest first and longest later wait after a refusal that may pass.
+    """
+
+    def __init__(self, api: KubeApi, retry_s: tuple[float, float]) -> None:
+        self.error_count = 0
+        """Refusals logged since the start."""
+        self._api = api
+        self._retry_s = retry_s
+        self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
+        self._unwritten: dict[str, _Unwritten] = {}
+        """By path; each is in the queue, or is put there by a timer."""
+        self._queue: asyncio.Queue[str] = asyncio.Queue()
+        self._refusals: dict[str, _Refusal] = {}
+        """What now stands, by path."""
+        self._backoffs: dict[str, Backoff] = {}
+        """Of the paths that are tried again."""
+        self._failed: set[str] = set()
+        """Paths that failed since the last success."""
+        self._backoff = self._new_backoff()
+        self._paused_until_s = 0.0
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong now; None if every condition is written or about to be."""
+        if not self._refusals:
+            return None
+        path, (_status, text) = next(iter(self._refusals.items()))
+        others = f" and {len(self._refusals) - 1} others" if len(self._refusals) > 1 else ""
+        return f"status of {path.split('/')[-2]}{others} not written: {text}"
+
+    def want(self, path: str, item: Object, condition: Mapping[str, Any]) -> None:
+        """Have a condition written, unless the object already has it.
+
+        Args:
+            path: of the object's status.
+            item: the object as it was judged.
+            condition: type, status, reason and message.
+        """
+        metadata = item["metadata"]
+        condition = {
+            **condition,
+            "message": condition["message"][:_MESSAGE_MAX],
+            "observedGeneration": metadata.get("generation", 0),
+        }
+        standing = _conditions(item).get(condition["type"], {})
+        if all(standing.get(key) == value for key, value in condition.items()):
+            self.forget(path)
+            return
+        is_turn = standing.get("status") != condition["status"]
+        since = None if is_turn else standing.get("lastTransitionTime")
+        condition["lastTransitionTime"] = since or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        if path not in self._unwritten:
+            self._queue.put_nowait(path)
+        self._unwritten[path] = _Unwritten(item, condition)
+
+    def forget(self, path: str) -> None:
+        """Write nothing there: the object has its condition, or is gone."""
+        self._unwritten.pop(path, None)
+        self._settled(path)
+
+    async def run(self) -> None:
+        """Write what is wanted, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(WRITERS):
+                group.create_task(self._write_each())
+
+    async def _write_each(self) -> NoReturn:
+        while True:
+            path = await self._queue.get()
+            await self._until_not_paused()
+            unwritten = self._unwritten.pop(path, None)
+            if unwritten is not None:
+                next_s = time.monotonic() + WRITE_EVERY_S
+                await self._write(path, unwritten)
+                await asyncio.sleep(max(0.0, next_s - time.monotonic()))
+
+    async def _until_not_paused(self) -> None:
+        while (pause_s := self._paused_until_s - time.monotonic()) > 0:  # noqa: ASYNC110 - a time
+            await asyncio.sleep(pause_s)
+
+    async def _write(self, path: str, unwritten: _Unwritten) -> None:
+        item, condition = unwritten
+        conditions = {**_conditions(item), condition["type"]: condition}
+        patch = {
+            "metadata": {"resourceVersion": item["metadata"]["resourceVersion"]},
+            "status": {"conditions": list(conditions.values())},
+        }
+        try:
+            await self._api.merge(path, patch)
+        except ApiError as error:
+            if error.status in {HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND}:
+                self._settled(path)  # changed or gone meanwhile: that arrives as an event
+                return
+            may_pass = error.status in _PASSING or error.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+            self._refused(path, _Refusal(error.status, str(error)), may_pass=may_pass)
+            if may_pass:
+                self._try_again(path, unwritten, error.retry_after_s or 0.0)
+        except UNREACHABLE:  # which following the objects has reported already
+            self._try_again(path, unwritten, 0.0)
+        else:
+            self._settled(path)
+            self._failed.clear()
+            self._backoff.reset()
+
+    def _refused(self, path: str, refusal: _Refusal, *, may_pass: bool) -> None:
+        is_known = any(each.status == refusal.status for each in self._refusals.values())
+        if not (is_known and may_pass):
+            self.error_count += 1
+            _log.warning("status_not_written", path=path, problem=refusal.text)
+        self._refusals[path] = refusal
+
+    def _try_again(self, path: str, unwritten: _Unwritten, retry_after_s: float) -> None:
+        backoff = self._backoffs.setdefault(path, self._new_backoff())
+        if path not in self._unwritten:  # else a newer condition is in the queue
+            self._unwritten[path] = unwritten
+            wait_s = max(backoff.next_s(), min(retry_after_s, self._retry_s[1]))
+            asyncio.get_running_loop().call_later(wait_s, self._queue.put_nowait, path)
+        self._failed.add(path)
+        now_s = time.monotonic()
+        if len(self._failed) > 1 and now_s >= self._paused_until_s:
+            self._paused_until_s = now_s + self._backoff.next_s()
+
+    def _settled(self, path: str) -> None:
+        self._refusals.pop(path, None)
+        self._backoffs.pop(path, None)
+        self._failed.discard(path)
+
+    def _new_backoff(self) -> Backoff:
+        return Backoff(*self._retry_s, self._chance.random)
+
+
+def _conditions(item: Object) -> dict[str, Mapping[str, Any]]:
+    """Return the conditions in an object's status, by type."""
+    status = item.get("status")
+    conditions = status.get("conditions") if isinstance(status, dict) else None
+    return {
+        str(condition.get("type")): condition
+        for condition in conditions or ()
+        if isinstance(condition, dict)
+    }

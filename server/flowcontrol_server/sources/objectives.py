@@ -1,0 +1,142 @@
+"""Pure. What an InferenceObjective says, and which counts where several say the same name."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flowcontrol_server.config.settings import problems_of
+
+GROUPS = ("llm-d.ai/v1alpha2", "inference.networking.x-k8s.io/v1alpha2")
+"""The API groups read. Where both declare a name, the first counts."""
+KIND = "InferenceObjective"
+LISTS = ("List", f"{KIND}List")
+"""Kinds that hold others, as `kubectl get -o yaml` prints them."""
+NAME_LENGTH_MAX = 253
+"""As long as Kubernetes lets a name be."""
+OBJECTIVES_MAX = 10_000
+"""More than this many in one place are a mistake."""
+PRIORITY_MAX = 2**31 - 1
+POOL_KIND = "InferencePool"
+
+
+class Objective(NamedTuple):
+    """One declared objective."""
+
+    name: str
+    priority: int
+    group: str
+    unknown: tuple[str, ...] = ()
+    """Keys in its spec that say nothing to us: of a later version, or misspelt."""
+
+
+Place = tuple[int | str, ...]
+"""Keys and indices from the top of a document."""
+
+
+class MalformedObjectiveError(Exception):
+    """Something that should be an InferenceObjective is not; says what is wrong.
+
+    Args:
+        message: what is wrong.
+        place: where in the object.
+    """
+
+    def __init__(self, message: str, place: Place = ()) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+class _PoolRef(BaseModel):
+    """Its group is not looked at: older CRDs fill in llm-d.ai, which has no InferencePool."""
+
+    name: str
+    kind: str = POOL_KIND
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="allow")  # fields of later versions: passed over, but reported
+
+    priority: int = Field(default=0, ge=-PRIORITY_MAX - 1, le=PRIORITY_MAX, strict=True)
+    poolRef: _PoolRef  # noqa: N815 - the manifest's own spelling
+
+
+class _Metadata(BaseModel):
+    name: str = Field(min_length=1, max_length=NAME_LENGTH_MAX)
+
+
+class _Manifest(BaseModel):
+    metadata: _Metadata
+    spec: _Spec
+
+
+def objects_of(document: Any) -> Iterator[tuple[Place, Any]]:
+    """Yield the objects of a document, each with its place: itself, or the items of a list.
+
+    Raises:
+        MalformedObjectiveError: it is a list without items.
+    """
+    if not isinstance(document, dict) or document.get("kind") not in LISTS:
+        yield (), document
+        return
+    items = document.get("items")
+    if not isinstance(items, list):
+        message = f"items of a {document['kind']} must be a list, got {items!r:.120}"
+        raise MalformedObjectiveError(message, ("items",))
+    defaults = {}
+    if document["kind"] != LISTS[0]:  # a typed list may leave out what it says itself
+        defaults = {"apiVersion": document.get("apiVersion"), "kind": KIND}
+    for index, item in enumerate(items):
+        yield ("items", index), {**defaults, **item} if isinstance(item, dict) else item
+
+
+def read_objective(document: Any, pool: str) -> Objective | None:
+    """Return the objective that a document declares; None if it is none of this pool's.
+
+    Raises:
+        MalformedObjectiveError: it is an InferenceObjective, but not a right one.
+    """
+    if document is None:
+        return None
+    if not isinstance(document, dict) or "kind" not in document:
+        message = "must be a mapping with apiVersion and kind"
+        raise MalformedObjectiveError(message)
+    kind = document["kind"]
+    if kind != KIND:
+        if KIND.casefold().startswith(str(kind or "").casefold()):  # misspelt, or half written
+            message = f"kind must be {KIND}, or another in full, got {kind!r}"
+            raise MalformedObjectiveError(message, ("kind",))
+        return None
+    group = document.get("apiVersion")
+    if group not in GROUPS:
+        message = f"apiVersion must be one of {', '.join(GROUPS)}, got {group!r}"
+        raise MalformedObjectiveError(message, ("apiVersion",))
+    try:
+        manifest = _Manifest.model_validate(document)
+    except ValidationError as error:
+        problems, place = problems_of(error), error.errors()[0]["loc"]
+        raise MalformedObjectiveError("; ".join(problems), place) from error
+    spec = manifest.spec
+    if spec.poolRef.name != pool or spec.poolRef.kind != POOL_KIND:
+        return None
+    return Objective(manifest.metadata.name, spec.priority, group, tuple(spec.model_extra or ()))
+
+
+def to_manifest(objective: Objective, pool: str) -> dict[str, Any]:
+    """Return the document that declares an objective."""
+    return {
+        "apiVersion": objective.group,
+        "kind": KIND,
+        "metadata": {"name": objective.name},
+        "spec": {"priority": objective.priority, "poolRef": {"name": pool}},
+    }
+
+
+def priorities_of(objectives: Iterable[Objective]) -> Mapping[str, int]:
+    """Return the priority of each name; of one name in both groups, the first group's."""
+    chosen: dict[str, Objective] = {}
+    for objective in objectives:
+        other = chosen.get(objective.name)
+        if other is None or GROUPS.index(objective.group) < GROUPS.index(other.group):
+            chosen[objective.name] = objective
+    return {name: objective.priority for name, objective in chosen.items()}

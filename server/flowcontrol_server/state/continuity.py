@@ -1,0 +1,264 @@
+"""What outlives this process, and whether it may decide now. Owner: the loop.
+
+Without an election this process decides from its start to its end. With one it decides while it is
+the leader: from the moment it has recovered what was in flight to the moment its lease may have
+passed to another.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Final, final
+
+import structlog
+
+from flowcontrol.events import (
+    Decision,
+    Fact,
+    LeasesRecovered,
+    RecoveredLease,
+    RecoveredLeaseEnded,
+)
+from flowcontrol_server.common.background import in_background
+from flowcontrol_server.config.settings import Settings
+from flowcontrol_server.requests.gate import Parked
+from flowcontrol_server.requests.log_join import Claim
+from flowcontrol_server.requests.tickets import TICKETS
+from flowcontrol_server.state.book import BookCounts, LeaseBook
+from flowcontrol_server.state.election import RENEWALS, Election, ElectionCounts, Lock
+from flowcontrol_server.state.file_store import FileStore
+from flowcontrol_server.state.kube_lock import KubeLock
+from flowcontrol_server.state.store import LeaseRecord, Store
+from flowcontrol_server.state.valkey_client import ValkeyClient
+from flowcontrol_server.state.valkey_lock import ValkeyLock
+from flowcontrol_server.state.valkey_store import ValkeyStore
+
+COUNT_RUNNING_WITHIN_NS: Final = 10_000_000_000
+"""How long after the start the first report of an endpoint tells what is in flight there."""
+CLOSE_WITHIN_S: Final = 0.5
+"""Longest time that writing the last batch may take at the end."""
+HAND_OVER_WITHIN_S: Final = 1.0
+"""Longest time for another replica to take over; then there is none."""
+IDENTITY: Final = f"{socket.gethostname()}_{TICKETS.instance}"
+"""Names this process among the replicas."""
+BYTES_PER_TOKEN: Final = 4
+OUTPUT_TOKENS: Final = 128
+"""Expected of an answer of unknown length."""
+_log = structlog.get_logger()
+
+
+@final
+class Continuity:
+    """Records what is in flight, recovers it, and takes part in the election.
+
+    Args:
+        settings: of the service.
+        post: tells the engine a fact.
+        memory: returns what the engine has learnt, as JSON.
+        remembered: told what it had learnt before.
+        is_live: says of a request of this process whether its stream is open.
+        turned: called when this process begins to decide, and when it must no longer.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is one wire of the shell
+        self,
+        settings: Settings,
+        post: Callable[[Fact], None],
+        *,
+        memory: Callable[[], Awaitable[str | None]],
+        remembered: Callable[[str], None],
+        is_live: Callable[[int], bool],
+        turned: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._state = settings.state
+        self._post = post
+        self._remembered = remembered
+        self._is_live = is_live
+        self._turned = turned
+        self._is_deciding = False
+        self._writing: asyncio.Task[None] | None = None
+        self._client: ValkeyClient | None = None
+        if settings.state.valkey is not None:
+            self._client = ValkeyClient(settings.state.valkey, settings.pool)
+        self.election = self._election_of(settings)
+        self._recover_within_s: float | None = None
+        """Longest wait for the store, part of a lease; what it holds is counted when it comes."""
+        if self.election is not None:
+            self._recover_within_s = settings.availability.lease_duration / 1e9 / RENEWALS
+        store = self._store_of(settings)
+        self.book: LeaseBook | None = None
+        if store is not None:
+            self.book = LeaseBook(
+                store,
+                write_within_s=self._state.write_within / 1e9,
+                age_max_s=self._state.lease_age_max / 1e9,
+                recovered=self._recovered,
+                memory=memory,
+            )
+
+    def _store_of(self, settings: Settings) -> Store | None:
+        if settings.state.directory is not None:
+            return FileStore(settings.state.directory, settings.pool)
+        return None if self._client is None else ValkeyStore(self._client)
+
+    def _election_of(self, settings: Settings) -> Election | None:
+        duration_s = settings.availability.lease_duration / 1e9
+        lock: Lock
+        match settings.availability.election:
+            case "off":
+                return None
+            case "valkey":
+                assert self._client is not None, "settings say so"
+                lock = ValkeyLock(self._client, IDENTITY, round(duration_s * 1000))
+            case "kubernetes":
+                lock = KubeLock(settings.kubernetes, settings.pool, IDENTITY, duration_s)
+        return Election(lock, duration_s, self._elected, self._deposed)
+
+    async def begin(self) -> None:
+        """Begin to decide, or to take part in the election."""
+        if self.election is None:
+            await self._elected(time.time_ns() // 1_000)
+        else:
+            self.election.begin()
+
+    async def _elected(self, token: int) -> None:
+        """Recover what is in flight; decide when it is known, or the store has failed once."""
+        if self.book is None:
+            self._recovered((), None)
+        else:
+            attempted = asyncio.Event()
+            self._writing = in_background(
+                self.book.run(token, attempted.set), "state_writer_failed"
+            )
+            trying = asyncio.ensure_future(attempted.wait())
+            await asyncio.wait(
+                (trying, self._writing),
+                timeout=self._recover_within_s,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            trying.cancel()
+            if not attempted.is_set() or self.book.problem is not None or self._writing.done():
+                self._recovered((), None)
+        self._is_deciding = True
+        await self._turned()
+
+    async def _deposed(self) -> None:
+        self._is_deciding = False
+        self.freeze()
+        await self._turned()
+        await self._end_writing()
+
+    async def hand_over(self) -> bool:
+        """Let another replica decide; whether one does. Without an election none can.
+
+        What waits is not decided meanwhile. Where no other replica takes over in time, this
+        one decides again.
+        """
+        if self.election is None:
+            return False
+        was_leader = self._is_deciding
+        self._is_deciding = False
+        await self._end_writing()
+        await self.election.resign()
+        if not was_leader or await self.election.another_leads(HAND_OVER_WITHIN_S):
+            return True
+        self.election.begin()
+        return False
+
+    def may_decide(self) -> bool:
+        """Whether this process decides now."""
+        return self._is_deciding and (self.election is None or self.election.is_leader())
+
+    def counts(self) -> BookCounts | None:
+        """Return how the store keeps up; None without one."""
+        return None if self.book is None else self.book.counts()
+
+    def election_counts(self) -> ElectionCounts | None:
+        """Return how the election goes; None without one."""
+        return None if self.election is None else self.election.counts()
+
+    def role(self) -> str:
+        """Return what this process is in the election, in words; empty without one."""
+        return "" if self.election is None else self.election.role()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield what keeps this process from its store or from the lease."""
+        if self.book is not None and self.book.problem is not None:
+            yield "state", self.book.problem
+        if self.election is not None and self.election.problem is not None:
+            yield "availability", self.election.problem
+
+    def freeze(self) -> None:
+        """Record nothing any more: streams end now, and their requests go on."""
+        if self.book is not None:
+            self.book.freeze()
+
+    async def end(self) -> None:
+        """Write what is noted, and let go of store and lease."""
+        await self._end_writing()
+        if self.election is not None:
+            await self.election.resign()
+            await self.election.close()
+        if self._client is not None:
+            await self._client.close()
+
+    async def _end_writing(self) -> None:
+        if self._writing is not None:
+            self._writing.cancel()
+            _, unended = await asyncio.wait((self._writing,), timeout=CLOSE_WITHIN_S)
+            if unended:  # a library has lost the cancellation: the lease is released all the same
+                _log.error("state_writer_not_ended")
+            self._writing = None
+        if self.book is not None:
+            await self.book.close(CLOSE_WITHIN_S)
+
+    def dispatched(self, parked: Parked, decision: Decision) -> None:
+        """Record a request that is in flight from now on."""
+        if self.book is not None:
+            request = parked.request
+            prompt = request.input_tokens or request.byte_size / BYTES_PER_TOKEN
+            answer = min(request.output_tokens_max or OUTPUT_TOKENS, OUTPUT_TOKENS)
+            record = LeaseRecord(
+                TICKETS.issue(parked.request_id).decode(),
+                decision.endpoint,
+                decision.priority,
+                decision.flow_id,
+                prompt + answer,
+                time.time(),
+            )
+            self.book.dispatched(record)
+
+    def ended(self, request_id: int) -> None:
+        """Record that a request of this process has ended."""
+        if self.book is not None:
+            self.book.ended(TICKETS.issue(request_id).decode())
+
+    def recovered_ended(self, ticket: str) -> Claim | None:
+        """Record that a request of another process has ended; what its report can say at most.
+
+        The ticket is that of a record, code included: it cannot have been guessed, and no key of
+        the other process is needed to read it. None where no record has it.
+        """
+        record = None if self.book is None else self.book.ended(ticket)
+        if record is None:
+            return None
+        self._post(RecoveredLeaseEnded(ticket))
+        age_ns = max(0, round((time.time() - record.since_s) * 1e9))
+        return Claim(
+            record.priority,
+            time.monotonic_ns() - age_ns,
+            endpoints=() if record.endpoint is None else (record.endpoint,),
+        )
+
+    def _recovered(self, leases: tuple[RecoveredLease, ...], memory: str | None) -> None:
+        leases = tuple(each for each in leases if not self._is_own(each.ticket))
+        within_ns = COUNT_RUNNING_WITHIN_NS if self._state.count_running else 0
+        self._post(LeasesRecovered(leases, self._state.lease_age_max, within_ns))
+        if memory is not None:
+            self._remembered(memory)
+
+    def _is_own(self, ticket: str) -> bool:
+        """Whether the engine knows a request already: this process leads a second time."""
+        request_id = TICKETS.read(ticket)
+        return isinstance(request_id, int) and self._is_live(request_id)

@@ -1,0 +1,170 @@
+"""Leases in an SQLite file: for one replica that restarts.
+
+Write-ahead log, synchronous NORMAL: what has been written outlives the process without waiting for
+the disk. A machine that loses power may lose the last batches; the requests of it are gone as well.
+"""
+
+import asyncio
+import fcntl
+import json
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, TypeVar, final
+from urllib.parse import quote
+
+import structlog
+
+from flowcontrol_server.state.store import (
+    Batch,
+    Contents,
+    LeaseRecord,
+    StateError,
+    records_of,
+    to_plain,
+)
+from flowcontrol_server.state.worker import Worker
+
+Answer = TypeVar("Answer")
+CLAIM_AGAIN_S = 0.1
+"""A predecessor that drains keeps the file until it ends."""
+_BUSY_S = 1.0
+_SCHEMA = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+CREATE TABLE IF NOT EXISTS leases (ticket TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS memory (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+"""
+_log = structlog.get_logger()
+
+
+@final
+class FileStore:
+    """A store in a folder; a lock on a file beside it keeps other processes out.
+
+    Args:
+        directory: the folder.
+        pool: names the file, so that several pools may share the folder.
+    """
+
+    def __init__(self, directory: Path, pool: str) -> None:
+        self.path = directory / f"{quote(pool, safe='')}.sqlite"
+        self._worker: Worker | None = None
+        self._database: sqlite3.Connection | None = None
+        self._claim: IO[bytes] | None = None
+
+    async def open(self, token: int) -> Contents:
+        """Wait until no other process has the file, and return what it holds.
+
+        Raises:
+            StateError: it cannot be read or made.
+        """
+        del token  # the lock lets one process write
+        is_said = False
+        while not await self._do(self._take):
+            if not is_said:
+                _log.warning("state_file_in_use", file=str(self.path))
+                is_said = True
+            await asyncio.sleep(CLAIM_AGAIN_S)
+        return await self._do(self._open)
+
+    async def write(self, batch: Batch) -> None:
+        """Write changes in one transaction."""
+        await self._do(lambda: self._write(batch))
+
+    async def close(self) -> None:
+        """Close the file and let another process have it."""
+        await self._do(self._close)
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+
+    async def _do(self, call: Callable[[], Answer]) -> Answer:
+        if self._worker is None:
+            self._worker = Worker("state-file")
+        try:
+            return await self._worker.do(call)
+        except (OSError, sqlite3.Error) as error:
+            message = f"state.directory: {self.path}: {error}"
+            raise StateError(message) from error
+
+    # In the worker's thread
+
+    def _take(self) -> bool:
+        if self._claim is not None:
+            return True
+        file = self.path.with_suffix(".lock").open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        except OSError:  # a file system without locks: then there are none
+            pass
+        self._claim = file
+        return True
+
+    def _open(self) -> Contents:
+        try:
+            return self._read()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            self._set_aside(error)
+            return self._read()
+
+    def _read(self) -> Contents:
+        if self._database is None:
+            self._database = sqlite3.connect(
+                self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+            )
+            self._database.executescript(_SCHEMA)
+        leases = dict(self._database.execute("SELECT ticket, record FROM leases"))
+        memory = self._database.execute("SELECT value FROM memory").fetchone()
+        records = {ticket: json.loads(record) for ticket, record in leases.items()}
+        return Contents(records_of(records), memory and memory[0])
+
+    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        """Begin a new file where the old one is damaged; it is kept to be looked at."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+        damaged = self.path.with_suffix(".damaged")
+        self.path.replace(damaged)
+        for suffix in ("-wal", "-shm"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        _log.error("state_file_damaged", file=str(damaged), problem=str(error))
+
+    def _write(self, batch: Batch) -> None:
+        database = self._database
+        if database is None:
+            message = "the file is not open"
+            raise sqlite3.ProgrammingError(message)
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            if batch.is_whole:
+                database.execute("DELETE FROM leases")
+            else:
+                database.executemany(
+                    "DELETE FROM leases WHERE ticket = ?", [(each,) for each in batch.removed]
+                )
+            database.executemany("INSERT OR REPLACE INTO leases VALUES (?, ?)", _rows(batch.put))
+            if batch.memory is not None:
+                database.execute("INSERT OR REPLACE INTO memory VALUES ('', ?)", (batch.memory,))
+            database.execute("COMMIT")
+        except BaseException:
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+            raise
+
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
+
+def _rows(records: Sequence[LeaseRecord]) -> list[tuple[str, str]]:
+    return [(each.ticket, json.dumps(to_plain(each))) for each in records]

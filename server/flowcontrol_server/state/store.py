@@ -1,0 +1,88 @@
+"""What a store holds, and what is asked of one."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from flowcontrol.errors import FlowControlError
+
+
+class StateError(FlowControlError):
+    """The store cannot be used; the message says why."""
+
+
+class FencedError(StateError):
+    """A later leader has taken the store: this process must not write any more."""
+
+
+class LeaseRecord(NamedTuple):
+    """One request in flight."""
+
+    ticket: str
+    endpoint: str | None
+    priority: int
+    flow_id: str
+    tokens: float
+    since_s: float
+    """When it was dispatched, seconds since 1970: a monotonic clock ends with its machine."""
+
+
+class Contents(NamedTuple):
+    """All that a store holds."""
+
+    leases: Sequence[LeaseRecord] = ()
+    memory: str | None = None
+    """What the engine had learnt, as JSON."""
+
+
+class Batch(NamedTuple):
+    """Changes written together, all or none."""
+
+    put: Sequence[LeaseRecord]
+    removed: Sequence[str]
+    """Tickets."""
+    is_whole: bool
+    """Whether `put` is all there is: whatever else the store holds is removed."""
+    memory: str | None = None
+    """None: as it was."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to write."""
+        return bool(self.put or self.removed or self.is_whole or self.memory is not None)
+
+
+class Store(Protocol):
+    """Keeps leases outside the process. Every method may raise StateError, and may take long."""
+
+    async def open(self, token: int) -> Contents:
+        """Take the store and return what it holds.
+
+        Args:
+            token: grows with every leader; a store opened with a smaller one can no longer write.
+        """
+
+    async def write(self, batch: Batch) -> None:
+        """Write changes; raises FencedError once a later leader has opened the store."""
+
+    async def close(self) -> None:
+        """Let go of the store."""
+
+
+def to_plain(record: LeaseRecord) -> list[object]:
+    """Return a record as JSON has it, without its ticket, which is its key."""
+    return list(record[1:])
+
+
+def from_plain(ticket: str, plain: object) -> LeaseRecord | None:
+    """Read a record; None where it is none: another version's, or damaged."""
+    match plain:
+        case [None | str() as endpoint, int(priority), str(flow_id), tokens, since_s] if isinstance(
+            tokens, int | float
+        ) and isinstance(since_s, int | float):
+            return LeaseRecord(ticket, endpoint, priority, flow_id, float(tokens), float(since_s))
+    return None
+
+
+def records_of(plain: Mapping[str, object]) -> list[LeaseRecord]:
+    """Return every record that can be read, the oldest first."""
+    read = (from_plain(ticket, each) for ticket, each in plain.items())
+    return sorted((each for each in read if each is not None), key=lambda each: each.since_s)

@@ -1,0 +1,134 @@
+"""Connections to Valkey or Redis, by valkey-py: plain, TLS, through Sentinel, or to a cluster."""
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, final
+from urllib.parse import urlsplit
+
+from flowcontrol.errors import FlowControlError
+from flowcontrol_server.common.extras import missing
+from flowcontrol_server.config.state import Valkey
+from flowcontrol_server.state.store import FencedError, StateError
+
+_PORT = 6379
+_SENTINEL_PORT = 26_379
+_FENCED = "FENCED"
+
+
+@final
+class ValkeyClient:
+    """Runs scripts on a server.
+
+    Args:
+        settings: of the server.
+        pool: of the service; its keys are in one slot of a cluster.
+
+    Raises:
+        FlowControlError: valkey-py is missing.
+    """
+
+    def __init__(self, settings: Valkey, pool: str) -> None:
+        try:
+            import valkey.asyncio as valkey  # noqa: PLC0415 - an extra
+            from valkey.exceptions import ValkeyError  # noqa: PLC0415 - likewise
+        except ModuleNotFoundError as error:
+            raise FlowControlError(missing(error, "valkey")) from error
+        self._errors = (ValkeyError, OSError, TimeoutError)
+        self._prefix = f"flowcontrol:{{{pool}}}:"
+        self._client, self._sentinels = _connect(valkey, settings)
+
+    def key(self, name: str) -> str:
+        """Return the name of a key of this pool."""
+        return self._prefix + name
+
+    async def run(self, script: str, keys: list[str], *arguments: object) -> Any:
+        """Run a script; return its answer.
+
+        Raises:
+            FencedError: the script says so.
+            StateError: anything else has failed.
+        """
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+        cancelled_before = task.cancelling()
+        try:
+            answer = await self._client.eval(script, len(keys), *map(self.key, keys), *arguments)
+        except self._errors as error:
+            _heed_cancellation(task, cancelled_before)
+            if _FENCED in str(error):
+                message = "state.valkey: a later leader has taken over"
+                raise FencedError(message) from error
+            message = f"state.valkey: {error!r}"
+            raise StateError(message) from error
+        _heed_cancellation(task, cancelled_before)
+        return answer
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for each in (self._client, *self._sentinels):
+            with suppress(*self._errors):  # it is of no more use
+                await each.aclose()
+
+
+def _heed_cancellation(task: "asyncio.Task[Any]", before: int) -> None:
+    """Raise the cancellation that valkey-py has lost.
+
+    It sends by `asyncio.wait_for`, which in Python 3.11 returns normally if the task is cancelled
+    in the very turn of the loop in which the sending ends.
+    """
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
+
+
+def _connect(valkey: Any, settings: Valkey) -> tuple[Any, tuple[Any, ...]]:
+    """Return the connections to the server, and those to sentinels."""
+    url = urlsplit(settings.url)
+    timeout_s = settings.timeout / 1e9
+    common: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "decode_responses": True,
+    }
+    if settings.user or settings.password_file:
+        common["credential_provider"] = _Credentials(settings.user, settings.password_file)
+    if url.scheme == "unix":
+        return valkey.Valkey(unix_socket_path=url.path, **common), ()
+    tls: dict[str, Any] = {}
+    if url.scheme in {"valkeys", "rediss"}:
+        tls = {
+            "ssl": True,
+            "ssl_ca_certs": settings.ca and str(settings.ca),
+            "ssl_certfile": settings.certificate and str(settings.certificate),
+            "ssl_keyfile": settings.key and str(settings.key),
+        }
+    common |= tls
+    if settings.is_cluster:
+        return valkey.ValkeyCluster(host=url.hostname, port=url.port or _PORT, **common), ()
+    common["db"] = int(url.path.strip("/") or 0)
+    if settings.sentinel is None:
+        return valkey.Valkey(host=url.hostname, port=url.port or _PORT, **common), ()
+    sentinel = valkey.Sentinel(
+        [(url.hostname, url.port or _SENTINEL_PORT)],
+        sentinel_kwargs={
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            **tls,
+        },
+        **common,
+    )
+    return sentinel.master_for(settings.sentinel), tuple(sentinel.sentinels)
+
+
+@final
+class _Credentials:
+    """User and password, the latter read from its file at every connection."""
+
+    def __init__(self, user: str | None, password_file: Path | None) -> None:
+        self._user = user
+        self._password_file = password_file
+
+    def get_credentials(self) -> tuple[str, ...]:
+        """Return what AUTH is given."""
+        password = self._password_file.read_text().strip() if self._password_file else ""
+        return (self._user, password) if self._user else (password,)

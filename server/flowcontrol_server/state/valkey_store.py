@@ -1,0 +1,75 @@
+"""Leases in Valkey or Redis: one hash for each pool, one field for each lease."""
+
+import json
+from typing import Final, final
+
+from flowcontrol_server.state.store import Batch, Contents, StateError, records_of, to_plain
+from flowcontrol_server.state.valkey_client import ValkeyClient
+
+CHUNK: Final = 1000
+"""Leases written by one script, which holds up the server for about a millisecond."""
+_OPEN = """
+local fence = tonumber(redis.call('GET', KEYS[1]) or '0')
+if fence > tonumber(ARGV[1]) then return redis.error_reply('FENCED') end
+redis.call('SET', KEYS[1], ARGV[1])
+return {redis.call('HGETALL', KEYS[2]), redis.call('GET', KEYS[3])}
+"""
+_WRITE = """
+local fence = redis.call('GET', KEYS[1])
+if fence and tonumber(fence) > tonumber(ARGV[1]) then return redis.error_reply('FENCED') end
+if not fence and ARGV[2] ~= '1' then return redis.error_reply('the server has lost its data') end
+if fence ~= ARGV[1] then redis.call('SET', KEYS[1], ARGV[1]) end
+if ARGV[2] == '1' then redis.call('DEL', KEYS[2]) end
+if ARGV[3] ~= '' then redis.call('SET', KEYS[3], ARGV[3]) end
+local puts = tonumber(ARGV[4])
+for i = 5, 4 + 2 * puts, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+for i = 5 + 2 * puts, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end
+return 'OK'
+"""
+_KEYS: Final = ["fence", "leases", "memory"]
+
+
+@final
+class ValkeyStore:
+    """A store for several replicas: the last to open it writes, those before are fenced off.
+
+    Each chunk of a batch is written whole; after a fault everything is written again, which also
+    restores a server that has lost its data.
+
+    Args:
+        client: connections to the server.
+    """
+
+    def __init__(self, client: ValkeyClient) -> None:
+        self._client = client
+        self._token: str | None = None
+
+    async def open(self, token: int) -> Contents:
+        """Take the store and return what it holds."""
+        leases, memory = await self._client.run(_OPEN, _KEYS, str(token))
+        self._token = str(token)
+        pairs = zip(leases[::2], leases[1::2], strict=True)
+        try:
+            return Contents(records_of({name: json.loads(text) for name, text in pairs}), memory)
+        except ValueError as error:
+            message = f"state.valkey: {self._client.key('leases')} must hold JSON: {error}"
+            raise StateError(message) from error
+
+    async def write(self, batch: Batch) -> None:
+        """Write changes, `CHUNK` at a time."""
+        puts = [(each.ticket, json.dumps(to_plain(each))) for each in batch.put]
+        removed = [*batch.removed]
+        is_whole, memory = batch.is_whole, batch.memory or ""
+        while True:
+            now, puts = puts[:CHUNK], puts[CHUNK:]
+            gone, removed = removed[:CHUNK], removed[CHUNK:]
+            fields = [text for pair in now for text in pair]
+            await self._client.run(
+                _WRITE, _KEYS, self._token, int(is_whole), memory, len(now), *fields, *gone
+            )
+            is_whole, memory = False, ""
+            if not puts and not removed:
+                return
+
+    async def close(self) -> None:
+        """Let go of the store; its creator closes the client."""

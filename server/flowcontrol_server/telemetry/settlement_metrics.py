@@ -1,0 +1,134 @@
+"""Prometheus metrics of settlement, rendered when asked for."""
+
+from collections.abc import Callable, Iterator
+from typing import final
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from flowcontrol.views.snapshot import Snapshot
+from flowcontrol_server.requests.log_join import TTFT_BOUNDS_S, Account, EntryResult, LogJoin
+from flowcontrol_server.requests.pool_view import PoolView
+from flowcontrol_server.telemetry.metrics import buckets_of
+
+
+@final
+class SettlementCollector(Collector):
+    """Turns the accounts into metric families; labels are priorities, kinds and endpoints."""
+
+    def __init__(
+        self, log_join: LogJoin, pool_view: PoolView, snapshot: Snapshot, now_ns: int
+    ) -> None:
+        self._log_join = log_join
+        self._pool_view = pool_view
+        self._snapshot = snapshot
+        self._now_ns = now_ns
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family."""
+        yield from self._log()
+        yield from self._accounts()
+        yield from self._drift()
+
+    def _log(self) -> Iterator[Metric]:
+        log_join = self._log_join
+        counts = log_join.counts(self._now_ns)
+        for name, text, value in (
+            ("access_log_streams", "Open streams of Envoy's access log.", log_join.streams),
+            (
+                "awaited_settlements",
+                "Ended requests with no access-log entry yet.",
+                counts.awaited,
+            ),
+        ):
+            yield GaugeMetricFamily(f"flowcontrol_{name}", text, value)
+        for name, text, value in (
+            (
+                "access_log_streams_opened",
+                "Streams of Envoy's access log: one for each worker, more when they break.",
+                log_join.streams_opened,
+            ),
+            (
+                "access_log_streams_refused",
+                "Streams of the access log that did not show the secret in listen.secretFile.",
+                log_join.streams_refused,
+            ),
+            (
+                "bounded_settlements",
+                "Settlements that reported more than their request can use, or another endpoint.",
+                log_join.bounded,
+            ),
+            (
+                "lost_settlements",
+                "Ended requests with no access-log entry in time; their usage stays an estimate.",
+                counts.lost,
+            ),
+        ):
+            yield CounterMetricFamily(f"flowcontrol_{name}", text, value)
+        entries = CounterMetricFamily(
+            "flowcontrol_access_log_entries",
+            "Entries of the access log, by what became of them.",
+            labels=["result"],
+        )
+        for result in EntryResult:
+            entries.add_metric([result.value], log_join.results[result])
+        yield entries
+
+    def _accounts(self) -> Iterator[Metric]:
+        counters: tuple[tuple[str, str, str, Callable[[Account], dict[str, int]]], ...] = (
+            ("responses", "Responses by class of status.", "status", lambda a: a.statuses),
+            ("tokens", "Tokens used, as model servers report.", "kind", lambda a: a.tokens),
+            ("body_bytes", "Bytes of bodies.", "direction", lambda a: a.bytes),
+        )
+        for name, text, label, counts in counters:
+            family = CounterMetricFamily(f"flowcontrol_{name}", text, labels=["priority", label])
+            for priority, account in self._log_join.accounts.items():
+                for kind, count in counts(account).items():
+                    family.add_metric([str(priority), kind], count)
+            yield family
+        unmetered = CounterMetricFamily(
+            "flowcontrol_unmetered_responses",
+            "Good responses in which Envoy found no token usage.",
+            labels=["priority"],
+        )
+        ttft = HistogramMetricFamily(
+            "flowcontrol_ttft_seconds",
+            "From sending the request to the model server to the first byte of its response.",
+            labels=["priority"],
+        )
+        for priority, account in self._log_join.accounts.items():
+            unmetered.add_metric([str(priority)], account.unmetered)
+            buckets = buckets_of(TTFT_BOUNDS_S, account.ttft_counts)
+            ttft.add_metric([str(priority)], buckets, account.ttft_sum_us / 1e6)
+        yield from (unmetered, ttft)
+
+    def _drift(self) -> Iterator[Metric]:
+        engine = GaugeMetricFamily(
+            "flowcontrol_engine_requests",
+            "Requests, running and waiting, as an endpoint's metrics report.",
+            labels=["endpoint"],
+        )
+        for address, count in self._pool_view.engine_requests(self._now_ns).items():
+            engine.add_metric([address], count)
+        answers = CounterMetricFamily(
+            "flowcontrol_endpoint_responses",
+            "Requests that an endpoint answered, or failed to (5xx, or broke off); "
+            "abandoned ones are neither.",
+            labels=["endpoint", "result"],
+        )
+        for address, counts in self._pool_view.answers.items():
+            for result, count in zip(("success", "failure"), counts, strict=True):
+                answers.add_metric([address, result], count)
+        yield from (engine, answers)
+        drift = self._pool_view.drift(self._snapshot, self._now_ns)
+        if drift is not None:
+            yield GaugeMetricFamily(
+                "flowcontrol_in_flight_drift_requests",
+                "Requests that endpoints report, minus those in flight there by our count.",
+                drift,
+            )

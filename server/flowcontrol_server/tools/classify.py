@@ -1,0 +1,121 @@
+"""`flowcontrol classify`: what a request would become by a configuration, and why."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from flowcontrol.errors import ConfigError
+from flowcontrol_server.admin.wording import duration
+from flowcontrol_server.config.settings import Settings
+from flowcontrol_server.requests.classify import (
+    TTL_HEADER,
+    classify_with_origin,
+    is_body_unread,
+    path_of,
+)
+from flowcontrol_server.requests.rules import BODY_FIELDS, BODY_NAMESPACE, BODY_UNREAD
+from flowcontrol_server.sources.folder import ObjectiveFolder
+
+_DEFAULT_METHOD = "POST"
+_DEFAULT_PATH = "/v1/chat/completions"
+_NUMBERS = ("max_tokens", "max_completion_tokens")
+
+
+def read_headers(given: Iterable[str]) -> dict[str, str]:
+    """Return headers from NAME: VALUE or NAME=VALUE; of one name the first counts.
+
+    Raises:
+        ConfigError: one is neither.
+    """
+    headers = {":path": _DEFAULT_PATH, "content-type": "application/json"}
+    seen: set[str] = set()
+    for each in given:
+        at = min((i for i in (each.find(":", 1), each.find("=", 1)) if i > 0), default=0)
+        name, value = each[:at].strip().lower(), each[at + 1 :].strip()
+        if not name:
+            raise ConfigError([f"--header must be NAME: VALUE, got {each!r}"])
+        name = ":authority" if name == "host" else name
+        if name not in seen:
+            headers[name] = value
+            seen.add(name)
+    return headers
+
+
+def read_metadata(given: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return metadata from NAMESPACE:KEY[:KEY...]=VALUE; a value is JSON, or else text.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    metadata: dict[str, dict[str, Any]] = {}
+    for each in given:
+        name, is_there, text = each.partition("=")
+        namespace, *path = name.split(":")
+        if not is_there or not namespace or not path or not all(path):
+            raise ConfigError([f"--metadata must be NAMESPACE:KEY=VALUE, got {each!r}"])
+        node = metadata.setdefault(namespace, {})
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        try:
+            node[path[-1]] = json.loads(text)
+        except ValueError:
+            node[path[-1]] = text
+    return metadata
+
+
+def body_metadata(body: str) -> dict[str, Any]:
+    """Return what Envoy makes of a body: some of its fields, texts and numbers."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return {BODY_UNREAD: "1"}
+    found: dict[str, Any] = {}
+    for name in BODY_FIELDS if isinstance(content, dict) else ():
+        value = content.get(name)
+        if isinstance(value, bool):
+            value = str(int(value))
+        if isinstance(value, str | int | float):
+            found[name] = float(value) if name in _NUMBERS else str(value)
+    return found
+
+
+def verdict(
+    settings: Settings, headers: Mapping[str, str], metadata: dict[str, dict[str, Any]], body: str
+) -> Iterator[str]:
+    """Yield what the request would become, a line each."""
+    if body and settings.requests.read_bodies:
+        metadata = {**metadata, BODY_NAMESPACE: body_metadata(body)}
+        headers = {"content-length": str(len(body.encode())), **headers}
+    intake = settings.requests.intake()
+    facts, origin = classify_with_origin(headers, metadata, intake)
+    method, path = headers.get(":method", _DEFAULT_METHOD), path_of(headers)
+    if intake.exempt.passes(method, path):
+        yield f"path: {method} {path}, exempt: passes without queueing (requests.exemptPaths)"
+        return
+    yield f"path: {path}"
+    if is_body_unread(headers, metadata.get(BODY_NAMESPACE, {})):
+        yield "body: Envoy cannot read it, no rule on the body matches"
+    yield f"objective: {facts.objective or 'none'} ({origin.objective})"
+    yield f"priority: {_priority(settings, facts.objective)}"
+    yield f"flow id: {facts.flow_id} ({origin.flow_id})"
+    ttl_ns = facts.ttl_ns or settings.flow_control.request_ttl
+    ttl_origin = f"header {TTL_HEADER}" if facts.ttl_ns else "flowControl.requestTTL"
+    yield f"may wait: {duration(ttl_ns)} ({ttl_origin}, or the band's)"
+    if facts.model:
+        yield f"model: {facts.model}"
+    if facts.output_tokens_max is not None:
+        yield f"output tokens at most: {facts.output_tokens_max}"
+
+
+def _priority(settings: Settings, objective: str | None) -> str:
+    if objective is None:
+        return "0 (no objective)"
+    directory = settings.objectives.directory
+    if directory is None:
+        return "as its InferenceObjective declares, 0 without one"
+    folder = ObjectiveFolder(directory, settings.pool)
+    folder.survey()
+    priority = folder.known.get(objective)
+    if priority is None:
+        return f"0 (no manifest in {directory} declares {objective!r})"
+    return f"{priority} (declared in {directory})"

@@ -1,0 +1,1 @@
+"""The Envoy configuration that fits the service's own."""

@@ -1,0 +1,167 @@
+"""The gate stays shut while this service is gone, as typed messages.
+
+ext_proc fails open, so that responses which have begun complete; a filter behind it admits only
+requests that this service has marked. For `envoy_config` alone, which imports it late and says what
+is missing.
+"""
+
+import re
+from typing import Final
+
+from envoy_data_plane.envoy.config.accesslog import v3 as accesslog
+from envoy_data_plane.envoy.config.core import v3 as core
+from envoy_data_plane.envoy.config.rbac import v3 as rules
+from envoy_data_plane.envoy.config.route import v3 as route
+from envoy_data_plane.envoy.extensions.access_loggers.filters.cel import v3 as cel
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as ext_proc
+from envoy_data_plane.envoy.extensions.filters.http.rbac import v3 as rbac
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
+from envoy_data_plane.envoy.type.matcher import v3 as matcher
+from envoy_data_plane.google import protobuf
+
+from flowcontrol_server.config.settings import Settings
+from flowcontrol_server.requests.codec import ADMITTED, METADATA_NAMESPACE
+from flowcontrol_server.requests.dialects import Dialect, content_type_of, error_body
+from flowcontrol_server.requests.replies import REASON_HEADER, UNREACHABLE, UNREACHABLE_RETRY_S
+from flowcontrol_server.tools.envoy.filters import fail_over, secret_metadata
+
+EXT_PROC: Final = "envoy.filters.http.ext_proc"
+RBAC: Final = "envoy.filters.http.rbac"
+SERVICE_CLUSTER: Final = "ext_proc"
+_POLICY: Final = "flowcontrol"
+_DENIED: Final = f"response.code_details == 'rbac_access_denied_matched_policy[{_POLICY}]'"
+"""What tells our own denial from that of another filter of this kind."""
+_DIALECTS: Final = {
+    Dialect.GRPC: ("content-type", "application/grpc.*"),
+    Dialect.ANTHROPIC: (":path", r"[^?]*/v1/messages([/?].*)?"),
+    Dialect.PLAIN: (":path", "/(api|v2)/.*"),
+    Dialect.OPENAI: None,
+}
+"""Header and regex by which Envoy knows the dialect of a client, in the order in which `dialect_of`
+asks; the last takes all others."""
+
+
+def grpc_service(settings: Settings, *, retries: bool) -> core.GrpcService:
+    """Return how Envoy calls this service."""
+    return core.GrpcService(
+        envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=SERVICE_CLUSTER),
+        retry_policy=fail_over(settings) if retries else None,
+        initial_metadata=secret_metadata(settings),
+    )
+
+
+def admission(settings: Settings) -> list[hcm.HttpFilter]:
+    """Return the filter behind ext_proc that denies what this service has not marked, if wanted."""
+    if settings.requests.on_fault == "continue":
+        return []
+    marked = matcher.MetadataMatcher(
+        filter=METADATA_NAMESPACE,
+        path=[matcher.MetadataMatcherPathSegment(key=ADMITTED)],
+        value=matcher.ValueMatcher(bool_match=True),
+    )
+    is_marked = rules.Principal(
+        sourced_metadata=rules.SourcedMetadata(
+            metadata_matcher=marked, metadata_source=rules.MetadataSource.DYNAMIC
+        )
+    )
+    exempt = [
+        rules.Permission(and_rules=rules.PermissionSet(rules=_permissions(methods, paths)))
+        for methods, paths in _exempt_paths(settings).items()
+    ]
+    is_exempt = rules.Permission(or_rules=rules.PermissionSet(rules=exempt))
+    policy = rules.Policy(
+        permissions=[
+            rules.Permission(not_rule=is_exempt) if exempt else rules.Permission(any=True)
+        ],
+        principals=[rules.Principal(not_id=is_marked)],
+    )
+    config = rbac.Rbac(rules=rules.Rbac(action=rules.RbacAction.DENY, policies={_POLICY: policy}))
+    return [hcm.HttpFilter(name=RBAC, typed_config=protobuf.Any.pack(config))]
+
+
+def local_replies(settings: Settings) -> hcm.LocalReplyConfig | None:
+    """Return what a client gets that is denied: 503 with the error body of its own API."""
+    if settings.requests.on_fault == "continue":
+        return None
+    return hcm.LocalReplyConfig(mappers=[_local_reply(dialect) for dialect in _DIALECTS])
+
+
+def exempt_routes(settings: Settings, action: route.RouteAction) -> list[route.Route]:
+    """Return the routes of requests that do not wait for this service to come back."""
+    overrides = ext_proc.ExtProcOverrides(grpc_service=grpc_service(settings, retries=False))
+    filters = {EXT_PROC: protobuf.Any.pack(ext_proc.ExtProcPerRoute(overrides=overrides))}
+    return [
+        route.Route(
+            match=route.RouteMatch(safe_regex=paths, headers=_method(methods)),
+            route=action,
+            typed_per_filter_config=filters,
+        )
+        for methods, paths in _exempt_paths(settings).items()
+    ]
+
+
+def _exempt_paths(settings: Settings) -> dict[tuple[str, ...], matcher.RegexMatcher]:
+    """Return which paths pass while this service is gone, by their methods (empty: every one)."""
+    requests = settings.requests
+    regexes: dict[tuple[str, ...], list[str]] = {}
+    if requests.exempt_without_gate:
+        for methods, path in requests.intake().exempt.entries:
+            plain = re.escape(path.removesuffix("*"))
+            regexes.setdefault(methods, []).append(plain + ".*" * path.endswith("*"))
+    return {
+        methods: matcher.RegexMatcher(regex="|".join(each)) for methods, each in regexes.items()
+    }
+
+
+def _permissions(methods: tuple[str, ...], paths: matcher.RegexMatcher) -> list[rules.Permission]:
+    path = matcher.PathMatcher(path=matcher.StringMatcher(safe_regex=paths))
+    return [
+        *(rules.Permission(header=header) for header in _method(methods)),
+        rules.Permission(url_path=path),
+    ]
+
+
+def _method(methods: tuple[str, ...]) -> list[route.HeaderMatcher]:
+    regex = matcher.RegexMatcher(regex="|".join(methods))
+    header = route.HeaderMatcher(
+        name=":method", string_match=matcher.StringMatcher(safe_regex=regex)
+    )
+    return [header] if methods else []
+
+
+def _local_reply(dialect: Dialect) -> hcm.ResponseMapper:
+    expression = accesslog.ExtensionFilter(
+        name="envoy.access_loggers.extension_filters.cel",
+        typed_config=protobuf.Any.pack(cel.ExpressionFilter(expression=_DENIED)),
+    )
+    denied = accesslog.AccessLogFilter(extension_filter=expression)
+    header = _DIALECTS[dialect]
+    body = error_body(dialect, UNREACHABLE.status, UNREACHABLE.reason, UNREACHABLE.message)
+    return hcm.ResponseMapper(
+        filter=denied if header is None else _both(denied, *header),
+        status_code=UNREACHABLE.status,
+        headers_to_add=[
+            _header(REASON_HEADER, UNREACHABLE.reason),
+            _header("retry-after", str(UNREACHABLE_RETRY_S)),
+        ],
+        body_format_override=core.SubstitutionFormatString(
+            text_format_source=core.DataSource(inline_string=body.decode()),
+            content_type=content_type_of(dialect),
+        ),
+    )
+
+
+def _both(denied: accesslog.AccessLogFilter, name: str, regex: str) -> accesslog.AccessLogFilter:
+    header = route.HeaderMatcher(
+        name=name,
+        string_match=matcher.StringMatcher(safe_regex=matcher.RegexMatcher(regex=regex)),
+    )
+    with_header = accesslog.AccessLogFilter(header_filter=accesslog.HeaderFilter(header=header))
+    return accesslog.AccessLogFilter(and_filter=accesslog.AndFilter(filters=[denied, with_header]))
+
+
+def _header(name: str, value: str) -> core.HeaderValueOption:
+    return core.HeaderValueOption(
+        header=core.HeaderValue(key=name, value=value),
+        append_action=core.HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
+    )

@@ -1,0 +1,514 @@
+"""What Envoy reads from bodies, sends us, and reports of finished requests, as typed messages.
+
+For `envoy_config` alone, which imports it late and says what is missing.
+"""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Final
+
+from betterproto2 import Message
+from envoy_data_plane.envoy.config.accesslog import v3 as accesslog
+from envoy_data_plane.envoy.config.core import v3 as core
+from envoy_data_plane.envoy.config.route import v3 as route
+from envoy_data_plane.envoy.extensions.access_loggers.grpc import v3 as grpc_log
+from envoy_data_plane.envoy.extensions.access_loggers.stream import v3 as stream
+from envoy_data_plane.envoy.extensions.common.matching import v3 as matching
+from envoy_data_plane.envoy.extensions.filters.common.matcher.action import v3 as actions
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc import v3 as ext_proc
+from envoy_data_plane.envoy.extensions.filters.http.json_to_metadata import v3 as json_metadata
+from envoy_data_plane.envoy.extensions.filters.http.lua import v3 as lua
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm
+from envoy_data_plane.envoy.extensions.retry.host.previous_hosts import v3 as previous_hosts
+from envoy_data_plane.envoy.type.matcher import v3 as matcher
+from envoy_data_plane.envoy.type.tracing import v3 as tracing
+from envoy_data_plane.google import protobuf
+from envoy_data_plane.xds.core import v3 as xds_core
+from envoy_data_plane.xds.type.matcher import v3 as xds
+
+from flowcontrol_server.config.settings import Settings
+from flowcontrol_server.doors.envoy_secret import METADATA_KEY
+from flowcontrol_server.requests.classify import SUBSET_NAMESPACE
+from flowcontrol_server.requests.codec import METADATA_NAMESPACE, TICKET
+from flowcontrol_server.requests.log_codec import REPORT_FORMAT, REPORT_TAG, USAGE_NAMESPACE
+from flowcontrol_server.requests.rules import BODY_FIELDS, BODY_NAMESPACE, BODY_UNREAD
+from flowcontrol_server.requests.usage import EARLY_EVENTS, ERROR_WORDS, FIELDS, WRAPPERS
+from flowcontrol_server.sources import orca
+
+LOG_CLUSTER: Final = "access_log"
+_PREVIOUS_HOSTS: Final = "envoy.retry_host_predicates.previous_hosts"
+_ACCESS_LOG: Final = {
+    "start": "%START_TIME%",
+    "method": "%REQ(:METHOD)%",
+    "path": "%REQ(:PATH)%",
+    "code": "%RESPONSE_CODE%",
+    "details": "%RESPONSE_CODE_DETAILS%",
+    "duration_ms": "%DURATION%",
+    "upstream": "%UPSTREAM_HOST%",
+    "request_id": "%REQ(X-REQUEST-ID)%",
+}
+_RESPONSE_HEADERS: Final = {
+    "queue-duration": ("x-llm-d-flow-queue-duration-ms", "queue_ms"),
+    "position": ("x-llm-d-flow-position", "position"),
+    "headroom": ("x-llm-d-flow-headroom", "headroom"),
+}
+"""Name and the key of our metadata that it shows, by the word in the settings."""
+_JSON: Final = matcher.RegexMatcher(regex="(?i)application/json( *;.*)?")
+"""Without it a charset beside the media type makes a body one that is not read."""
+_LOG_BUFFER_BYTES: Final = 65_536
+_NUMBERS: Final = ("max_tokens", "max_completion_tokens")
+_STREAM_READER: Final = r"""
+local function set(state, key, value)
+  state.handle:streamInfo():dynamicMetadata():set("flowcontrol.usage", key, value)
+end
+
+-- The HTTP status that an error without a number stands for.
+local function status_of(kind)
+  kind = kind:lower()
+  for _, word in ipairs(error_words) do
+    if kind:find(word[1]) then return word[2] end
+  end
+  return 500
+end
+
+local function note_error(state, status, is_number)
+  if state.has_number and not is_number then return end
+  state.has_number = is_number
+  set(state, "error", status)
+end
+
+-- A key of a JSON object: those above it are in state.keys.
+local function note(state, text, key, at)
+  local depth, keys = state.depth, state.keys
+  local base = depth > 1 and wrappers[keys[1]] and 2 or 1
+  if depth == base then
+    if key == "error" then
+      if text:find("^%s*[{]", at) or text:find('^%s*"[^"]', at) then note_error(state, 500) end
+      return
+    elseif key == "error_type" then
+      local kind = text:match('^%s*"([%w_.-]+)"', at)
+      if kind then note_error(state, status_of(kind)) end
+      return
+    elseif (key == "object" or key == "type") and text:find('^%s*"error"', at) then
+      state.is_error = true
+      note_error(state, 500)
+      return
+    end
+  end
+  local name, is_in_error = nil, false
+  if keys[base] == "usage" then
+    if depth == base + 1 then
+      name = usage[key]
+    elseif depth == base + 2 and details[keys[base + 1]] and key == "cached_tokens" then
+      name = key
+    end
+    -- Anthropic's first event counts no answer yet, and may be the last that comes.
+    if name == "output_tokens" and keys[1] == "message" then return end
+  elseif depth == 1 then
+    name = ollama[key]
+  end
+  is_in_error = depth == base + 1 and keys[base] == "error" or depth == 1 and state.is_error
+  if name then
+    local count = tonumber(text:match('^%s*"?(-?%d[%d.eE+-]*)"?%s*%f[,}%]%z]', at))
+    if count and count >= 0 then set(state, name, count) end
+  elseif is_in_error and (key == "code" or key == "type" or key == "http_code") then
+    local status = tonumber(text:match("^%s*(%d+)", at))
+    local kind = text:match('^%s*"([%w_.-]+)"', at)
+    if status and status >= 400 and status <= 599 then
+      note_error(state, status, true)
+    elseif kind and kind ~= "error" then
+      note_error(state, status_of(kind))
+    end
+  end
+end
+
+-- Scan a line of JSON, which may go on from the line before.
+local function scan(state, text, at)
+  while true do
+    at = text:find('["{}%[%]]', at)
+    if not at then return end
+    local sign = text:byte(at)
+    if sign == 34 then
+      local begin = at + 1
+      at = begin
+      repeat
+        at = text:find('["\\]', at)
+        if not at then return end
+        local is_escape = text:byte(at) == 92
+        at = at + (is_escape and 2 or 1)
+      until not is_escape
+      local colon = text:match("^%s*:()", at)
+      if colon and state.depth > 0 and state.depth < 8 then
+        local key = text:sub(begin, at - 2)
+        state.keys[state.depth] = key
+        note(state, text, key, colon)
+        at = colon
+      end
+    else
+      if sign == 123 or sign == 91 then
+        state.depth = state.depth + 1
+        if state.depth < 8 then state.keys[state.depth] = "" end
+      else
+        state.depth = math.max(0, state.depth - 1)
+        if state.depth == 0 then state.is_error = false end
+      end
+      at = at + 1
+    end
+  end
+end
+
+local function note_first(state, line, at)
+  if state.first then return end
+  local kind = line:match('"type"%s*:%s*"([%w_.]+)"', at)
+  if kind and early[kind] then return end
+  state.first = true
+  local late = state.handle:timestamp() - state.began
+  if late > 0 then set(state, "first_token_late_ms", late) end
+end
+
+local function read(state, line)
+  if line == "" or #line > 65536 then
+    state.depth, state.is_error = 0, false
+    return
+  end
+  local at = 1
+  if not state.is_lines then
+    local field, value = line:match("^(%a+):()")
+    if field == "error" then
+      -- llama.cpp's servers before mid 2025.
+      note_error(state, 500)
+      state.is_error = true
+      at = value
+    elseif field == "data" then
+      at = value
+    elseif field or state.depth == 0 and not line:find("^%s*{") then
+      return
+    end
+  end
+  if not line:find("%S", at) then return end
+  note_first(state, line, at)
+  local is_whole = state.depth == 0 and line:find("^%s*{", at) and line:find("}%s*$", at)
+  if not is_whole or state.is_error or line:find('"usage"', at, true)
+      or line:find('"error"', at, true) or line:find('_count"', at, true) then
+    scan(state, line, at)
+  end
+end
+
+function envoy_on_response(handle)
+  local kind = handle:headers():get("content-type") or ""
+  local is_lines = kind:find("^application/x%-ndjson") ~= nil
+  if not is_lines and not kind:find("^text/event%-stream") then return end
+  local state = { handle = handle, is_lines = is_lines, depth = 0, keys = {} }
+  -- The pieces of a line that has not ended yet. Joined once: to join them with every chunk takes
+  -- 1 ms for a line of 64 KiB, and a chunk may be a single byte.
+  local pieces, size = {}, 0
+  for chunk in handle:bodyChunks() do
+    state.began = state.began or handle:timestamp()
+    local text = chunk:getBytes(0, chunk:length())
+    local whole, rest = text:match("^(.*[\r\n])(.*)$")
+    if whole then
+      pieces[#pieces + 1] = whole
+      for line in table.concat(pieces):gsub("\r\n", "\n"):gmatch("([^\r\n]*)[\r\n]") do
+        read(state, line)
+      end
+      pieces, size, text = {}, 0, rest
+    end
+    pieces[#pieces + 1] = text
+    size = size + #text
+    if size > 65536 then pieces, size = {}, 0 end
+  end
+  if size > 0 then read(state, table.concat(pieces)) end
+end
+""".lstrip()
+"""A script for Envoy: token usage, errors, and when the first token came, from streams of events
+and of lines of JSON. Envoy's own filter for it, sse_to_metadata, takes Envoy down with the first
+event that is a bare 1, "x", true or null (1.40)."""
+
+
+def _stream_script() -> str:
+    """Return the script, behind the tables of `requests/usage` in Lua's words."""
+    usage = {path[-1]: name for name, path in FIELDS if path[:-1] == ("usage",)}
+    details = {path[1]: "" for _, path in FIELDS if path[2:]}
+    ollama = {path[-1]: name for name, path in FIELDS if not path[:-1]}
+    words = ", ".join(f'{{"{word}", {status}}}' for word, status in ERROR_WORDS)
+    return "\n".join(
+        (
+            f"local usage = {_lua_table(usage)}",
+            f"local ollama = {_lua_table(ollama)}",
+            f"local details = {_lua_table(details)}",
+            f"local wrappers = {_lua_table(dict.fromkeys(WRAPPERS, ''))}",
+            "-- Events that a server sends before it has a token.",
+            f"local early = {_lua_table(dict.fromkeys(EARLY_EVENTS, ''))}",
+            f"local error_words = {{ {words} }}",
+            _STREAM_READER,
+        )
+    )
+
+
+def _lua_table(fields: Mapping[str, str]) -> str:
+    """Return a table of texts; an empty one is true."""
+    pairs = [f'["{key}"] = ' + (f'"{value}"' if value else "true") for key, value in fields.items()]
+    return f"{{ {', '.join(pairs)} }}"
+
+
+def with_readers(
+    settings: Settings,
+    gate: list[hcm.HttpFilter],
+    last: hcm.HttpFilter,
+    bytes_max: int | None,
+    buffer_limit_bytes: int | None = None,
+) -> list[hcm.HttpFilter]:
+    """Return the chain of filters, with those that read bodies where the settings want them.
+
+    Args:
+        settings: of the service.
+        gate: ext_proc and what stands behind it.
+        last: behind all.
+        bytes_max: of a request's body that is read; None: every one is.
+        buffer_limit_bytes: what Envoy holds of a body; one beyond it is not passed by, so that it
+            is refused as ever.
+    """
+    reads_requests = settings.requests.read_bodies
+    reads_usage = settings.is_reported and settings.settlement.token_usage
+    filters = [*gate, _stream_reader(), last] if reads_usage else [*gate, last]
+    # Before ext_proc, which is to know what the body says.
+    if reads_requests and bytes_max is not None:
+        if reads_usage:
+            filters.insert(0, _body_reader(reads_requests=False, reads_usage=True))
+        reader = _body_reader(reads_requests=True, reads_usage=False)
+        filters.insert(0, _skipped_beyond(bytes_max, buffer_limit_bytes, reader))
+    elif reads_requests or reads_usage:
+        filters.insert(0, _body_reader(reads_requests=reads_requests, reads_usage=reads_usage))
+    return filters
+
+
+def access_logs(settings: Settings) -> list[accesslog.AccessLog]:
+    """Return the log for people, and the one that settles accounts."""
+    log_format = core.SubstitutionFormatString(json_format=protobuf.Struct.from_dict(_ACCESS_LOG))
+    stdout = accesslog.AccessLog(
+        name="envoy.access_loggers.stdout",
+        typed_config=protobuf.Any.pack(stream.StdoutAccessLog(log_format=log_format)),
+    )
+    return [stdout, _settlement_log(settings)] if settings.is_reported else [stdout]
+
+
+def secret_metadata(settings: Settings) -> list[core.HeaderValue]:
+    """Return the initial metadata by which this service knows Envoy, if it asks for any."""
+    secret = settings.listen.secret()
+    if secret is None:
+        return []
+    return [core.HeaderValue(key=METADATA_KEY, value=secret.metadata())]
+
+
+def fail_over(settings: Settings) -> core.RetryPolicy:
+    """Return how a stream is tried again: with an election soon, and until a lease has passed."""
+    tries, base_s, longest_s = 8, 0.5, 5.0
+    if settings.availability.election != "off":
+        tries, base_s, longest_s = 60, 0.05, 0.5
+    return core.RetryPolicy(
+        retry_on="unavailable,connect-failure,refused-stream,reset",
+        num_retries=tries,
+        retry_back_off=core.BackoffStrategy(
+            base_interval=timedelta(seconds=base_s), max_interval=timedelta(seconds=longest_s)
+        ),
+        retry_host_predicate=[
+            core.RetryPolicyRetryHostPredicate(name=_PREVIOUS_HOSTS, typed_config=_previous_hosts())
+        ],
+        host_selection_retry_max_attempts=5,
+    )
+
+
+def previous_hosts_predicate() -> route.RetryPolicyRetryHostPredicate:
+    """Return what keeps another attempt from where the ones before failed."""
+    return route.RetryPolicyRetryHostPredicate(name=_PREVIOUS_HOSTS, typed_config=_previous_hosts())
+
+
+def _previous_hosts() -> protobuf.Any:
+    return protobuf.Any.pack(previous_hosts.PreviousHostsPredicate())
+
+
+def metadata_options(settings: Settings) -> ext_proc.MetadataOptions:
+    """Return which metadata of a request ext_proc gets, and which it may write."""
+    namespaces = ext_proc.MetadataOptionsMetadataNamespaces
+    forwarded = settings.requests.namespaces()
+    if settings.picker != "off":
+        forwarded.append(SUBSET_NAMESPACE)
+    if settings.requests.read_bodies:
+        forwarded.append(BODY_NAMESPACE)
+    return ext_proc.MetadataOptions(
+        forwarding_namespaces=namespaces(untyped=sorted(set(forwarded))) if forwarded else None,
+        receiving_namespaces=namespaces(untyped=["envoy.lb", METADATA_NAMESPACE]),
+    )
+
+
+def response_headers(settings: Settings) -> list[core.HeaderValueOption]:
+    """Return the headers that Envoy makes of our metadata, at no message's cost."""
+    return [_response_header(name) for name in settings.requests.response_headers]
+
+
+def _body_reader(*, reads_requests: bool, reads_usage: bool) -> hcm.HttpFilter:
+    fields = [_rule((n,), BODY_NAMESPACE, n, is_number=n in _NUMBERS) for n in BODY_FIELDS]
+    fields[0].on_error = json_metadata.JsonToMetadataKeyValuePair(
+        metadata_namespace=BODY_NAMESPACE,
+        key=BODY_UNREAD,
+        value=protobuf.Value(string_value="1"),
+    )
+    return hcm.HttpFilter(
+        name="envoy.filters.http.json_to_metadata",
+        typed_config=protobuf.Any.pack(
+            json_metadata.JsonToMetadata(
+                request_rules=_rules(fields) if reads_requests else None,
+                response_rules=_rules([*_usage_rules(), *_error_rules()]) if reads_usage else None,
+            )
+        ),
+    )
+
+
+def _skipped_beyond(
+    bytes_max: int, buffer_limit_bytes: int | None, reader: hcm.HttpFilter
+) -> hcm.HttpFilter:
+    """Return a filter that requests of a greater announced size pass by, up to what is held."""
+    predicate = _announces_more_than(bytes_max)
+    if buffer_limit_bytes is not None:
+        is_held = xds.MatcherMatcherListPredicate(
+            not_matcher=_announces_more_than(buffer_limit_bytes)
+        )
+        both_hold = xds.MatcherMatcherListPredicatePredicateList(predicate=[predicate, is_held])
+        predicate = xds.MatcherMatcherListPredicate(and_matcher=both_hold)
+    return skipped(predicate, reader)
+
+
+def skipped(predicate: xds.MatcherMatcherListPredicate, skips: hcm.HttpFilter) -> hcm.HttpFilter:
+    """Return a filter that such requests pass by."""
+    rule = xds.MatcherMatcherListFieldMatcher(
+        predicate=predicate,
+        on_match=xds.MatcherOnMatch(action=_extension("skip", actions.SkipFilter())),
+    )
+    both = matching.ExtensionWithMatcher(
+        xds_matcher=xds.Matcher(matcher_list=xds.MatcherMatcherList(matchers=[rule])),
+        extension_config=core.TypedExtensionConfig(
+            name=skips.name, typed_config=skips.typed_config
+        ),
+    )
+    return hcm.HttpFilter(
+        name="envoy.filters.http.match_delegate", typed_config=protobuf.Any.pack(both)
+    )
+
+
+def _announces_more_than(size: int) -> xds.MatcherMatcherListPredicate:
+    greater = xds.RegexMatcher(google_re2=xds.RegexMatcherGoogleRe2(), regex=greater_than(size))
+    return has_header("content-length", xds.StringMatcher(safe_regex=greater))
+
+
+def has_header(name: str, value: xds.StringMatcher) -> xds.MatcherMatcherListPredicate:
+    """Return what holds for requests with such a header."""
+    header = matcher.HttpRequestHeaderMatchInput(header_name=name)
+    return xds.MatcherMatcherListPredicate(
+        single_predicate=xds.MatcherMatcherListPredicateSinglePredicate(
+            input=_extension("envoy.matching.inputs.request_headers", header), value_match=value
+        )
+    )
+
+
+def _extension(name: str, message: Message) -> xds_core.TypedExtensionConfig:
+    return xds_core.TypedExtensionConfig(name=name, typed_config=protobuf.Any.pack(message))
+
+
+def greater_than(number: int) -> str:
+    """Return a regex for the whole numbers above this one: longer, or greater from some digit on.
+
+    Envoy compares text, not numbers.
+    """
+    digits = str(number)
+    greater = [
+        f"{digits[:at]}[{int(digit) + 1}-9][0-9]{{{len(digits) - at - 1}}}"
+        for at, digit in enumerate(digits)
+        if digit != "9"
+    ]
+    return "|".join((f"[0-9]{{{len(digits) + 1},}}", *greater))
+
+
+def _stream_reader() -> hcm.HttpFilter:
+    """Return the filter that reads streams of events as they pass."""
+    script = lua.Lua(default_source_code=core.DataSource(inline_string=_stream_script()))
+    return hcm.HttpFilter(name="envoy.filters.http.lua", typed_config=protobuf.Any.pack(script))
+
+
+def _settlement_log(settings: Settings) -> accesslog.AccessLog:
+    retry_policy = None if settings.availability.election == "off" else fail_over(settings)
+    has_ticket = accesslog.MetadataFilter(
+        matcher=matcher.MetadataMatcher(
+            filter=METADATA_NAMESPACE,
+            path=[matcher.MetadataMatcherPathSegment(key=TICKET)],
+            value=matcher.ValueMatcher(present_match=True),
+        ),
+        match_if_key_not_found=False,
+    )
+    return accesslog.AccessLog(
+        name="envoy.access_loggers.http_grpc",
+        filter=accesslog.AccessLogFilter(metadata_filter=has_ticket),
+        typed_config=protobuf.Any.pack(
+            grpc_log.HttpGrpcAccessLogConfig(
+                common_config=grpc_log.CommonGrpcAccessLogConfig(
+                    log_name=METADATA_NAMESPACE,
+                    transport_api_version=core.ApiVersion.V3,
+                    grpc_service=core.GrpcService(
+                        envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=LOG_CLUSTER),
+                        initial_metadata=secret_metadata(settings),
+                    ),
+                    grpc_stream_retry_policy=retry_policy,
+                    buffer_flush_interval=timedelta(seconds=0.2),
+                    buffer_size_bytes=_LOG_BUFFER_BYTES,
+                    custom_tags=[tracing.CustomTag(tag=REPORT_TAG, value=REPORT_FORMAT)],
+                ),
+                additional_response_headers_to_log=list(orca.HEADERS),
+            )
+        ),
+    )
+
+
+def _rules(rules: list[json_metadata.JsonToMetadataRule]) -> json_metadata.JsonToMetadataMatchRules:
+    return json_metadata.JsonToMetadataMatchRules(rules=rules, allow_content_types_regex=_JSON)
+
+
+def _usage_rules() -> list[json_metadata.JsonToMetadataRule]:
+    return [_rule(path, USAGE_NAMESPACE, name, is_number=True) for name, path in FIELDS]
+
+
+def _error_rules() -> list[json_metadata.JsonToMetadataRule]:
+    """Return the rules for an error inside a response of status 200, which is an object.
+
+    An error that is a bare text is not read: a rule that sets a value of its own holds for a key
+    that is null or absent, too, if only what it should be in is an object.
+    """
+    present = json_metadata.JsonToMetadataRule(
+        selectors=[json_metadata.JsonToMetadataSelector(key=key) for key in ("error", "message")],
+        on_present=json_metadata.JsonToMetadataKeyValuePair(
+            metadata_namespace=USAGE_NAMESPACE,
+            key="error",
+            value=protobuf.Value(string_value="500"),  # as a number it is written 500.0
+        ),
+    )
+    return [present, _rule(("error", "code"), USAGE_NAMESPACE, "error", is_number=True)]
+
+
+def _rule(
+    path: tuple[str, ...], namespace: str, name: str, *, is_number: bool
+) -> json_metadata.JsonToMetadataRule:
+    kinds = json_metadata.JsonToMetadataValueType
+    return json_metadata.JsonToMetadataRule(
+        selectors=[json_metadata.JsonToMetadataSelector(key=key) for key in path],
+        on_present=json_metadata.JsonToMetadataKeyValuePair(
+            metadata_namespace=namespace, key=name, type=kinds.NUMBER if is_number else kinds.STRING
+        ),
+    )
+
+
+def _response_header(name: str) -> core.HeaderValueOption:
+    header, key = _RESPONSE_HEADERS[name]
+    return core.HeaderValueOption(
+        header=core.HeaderValue(
+            key=header, value=f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{key})%"
+        ),
+        append_action=core.HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
+    )

@@ -1,0 +1,1 @@
+"""Scenario files, and what a simulation of them measured."""

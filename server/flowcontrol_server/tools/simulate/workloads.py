@@ -1,0 +1,380 @@
+"""The workloads of a scenario file: who asks, when, for how much, and how patiently."""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from flowcontrol.errors import ConfigError
+from flowcontrol.simulation.distributions import (
+    Distribution,
+    Exponential,
+    Fixed,
+    Lognormal,
+    Uniform,
+)
+from flowcontrol.simulation.traces import TraceError, TraceRow, per_second, read_trace
+from flowcontrol.simulation.workload import (
+    Arrivals,
+    AtOnce,
+    ClosedLoop,
+    Independent,
+    Lengths,
+    Poisson,
+    Recorded,
+    Replayed,
+    Retry,
+    Window,
+    Workload,
+)
+from flowcontrol_server.common.sections import Duration, FileBeside, From0, Positive, Section
+from flowcontrol_server.tools.simulate.parts import (
+    Moment,
+    OneOf,
+    Span,
+    Switch,
+    Whole,
+    demand,
+)
+
+
+def _plain(value: object) -> object:
+    """Read a bare number or duration as one that is always the same."""
+    return value if isinstance(value, dict | Section) else {"fixed": value}
+
+
+def load_trace(path: Path) -> list[TraceRow]:
+    """Read a trace file.
+
+    Raises:
+        ConfigError: it cannot be read, or a line of it is wrong.
+    """
+    try:
+        with path.open() as lines:
+            return read_trace(lines)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError([f"{path}: cannot be read: {reason}"]) from error
+    except TraceError as error:
+        raise ConfigError([f"{path}: {error}"]) from error
+
+
+class UniformTokens(Section):
+    """Every length of a range is as likely as any other."""
+
+    min: Whole
+    """The shortest."""
+    max: Whole
+    """The longest."""
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Self:
+        demand(self.min <= self.max, "must have min <= max")
+        return self
+
+
+class LognormalTokens(Section):
+    """Many short, few long."""
+
+    median: Whole
+    """Half are shorter."""
+    sigma: Positive
+    """Two thirds lie within a factor of e^sigma of the median."""
+    max: Whole
+    """What would be longer is this long."""
+
+
+class TokensSection(OneOf):
+    """A length in tokens."""
+
+    fixed: Whole | None = None
+    uniform: UniformTokens | None = None
+    lognormal: LognormalTokens | None = None
+
+    def distribution(self) -> Distribution:
+        """Return what it means."""
+        match self.chosen:
+            case UniformTokens() as uniform:
+                return Uniform(uniform.min, uniform.max)
+            case LognormalTokens() as lognormal:
+                return Lognormal(lognormal.median, lognormal.sigma, lognormal.max)
+            case fixed:
+                return Fixed(fixed)
+
+
+class UniformTime(Section):
+    """Every time of a range is as likely as any other."""
+
+    min: Moment
+    """The shortest."""
+    max: Moment
+    """The longest."""
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Self:
+        demand(self.min <= self.max, "must have min <= max")
+        return self
+
+
+class ExponentialTime(Section):
+    """Memoryless."""
+
+    mean: Duration
+    """On average."""
+
+
+class TimeSection(OneOf):
+    """A duration."""
+
+    fixed: Moment | None = None
+    uniform: UniformTime | None = None
+    exponential: ExponentialTime | None = None
+
+    def distribution(self) -> Distribution:
+        """Return what it means."""
+        match self.chosen:
+            case UniformTime() as uniform:
+                return Uniform(uniform.min, uniform.max)
+            case ExponentialTime() as exponential:
+                return Exponential(exponential.mean)
+            case fixed:
+                return Fixed(fixed)
+
+
+Tokens = Annotated[TokensSection, BeforeValidator(_plain)]
+"""A number, or how it is drawn."""
+Time = Annotated[TimeSection, BeforeValidator(_plain)]
+"""A duration, or how it is drawn."""
+
+
+class BurstSection(Span):
+    """A time in which more come, or fewer."""
+
+    times: From0
+    """What the rate is multiplied by."""
+
+
+class OnOffSection(Section):
+    """They come and stay away by turns, beginning with coming."""
+
+    on: Duration
+    """How long they come."""
+    off: Duration
+    """How long they stay away."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, value: object) -> object:
+        """Read what YAML makes of a bare on or off."""
+        if not isinstance(value, dict):
+            return value
+        words = {True: "on", False: "off"}
+        return {words[k] if isinstance(k, bool) else k: v for k, v in value.items()}
+
+
+class PoissonSection(Section):
+    """People who know nothing of each other; they come whatever the servers do."""
+
+    per_second: Positive
+    """How many come."""
+    bursts: tuple[BurstSection, ...] = ()
+    """When it is another rate."""
+    on_off: OnOffSection | None = None
+    """Whether they come only by turns."""
+
+    def arrivals(self, trace: Path | None) -> Arrivals:  # noqa: ARG002 - as the others
+        """Return what it means."""
+        windows = tuple(Window(burst.from_, burst.until, burst.times) for burst in self.bursts)
+        if self.on_off is None:
+            return Poisson(self.per_second, windows)
+        return Poisson(self.per_second, windows, self.on_off.on, self.on_off.off)
+
+
+class AtOnceSection(Section):
+    """A job that is dropped in one piece."""
+
+    count: Whole
+    """Requests in it."""
+
+    def arrivals(self, trace: Path | None) -> Arrivals:  # noqa: ARG002 - as the others
+        """Return what it means."""
+        return AtOnce(self.count)
+
+
+class ClosedLoopSection(Section):
+    """Users who ask again only when they are answered."""
+
+    users: Whole
+    """How many."""
+    think: Time = Field(default="0s")  # type: ignore[assignment]  # read by its validator
+    """How long each reads and thinks in between."""
+    ramp: Moment = Field(default="0s")  # type: ignore[assignment]  # read by its validator
+    """Over how long they begin, one after another."""
+
+    def arrivals(self, trace: Path | None) -> Arrivals:  # noqa: ARG002 - as the others
+        """Return what it means."""
+        return ClosedLoop(self.users, self.think.distribution(), self.ramp)
+
+
+class TraceSection(Section):
+    """Recorded traffic, with its own times and lengths."""
+
+    file: FileBeside | None = None
+    """Azure's CSV or Mooncake's JSON lines; `--trace` names another.
+    A relative path starts at the scenario."""
+    per_second: Positive | None = None
+    """Replay it at this mean rate; its own when left out."""
+    limit: Whole | None = None
+    """The most requests to replay."""
+
+    def arrivals(self, trace: Path | None) -> Arrivals:
+        """Return what it means.
+
+        Raises:
+            ConfigError: there is no trace, or it cannot be read.
+        """
+        path = trace or self.file
+        if path is None:
+            raise ConfigError(["a workload replays a trace: name one with --trace"])
+        rows = load_trace(path)
+        rate = per_second(rows)
+        scale = self.per_second / rate if self.per_second and rate else 1.0
+        scaled = [row._replace(at_ns=round(row.at_ns / scale)) for row in rows[: self.limit]]
+        return Replayed(tuple(scaled))
+
+
+class ArrivalsSection(OneOf):
+    """When they come."""
+
+    poisson: PoissonSection | None = None
+    at_once: AtOnceSection | None = None
+    closed_loop: ClosedLoopSection | None = None
+    trace: TraceSection | None = None
+
+
+class RetrySection(Section):
+    """What a client does when it is refused."""
+
+    attempts: int = Field(default=1, ge=1)
+    """How often it asks at all."""
+    honours_retry_after: Switch = True
+    """Whether it waits as long as Retry-After says."""
+    backoff: Duration = Field(default="1s")  # type: ignore[assignment]  # read by its validator
+    """How long it waits without a Retry-After, or if it ignores it; doubles each time."""
+    backoff_max: Duration = Field(default="30s")  # type: ignore[assignment]  # read by its validator
+    """The longest such wait."""
+    after_patience: Switch = False
+    """Whether it also asks again when it has disconnected."""
+
+
+def _tenants(value: object) -> object:
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return dict.fromkeys(value, 1.0)
+    rule = "must be names, names with shares, or count with zipf, such as {count: 50, zipf: 1.1}"
+    demand(isinstance(value, dict) and bool(value), rule)
+    assert isinstance(value, dict)
+    if "count" not in value:
+        return value
+    count, zipf = value["count"], value.get("zipf", 0)
+    demand(value.keys() <= {"count", "zipf"} and type(count) is int and count >= 1, rule)
+    demand(type(zipf) in (int, float) and zipf >= 0, rule)
+    return {f"tenant-{n}": (n + 1) ** -float(zipf) for n in range(count)}
+
+
+class WorkloadSection(Section):
+    """One kind of client."""
+
+    name: str = Field(min_length=1)
+    """Unique in the scenario; its chance is its own, so others change nothing for it."""
+    objective: str | None = None
+    """The InferenceObjective they name; none when left out."""
+    tenants: Annotated[dict[str, Positive], BeforeValidator(_tenants)] = Field(
+        default_factory=lambda: {"default-flow": 1.0}
+    )
+    """Fairness ids: a list; a mapping to shares of the requests; or count, for tenant-0, tenant-1
+    and so on, of whom with zipf the n-th asks n^-zipf as much as the first."""
+    from_: Moment = Field(alias="from", default="0s")  # type: ignore[assignment]  # read by its validator
+    """When they begin to come."""
+    until: Duration | None = None
+    """When they stop; at the end when left out."""
+    arrivals: ArrivalsSection
+    """When they come."""
+    prompt: Tokens | None = None
+    """Length of a prompt."""
+    output: Tokens | None = None
+    """Length of its answer."""
+    lengths_from: FileBeside | None = None
+    """A trace whose requests lend both lengths, in pairs."""
+    announces_prompt: Switch = True
+    """Whether the gateway knows the tokens of the prompt, or only its bytes."""
+    max_tokens: Whole | None = None
+    """What they ask for at most; a longer answer is cut there."""
+    ttft_slo: Duration | None = Field(default=None, alias="ttftSLO")
+    """When the first token is due, from the first attempt."""
+    announces_slo: Switch = Field(default=True, alias="announcesSLO")
+    """Whether requests say so, or the results only count it."""
+    request_ttl: Duration | None = Field(default=None, alias="requestTTL")
+    """The longest wait their requests allow."""
+    patience: Time | None = None
+    """How long they wait for a first token before they leave; without limit when left out."""
+    retry: RetrySection = RetrySection()
+    model: str = ""
+    """Names what is alike in output length."""
+    servers: tuple[str, ...] | None = None
+    """Names of those their requests may go to, as a gateway's subset hint says; any otherwise."""
+
+    @model_validator(mode="after")
+    def _has_lengths(self) -> Self:
+        both = self.prompt is not None and self.output is not None
+        one = self.prompt is not None or self.output is not None
+        sources = [both or one, self.lengths_from is not None, self.arrivals.trace is not None]
+        demand(
+            sum(sources) == 1 and one == both,
+            "must have prompt and output, or lengthsFrom, or arrivals.trace",
+        )
+        return self
+
+    def workload(self, trace: Path | None) -> Workload:
+        """Return what it means.
+
+        Args:
+            trace: replayed in place of the trace named here, if one is replayed at all.
+
+        Raises:
+            ConfigError: a trace cannot be read.
+        """
+        arrivals: Arrivals = self.arrivals.chosen.arrivals(trace)
+        retry = self.retry
+        return Workload(
+            name=self.name,
+            arrivals=arrivals,
+            lengths=self._lengths(arrivals),
+            tenants=self.tenants,
+            objective=self.objective,
+            from_ns=self.from_,
+            until_ns=self.until,
+            announces_prompt=self.announces_prompt,
+            output_tokens_max=self.max_tokens,
+            ttft_slo_ns=self.ttft_slo,
+            announces_slo=self.announces_slo,
+            ttl_ns=self.request_ttl,
+            patience=None if self.patience is None else self.patience.distribution(),
+            retry=Retry(
+                attempts_max=retry.attempts,
+                honours_retry_after=retry.honours_retry_after,
+                backoff_ns=retry.backoff,
+                backoff_max_ns=retry.backoff_max,
+                after_patience=retry.after_patience,
+            ),
+            model=self.model,
+            subset=self.servers,
+        )
+
+    def _lengths(self, arrivals: Arrivals) -> Lengths:
+        if isinstance(arrivals, Replayed):
+            return Recorded(arrivals.rows)
+        if self.lengths_from is not None:
+            return Recorded(tuple(load_trace(self.lengths_from)))
+        assert self.prompt is not None
+        assert self.output is not None
+        return Independent(self.prompt.distribution(), self.output.distribution())

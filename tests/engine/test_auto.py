@@ -1,0 +1,294 @@
+"""The limits that find themselves: in simulated pools, with what evidence there is."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from flowcontrol.auto import AutoDetector
+from flowcontrol.config import (
+    Auto,
+    Ceilings,
+    CeilingSettings,
+    Concurrency,
+    ControllerConfig,
+    Detector,
+    Picker,
+    Role,
+)
+from flowcontrol.controller import FlowController
+from flowcontrol.events import Arrived, EndpointsChanged, Left, Settled
+from flowcontrol.request import Request
+from flowcontrol.simulation.distributions import Fixed, Lognormal
+from flowcontrol.simulation.faults import EndpointGone, Fault
+from flowcontrol.simulation.model_server import ModelServerConfig
+from flowcontrol.simulation.plan import Plan
+from flowcontrol.simulation.pool import ServerSpec
+from flowcontrol.simulation.results import Results
+from flowcontrol.simulation.workload import AtOnce, Independent, Lengths, Poisson, Workload
+from flowcontrol.simulation.world import World
+from tests.support.overloads import MINUTE, SECOND
+
+MIXED = Independent(Lognormal(300, 0.7, 2000), Lognormal(60, 0.6, 400))
+"""Of several lengths, so that they tell how long a token of a prompt takes."""
+DEMO = ModelServerConfig()
+"""Runs 16 sequences at once."""
+FAST = ModelServerConfig(
+    sequences_max=256,
+    kv_tokens=12_000,
+    batched_tokens_max=2048,
+    step_base_ns=10_000_000,
+    sequence_ns=100_000,
+    prefill_token_ns=50_000,
+    context_token_ns=10,
+)
+"""Only its cache stops it."""
+
+
+class Pool:
+    """A job on a pool, with people beside it from the beginning.
+
+    Args:
+        servers: one for each.
+        detector: says how full they are.
+        lengths: of the job's prompts and answers.
+        people: a second.
+    """
+
+    def __init__(
+        self,
+        *servers: ModelServerConfig,
+        detector: Detector | None = None,
+        lengths: Lengths = MIXED,
+        people: float = 1.0,
+        job: int = 400,
+        scrapes: bool = True,
+        settles: bool = True,
+        picker: Picker = Picker.LEAST_LOADED,
+        ceilings: Ceilings = Ceilings.STATIC,
+        later: tuple[Workload, ...] = (),
+        faults: tuple[Fault, ...] = (),
+    ) -> None:
+        config = ControllerConfig(
+            detectors=(detector or Auto(),),
+            ceilings=CeilingSettings(policy=ceilings),
+            picker=picker,
+        )
+        self.engine = FlowController(config, 0)
+        self.plan = Plan(
+            duration_ns=4 * MINUTE,
+            servers=tuple(ServerSpec(address=f"s{n}", config=s) for n, s in enumerate(servers)),
+            workloads=(
+                Workload(name="people", arrivals=Poisson(people), lengths=MIXED, objective="chat"),
+                Workload(
+                    name="job",
+                    arrivals=AtOnce(job),
+                    lengths=lengths,
+                    objective="batch",
+                    from_ns=30 * SECOND,
+                ),
+                *later,
+            ),
+            faults=faults,
+            objectives={"chat": 10, "batch": -1},
+            settlement_delay_ns=SECOND if settles else None,
+            scrape_interval_ns=SECOND if scrapes else None,
+        )
+
+    def run(self) -> Results:
+        """Run it to the end."""
+        return World(self.engine, self.plan, 1).finish()
+
+    @property
+    def detector(self) -> AutoDetector:
+        """What is tested."""
+        (detector,) = self.engine.pool.detectors[Role.BOTH]
+        assert isinstance(detector, AutoDetector)
+        return detector
+
+
+EVIDENCE = {
+    "metrics": {},
+    "settlements": {"scrapes": False},
+    "departures": {"scrapes": False, "settles": False},
+}
+
+
+class TestSequences:
+    """What an engine batches is found."""
+
+    @pytest.mark.parametrize("source", EVIDENCE)
+    def test_limit(self, source: str) -> None:
+        """Hardly more is in flight than runs, and hardly less; each move says what told it."""
+        pool = Pool(DEMO, DEMO, **EVIDENCE[source])  # type: ignore[arg-type]  # keywords of a test
+        results = pool.run()
+
+        later = [s.in_flight for s in results.samples if s.at_ns / SECOND > 60 and s.waiting]
+        assert max(later) <= 1.5 * 32
+        assert sorted(later)[len(later) // 2] >= 0.7 * 32
+        assert all(source in move.reason for move in pool.detector.moves.latest)
+
+    def test_job_ends_as_with_the_best_limit(self) -> None:
+        """Finding it costs a job hardly any time."""
+        best = Pool(DEMO, DEMO, detector=Concurrency(requests_max=16)).run()
+        found = Pool(DEMO, DEMO).run()
+
+        assert found.band(-1).ended_ns <= 1.1 * best.band(-1).ended_ns
+
+    def test_unequal(self) -> None:
+        """Each endpoint has a limit of its own."""
+        small = replace(DEMO, sequences_max=4)
+        pool = Pool(DEMO, small)
+        pool.run()
+
+        assert pool.detector.limit_of("s1") <= 6
+        assert pool.detector.limit_of("s0") >= 12
+
+    def test_envoy_picks(self) -> None:
+        """Where Envoy picks there is one limit for all endpoints."""
+        pool = Pool(DEMO, DEMO, picker=Picker.OFF)
+        results = pool.run()
+
+        assert {move.address for move in pool.detector.moves.latest} == {None}
+        assert max(s.in_flight for s in results.samples if s.at_ns > MINUTE) <= 1.5 * 32
+
+
+@pytest.mark.slow
+class TestFewSteps:
+    """Whoever waits for the end of the step under way is no queue."""
+
+    def test_embeddings(self) -> None:
+        """Where each runs for one step, as many wait as run, and a job ends as soon as it can."""
+        lengths = Independent(Lognormal(500, 0.7, 2000), Fixed(1))
+        best = Pool(FAST, lengths=lengths, job=4000, detector=Concurrency(requests_max=16)).run()
+        found = Pool(FAST, lengths=lengths, job=4000).run()
+
+        assert found.band(-1).ended_ns <= 1.1 * best.band(-1).ended_ns
+
+
+@pytest.mark.slow
+class TestRecovery:
+    """Driven over the edge on purpose, people are served as before within three service times.
+
+    Then nine in ten of their first tokens come in the time they came before, or in half a second.
+    """
+
+    SINCE_S, SERVICE_S = 60, 5
+    MONSTERS = Workload(
+        name="monsters",
+        arrivals=AtOnce(40),
+        lengths=Independent(Lognormal(2000, 0.3, 4000), Lognormal(300, 0.3, 800)),
+        objective="batch",
+        from_ns=SINCE_S * SECOND,
+        tenants={"monsters": 1.0},
+    )
+    HALVED = EndpointGone(address="s1", from_ns=SINCE_S * SECOND, until_ns=10 * MINUTE)
+
+    @pytest.mark.parametrize(
+        "change", [{"later": (MONSTERS,)}, {"faults": (HALVED,)}], ids=["monsters", "halved"]
+    )
+    @pytest.mark.parametrize("source", ["metrics", "settlements"])
+    def test_as_before(self, source: str, change: Mapping[str, object]) -> None:
+        """A batch of prompts that take a sixth of a cache each; half of the servers gone."""
+        pool = Pool(
+            *(FAST, FAST),
+            people=6.0,
+            job=2000,
+            ceilings=Ceilings.RESERVE,
+            **EVIDENCE[source],  # type: ignore[arg-type]  # keywords of a test
+            **change,  # type: ignore[arg-type]  # as above
+        )
+        ttfts = pool.run().band(10).ttfts
+
+        before = _late_s(ttfts, 30, self.SINCE_S)
+        after = _late_s(ttfts, self.SINCE_S + 3 * self.SERVICE_S, 120)
+        assert after <= max(1.2 * before, 0.5)
+
+
+class TestCache:
+    """The KV cache is not filled over its edge."""
+
+    LONG = Independent(Lognormal(400, 0.5, 2000), Lognormal(300, 0.5, 1500))
+
+    def test_tokens(self) -> None:
+        """Without a limit on requests that means anything, that on tokens keeps the cache whole."""
+        pool = Pool(FAST, lengths=self.LONG, people=0.5)
+        found = pool.run()
+        over = Pool(
+            FAST, lengths=self.LONG, people=0.5, detector=Concurrency(requests_max=64)
+        ).run()
+
+        assert over.servers[0].waiting_most > 30
+        assert found.servers[0].waiting_most <= 12
+        tokens_limit = pool.detector.tokens_limit
+        assert tokens_limit is not None
+        assert tokens_limit < 2 * FAST.kv_tokens
+
+    def test_large_requests(self) -> None:
+        """Where one takes a quarter of the cache, the next is not sent to a cache without room."""
+        large = Independent(Lognormal(3000, 0.3, 6000), Fixed(200))
+        results = Pool(FAST, lengths=large, people=0.5, job=100).run()
+
+        assert results.servers[0].waiting_most <= 4
+        assert results.band(-1).ended_ns < 150 * SECOND
+
+    def test_not_told(self) -> None:
+        """Where no engine tells of its cache there is no limit on tokens before the first queue."""
+        pool = Pool(FAST, lengths=self.LONG, scrapes=False, job=1)
+        pool.run()
+
+        assert pool.detector.tokens_limit is None
+
+
+@pytest.mark.slow
+class TestPrompts:
+    """A job does not put a hundred prompts before the next person."""
+
+    def test_paced(self) -> None:
+        """People hear the first token soon while the job fills free places, which take as long."""
+        lengths = Independent(Lognormal(1500, 0.5, 4000), Fixed(200))
+        large = replace(FAST, kv_tokens=400_000)
+        paced = Pool(large, lengths=lengths, people=2.0, job=150)
+        results = paced.run()
+        flood = Pool(
+            large,
+            lengths=lengths,
+            people=2.0,
+            job=150,
+            detector=Concurrency(requests_max=150),
+        ).run()
+
+        assert _slowest_s(results) < _slowest_s(flood) / 2
+        assert results.band(-1).ended_ns < 1.3 * flood.band(-1).ended_ns
+
+
+class TestSettlements:
+    """What the access log tells, in whatever order."""
+
+    def test_before_the_departure(self) -> None:
+        """The log reports a request before it has left, without a first token: it may have failed.
+
+        Nothing is known then of how long any request takes.
+        """
+        controller = FlowController(ControllerConfig(detectors=(Auto(),)), 0)
+        controller.handle(EndpointsChanged(("a",)), 0)
+        for number in range(200):
+            now_ns = number * 1_000_000
+            controller.handle(Arrived(Request(number)), now_ns)
+            assert len(controller.poll(now_ns)) == 1
+            controller.handle(Settled(number, is_success=False), now_ns)
+            controller.handle(Left(number), now_ns + 500_000)
+
+        assert controller.in_flight == 0
+
+
+def _late_s(ttfts: list[tuple[int, int]], from_s: float, until_s: float) -> float:
+    """Return what nine in ten times to first token stay within, of those asked meanwhile."""
+    times = sorted(ttft for at_ns, ttft in ttfts if from_s <= at_ns / SECOND < until_s)
+    return times[int(0.9 * len(times))] / SECOND
+
+
+def _slowest_s(results: Results) -> float:
+    ttft_ns = results.band(10).ttft_ns(99)
+    assert ttft_ns is not None
+    return ttft_ns / SECOND

@@ -1,0 +1,144 @@
+"""What an engine has learnt goes on in another: accounts, estimates, limits and drain rates."""
+
+from itertools import count
+
+import pytest
+
+from flowcontrol.config import (
+    Adaptive,
+    BandSettings,
+    Concurrency,
+    ControllerConfig,
+    Detector,
+    Fairness,
+    Picker,
+)
+from flowcontrol.controller import FlowController
+from flowcontrol.events import (
+    Arrived,
+    EndpointsChanged,
+    Left,
+    MemoryRestored,
+    Settled,
+)
+from flowcontrol.memory import EngineMemory
+from flowcontrol.replay.plain import plainly
+from flowcontrol.request import Request
+
+A, B = "10.0.0.1:80", "10.0.0.2:80"
+MS = 1_000_000
+_ids = count(1)
+
+
+def engine(
+    fairness: Fairness = Fairness.WEIGHTED_TOKENS, detector: Detector | None = None
+) -> FlowController:
+    """An engine in front of A and B."""
+    config = ControllerConfig(
+        default_settings=BandSettings(fairness=fairness),
+        detectors=(detector or Concurrency(requests_max=1),),
+        picker=Picker.LEAST_LOADED,
+    )
+    controller = FlowController(config, 0)
+    controller.handle(EndpointsChanged((A, B)), 0)
+    return controller
+
+
+def moved(controller: FlowController) -> EngineMemory:
+    """Return its memory, written down and read again."""
+    form = plainly(EngineMemory)
+    memory: EngineMemory = form.read(form.write(controller.learned.memory(1000 * MS)))
+    return memory
+
+
+def arrive(controller: FlowController, flow_id: str, now_ns: int, tokens: int = 10) -> int:
+    """Let a request arrive; return its id."""
+    request = Request(next(_ids), flow_id, input_tokens=tokens, model="m", byte_size=40)
+    controller.handle(Arrived(request), now_ns)
+    return request.request_id
+
+
+@pytest.mark.parametrize("fairness", [Fairness.WEIGHTED_TOKENS, Fairness.LEAST_ATTAINED_SERVICE])
+def test_accounts(fairness: Fairness) -> None:
+    """Who was served much lets the other go first, also where another engine served it."""
+    before, after, fresh = engine(fairness), engine(fairness), engine(fairness)
+    for _ in range(3):
+        arrive(before, "little", 0, 1)
+        arrive(before, "much", 0, 1000)
+    before.poll(0)
+    after.handle(MemoryRestored(moved(before)), 1000 * MS)
+    order = []
+    for controller in (after, fresh):
+        for name in ("x", "y"):
+            arrive(controller, name, 1000 * MS)
+        controller.poll(1000 * MS)
+        in_flight = [*controller.leases]
+        for name in ("little", "much", "little"):
+            arrive(controller, name, 1001 * MS)
+        controller.poll(1001 * MS)
+        next_ones = []
+        for request_id in in_flight:
+            controller.handle(Left(request_id), 1002 * MS)
+            next_ones += [each.flow_id for each in controller.poll(1002 * MS)]
+        order.append(next_ones)
+
+    assert order == [["little", "little"], ["little", "much"]]
+
+
+def test_estimates() -> None:
+    """A tenant's answers are expected to be as long as before."""
+    before, after = engine(), engine()
+    request_id = arrive(before, "tenant", 0)
+    before.poll(0)
+    before.handle(Settled(request_id, input_tokens=10, output_tokens=777), 0)
+    before.handle(Left(request_id), 0)
+    after.handle(MemoryRestored(moved(before)), 0)
+    arrive(after, "tenant", 0)
+    after.poll(0)
+    (lease,) = after.leases.values()
+
+    assert lease.tokens.output == 777
+
+
+def test_limits() -> None:
+    """A limit that was found is where the other begins, for each endpoint that it knows."""
+    adaptive = Adaptive()
+    before, after = engine(detector=adaptive), engine(detector=adaptive)
+    memory = moved(before)
+    memory = EngineMemory(memory.bands, memory.estimates, {A: 20.0, "10.0.0.9:80": 3.0})
+    after.handle(MemoryRestored(memory), 0)
+    shared = engine(detector=adaptive)
+    shared.handle(MemoryRestored(EngineMemory(limits={"": 30.0})), 0)
+
+    assert sum(moved(before).limits.values()) == adaptive.limit_first * 2
+    assert moved(after).limits == {A: 20.0, B: 20.0}
+    assert moved(shared).limits == {"": 30.0}
+
+
+def test_drain_rates() -> None:
+    """Retry-After goes by what the other engine saw."""
+    before, after = engine(), engine()
+    ids = [arrive(before, "tenant", 0) for _ in range(6)]
+    before.poll(0)
+    for step, request_id in enumerate(ids[:4], start=1):
+        before.handle(Left(request_id), step * 100 * MS)
+        before.poll(step * 100 * MS)
+    memory = moved(before)
+    after.handle(MemoryRestored(memory), 1000 * MS)
+
+    assert memory.drain is not None
+    assert memory.drain.requests == 4
+    assert moved(after).drain == memory.drain
+    assert moved(after).bands[0].drain == memory.bands[0].drain
+
+
+def test_nothing_learnt() -> None:
+    """A new engine has nothing to tell, and is not changed by that."""
+    controller = engine()
+    memory = moved(controller)
+    controller.handle(MemoryRestored(memory), 0)
+    controller.poll(0)
+    controller.check_invariants()
+
+    assert memory == EngineMemory()
+    assert [each.priority for each in moved(controller).bands] == [0]

@@ -1,0 +1,293 @@
+"""The Helm chart: what it renders, that flowcontrol reads it, and that an API server takes it."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft7Validator
+
+from flowcontrol_server.config.settings import Settings
+from flowcontrol_server.sources.objectives import read_objective
+from flowcontrol_server.tools.envoy.binary import envoy_binary
+from tests.kubernetes.conftest import Place
+from tests.support.control_plane import ControlPlane, manifests, module_directory
+from tests.support.helm import CHART, helm, rendered, template
+
+pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(900)]
+Json = dict[str, Any]
+ISTIO: Json = {"gateway": {"provider": "istio", "istio": {"selector": {"app": "gateway"}}}}
+OLD = "inference.networking.x-k8s.io/v1alpha2"
+PLAIN: Json = {}
+FULL: Json = {
+    "pools": [
+        {
+            "name": "llama",
+            "replicas": 2,
+            "config": {"flowControl": {"maxRequests": 100}, "picker": "off"},
+            "inferencePool": {"targetPorts": [{"number": 8000}, {"number": 8001}]},
+            "inferenceObjectives": [
+                {"name": "chat", "priority": 10},
+                {"name": "old", "priority": -1, "apiVersion": OLD},
+            ],
+            "resources": {"requests": {"cpu": "2"}},
+        },
+        {"name": "qwen", "httpRoute": {"port": 9000}},
+    ],
+    "image": {"registry": "registry.example", "repository": "flowcontrol", "tag": "1.2.3"},
+    "imagePullSecrets": [{"name": "pull"}],
+    "inferencePool": {"create": True, "modelServers": {"matchLabels": {"app": "vllm"}}},
+    "httpRoute": {"create": True, "inferenceGatewayName": "models", "backend": "vllm"},
+    "networkPolicy": {
+        "enabled": True,
+        "gatewayFrom": [{"namespaceSelector": {"matchLabels": {"name": "gateways"}}}],
+    },
+    "monitoring": {
+        "labels": {"release": "prometheus"},
+        "serviceMonitor": {"enabled": True},
+        "prometheusRule": {"enabled": True},
+        "dashboards": {"enabled": True},
+    },
+    "keda": {"enabled": True, "scaleTargetRef": {"name": "vllm"}},
+    "gateway": {"provider": "envoy-gateway"},
+    "priorityClassName": "system-cluster-critical",
+    "env": [{"name": "A", "value": "b"}],
+}
+CRDS = (
+    (
+        "github.com/envoyproxy/gateway@v1.9.0",
+        "charts/gateway-helm/charts/crds/crds/generated/*.yaml",
+    ),
+    (
+        "github.com/prometheus-operator/prometheus-operator@v0.85.0",
+        "example/prometheus-operator-crd/*_servicemonitors.yaml",
+    ),
+    (
+        "github.com/prometheus-operator/prometheus-operator@v0.85.0",
+        "example/prometheus-operator-crd/*_prometheusrules.yaml",
+    ),
+    ("github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"),
+    ("istio.io/api@v1.32.0", "kubernetes/customresourcedefinitions.gen.yaml"),
+)
+
+
+def of(documents: list[Json], kind: str, name: str | None = None) -> Json:
+    """The one object of a kind, and a name."""
+    (found,) = (
+        each
+        for each in documents
+        if each["kind"] == kind and name in {None, each["metadata"]["name"]}
+    )
+    return found
+
+
+def settings(documents: list[Json], name: str) -> Settings:
+    """The configuration in a ConfigMap, as the service reads it."""
+    text = of(documents, "ConfigMap", name)["data"]["flowcontrol.yaml"]
+    return Settings.model_validate(yaml.safe_load(text))
+
+
+class TestChart:
+    """Without a cluster."""
+
+    @pytest.mark.parametrize("values", [PLAIN, FULL, ISTIO], ids=["plain", "full", "istio"])
+    def test_lint(self, tmp_path: Path, values: Json) -> None:
+        """Helm finds nothing wrong with it."""
+        file = tmp_path / "values.yaml"
+        file.write_text(yaml.safe_dump(values))
+        done = helm("lint", "--strict", str(CHART), "--values", str(file))
+
+        assert done.returncode == 0, done.stdout
+
+    def test_schema(self) -> None:
+        """The schema is one, and has every value of the chart."""
+        schema = json.loads((CHART / "values.schema.json").read_text())
+        values = yaml.safe_load((CHART / "values.yaml").read_text())
+        Draft7Validator.check_schema(schema)
+
+        assert set(values) <= set(schema["properties"])
+        Draft7Validator(schema).validate(values)
+
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            ({"replica": 2}, "replica"),
+            ({"pools": []}, "pools"),
+            ({"pools": [{"name": "Llama"}]}, "pools"),
+            ({"admin": {"token": "short"}}, "token"),
+            ({"gateway": {"provider": "nginx"}}, "provider"),
+            ({"gateway": {"provider": "envoy-gateway"}}, "needs httpRoute.create"),
+            ({"inferencePool": {"create": True}}, "matchLabels must be set"),
+        ],
+    )
+    def test_refused(self, tmp_path: Path, values: Json, said: str) -> None:
+        """Values that make no sense are refused, and the message names them."""
+        file = tmp_path / "values.yaml"
+        file.write_text(yaml.safe_dump(values))
+        done = template(file)
+
+        assert done.returncode != 0
+        assert said in done.stderr
+
+    def test_plain(self) -> None:
+        """By default: what the plain manifests have, and flowcontrol reads the configuration."""
+        documents = rendered(PLAIN)
+        kinds = [each["kind"] for each in documents]
+        config = settings(documents, "fc-flowcontrol-llama")
+
+        assert sorted(kinds) == [
+            "ConfigMap",
+            "Deployment",
+            "Role",
+            "RoleBinding",
+            "Service",
+            "ServiceAccount",
+        ]
+        assert config.pool == "llama"
+        assert config.objectives.kubernetes is not None
+        assert config.endpoints.kubernetes is not None
+        assert config.longest_wait_ns == 360_000_000_000
+
+    def test_same_permissions(self) -> None:
+        """The role is that of the plain manifests."""
+        path = CHART.parents[2] / "envoy" / "kubernetes" / "flowcontrol.yaml"
+        plain = [each for each in yaml.safe_load_all(path.read_text()) if each]
+
+        assert of(rendered(PLAIN), "Role")["rules"] == of(plain, "Role")["rules"]
+
+    def test_pools(self) -> None:
+        """Each pool has its own; what it sets counts for it alone."""
+        documents = rendered(FULL)
+        llama = settings(documents, "fc-flowcontrol-llama")
+        qwen = settings(documents, "fc-flowcontrol-qwen")
+        deployments = [
+            of(documents, "Deployment", f"fc-flowcontrol-{name}")["spec"]
+            for name in ("llama", "qwen")
+        ]
+        pools = [of(documents, "InferencePool", name)["spec"] for name in ("llama", "qwen")]
+        route = of(documents, "HTTPRoute", "fc-flowcontrol-qwen")["spec"]["rules"][0]
+
+        assert (llama.pool, qwen.pool) == ("llama", "qwen")
+        assert (llama.picker, qwen.picker) == ("off", "least-loaded")
+        assert [each["replicas"] for each in deployments] == [2, 1]
+        assert [len(each["targetPorts"]) for each in pools] == [2, 1]
+        assert pools[0]["endpointPickerRef"] == {
+            "name": "fc-flowcontrol-llama",
+            "port": {"number": 9002},
+            "failureMode": "FailClose",
+        }
+        assert route["backendRefs"] == [{"name": "vllm", "port": 9000}]
+        assert of(documents, "PodDisruptionBudget")["metadata"]["name"] == "fc-flowcontrol-llama"
+
+    def test_objectives(self) -> None:
+        """Flowcontrol reads them as what they are."""
+        found = [
+            read_objective(each, "llama")
+            for each in rendered(FULL)
+            if each["kind"] == "InferenceObjective"
+        ]
+
+        assert [(each.name, each.priority) for each in found if each] == [("chat", 10), ("old", -1)]
+
+    def test_istio(self, tmp_path: Path) -> None:
+        """Envoy takes the filter and the cluster's limits; nothing of a body comes here."""
+        documents = rendered(ISTIO)
+        spec = of(documents, "EnvoyFilter")["spec"]
+        ext_proc, limits = (each["patch"]["value"] for each in spec["configPatches"])
+        wanted = ext_proc["typed_config"]
+        name = wanted["grpc_service"]["envoy_grpc"]["cluster_name"]
+        route = {
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router",
+        }
+        manager = {
+            "@type": "type.googleapis.com/envoy.extensions.filters.network."
+            "http_connection_manager.v3.HttpConnectionManager",
+            "stat_prefix": "gateway",
+            "route_config": {"virtual_hosts": []},
+            "http_filters": [ext_proc, {"name": "router", "typed_config": route}],
+        }
+        address = {"socket_address": {"address": "127.0.0.1", "port_value": 1}}
+        listener = {
+            "address": address,
+            "filter_chains": [{"filters": [{"name": "manager", "typed_config": manager}]}],
+        }
+        path = tmp_path / "envoy.yaml"
+        resources = {"listeners": [listener], "clusters": [{"name": name, **limits}]}
+        path.write_text(yaml.safe_dump({"static_resources": resources}))
+        command = [str(envoy_binary()), "--mode", "validate", "--config-path", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        modes = wanted["processing_mode"]
+        waited_ns = settings(documents, "fc-flowcontrol-llama").longest_wait_ns
+
+        assert done.returncode == 0, done.stderr
+        assert spec["workloadSelector"]["labels"] == {"app": "gateway"}
+        assert name == "outbound|9002||fc-flowcontrol-llama.models.svc.cluster.local"
+        assert (modes["request_body_mode"], modes["response_body_mode"]) == ("NONE", "NONE")
+        assert modes["response_trailer_mode"] == "SEND"
+        assert int(wanted["message_timeout"].removesuffix("s")) * 10**9 > waited_ns
+
+    def test_secrets(self) -> None:
+        """TLS and token are mounted, and the configuration names the files."""
+        documents = rendered(
+            {
+                "tls": {"existingSecret": "tls", "clientCA": True},
+                "admin": {"existingSecret": "admin"},
+            }
+        )
+        config = yaml.safe_load(of(documents, "ConfigMap")["data"]["flowcontrol.yaml"])
+        pod = of(documents, "Deployment")["spec"]["template"]["spec"]
+        mounts = {each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
+        files = [*config["tls"].values(), config["admin"]["tokenFile"]]
+        protocols = {
+            each["name"]: each["appProtocol"] for each in of(documents, "Service")["spec"]["ports"]
+        }
+
+        assert {str(Path(file).parent) for file in files} <= mounts
+        assert protocols["ext-proc"] == "https"
+
+    def test_configuration_is_passed_through(self) -> None:
+        """Settings that the chart does not know are handed on, and a Lease is permitted."""
+        documents = rendered(
+            {
+                "config": {
+                    "availability": {"election": "kubernetes"},
+                    "state": {"valkey": {"url": "valkey://valkey:6379/0"}},
+                    "objectives": {"api": {}},
+                }
+            }
+        )
+        config = yaml.safe_load(of(documents, "ConfigMap")["data"]["flowcontrol.yaml"])
+        groups = [rule["apiGroups"] for rule in of(documents, "Role")["rules"]]
+
+        assert config["availability"] == {"election": "kubernetes"}
+        assert config["state"] == {"valkey": {"url": "valkey://valkey:6379/0"}}
+        assert config["objectives"] == {"api": {}}
+        assert ["coordination.k8s.io"] in groups
+
+
+class TestApplied:
+    """On a real API server."""
+
+    @pytest.mark.parametrize("values", [PLAIN, FULL, ISTIO], ids=["plain", "full", "istio"])
+    async def test_they_apply(self, place: Place, values: Json) -> None:
+        """It knows every field of every object, with the CRDs of those who define them."""
+        documents = rendered(values, place.namespace)
+        kinds = {each["kind"] for each in documents}
+        for module, pattern in CRDS:
+            for path in sorted(module_directory(module).glob(pattern)):
+                used = [each for each in manifests(path) if each["spec"]["names"]["kind"] in kinds]
+                await place.cluster.install(used)
+        for document in documents:
+            await place.cluster.apply(document, place.namespace)
+
+    def test_installed(self, place: Place, tmp_path: Path) -> None:
+        """Helm installs it, and says the next command with the names it has made."""
+        user = {"token": ControlPlane.TOKEN}
+        kubeconfig = place.running.kubeconfig(tmp_path, user, place.namespace)
+        where = ("--kubeconfig", str(kubeconfig), "--namespace", place.namespace)
+        done = helm("install", "fc", str(CHART), *where)
+
+        assert "rollout status deployment/fc-flowcontrol-llama" in done.stdout, done.stderr
+        assert "Set image.registry." in done.stdout

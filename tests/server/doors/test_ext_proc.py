@@ -1,0 +1,59 @@
+"""The grpcio door where another replica decides; test_e2e_grpcio.py has the rest."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+
+from flowcontrol_server.doors.call_context import STANDBY, CallContext
+from flowcontrol_server.doors.ext_proc import ExtProcDoor
+from flowcontrol_server.requests.gate import FlowGate
+from tests.support.direct import Stream, announcing, grpcio
+from tests.support.gates import TIMEOUT_S, running_gate
+
+
+@asynccontextmanager
+async def opened(
+    *, is_leader: bool = True
+) -> AsyncIterator[tuple[ExtProcDoor, FlowGate, grpc.aio.Channel]]:
+    """A door without a pool behind it, its gate, and a channel to it."""
+    async with running_gate(has_pool=False) as gate:
+        door = ExtProcDoor(CallContext(gate=gate, may_decide=lambda: is_leader))
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((door.handler(),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpcio(port) as channel:
+            yield door, gate, channel
+        await server.stop(None)
+
+
+async def test_standby() -> None:
+    """A client whose bodies pass through is refused; another request goes to the next replica."""
+    async with opened(is_leader=False) as (_, _, channel):
+        duplex, other = Stream(channel), Stream(channel)
+        await duplex.say(announcing())
+        response = await duplex.hear()
+        await other.say(announcing("NONE"))
+
+        assert response.immediate_response.status.code == 503
+        assert await duplex.ending() == (grpc.StatusCode.OK, "")
+        assert await other.ending() == (grpc.StatusCode.UNAVAILABLE, STANDBY)
+
+
+async def test_stands_down() -> None:
+    """The same of requests that wait when another replica takes over."""
+    async with opened() as (door, gate, channel):
+        duplex, other = Stream(channel), Stream(channel)
+        await duplex.say(announcing())
+        await other.say(announcing("NONE"))
+        async with asyncio.timeout(TIMEOUT_S):
+            while (await gate.snapshot()).waiting != 2:
+                pass
+        door.move_calls()
+        response = await duplex.hear()
+
+        assert response.immediate_response.status.code == 503
+        assert await duplex.ending() == (grpc.StatusCode.OK, "")
+        assert await other.ending() == (grpc.StatusCode.UNAVAILABLE, STANDBY)

@@ -1,0 +1,220 @@
+"""Usage, errors and the first token of streams, as Envoy's script and our own reader find them.
+
+Each case is read by both.
+"""
+
+import time
+
+import pytest
+
+from tests.support.response_readers import READERS, Reader
+
+
+@pytest.fixture(params=READERS, ids=lambda reader: reader.__name__)
+def read_of(request: pytest.FixtureRequest) -> Reader:
+    """One of the two."""
+    reader: Reader = request.param
+    return reader
+
+
+LAST = b'data: {"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": 7}}\n\n'
+USAGE = {"input_tokens": 11, "output_tokens": 7}
+CACHED = b'data: {"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4}}}\n'
+
+
+class TestUsage:
+    """What is read."""
+
+    @pytest.mark.parametrize("size", [1, 2, 7, 1000])
+    def test_chunks(self, read_of: Reader, size: int) -> None:
+        """A line is read however it has been cut."""
+        text = b'data: {"choices": [{"delta": {"content": "x"}}], "usage": null}\n\n' + LAST
+
+        assert read_of(*(text[at : at + size] for at in range(0, len(text), size))) == USAGE
+
+    def test_last_counts(self, read_of: Reader) -> None:
+        """Of several events the last one counts, also when its line does not end."""
+        assert read_of(CACHED, LAST.rstrip()) == {**USAGE, "cached_tokens": 4}
+
+    def test_before_usage(self, read_of: Reader) -> None:
+        """What stands before the usage is no usage."""
+        assert read_of(b'data: {"prompt_tokens": 99, "usage": {"completion_tokens": 7}}\n') == {
+            "output_tokens": 7
+        }
+
+    def test_a_line_too_long(self, read_of: Reader) -> None:
+        """A line that does not end within 64 KiB is dropped; the next one counts."""
+        assert read_of(b"x" * 70_000, b"\n", LAST) == USAGE
+        assert read_of(b'"usage": {"prompt_tokens"', b" " * 70_000, b": 1}\n") == {}
+
+    def test_other_responses(self, read_of: Reader) -> None:
+        """What is no stream of events is not read."""
+        assert read_of(LAST, kind=b"text/plain") == {}
+
+    @pytest.mark.parametrize("number", [b"11.0", b'"11"', b"1.1e1", b" 11 "])
+    def test_numbers(self, read_of: Reader, number: bytes) -> None:
+        """A number is read as loosely as in a JSON response."""
+        assert read_of(b'data: {"usage": {"prompt_tokens":' + number + b"}}\n\n") == {
+            "input_tokens": 11
+        }
+
+    @pytest.mark.parametrize("number", [b"-1", b"null", b'"many"', b"[11]", b"true"])
+    def test_no_numbers(self, read_of: Reader, number: bytes) -> None:
+        """What is no count is not read."""
+        assert read_of(b'data: {"usage": {"prompt_tokens":' + number + b"}}\n\n") == {}
+
+    @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+    def test_event_of_several_lines(self, read_of: Reader, end: bytes) -> None:
+        """JSON may be spread over the lines of an event."""
+        lines = [b"data: {", b'data:  "usage": {', b'data: "prompt_tokens": 11,']
+        lines += [b'data:   "completion_tokens": 7', b"data:  }", b"data: }", b"", b"data: [DONE]"]
+
+        assert read_of(*(line + end for line in lines)) == USAGE
+
+    def test_only_the_usage(self, read_of: Reader) -> None:
+        """Numbers of the same name elsewhere are no usage: of a tool's arguments, of a vendor."""
+        arguments = b'{"output_tokens": 123, "usage": {"completion_tokens": 777}}'
+        event = b'{"choices": [{"delta": {"arguments": ' + arguments + b'}}], "usage": '
+        event += b'{"prompt_tokens":11,"completion_tokens":7},"x":{"usage":{"prompt_tokens":500}}}'
+
+        assert read_of(b"data: " + event + b"\n\n") == USAGE
+
+    def test_anthropic(self, read_of: Reader) -> None:
+        """Cached tokens, and the answer's own from the last event that counts it."""
+        begin = b'{"type":"message_start","message":{"usage":{"input_tokens":12,"output_tokens":1,'
+        begin += b'"cache_creation_input_tokens":3,"cache_read_input_tokens":9000}}}'
+        cache = {"input_tokens": 9015, "cached_tokens": 9000}
+
+        assert read_of(b"event: message_start\ndata: " + begin + b"\n\n") == cache
+        end = b'data: {"type":"message_delta","usage":{"output_tokens":7}}\n\n'
+        assert read_of(b"data: " + begin + b"\n\n", end) == {**cache, "output_tokens": 7}
+
+    def test_responses(self, read_of: Reader) -> None:
+        """OpenAI's responses have the usage within the response."""
+        event = b'{"type":"response.completed","response":{"error":null,"usage":{"input_tokens":11,'
+        event += b'"input_tokens_details":{"cached_tokens":3},"output_tokens":7,'
+        event += b'"output_tokens_details":{"reasoning_tokens":2},"total_tokens":18}}}'
+
+        assert read_of(b"data: " + event + b"\n\n") == USAGE | {"cached_tokens": 3}
+
+    def test_ollama(self, read_of: Reader) -> None:
+        """Ollama's own API answers with lines of JSON."""
+        lines = b'{"response":"hi","done":false}\n'
+        lines += b'{"done":true,"prompt_eval_count":11,"eval_count":7}\n'
+
+        assert read_of(lines, kind=b"application/x-ndjson") == USAGE
+
+
+ERRORS = {
+    "sglang": (
+        b'data: {"error":{"message":"full","type":"SERVICE_UNAVAILABLE","code":503}}\n\ndata: x',
+        503,
+    ),
+    "vllm": (b'data: {"error": {"message": "x", "type": "InternalServerError", "code": 500}}', 500),
+    "vllm before 0.10": (
+        b'data: {"object":"error","message":"x","type":"BadRequestError","param":null,"code":400}',
+        400,
+    ),
+    "tgi": (b'data:{"error":"Model is overloaded","error_type":"overloaded"}\n\n', 503),
+    "tgi, generation": (b'data:{"error":"failed","error_type":"generation"}\n\n', 500),
+    "triton": (b'data: {"error":"in ensemble, failed"}\n\n', 500),
+    "llama.cpp": (
+        b'data: {"error":{"code":503,"message":"Loading","type":"unavailable_error"}}\n\n',
+        503,
+    ),
+    "llama.cpp before 2025": (
+        b'error: {"code":500,"message":"context shift is disabled","type":"server_error"}\n\n',
+        500,
+    ),
+    "anthropic": (
+        b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error"}}\n\n',
+        503,
+    ),
+    "responses, failed": (
+        b'data: {"type":"response.failed","response":{"error":{"code":"server_error"}}}\n\n',
+        500,
+    ),
+    "responses, client": (
+        b'data: {"type":"error","code":"invalid_prompt","message":"x","param":null}\n\n',
+        400,
+    ),
+    "a gateway": (b'data: {"error": {"message": "TimeoutError", "code": 504}}\n\n', 504),
+}
+
+
+class TestErrors:
+    """An error inside a stream of status 200."""
+
+    @pytest.mark.parametrize(("event", "status"), ERRORS.values(), ids=ERRORS)
+    def test_read(self, read_of: Reader, event: bytes, status: int) -> None:
+        """The error of each engine, as the HTTP status it stands for, first or after tokens."""
+        assert read_of(event) == {"error": status}
+        assert read_of(b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n', event) == {
+            "error": status
+        }
+
+    def test_ollama(self, read_of: Reader) -> None:
+        """Ollama writes it as a line of its own."""
+        line = b'{"error":"an error was encountered while running the model"}\n'
+        assert read_of(line, kind=b"application/x-ndjson") == {"error": 500}
+
+    @pytest.mark.parametrize(
+        "event",
+        [
+            b'{"error": null, "choices": []}',
+            b'{"error": "", "choices": []}',
+            b'{"choices": [{"delta": {"content": "\\"error\\": {\\"code\\": 500}"}}]}',
+            b'{"choices": [{"delta": {"arguments": {"error": {"code": 500}}}}]}',
+            b'{"type":"response.output_item.done","item":{"type":"mcp_call","error":"refused"}}',
+        ],
+    )
+    def test_no_error(self, read_of: Reader, event: bytes) -> None:
+        """What a model says of errors is none."""
+        assert read_of(b"data: " + event + b"\n\n") == {}
+
+
+class TestFirstToken:
+    """How much later than the first byte the first token came."""
+
+    def test_comments(self, read_of: Reader) -> None:
+        """Comments that keep a connection alive are no tokens."""
+        token = b'data: {"choices":[{"delta":{"content":"hi"}}]}\n\n'
+        chunks = b": keepalive\n\n", b":\n\n", token, token
+
+        assert read_of(*chunks, chunk_ms=700) == {"first_token_late_ms": 1400}
+        assert read_of(token, token, chunk_ms=700) == {}
+
+    @pytest.mark.parametrize(
+        "kind", ["ping", "message_start", "response.created", "response.in_progress"]
+    )
+    def test_events_without_tokens(self, read_of: Reader, kind: str) -> None:
+        """Neither are events that say that the request has been accepted."""
+        early = f'event: {kind}\ndata: {{"type": "{kind}"}}\n\n'.encode()
+        token = b'data: {"type":"content_block_delta","delta":{"text":"hi"}}\n\n'
+
+        assert read_of(early, token, chunk_ms=700) == {"first_token_late_ms": 700}
+
+
+class TestTime:
+    """A worker of Envoy serves others meanwhile."""
+
+    @pytest.mark.parametrize("byte", [b"x", b" ", b'"', b'"a', b'"usage":', b'"a":1 '])
+    def test_small_chunks(self, read_of: Reader, byte: bytes) -> None:
+        """Many small chunks of one line: a byte used to cost a copy of all before it."""
+        chunks = [b"data: {", *[byte] * (60_000 // len(byte)), b"\n"]
+        read_of(b"")  # generating Envoy's configuration takes seconds, once
+        begun_s = time.process_time()
+        read_of(*chunks)
+
+        assert time.process_time() - begun_s < 1.0
+
+    @pytest.mark.parametrize(
+        "byte", [b"x", b" ", b'"', b'"a', b'"usage":', b'"usage":{', b'"a":1 ']
+    )
+    def test_large_chunks(self, read_of: Reader, byte: bytes) -> None:
+        """A megabyte in one line."""
+        read_of(b"")  # generating Envoy's configuration takes seconds, once
+        begun_s = time.process_time()
+        read_of(b'data: {"usage":{' + byte * (2**20 // len(byte)) + b"\n")
+
+        assert time.process_time() - begun_s < 1.0

@@ -1,0 +1,109 @@
+"""What `flowcontrol classify` says of a request."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from flowcontrol_server.cli import main
+
+CONFIG = """
+apiVersion: flowcontrol/v1alpha1
+kind: FlowControlConfig
+pool: llama
+objectives: {directory: objectives}
+endpoints: {static: ["127.0.0.1:8000"]}
+flowControl: {requestTTL: 60s}
+requests:
+  rules:
+  - {match: {body:service_tier: flex}, objective: batch}
+  - {match: {"metadata:jwt:claims:plan": "gold-*"}, objective: gold}
+  - {flowIdFrom: "metadata:jwt:claims:org"}
+"""
+MANIFEST = """
+apiVersion: llm-d.ai/v1alpha2
+kind: InferenceObjective
+metadata: {name: batch}
+spec: {priority: -1, poolRef: {name: llama}}
+"""
+
+
+@pytest.fixture(name="config")
+def _config(tmp_path: Path) -> Path:
+    (tmp_path / "objectives").mkdir()
+    (tmp_path / "objectives" / "batch.yaml").write_text(MANIFEST)
+    path = tmp_path / "flowcontrol.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def classify(config: Path, *arguments: str) -> Result:
+    """Run the command."""
+    return CliRunner().invoke(main, ["classify", "--config", str(config), *arguments])
+
+
+class TestClassify:
+    """Each thing with where it comes from."""
+
+    def test_by_rules(self, config: Path) -> None:
+        """Rules on body and claims, and the priority from the folder."""
+        body = '{"model": "m", "service_tier": "flex", "max_tokens": 50}'
+        result = classify(config, "--metadata", "jwt:claims:org=acme", "--body", body)
+
+        assert result.stdout.splitlines() == [
+            "path: /v1/chat/completions",
+            "objective: batch (requests.rules[0])",
+            f"priority: -1 (declared in {config.parent / 'objectives'})",
+            "flow id: acme (requests.rules[2])",
+            "may wait: 1 min 0 s (flowControl.requestTTL, or the band's)",
+            "model: m",
+            "output tokens at most: 50",
+        ]
+
+    def test_by_headers(self, config: Path) -> None:
+        """Headers, where no rule says it; an objective that nobody declares."""
+        result = classify(
+            config,
+            *("--header", "x-llm-d-inference-objective: chat"),
+            *("--header", "x-llm-d-inference-fairness-id: bob"),
+            *("--header", "x-llm-d-inference-ttl: 5s"),
+        )
+
+        assert result.stdout.splitlines()[1:] == [
+            "objective: chat (header x-llm-d-inference-objective)",
+            f"priority: 0 (no manifest in {config.parent / 'objectives'} declares 'chat')",
+            "flow id: bob (header x-llm-d-inference-fairness-id)",
+            "may wait: 5.0 s (header x-llm-d-inference-ttl, or the band's)",
+        ]
+
+    def test_pattern(self, config: Path) -> None:
+        """A claim that begins as the rule says."""
+        result = classify(config, "--metadata", "jwt:claims:plan=gold-2")
+        assert "objective: gold (requests.rules[1])" in result.stdout
+
+    def test_exempt(self, config: Path) -> None:
+        """A path that passes ungated."""
+        result = classify(config, "--header", ":method: GET", "--header", ":path: /v1/models?x=y")
+        line = "path: GET /v1/models, exempt: passes without queueing (requests.exemptPaths)"
+        assert result.stdout.splitlines() == [line]
+
+    def test_unread_body(self, config: Path, tmp_path: Path) -> None:
+        """A body that is no JSON, from a file."""
+        path = tmp_path / "body"
+        path.write_text("{")
+        result = classify(config, "--body", f"@{path}")
+        assert "body: Envoy cannot read it, no rule on the body matches" in result.stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "problem"),
+        [
+            (("--header", "nonsense"), "--header must be NAME: VALUE, got 'nonsense'"),
+            (("--metadata", "jwt=x"), "--metadata must be NAMESPACE:KEY=VALUE, got 'jwt=x'"),
+            (("--body", "@/nowhere"), "No such file or directory"),
+        ],
+    )
+    def test_wrong(self, config: Path, arguments: tuple[str, ...], problem: str) -> None:
+        """A wrong option is named."""
+        result = classify(config, *arguments)
+        assert result.exit_code != 0
+        assert problem in result.stderr

@@ -1,0 +1,33 @@
+"""The table of the ext_proc conversations as docs/design.md shows it."""
+
+from pathlib import Path
+
+from flowcontrol_server.requests.exchange import MOVES, PARTINGS, MessageKind, Move, Phase
+
+PAGE = Path(__file__).parents[2] / "docs" / "design.md"
+BEGIN, END = "<!-- conversation: generated -->", "<!-- /conversation -->"
+
+
+def table() -> str:
+    """Return the table: phases and messages, and what is done about each; a dash is an error."""
+    kinds = [kind.value.replace("_", " ") for kind in MessageKind]
+    lines = ["| conversation, phase | " + " | ".join(kinds) + " | stand-down |"]
+    lines.append("|---" * (len(kinds) + 2) + "|")
+    for (mode, phase), moves in MOVES.items():
+        if phase is not Phase.OVER:
+            cells = [move.value if isinstance(move, Move) else "-" for move in moves]
+            parting = PARTINGS.get((mode, phase))
+            cells.append("-" if parting is None else parting.value)
+            lines.append(f"| {mode.value}, {phase.name.lower()} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rewritten(page: str) -> str:
+    """Return the page with the table as it is."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rewritten(PAGE.read_text()))

@@ -1,0 +1,43 @@
+"""llm-d-router's endpoint picker as a process of the tests, without Kubernetes."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from flowcontrol_server.config.settings import Address
+
+BINARY: Final = os.environ.get("FLOWCONTROL_TEST_EPP", "")
+"""Built in a checkout of llm-d-router; empty where there is none."""
+
+
+def configuration(directory: Path, endpoints: Iterable[Address]) -> dict[str, Any]:
+    """Write a file of these endpoints; return a configuration that picks any of them."""
+    found = [
+        {"name": f"server-{each.port}", "address": each.host, "port": str(each.port)}
+        for each in endpoints
+    ]
+    path = directory / "endpoints.yaml"
+    path.write_text(yaml.safe_dump({"endpoints": found}))
+    return {
+        "apiVersion": "llm-d.ai/v1alpha1",
+        "kind": "EndpointPickerConfig",
+        "plugins": [
+            {"type": "file-discovery", "name": "files", "parameters": {"path": str(path)}},
+            {"type": "random-picker"},
+        ],
+        "schedulingProfiles": [{"name": "default", "plugins": [{"pluginRef": "random-picker"}]}],
+        "dataLayer": {"discovery": {"pluginRef": "files"}},
+    }
+
+
+def options(config: Path, port: int, health_port: int, metrics_port: int) -> list[str]:
+    """Return what it is started with: plain text, on these ports."""
+    return [
+        *("--config-file", str(config), "--pool-name", "llama"),
+        *("--grpc-port", str(port), "--grpc-health-port", str(health_port)),
+        *("--metrics-port", str(metrics_port), "--metrics-endpoint-auth=false"),
+        *("--secure-serving=false", "--tracing=false", "--zap-log-level", "error"),
+    ]

@@ -1,0 +1,74 @@
+"""`flowcontrol serve` in a process of its own, for the tests of what only a process shows."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+@contextmanager
+def serving(
+    config: Path, stderr: int | IO[bytes] = subprocess.PIPE, prefix: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
+    """`flowcontrol serve` in a process of its own, gone at the end.
+
+    Args:
+        config: its configuration.
+        stderr: where its log goes.
+        prefix: a command that is given its command line, and becomes it.
+    """
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "flowcontrol_server",
+        "serve",
+        "--config",
+        str(config),
+    ]
+    environment = {**os.environ, "PYTHONWARNINGS": ""}
+    with subprocess.Popen(command, stderr=stderr, text=True, env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def lines_until(process: subprocess.Popen[str], event: str) -> list[dict[str, Any]]:
+    """The log of a service up to an event."""
+    assert process.stderr is not None
+    lines: list[dict[str, Any]] = []
+    for line in process.stderr:
+        lines.append(json.loads(line))
+        if lines[-1]["event"] == event:
+            return lines
+    pytest.fail(f"no {event} in {lines}")
+
+
+def configuration(directory: Path, ports: Sequence[int], more: str = "") -> Path:
+    """A configuration that listens on these ports: ext_proc, gRPC and HTTP."""
+    (directory / "objectives").mkdir()
+    path = directory / "flowcontrol.yaml"
+    path.write_text(
+        "apiVersion: flowcontrol/v1alpha1\nkind: FlowControlConfig\npool: llama\n"
+        "objectives: {directory: objectives}\nendpoints: {static: []}\n"
+        f"listen:\n  extProc: 127.0.0.1:{ports[0]}\n  grpc: 127.0.0.1:{ports[1]}\n"
+        f"  http: 127.0.0.1:{ports[2]}\n{more}"
+    )
+    return path
