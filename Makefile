@@ -6,6 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 COMPILED := build/compiled
 ON_COMPILED = PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED) $(BIN)/pytest -o pythonpath="$(COMPILED) ."
+# Many tests wait for processes and sockets that a busy machine holds up. So in a whole run a test that fails is run once
+# more; eight such in all. Both outcomes are printed, with the traceback, so that nobody overlooks a test that needed it.
+TWICE := --reruns 1 --max-suite-reruns 8 --rerun-show-tracebacks
 .DEFAULT_GOAL := help
 
 .PHONY: help demo quick test lint types unit e2e kubernetes fuzz compiled coverage bench faults effect format docs site wheel release-check containers clean
@@ -46,17 +49,17 @@ types: $(VENV)/ready  ## mypy --strict
 
 # Those on a real Envoy measure waits, so they run one after the other, with the machine to themselves.
 unit: $(VENV)/ready  ## All tests, end to end on a real Envoy included
-	$(BIN)/pytest -m "not e2e and not kubernetes" --numprocesses auto --dist loadfile $(ARGS)
-	$(BIN)/pytest -m e2e $(ARGS)
+	$(BIN)/pytest -m "not e2e and not kubernetes" --numprocesses auto --dist loadfile $(TWICE) $(ARGS)
+	$(BIN)/pytest -m e2e $(TWICE) --durations 15 $(ARGS)
 
 coverage: $(VENV)/ready  ## Which lines of the engine no unit test runs
 	$(BIN)/pytest -m "not e2e and not kubernetes" --numprocesses auto --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 e2e: $(VENV)/ready  ## Only the tests on a real Envoy
-	$(BIN)/pytest -m e2e $(ARGS)
+	$(BIN)/pytest -m e2e $(TWICE) --durations 15 $(ARGS)
 
 kubernetes: $(VENV)/ready  ## Only the tests on a real Kubernetes API server; needs Go, and minutes to build it once
-	$(BIN)/pytest -m kubernetes $(ARGS)
+	$(BIN)/pytest -m kubernetes $(TWICE) --durations 15 $(ARGS)
 
 fuzz: $(VENV)/ready  ## Every parser of what others wrote against odd input, a minute each
 	PYTHONPATH=. $(BIN)/python tests/fuzz/parsers.py $(ARGS)
@@ -69,8 +72,8 @@ $(COMPILED)/ready: $(VENV)/ready $(shell find flowcontrol server -name '*.py')
 	@touch $@
 
 compiled: $(COMPILED)/ready  ## Compile what is on the way of a request, and run all tests on that; needs gcc
-	$(ON_COMPILED) -m "not e2e and not kubernetes and not interpreted" --numprocesses auto --dist loadfile $(ARGS)
-	$(ON_COMPILED) -m "e2e and not interpreted" $(ARGS)
+	$(ON_COMPILED) -m "not e2e and not kubernetes and not interpreted" --numprocesses auto --dist loadfile $(TWICE) $(ARGS)
+	$(ON_COMPILED) -m "e2e and not interpreted" $(TWICE) --durations 15 $(ARGS)
 
 # Each script says its question, method, caveats, and how to run it shorter. ONLY names some of them. EPP and
 # REFERENCE are llm-d-router's endpoint picker, built, and its tree.
