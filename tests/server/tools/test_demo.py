@@ -57,6 +57,8 @@ class TestSummarize:
         assert figures.ttft_s == pytest.approx((2.0, 2.9, 2.98))
         assert (figures.completed, figures.failed, figures.refusals) == (2, 1, 2)
         assert figures.tokens_per_second == pytest.approx(0.8)
+        assert figures.done_s == 10.0
+        assert summarize(samples, "batch").done_s == 9.5
 
     def test_of_nobody(self) -> None:
         """No sample, no figure, no fault."""

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from flowcontrol_server.config.admin import TOKEN_VARIABLE
 from flowcontrol_server.tools.demo.report import (
+    BATCH_WAITS,
     WITH,
     WITHOUT,
     Results,
@@ -94,6 +95,7 @@ async def _phase(console: Console, name: str, driver: Driver, ports: Ports) -> N
 
 def _show(console: Console, results: Results, directory: Path) -> None:
     console.print(table(results))
+    console.print(BATCH_WAITS, style="dim")
     if (text := caveat(results)) is not None:
         console.print(text, style="yellow")
     save_samples(results, directory / "requests.csv")
