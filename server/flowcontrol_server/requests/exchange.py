@@ -317,10 +317,6 @@ class Exchange:
         """
         return not self._has_asked and self._is_request_ended
 
-    def end_request(self) -> None:
-        """Take note that the client has ended its side while the request is parked."""
-        self._has_only_asked = self.awaits_end
-
     @property
     def takes_bodies(self) -> bool:
         """Whether a part of a body may come and is sent back, in however many parts."""
@@ -365,6 +361,7 @@ class Exchange:
             self.mode = message.mode
         self.phase = Phase.PARKED
         self._is_request_ended = message.is_end
+        self._has_only_asked = message.is_end and not self._has_asked
         headers = message.headers
         if message.attempt is not None and not message.attempt.ticket:
             self.phase = Phase.OVER  # exempt, or let on while this service was gone

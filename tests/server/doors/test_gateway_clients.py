@@ -63,6 +63,18 @@ class TestNginxGatewayFabric:
 
         assert home.outcomes == [Outcome.DISPATCHED] * 2
 
+    async def test_ends_its_side_behind_the_answer(self) -> None:
+        """A slot is kept as well where the answer was sent before the client ended its side."""
+        async with picking(SERVERS[:1]) as (home, channel):
+            home.context.unseen_ns = HOUR_NS
+            asking = NginxGatewayFabric(channel)
+            await asking.open(has_body=False)
+            await home.until(in_flight=1)
+            await asking.send(None)
+            assert (await asking.pick()).endpoint == SERVERS[0]
+            assert (await home.gate.snapshot()).in_flight == 1
+            home.gate.release_unseen()
+
     async def test_body_behind_the_answer(self) -> None:
         """A slot is kept as well where the body comes after the headers have been answered."""
         async with picking(SERVERS[:1]) as (home, channel):

@@ -181,10 +181,11 @@ class TestReceive:
         """A client that never said so and asks for a request without a body shows no response."""
         exchange = Exchange(Intake())
         exchange.receive(Message(MessageKind.REQUEST_HEADERS, HEADERS, mode=mode, is_end=is_end))
-        exchange.end_request()
         exchange.decide(DISPATCHED)
 
         assert exchange.is_unseen is expected
+        exchange.receive(Message(MessageKind.RESPONSE_HEADERS, {}))
+        assert not exchange.is_unseen
 
     @pytest.mark.parametrize(
         ("mode", "phase"),

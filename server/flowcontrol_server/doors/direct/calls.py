@@ -421,7 +421,6 @@ class ProcessCall(Call):
         if self._exchange.phase is not Phase.PARKED:
             self.finish()
             return
-        self._exchange.end_request()
         if not self._exchange.awaits_end:
             self._leave()
 
