@@ -31,10 +31,13 @@ class ValkeyClient:
     def __init__(self, settings: Valkey, pool: str) -> None:
         try:
             import valkey.asyncio as valkey  # noqa: PLC0415 - an extra
-            from valkey.exceptions import ValkeyError  # noqa: PLC0415 - likewise
+            from valkey.exceptions import (  # noqa: PLC0415 - likewise
+                ValkeyClusterException,
+                ValkeyError,
+            )
         except ModuleNotFoundError as error:
             raise FlowControlError(missing(error, "valkey")) from error
-        self._errors = (ValkeyError, OSError, TimeoutError)
+        self._errors = (ValkeyError, ValkeyClusterException, OSError, TimeoutError)
         self._prefix = f"flowcontrol:{{{pool}}}:"
         self._client, self._sentinels = _connect(valkey, settings)
 

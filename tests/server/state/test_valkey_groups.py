@@ -14,7 +14,7 @@ from flowcontrol_server.state.valkey_client import ValkeyClient
 from flowcontrol_server.state.valkey_lock import ValkeyLock
 from flowcontrol_server.state.valkey_store import ValkeyStore
 from tests.support.valkey_groups import CLI, NAME, cluster, running, watched_pair
-from tests.support.valkey_server import BINARY
+from tests.support.valkey_server import BINARY, free_port
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,6 +64,13 @@ async def assert_works(client: ValkeyClient) -> None:
 
     assert (contents.leases, contents.memory) == ([RECORD], "learnt")
     assert await ValkeyLock(client, "other", LEASE_MS).is_held_by_another()
+
+
+async def test_cluster_that_cannot_be_reached() -> None:
+    """None of its nodes answers: an error like any other, which is tried again."""
+    async with connected(free_port(), cluster=True) as client:
+        with pytest.raises(StateError, match=r"state\.valkey: .*cannot be connected"):
+            await client.run("return 1", [])
 
 
 class TestTls:
