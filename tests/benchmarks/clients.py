@@ -26,7 +26,8 @@ from pathlib import Path
 
 from flowcontrol_server.config.settings import Address
 from tests.e2e.gateway import Gateway
-from tests.e2e.harness import HOST, Spec, Stack
+from tests.e2e.harness import Spec, Stack
+from tests.support.ports import HOST
 
 TTL_S = 5
 _ASKED = {

@@ -6,10 +6,8 @@ started is ended by its process id, however the test ends.
 
 import asyncio
 import inspect
-import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,9 +23,9 @@ from flowcontrol_server.config.admin import TOKEN_VARIABLE
 from flowcontrol_server.config.settings import Address, load_settings
 from flowcontrol_server.tools.envoy.binary import envoy_binary
 from tests.e2e.client import fetch
+from tests.support.ports import HOST, free_port
 
 ROOT = Path(__file__).parents[2]
-HOST = "127.0.0.1"
 POOL = "llama"
 ADMIN_TOKEN = "say-friend-and-enter"
 """What the service's environment holds; with it the API may change things."""
@@ -36,7 +34,6 @@ Edit = Callable[[dict[str, Any]], None]
 _POLL_S = 0.01
 _START_S = 20.0
 _STOP_S = 10.0
-_ports = itertools.count(20_000 + os.getpid() * 17 % 10_000)
 _MANIFEST = """\
 apiVersion: llm-d.ai/v1alpha2
 kind: InferenceObjective
@@ -71,19 +68,6 @@ async def eventually(ask: Callable[[], Any], within_s: float = 5.0, what: str = 
             return given
         assert time.monotonic() < deadline, f"not within {within_s} s: {what or ask}, last: {last}"
         await asyncio.sleep(_POLL_S)
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on and no client will be given."""
-    while True:
-        port = next(_ports)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-            return port
 
 
 @final

@@ -14,7 +14,8 @@ import yaml
 from flowcontrol_server.config.settings import Address
 from tests.e2e.backend import Backend, Call
 from tests.e2e.client import CHAT, Caller, call, fetch
-from tests.e2e.harness import HOST, Edit, Process, Spec, Stack, eventually, free_port
+from tests.e2e.harness import Edit, Process, Spec, Stack, eventually
+from tests.support.ports import HOST, free_port
 from tests.support.valkey_server import ValkeyServer
 
 READY_S = 60.0

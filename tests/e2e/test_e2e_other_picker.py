@@ -15,8 +15,9 @@ from tests.e2e.client import fetch
 from tests.e2e.conftest import Start
 from tests.e2e.gateway import Gateway
 from tests.e2e.gateway_shapes import with_other_picker
-from tests.e2e.harness import HOST, Process, Spec, Stack, eventually, free_port
+from tests.e2e.harness import Process, Spec, Stack, eventually
 from tests.support.epp import BINARY, configuration, options
+from tests.support.ports import HOST, free_port
 
 pytestmark = [
     pytest.mark.e2e,

@@ -8,7 +8,8 @@ import yaml
 
 from flowcontrol_server.config.settings import Address
 from tests.e2e.gateway import Gateway
-from tests.e2e.harness import HOST, ROOT, free_port
+from tests.e2e.harness import ROOT
+from tests.support.ports import HOST, free_port
 
 pytestmark = pytest.mark.e2e
 

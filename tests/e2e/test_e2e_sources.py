@@ -17,9 +17,10 @@ from flowcontrol_server.config.settings import load_settings
 from flowcontrol_server.sources.health import FAILURES_MAX
 from tests.e2e.backend import Backend
 from tests.e2e.gateway import Gateway
-from tests.e2e.harness import ADMIN_TOKEN, POOL, Spec, Stack, eventually, free_port
+from tests.e2e.harness import ADMIN_TOKEN, POOL, Spec, Stack, eventually
 from tests.support.dns_server import SERVFAIL, name_server
 from tests.support.kubernetes_api import api_server
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.e2e
 

@@ -8,8 +8,9 @@ import pytest
 from flowcontrol_server.telemetry.otel import SPAN
 from tests.e2e.conftest import Start
 from tests.e2e.gateway import Gateway
-from tests.e2e.harness import HOST, Spec, eventually, free_port
+from tests.e2e.harness import Spec, eventually
 from tests.support.otlp import Collector, over_grpc, plain
+from tests.support.ports import HOST, free_port
 
 pytestmark = pytest.mark.e2e
 

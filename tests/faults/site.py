@@ -16,11 +16,12 @@ import yaml
 
 from flowcontrol_server.config.settings import Address
 from tests.e2e.client import fetch
-from tests.e2e.harness import HOST, Process, Spec, Stack, eventually, free_port
+from tests.e2e.harness import Process, Spec, Stack, eventually
 from tests.e2e.replicas import with_replicas
 from tests.faults.accounts import Served, read_ledger
 from tests.faults.link import Link, Namespace
 from tests.faults.wire import Wire
+from tests.support.ports import HOST, free_port
 from tests.support.valkey_server import ValkeyServer
 
 MODEL_SERVERS: Final = 2

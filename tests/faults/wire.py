@@ -5,7 +5,7 @@ import contextlib
 from typing import Final, final
 
 from flowcontrol_server.config.settings import Address
-from tests.e2e.harness import HOST, free_port
+from tests.support.ports import HOST, free_port
 
 _CHUNK: Final = 65_536
 

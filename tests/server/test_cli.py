@@ -18,7 +18,8 @@ from flowcontrol_server.cli import main
 from flowcontrol_server.common.extras import install
 from flowcontrol_server.config.settings import load_settings
 from flowcontrol_server.service import Service
-from tests.support.served import configuration, free_ports, lines_until, serving
+from tests.support.ports import free_ports
+from tests.support.served import configuration, lines_until, serving
 
 TIMEOUT_S = 20.0
 SLOW_TO_IMPORT = ("aiohttp", "asyncio", "google", "grpc", "pydantic", "structlog", "uvloop", "yaml")

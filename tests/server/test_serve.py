@@ -16,7 +16,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.support.served import configuration, free_ports, lines_until, serving
+from tests.support.ports import free_ports
+from tests.support.served import configuration, lines_until, serving
 from tests.support.streams import Streams
 
 TIMEOUT_S = 20.0

@@ -20,7 +20,8 @@ from flowcontrol_server.service import JOIN_TIMEOUT_S
 from flowcontrol_server.tools.model_server import model_application
 from tests.support import faulty
 from tests.support.kubernetes_api import api_server
-from tests.support.streams import PATIENCE_S, Running, Streams, free_ports, running
+from tests.support.ports import free_ports
+from tests.support.streams import PATIENCE_S, Running, Streams, running
 from tests.support.told import eventually
 
 FOUR_WAIT = 'flowcontrol_waiting_requests{priority="0"} 4.0'

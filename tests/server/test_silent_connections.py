@@ -9,7 +9,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.support.served import configuration, free_ports, lines_until, serving
+from tests.support.ports import free_ports
+from tests.support.served import configuration, lines_until, serving
 
 DESCRIPTORS = 700
 """Fewer than the ports may need, as where the system's limit is low."""

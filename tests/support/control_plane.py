@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -28,6 +27,8 @@ import yaml
 from aiohttp import ClientSession, TCPConnector
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+
+from tests.support.ports import free_ports
 
 SOURCES = Path(__file__).parents[1] / "kubernetes" / "control_plane"
 KUBERNETES: Final = "v1.35.4"
@@ -145,7 +146,7 @@ class ControlPlane:
     def __init__(self, programs: Path, directory: Path) -> None:
         self._programs = programs
         self.directory = directory
-        etcd_port, peer_port, self._port = _free_ports(3)
+        etcd_port, peer_port, self._port = free_ports(3)
         self.etcd_url = f"http://127.0.0.1:{etcd_port}"
         self._peer_url = f"http://127.0.0.1:{peer_port}"
         self.url = f"https://127.0.0.1:{self._port}"
@@ -398,14 +399,6 @@ class Cluster:
 def _is_established(definition: Json) -> bool:
     conditions = definition["status"].get("conditions") or ()
     return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _killed(process: subprocess.Popen[bytes] | None) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, final
 
 from flowcontrol_server.config.settings import Listen
-from tests.e2e.harness import free_port
+from tests.support.ports import free_port
 
 DONE_S: Final = 240.0
 """LiteLLM alone takes a minute to start on a busy machine."""

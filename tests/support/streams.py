@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -17,19 +16,11 @@ import yaml
 from aiohttp import ClientError, ClientSession
 
 from flowcontrol_server.common import envoy_messages as ext_proc
+from tests.support.ports import free_ports
 
 PATIENCE_S = 20.0
 ROOT = Path(__file__).parents[2]
 _PROCESS = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @final

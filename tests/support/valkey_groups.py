@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final, final
 
 from tests.support.certificates import Authority
-from tests.support.valkey_server import ValkeyServer, free_port
+from tests.support.ports import free_port
+from tests.support.valkey_server import ValkeyServer
 
 CLI: Final = shutil.which("valkey-cli") or shutil.which("redis-cli")
 NAME: Final = "primary"

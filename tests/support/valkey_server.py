@@ -9,15 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, final
 
+from tests.support.ports import free_port
+
 BINARY: Final = shutil.which("valkey-server") or shutil.which("redis-server")
 _START_S = 10.0
 _HOST: Final = "127.0.0.1"
-
-
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.create_server((_HOST, 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @final

@@ -24,8 +24,8 @@ from flowcontrol_server.sources.folder import ObjectiveFolder
 from flowcontrol_server.sources.health import FAILURES_MAX
 from flowcontrol_server.sources.objective_store import ObjectiveStore
 from flowcontrol_server.sources.orca import HEADERS
-from tests.e2e.harness import free_port
 from tests.support.kubernetes_api import api_server, kubeconfig_for
+from tests.support.ports import free_port
 from tests.support.told import Told, eventually
 
 PLAIN: dict[str, Any] = {

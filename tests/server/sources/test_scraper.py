@@ -22,8 +22,8 @@ from flowcontrol_server.sources import scraper as scraper_module
 from flowcontrol_server.sources.engine_metrics import Engine, EngineLoad, read_load
 from flowcontrol_server.sources.health import EndpointHealth
 from flowcontrol_server.sources.scraper import PAGE_BYTES_MAX, Scraper, ScrapeResult
-from tests.e2e.harness import free_port
 from tests.support.certificates import Authority, write_pair
+from tests.support.ports import free_port
 from tests.support.told import Told, eventually
 
 PAGE = b"vllm:num_requests_waiting 3\nvllm:num_requests_running 8\nvllm:kv_cache_usage_perc 0.5\n"

@@ -13,8 +13,9 @@ from flowcontrol_server.state.store import Batch, LeaseRecord, StateError
 from flowcontrol_server.state.valkey_client import ValkeyClient
 from flowcontrol_server.state.valkey_lock import ValkeyLock
 from flowcontrol_server.state.valkey_store import ValkeyStore
+from tests.support.ports import free_port
 from tests.support.valkey_groups import CLI, NAME, cluster, running, watched_pair
-from tests.support.valkey_server import BINARY, free_port
+from tests.support.valkey_server import BINARY
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +34,7 @@ async def connected(
 ) -> AsyncIterator[ValkeyClient]:
     """Connections, closed at the end."""
     url = f"{scheme}://127.0.0.1:{port}"
-    client = ValkeyClient(Valkey(url=url, timeout="200ms", **settings), "llama")  # type: ignore[arg-type]  # as written
+    client = ValkeyClient(Valkey(url=url, timeout="2s", **settings), "llama")  # type: ignore[arg-type]  # as written
     try:
         yield client
     finally:
