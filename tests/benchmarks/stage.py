@@ -28,6 +28,7 @@ import yaml
 
 from flowcontrol_server.config.settings import Address, load_settings
 from flowcontrol_server.tools.envoy.binary import envoy_binary
+from tests.support.ports import HOST, free_ports
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -35,7 +36,6 @@ with warnings.catch_warnings():
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-HOST = "127.0.0.1"
 START_S = 120.0
 _GPP = ("g++", "-O2", "-std=c++17")
 ROOT = HERE.parents[1]
@@ -68,15 +68,6 @@ def python(*, is_compiled: bool) -> tuple[str, ...]:
     if not is_compiled:
         return (sys.executable,)
     return ("env", f"PYTHONPATH={COMPILED}:{ROOT}", sys.executable, "-P")
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports on which nobody listens."""
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @contextlib.contextmanager
