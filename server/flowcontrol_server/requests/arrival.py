@@ -18,7 +18,8 @@ from typing import Final, final
 SKEW_NS_MAX: Final = 1_000_000_000
 """Clocks further apart than this are not used; hosts that run NTP differ by milliseconds."""
 FRESH_NS: Final = 100_000_000
-"""A younger request came straight from Envoy: its order is that in which it reached us."""
+"""A younger request came straight from Envoy: its order is that in which it reached us. That is
+taken off every age: of two requests the one that came first, to Envoy and to us, stays first."""
 _WINDOW_NS: Final = 10_000_000_000
 """For how long the youngest request counts, at least."""
 _IMPOSSIBLE_NS: Final = 600_000_000_000
@@ -59,7 +60,7 @@ class ArrivalClock:
         return min(self._before_ns, self._youngest_ns)
 
     def age_ns(self, began: str, wall_ns: int, now_ns: int) -> int:
-        """Return how long ago a request came; 0 where it came just now, or that is unknown.
+        """Return how long ago a request came, beyond `FRESH_NS`; 0 where that is unknown.
 
         Args:
             began: Envoy's `request.time`, RFC 3339; what is none says nothing.
@@ -81,9 +82,9 @@ class ArrivalClock:
         age_ns -= skew_ns
         if age_ns > self.longest_ns + _IMPOSSIBLE_NS:
             return 0
-        if age_ns > self.longest_ns:
-            return self.longest_ns if self._before_ns is not None else 0
-        return age_ns if age_ns >= FRESH_NS else 0
+        if age_ns > self.longest_ns and self._before_ns is None:
+            return 0
+        return max(0, min(age_ns - FRESH_NS, self.longest_ns))
 
     def _heed_setting(self, offset_ns: int) -> None:
         """Forget what was compared with a clock that has been set since."""
