@@ -1,16 +1,24 @@
 """What clients and model servers wrote down, and what follows from it. Pure."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from typing import Final, NamedTuple
 
-STARTED_BEFORE_S: Final = 0.05
+STARTED_BEFORE_S: Final = 0.12
+"""So much earlier a request must have been at Envoy to be the first: those that reach the gate
+within 0.1 s count as they come."""
 ARRIVED_BEFORE_S: Final = 0.25
-"""One request must be first at Envoy by the one, and the other first at a model server by the other
-time, to count as out of order. Two that are dispatched in one turn arrived up to 0.13 s apart on a
-busy machine, where Envoy had to connect for one of them."""
+"""And so much later at a model server, to have been overtaken."""
+_NOTED_WITHIN_S: Final = 0.02
+"""How far off a time may be that follows from a gate's log: it reads two clocks for it, one after
+the other, and a busy machine gives it no time between."""
+_PATIENCE_S: Final = 60.0
+"""A dispatch noted further from when Envoy saw the request was noted by a wrong clock."""
+_DECIDED: Final = '{"event": "request_decided"'
 
 
 @dataclass(slots=True)
@@ -65,6 +73,52 @@ def read_ledger(lines: Iterable[str], endpoint: str, deaths: Sequence[float]) ->
     return sorted(served, key=lambda each: each.arrived_s)
 
 
+class Dispatch(NamedTuple):
+    """One dispatch, as the gate logged it; seconds since 1970."""
+
+    gate: str
+    """Which process."""
+    number: int
+    """Its requests are numbered as they come to it."""
+    came_s: float
+    """When it counts as arrived: not later than it came."""
+    decided_s: float
+
+
+def read_dispatches(lines: Iterable[str], gate: str) -> dict[str, Dispatch]:
+    """Return what a gate logged of its dispatches, by the names of the requests."""
+    dispatches: dict[str, Dispatch] = {}
+    for line in lines:
+        if line.startswith(_DECIDED) and line.endswith("}"):
+            entry = json.loads(line)
+            if entry["outcome"] == "dispatched":
+                left_s = datetime.fromisoformat(entry["timestamp"]).timestamp()
+                decided_s = left_s - entry["in_flight_ms"] / 1000
+                dispatches.setdefault(
+                    entry["client_request_id"],
+                    Dispatch(
+                        gate,
+                        entry["request_id"],
+                        decided_s - entry["waited_ms"] / 1000,
+                        decided_s,
+                    ),
+                )
+    return dispatches
+
+
+class Overtaken(NamedTuple):
+    """A request that reached a model server before an earlier one of its flow."""
+
+    name: str
+    earlier: str
+    started_s: float
+    """How much later it came to Envoy."""
+    arrived_s: float
+    """And by how much it was first at a model server."""
+    is_excused: bool
+    """Whether the gate did what it could, as its log says."""
+
+
 class Excess(NamedTuple):
     """By how much, and for how long in all, more was in flight at an endpoint than allowed."""
 
@@ -98,6 +152,8 @@ class Books:
     started: Mapping[str, float]
     """When Envoy saw each request first, as far as its log says."""
     limit: int
+    dispatches: Mapping[str, Dispatch]
+    """What the gates logged, as far as they did: it excuses who is not to blame for an order."""
 
     def unanswered(self) -> list[Asked]:
         """Requests without any answer, whose client waited."""
@@ -125,26 +181,81 @@ class Books:
             if "." not in each.ticket or owners.setdefault(each.ticket, each.name) != each.name
         ]
 
-    def order_breaks(self) -> int:
-        """Requests that overtook an earlier one of their flow, by more than the margins."""
+    def overtaken(self) -> list[Overtaken]:
+        """Return who overtook an earlier one of its flow, by more than the margins; each once."""
         arrived: dict[str, float] = {}
         for served in self.served:
             arrived.setdefault(served.name, served.arrived_s)
-        flows: dict[str, list[tuple[float, float]]] = {}
+        flows: dict[str, list[_Way]] = {}
         for each in self.asked:
             if each.name in self.started and each.name in arrived:
                 flows.setdefault(each.flow, []).append(
-                    (self.started[each.name], arrived[each.name])
+                    _Way(self.started[each.name], arrived[each.name], each.name)
                 )
-        return sum(_overtakers(sorted(flow)) for flow in flows.values())
+        logs = _Logs(self.dispatches, self.started)
+        return [each for flow in flows.values() for each in _overtaken(sorted(flow), logs)]
+
+    def order_breaks(self) -> list[Overtaken]:
+        """Return those of them that the gate did not dispatch in order, as far as its log says."""
+        return [each for each in self.overtaken() if not each.is_excused]
 
 
-def _overtakers(flow: list[tuple[float, float]]) -> int:
-    """Return how many of a flow, by start and arrival, arrived before an earlier one."""
-    breaks, behind, latest_s = 0, 0, float("-inf")
-    for start_s, arrived_s in flow:
-        while behind < len(flow) and flow[behind][0] < start_s - STARTED_BEFORE_S:
-            latest_s = max(latest_s, flow[behind][1])
+class _Way(NamedTuple):
+    """One request on its way through Envoy."""
+
+    started_s: float
+    arrived_s: float
+    name: str
+
+
+class _Logs:
+    """What the gates' logs say of requests that reached model servers in the wrong order."""
+
+    def __init__(self, dispatches: Mapping[str, Dispatch], started: Mapping[str, float]) -> None:
+        self._dispatches = {
+            name: each
+            for name, each in dispatches.items()
+            if name in started and abs(each.decided_s - started[name]) < _PATIENCE_S
+        }
+        self._came_s: dict[tuple[str, int], float] = {}
+        """By gate and number, when it came at the earliest: not before those ahead of it."""
+        latest_s: dict[str, float] = {}
+        for each in sorted(self._dispatches.values(), key=lambda each: each.number):
+            came_s = max(each.came_s, latest_s.get(each.gate, each.came_s))
+            latest_s[each.gate] = self._came_s[each.gate, each.number] = came_s
+
+    def excuse(self, earlier: str, later: str) -> bool:
+        """Whether the gate did what it could, and the rest is Envoy's.
+
+        It dispatched the earlier one first, or had not seen it when it dispatched the later one: a
+        worker of Envoy got no time for a while.
+        """
+        first, second = self._dispatches.get(earlier), self._dispatches.get(later)
+        if first is None or second is None or first.gate != second.gate:
+            return False
+        came_s = self._came_s[first.gate, first.number]
+        return (
+            first.decided_s < second.decided_s + _NOTED_WITHIN_S
+            or came_s > second.decided_s - _NOTED_WITHIN_S
+        )
+
+
+def _overtaken(flow: list[_Way], logs: _Logs) -> Iterator[Overtaken]:
+    """Yield who of a flow, in order of start, arrived before an earlier one; each once."""
+    behind, latest_s = 0, float("-inf")
+    for way in flow:
+        while flow[behind].started_s < way.started_s - STARTED_BEFORE_S:
+            latest_s = max(latest_s, flow[behind].arrived_s)
             behind += 1
-        breaks += arrived_s + ARRIVED_BEFORE_S < latest_s
-    return breaks
+        from_s = way.arrived_s + ARRIVED_BEFORE_S
+        if latest_s > from_s:
+            late = [each for each in flow[:behind] if each.arrived_s > from_s]
+            blamed = [each for each in late if not logs.excuse(each.name, way.name)]
+            earlier = (blamed or late)[0]
+            yield Overtaken(
+                way.name,
+                earlier.name,
+                way.started_s - earlier.started_s,
+                earlier.arrived_s - way.arrived_s,
+                is_excused=not blamed,
+            )

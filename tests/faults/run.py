@@ -9,9 +9,11 @@ still holds.
 
 Verdicts: every request is answered once (no answer is missing, cut off or given twice); nothing
 reaches a model server without a ticket of its own; the limit holds as the model servers saw it, but
-for what the fault is stated to allow; order within a flow holds where it is promised; nothing waits
-and nothing is in flight at the end; no log has a traceback. `excess` is the most requests beyond
-the limit of a model server, and for how long in all. `*`: not promised for this fault.
+for what the fault is stated to allow; order within a flow holds where it is promised, as far as the
+gate can keep it: an earlier request that Envoy held up, before it reached the gate or after it was
+dispatched, as the gate's log says, was not overtaken there; nothing waits and nothing is in flight
+at the end; no log has a traceback. `excess` is the most requests beyond the limit of a model
+server, and for how long in all. `*`: not promised for this fault.
 
     python -m tests.faults.run --requests 100000 --seed 1 [--only NAME ...] [--keep DIRECTORY]
 """
@@ -125,7 +127,7 @@ async def run(fault: Fault, directory: Path, requests: int, seed: int) -> Row:
             await eventually(lambda: _is_quiet(site), QUIET_WITHIN_S)
         except (AssertionError, TimeoutError):
             leaked = ", ".join(f"{key} {value:g}" for key, value in (await site.held()).items())
-        books = Books(clients.asked, site.served(), site.started(), LIMIT)
+        books = Books(clients.asked, site.served(), site.started(), LIMIT, site.dispatches())
         _keep(directory, books, site)
         return Row(
             fault,
@@ -138,7 +140,7 @@ async def run(fault: Fault, directory: Path, requests: int, seed: int) -> Row:
             ungated=len(books.ungated()),
             excess=excess(books.served, LIMIT),
             leaked=leaked,
-            order_breaks=books.order_breaks(),
+            order_breaks=len(books.order_breaks()),
             tracebacks=site.tracebacks(),
             took_s=time.monotonic() - began_s,
         )
@@ -155,6 +157,7 @@ def _keep(directory: Path, books: Books, site: Site) -> None:
     lines += [f"refused {each}" for each in books.asked if each.status not in {0, 200}]
     lines += [f"double {each}" for each in books.double()]
     lines += [f"ungated {each}" for each in books.ungated()]
+    lines += [f"overtaken {each}" for each in books.overtaken()]
     lines += [f"trouble {each}" for each in site.troubles()]
     (directory / "findings.txt").write_text("\n".join(lines))
 

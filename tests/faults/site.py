@@ -18,7 +18,7 @@ from flowcontrol_server.config.settings import Address
 from tests.e2e.client import fetch
 from tests.e2e.harness import Process, Spec, Stack, eventually
 from tests.e2e.replicas import with_replicas
-from tests.faults.accounts import Served, read_ledger
+from tests.faults.accounts import Dispatch, Served, read_dispatches, read_ledger
 from tests.faults.link import Link, Namespace
 from tests.faults.wire import Wire
 from tests.support.ports import HOST, free_port
@@ -283,6 +283,14 @@ class Site:
         return started
 
     # What was logged
+
+    def dispatches(self) -> dict[str, Dispatch]:
+        """Return what the gates logged of their dispatches; the first of a request counts."""
+        dispatches: dict[str, Dispatch] = {}
+        for log in self.logs:
+            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+            dispatches = read_dispatches(lines, log.name) | dispatches
+        return dispatches
 
     def tracebacks(self) -> int:
         """Return how many lines of all logs tell of an exception that was not foreseen."""

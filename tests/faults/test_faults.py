@@ -1,10 +1,20 @@
 """The fault suite at the size of a test, and its judgement of accounts that the test makes up."""
 
+import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from tests.faults.accounts import Asked, Books, Excess, Served, excess, read_ledger
+from tests.faults.accounts import (
+    Asked,
+    Books,
+    Excess,
+    Served,
+    excess,
+    read_dispatches,
+    read_ledger,
+)
 from tests.faults.planted import FAULTS
 from tests.faults.run import run
 from tests.support.valkey_server import BINARY
@@ -19,9 +29,24 @@ def served(name: str, arrived_s: float, ended_s: float, ticket: str = "") -> Ser
     return Served(name, ticket, "0", arrived_s, ended_s, is_whole=True, has_died=False)
 
 
-def books(*entries: Served, asked: tuple[Asked, ...] = ()) -> Books:
+def books(*entries: Served, asked: tuple[Asked, ...] = (), logged: tuple[str, ...] = ()) -> Books:
     """Return the accounts of a run."""
-    return Books([*asked], [*entries], {each.name: each.sent_s for each in asked}, limit=1)
+    started = {each.name: each.sent_s for each in asked}
+    return Books([*asked], [*entries], started, limit=1, dispatches=read_dispatches(logged, "gate"))
+
+
+def logged(name: str, number: int, came_s: float, decided_s: float, left_s: float) -> str:
+    """Return the line of a gate about a dispatch."""
+    entry = {
+        "event": "request_decided",
+        "request_id": number,
+        "client_request_id": name,
+        "outcome": "dispatched",
+        "waited_ms": (decided_s - came_s) * 1000,
+        "in_flight_ms": (left_s - decided_s) * 1000,
+        "timestamp": datetime.fromtimestamp(left_s, UTC).isoformat(),
+    }
+    return json.dumps(entry)
 
 
 def answered(name: str, sent_s: float) -> Asked:
@@ -75,7 +100,43 @@ def test_order() -> None:
         served("two", 3.0, 4.0), served("three", 4.0, 5.0), served("one", 5.0, 6.0), asked=asked
     )
 
-    assert (kept.order_breaks(), broken.order_breaks()) == (0, 2)
+    assert kept.overtaken() == []
+    assert [(each.name, each.earlier) for each in broken.order_breaks()] == [
+        ("two", "one"),
+        ("three", "one"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "is_excused"),
+    [
+        pytest.param((1, 0.0, 3.0), (2, 1.0, 2.0), False, id="waited at the gate"),
+        pytest.param((2, 0.1, 3.0), (1, 1.0, 2.0), False, id="came later, but in time"),
+        pytest.param((1, 0.0, 2.0), (2, 1.0, 2.0), True, id="dispatched first"),
+        pytest.param((2, 2.5, 3.0), (1, 1.0, 2.0), True, id="came too late"),
+        pytest.param((3, 0.1, 3.0), (1, 1.0, 2.0), True, id="came too late, and looks old"),
+    ],
+)
+def test_order_by_the_log(
+    one: tuple[int, float, float], two: tuple[int, float, float], *, is_excused: bool
+) -> None:
+    """A gate is blamed for the order of its dispatches alone, among what had come to it."""
+    asked = answered("one", 0.0), answered("two", 1.0), answered("three", 1.1)
+    lines = [logged("three", 2, 2.2, 5.0, 6.0)] if one[0] == 3 else []
+    lines += [logged("one", *one, 6.0), logged("two", *two, 5.0)]
+    entries = served("two", 2.0, 5.0), served("one", 3.0, 6.0)
+    (overtaken,) = books(*entries, asked=asked, logged=tuple(lines)).overtaken()
+
+    assert (overtaken.name, overtaken.earlier, overtaken.is_excused) == ("two", "one", is_excused)
+
+
+def test_order_by_a_wrong_clock() -> None:
+    """What a gate noted by a clock that was an hour off excuses nobody."""
+    asked = answered("one", 0.0), answered("two", 1.0)
+    entries = served("two", 2.0, 5.0), served("one", 3.0, 6.0)
+    lines = logged("two", 1, 1.0, 2.0, 5.0), logged("one", 2, 3602.5, 3603.0, 3606.0)
+
+    assert len(books(*entries, asked=asked, logged=lines).order_breaks()) == 1
 
 
 @pytest.mark.e2e
