@@ -103,7 +103,7 @@ class FlowController:
         if isinstance(fact, Arrived):  # a match by position takes five times as long
             self._arrive(fact.request, now_ns)
         elif isinstance(fact, Left):
-            self._leave(fact.request_id, now_ns)
+            self._leave(fact, now_ns)
         elif isinstance(fact, Settled):
             self._settle(fact, now_ns)
         elif isinstance(fact, Answered):
@@ -184,14 +184,14 @@ class FlowController:
         self.waiting += 1
         band.queue(lease, now_ns)
 
-    def _leave(self, request_id: int, now_ns: int) -> None:
-        lease = self._leases.get(request_id)
+    def _leave(self, left: Left, now_ns: int) -> None:
+        lease = self._leases.get(left.request_id)
         if lease is None:
             return  # refused already; the decision crossed the departure
         if not lease.is_in_flight:
-            self._end_waiting(lease, Outcome.EVICTED_CANCELLED, now_ns)
+            self._end_waiting(lease, left.outcome, now_ns)
             return
-        del self._leases[request_id]
+        del self._leases[left.request_id]
         self._ended_count += 1
         self._turn_count += 1
         band = self.bands.by_priority[lease.flow.key.priority]

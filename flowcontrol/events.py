@@ -34,9 +34,12 @@ class Left:
     """
 
     request_id: int
+    outcome: Outcome = Outcome.EVICTED_CANCELLED
+    """What becomes of it where it waits: its client went away, or this replica stood down."""
 
-    def __init__(self, request_id: int) -> None:
+    def __init__(self, request_id: int, outcome: Outcome = Outcome.EVICTED_CANCELLED) -> None:
         self.request_id = request_id
+        self.outcome = outcome
 
 
 @final

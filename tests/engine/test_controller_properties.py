@@ -66,6 +66,7 @@ from flowcontrol.views.view import take_snapshot
 SECOND = 1_000_000_000
 OBJECTIVES = {"scraps": -2, "batch": -1, "chat": 10, "urgent": 20}
 ELSEWHERE_NS = SECOND
+LEFT = (Outcome.EVICTED_CANCELLED, Outcome.EVICTED_STOOD_DOWN, Outcome.EVICTED_MOVED)
 EXPIRED = (Outcome.EVICTED_TTL, Outcome.EVICTED_NO_ENDPOINTS)
 REFUSED = (Outcome.REJECTED_CAPACITY, Outcome.REJECTED_NO_ENDPOINTS, Outcome.EVICTED_DISPLACED)
 
@@ -139,6 +140,8 @@ class Entry:
     has_waited: bool = False
     """Whether it was left waiting by a poll."""
     has_left: bool = False
+    left_as: Outcome = Outcome.EVICTED_CANCELLED
+    """What becomes of it if it waits until it leaves."""
     decision: Decision | None = None
     is_watched: bool = False
     """Whether it was dispatched while the engine watched for its first byte."""
@@ -207,10 +210,11 @@ class ControllerLedger(RuleBasedStateMachine):
     @rule(index=st.integers(0, 99), times=st.integers(1, 2))
     def leave(self, index: int, times: int) -> None:
         """End a stream, whatever state its request is in; to say it again means nothing."""
-        entry = self.entries[index % len(self.entries)]
-        entry.has_left = True
+        entry, outcome = self.entries[index % len(self.entries)], LEFT[index % len(LEFT)]
+        if not entry.has_left:
+            entry.has_left, entry.left_as = True, outcome
         for _ in range(times):
-            self.controller.handle(Left(entry.request.request_id), self.now_ns)
+            self.controller.handle(Left(entry.request.request_id, outcome), self.now_ns)
 
     @rule(count=st.integers(1, 4))
     def finish(self, count: int) -> None:
@@ -384,8 +388,8 @@ class ControllerLedger(RuleBasedStateMachine):
         assert decision.is_reclaimable == entry.is_reclaimable
         assert decision.awaits_answer == entry.is_watched
         assert (decision.priority, decision.flow_id) == entry.flow
-        if decision.outcome is Outcome.EVICTED_CANCELLED:
-            assert entry.has_left
+        if decision.outcome in LEFT:
+            assert (entry.has_left, entry.left_as) == (True, decision.outcome)
         retry_after_ns = decision.retry_after_ns
         match decision.outcome:
             case Outcome.REJECTED_DRAINING | Outcome.EVICTED_DRAINED:
@@ -568,7 +572,7 @@ class ControllerLedger(RuleBasedStateMachine):
         between flows of equal backlog may be broken either way; all else must be as computed. Where
         more would have to go than one newcomer displaces, it may be refused.
         """
-        never = (Outcome.DISPATCHED, Outcome.EVICTED_CANCELLED, Outcome.REJECTED_DRAINING)
+        never = (Outcome.DISPATCHED, Outcome.REJECTED_DRAINING, *LEFT)
         gone = (*never, *EXPIRED)
         room = Room(
             self.config,
@@ -704,7 +708,7 @@ class ControllerLedger(RuleBasedStateMachine):
         """Each decision of the poll says how many were left waiting in its band just then."""
         left = {band.priority: band.waiting for band in snapshot.bands}
         for decision in reversed(decisions):
-            if decision.outcome in (Outcome.EVICTED_CANCELLED, Outcome.REJECTED_DRAINING):
+            if decision.outcome in (Outcome.REJECTED_DRAINING, *LEFT):
                 break  # decided while facts were still coming in
             assert decision.waiting == left.setdefault(decision.priority, 0)
             left[decision.priority] += 1
@@ -1019,9 +1023,9 @@ class LetsOthersPay(FlowController):  # type: ignore[misc]  # planted
 class LosesSlots(FlowController):  # type: ignore[misc]  # planted
     """Does not give back the slot of a request that has ended."""
 
-    def _leave(self, request_id: int, now_ns: int) -> None:
-        lease = self._leases.get(request_id)
-        super()._leave(request_id, now_ns)
+    def _leave(self, left: Left, now_ns: int) -> None:
+        lease = self._leases.get(left.request_id)
+        super()._leave(left, now_ns)
         is_over = lease is not None and lease.is_in_flight and not self.pool.picks
         if lease is not None and is_over and self.pool.saturation() < FULL:
             self.pool.charge(lease, now_ns)

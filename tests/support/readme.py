@@ -27,6 +27,7 @@ _RETRY_AFTER = {
     Outcome.EVICTED_NO_ENDPOINTS: "when known",
     Outcome.EVICTED_DISPLACED: "yes",
     Outcome.EVICTED_DRAINED: "yes",
+    Outcome.EVICTED_STOOD_DOWN: "yes",
     Outcome.RECLAIMED: "yes",
 }
 

@@ -39,7 +39,8 @@ _RECENT_SEEN_MAX = 5_000
 """Decisions of the last minute that are counted; the newest of them, when there were more."""
 
 
-_NOT_OURS = frozenset((Outcome.DISPATCHED, Outcome.EVICTED_CANCELLED))
+_ELSEWHERE = frozenset((Outcome.EVICTED_CANCELLED, Outcome.EVICTED_MOVED))
+_NOT_OURS = _ELSEWHERE | {Outcome.DISPATCHED}
 """Outcomes that are neither a refusal nor an eviction by this service."""
 
 
@@ -217,9 +218,7 @@ def _minutes(recent: RecentDecisions) -> dict[int, list[Decided]]:
 def _minute(decided: Sequence[Decided]) -> dict[str, Any]:
     """Return what became of the requests of one band."""
     outcomes = Counter(
-        each.decision.outcome.group
-        for each in decided
-        if each.decision.outcome is not Outcome.EVICTED_CANCELLED
+        each.decision.outcome.group for each in decided if each.decision.outcome not in _ELSEWHERE
     )
     waits = sorted(
         each.decision.waited_ns for each in decided if each.decision.outcome is Outcome.DISPATCHED

@@ -5,7 +5,7 @@ from typing import Any, Final, final
 
 import grpc
 
-from flowcontrol.request import Request
+from flowcontrol.request import Outcome, Request
 from flowcontrol_server.doors.call_context import STANDBY, CallContext
 from flowcontrol_server.doors.envoy_secret import NOT_SHOWN
 from flowcontrol_server.requests.codec import SERVICE, MalformedMessageError, decode
@@ -74,7 +74,7 @@ class ExtProcDoor:
             if isinstance(reply, Request):
                 assert isinstance(first, Message), "headers ask for a decision"
                 if not shared.may_decide():
-                    await self._pass_on(exchange, Dialect.OPENAI, context)
+                    await self._pass_on(exchange, None, context)
                     return
                 parked = shared.gate.park(
                     reply, first.headers, first.began, exchange.origin, first.attempt
@@ -122,7 +122,7 @@ class ExtProcDoor:
             # Not awaited itself: a stream cancelled now would cancel the future with it.
             await asyncio.wait((parked.future, moving), return_when=asyncio.FIRST_COMPLETED)
             if not parked.future.done() or not shared.may_decide():
-                await self._pass_on(exchange, parked.dialect, context)
+                await self._pass_on(exchange, parked, context)
                 return
             if is_full:
                 reading = self._reading(context)
@@ -140,10 +140,15 @@ class ExtProcDoor:
             if parked.left_ns is None:
                 shared.gate.leave(parked)
 
-    async def _pass_on(self, exchange: Exchange, dialect: Dialect, context: _Context) -> None:
+    async def _pass_on(self, exchange: Exchange, parked: Parked | None, context: _Context) -> None:
         """Leave a request to another replica, or to the client to try again."""
-        if exchange.parting is not Parting.REFUSE:
+        is_told = exchange.parting is Parting.REFUSE
+        if parked is not None and parked.left_ns is None:
+            outcome = Outcome.EVICTED_STOOD_DOWN if is_told else Outcome.EVICTED_MOVED
+            self._shared.gate.leave(parked, outcome)
+        if not is_told:
             await context.abort(grpc.StatusCode.UNAVAILABLE, STANDBY)
+        dialect = Dialect.OPENAI if parked is None else parked.dialect
         for each in exchange.decide(unavailable(dialect)):
             await self._say(exchange, each, context)
 

@@ -298,12 +298,17 @@ class FlowGate:
         if endpoint is not None:
             self._unsent(endpoint)
 
-    def leave(self, parked: Parked) -> None:
-        """Note that the request's stream has ended, whatever state the request is in."""
+    def leave(self, parked: Parked, outcome: Outcome = Outcome.EVICTED_CANCELLED) -> None:
+        """Note that the request's stream has ended, whatever state the request is in.
+
+        Args:
+            parked: the request.
+            outcome: what becomes of it where it waits.
+        """
         assert parked.left_ns is None, "a request leaves once"
         parked.left_ns = time.monotonic_ns()
         if not parked.future.done():
-            self._put(Left(parked.request_id))
+            self._put(Left(parked.request_id, outcome))
             return
         decision = parked.future.result()
         if decision.outcome is Outcome.DISPATCHED:

@@ -33,6 +33,12 @@ class Refused(NamedTuple):
 
 
 _RESOURCE_EXHAUSTED, _INTERNAL, _UNAVAILABLE, _CANCELLED = 8, 13, 14, 1
+UNREACHABLE: Final = Refused(
+    503, "rejected-unavailable", "flow control is not available", _UNAVAILABLE
+)
+"""What Envoy answers in our place while this service is gone (`envoy-config`)."""
+UNREACHABLE_RETRY_S: Final = 5
+"""Its Retry-After. Envoy has tried for 15 s by then."""
 
 REFUSALS: Final = {
     Outcome.REJECTED_CAPACITY: Refused(
@@ -65,27 +71,23 @@ REFUSALS: Final = {
     Outcome.EVICTED_OPERATOR: Refused(
         429, "evicted-operator", "an operator cleared this queue", _RESOURCE_EXHAUSTED
     ),
+    Outcome.EVICTED_STOOD_DOWN: UNREACHABLE,
     Outcome.RECLAIMED: Refused(
         429, "evicted", "ended for a request of higher priority", _RESOURCE_EXHAUSTED
     ),
     Outcome.INTERNAL: Refused(500, "internal", "flow control failed", _INTERNAL),
 }
-"""Every outcome but DISPATCHED. Statuses and reasons are those of the reference implementation.
+"""Every outcome that clients are told. Statuses and reasons are the reference implementation's.
 
 429: there is capacity, others hold it. 503: there is none.
 """
 
+_NOT_TOLD: Final = (Outcome.DISPATCHED, Outcome.EVICTED_MOVED)
 _TIMES: Final = {
     Outcome.EVICTED_TTL: ("ttl",),
     Outcome.EVICTED_NO_ENDPOINTS: ("no-endpoint-ttl",),
 }
 """Refused by a limit of time."""
-UNREACHABLE: Final = Refused(
-    503, "rejected-unavailable", "flow control is not available", _UNAVAILABLE
-)
-"""What Envoy answers in our place while this service is gone (`envoy-config`)."""
-UNREACHABLE_RETRY_S: Final = 5
-"""Its Retry-After. Envoy has tried for 15 s by then."""
 
 
 class EnginePriority(NamedTuple):
@@ -152,8 +154,8 @@ def answer(
 
 
 def status_of(outcome: Outcome, *, continue_on_fault: bool) -> int | None:
-    """Return the HTTP status a client gets; None: its request goes on, gated or not."""
-    if outcome is Outcome.DISPATCHED or (outcome is Outcome.INTERNAL and continue_on_fault):
+    """Return the HTTP status a client gets; None: its request goes on, here or elsewhere."""
+    if outcome in _NOT_TOLD or (outcome is Outcome.INTERNAL and continue_on_fault):
         return None
     return REFUSALS[outcome].status
 

@@ -38,6 +38,8 @@ OUTCOMES = {
     Outcome.EVICTED_CANCELLED: "EvictedContextCancelled",
     Outcome.EVICTED_DRAINED: "EvictedOther",
     Outcome.EVICTED_OPERATOR: "EvictedOther",
+    Outcome.EVICTED_STOOD_DOWN: "EvictedOther",
+    Outcome.EVICTED_MOVED: "EvictedOther",
     Outcome.RECLAIMED: "EvictedOther",
     Outcome.INTERNAL: "RejectedOther",
 }

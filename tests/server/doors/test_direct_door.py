@@ -17,6 +17,7 @@ from flowcontrol.errors import ListenError
 from flowcontrol.events import ObjectivesChanged
 from flowcontrol.request import Outcome
 from flowcontrol_server.doors import health
+from flowcontrol_server.doors.call_context import STANDBY
 from flowcontrol_server.doors.direct import calls as direct_calls
 from flowcontrol_server.doors.direct import connection as direct_line
 from flowcontrol_server.doors.direct.calls import HealthCall, WatchCall
@@ -98,6 +99,18 @@ class TestConversation:
             await home.until(waiting=0)
 
             assert home.outcomes == [Outcome.EVICTED_CANCELLED]
+
+    async def test_stands_down(self) -> None:
+        """A request that waits goes to the next replica; its client has not left."""
+        async with house(has_pool=False) as home, grpcio(home.port) as channel:
+            stream = Stream(channel)
+            await stream.say(headers_message())
+            await home.until(waiting=1)
+            home.door.move_calls()
+
+            assert await stream.ending() == (grpc.StatusCode.UNAVAILABLE, STANDBY)
+            await home.until(waiting=0)
+            assert home.outcomes == [Outcome.EVICTED_MOVED]
 
     async def test_half_closed_while_parked(self) -> None:
         """A client that says no more while parked has gone, but is answered: never let through."""

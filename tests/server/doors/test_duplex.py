@@ -2,6 +2,7 @@
 
 import asyncio
 
+from flowcontrol.request import Outcome
 from flowcontrol_server.common import envoy_messages
 from flowcontrol_server.doors.http2 import frames
 from flowcontrol_server.doors.http2.grpc_framing import framed
@@ -220,6 +221,7 @@ class TestStandby:
 
         said = [(each.messages, each.status) for each in echoes.values()]
         assert said == [(["immediate_response"], 503)] * 2
+        assert home.outcomes == [Outcome.EVICTED_STOOD_DOWN] * 2
 
     async def test_in_flight(self) -> None:
         """It lets bodies under way pass to their end."""

@@ -6,19 +6,21 @@ from contextlib import asynccontextmanager
 
 import grpc
 
+from flowcontrol.events import Decision
+from flowcontrol.request import Outcome
 from flowcontrol_server.doors.call_context import STANDBY, CallContext
 from flowcontrol_server.doors.ext_proc import ExtProcDoor
-from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.requests.gate import FlowGate, Parked
 from tests.support.direct import Stream, announcing, grpcio
 from tests.support.gates import TIMEOUT_S, running_gate
 
 
 @asynccontextmanager
 async def opened(
-    *, is_leader: bool = True
+    *, is_leader: bool = True, ended: list[tuple[Parked, Decision]] | None = None
 ) -> AsyncIterator[tuple[ExtProcDoor, FlowGate, grpc.aio.Channel]]:
     """A door without a pool behind it, its gate, and a channel to it."""
-    async with running_gate(has_pool=False) as gate:
+    async with running_gate(has_pool=False, ended=ended) as gate:
         door = ExtProcDoor(CallContext(gate=gate, may_decide=lambda: is_leader))
         server = grpc.aio.server()
         server.add_generic_rpc_handlers((door.handler(),))
@@ -44,7 +46,8 @@ async def test_standby() -> None:
 
 async def test_stands_down() -> None:
     """The same of requests that wait when another replica takes over."""
-    async with opened() as (door, gate, channel):
+    ended: list[tuple[Parked, Decision]] = []
+    async with opened(ended=ended) as (door, gate, channel):
         duplex, other = Stream(channel), Stream(channel)
         await duplex.say(announcing())
         await other.say(announcing("NONE"))
@@ -57,3 +60,5 @@ async def test_stands_down() -> None:
         assert response.immediate_response.status.code == 503
         assert await duplex.ending() == (grpc.StatusCode.OK, "")
         assert await other.ending() == (grpc.StatusCode.UNAVAILABLE, STANDBY)
+    outcomes = {decision.outcome for _, decision in ended}
+    assert outcomes == {Outcome.EVICTED_STOOD_DOWN, Outcome.EVICTED_MOVED}

@@ -51,7 +51,7 @@ class Event(Enum):
 PARKED = {
     Event.NOTHING: (None, Outcome.DISPATCHED),
     Event.DRAIN: (503, Outcome.EVICTED_DRAINED),
-    Event.STAND_DOWN: (503, Outcome.EVICTED_CANCELLED),
+    Event.STAND_DOWN: (503, Outcome.EVICTED_STOOD_DOWN),
     Event.RECALL: (429, Outcome.EVICTED_OPERATOR),
     Event.LEAVE: (0, Outcome.EVICTED_CANCELLED),
 }

@@ -33,6 +33,7 @@ TABLE = {
     "evicted-cancelled": (499, "rejected-context-cancelled"),
     "evicted-drained": (503, "rejected-shutting-down"),
     "evicted-operator": (429, "evicted-operator"),
+    "evicted-stood-down": (503, "rejected-unavailable"),
     "reclaimed": (429, "evicted"),
     "internal": (500, "internal"),
 }
@@ -81,8 +82,8 @@ class TestTable:
     """One row of DESIGN.md's table after the other."""
 
     def test_every_outcome_has_a_row(self) -> None:
-        """The table knows every outcome but the one that is no refusal."""
-        expected = {outcome.value for outcome in Outcome} - {"dispatched"}
+        """The table knows every outcome but those that are no refusals."""
+        expected = {outcome.value for outcome in Outcome} - {"dispatched", "evicted-moved"}
 
         assert expected == TABLE.keys()
         assert expected == {outcome.value for outcome in REFUSALS}

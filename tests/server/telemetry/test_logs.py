@@ -107,10 +107,12 @@ class TestRequestEnded:
             (Outcome.EVICTED_DISPLACED, 429),
             (Outcome.EVICTED_CANCELLED, 499),
             (Outcome.EVICTED_DRAINED, 503),
+            (Outcome.EVICTED_STOOD_DOWN, 503),
+            (Outcome.EVICTED_MOVED, None),
             (Outcome.INTERNAL, 500),
         ],
     )
-    def test_refused(self, outcome: Outcome, status: int) -> None:
+    def test_refused(self, outcome: Outcome, status: int | None) -> None:
         """A request that did not has the status its client got, and was never in flight."""
         line = line_of(replace(DISPATCHED, outcome=outcome, endpoint=None))
 

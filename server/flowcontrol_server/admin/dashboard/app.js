@@ -240,7 +240,7 @@ function showEndpoints(view) {
 }
 
 const keyOfDecision = each => each.request_id + each.outcome;
-const kindOf = outcome => outcome === "dispatched" ? "good" : outcome.startsWith("evicted-cancelled") ? "" : outcome.startsWith("evicted") ? "warn" : "bad";
+const kindOf = outcome => outcome === "dispatched" ? "good" : ["evicted-cancelled", "evicted-moved"].includes(outcome) ? "" : outcome.startsWith("evicted") ? "warn" : "bad";
 
 function showDecisions() {
   if (isPaused) return;

@@ -12,7 +12,7 @@ from typing import ClassVar, Final, Protocol, final
 import structlog
 
 from flowcontrol.events import Decision
-from flowcontrol.request import Request
+from flowcontrol.request import Outcome, Request
 from flowcontrol_server.doors import access_log
 from flowcontrol_server.doors.call_context import STANDBY, CallContext
 from flowcontrol_server.doors.envoy_secret import NOT_SHOWN
@@ -367,9 +367,11 @@ class ProcessCall(Call):
     def _pass_on(self) -> None:
         """Leave a request that is not decided to another replica, or to the client to try again."""
         if self._exchange.parting is Parting.REFUSE:
+            self._leave(Outcome.EVICTED_STOOD_DOWN)
             parked = self._parked
             self._answer(unavailable(Dialect.OPENAI if parked is None else parked.dialect))
         else:
+            self._leave(Outcome.EVICTED_MOVED)
             self.finish(Status.UNAVAILABLE, STANDBY)
 
     def _answer(self, decided: Answer) -> None:
@@ -439,9 +441,9 @@ class ProcessCall(Call):
     def _kept_bytes(self) -> int:
         return super()._kept_bytes() + self._exchange.held_bytes
 
-    def _leave(self) -> None:
+    def _leave(self, outcome: Outcome = Outcome.EVICTED_CANCELLED) -> None:
         if self._parked is not None and self._parked.left_ns is None:
-            self._wire.context.gate.leave(self._parked)
+            self._wire.context.gate.leave(self._parked, outcome)
 
 
 @final
