@@ -175,7 +175,9 @@ class FlowController:
             self._reserve.arrived(priority, now_ns)
         tokens, cost = self.charges.estimate(request)
         flow = band.flow(request.flow_id)
-        arrived_ns = now_ns - request.age_ns
+        arrived_ns = request.arrived_ns
+        if arrived_ns is None or arrived_ns > now_ns:
+            arrived_ns = now_ns
         lease = Lease(request, flow, self._arrived_count, arrived_ns, tokens, cost)
         if band.settings.ordering is Ordering.EDF:
             self._expiry.appoint(lease, band)

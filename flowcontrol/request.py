@@ -55,8 +55,9 @@ class Request:
     """Endpoints it may go to, where the engine picks; None: any."""
     prefix: tuple[int, ...] = ()
     """Hashes of the blocks its prompt begins with, each over all before it too; empty: unknown."""
-    age_ns: int = 0
-    """How long before it was handed over it came: it waited at another replica. From 0."""
+    arrived_ns: int | None = None
+    """When it came, monotonic: before it was handed over, and long before if it waited at another
+    replica. None: in the turn that takes it in."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - its fields; as in `events`
         self,
@@ -71,7 +72,7 @@ class Request:
         model: str = "",
         subset: tuple[str, ...] | None = None,
         prefix: tuple[int, ...] = (),
-        age_ns: int = 0,
+        arrived_ns: int | None = None,
     ) -> None:
         self.request_id = request_id
         self.flow_id = flow_id
@@ -84,7 +85,7 @@ class Request:
         self.model = model
         self.subset = subset
         self.prefix = prefix
-        self.age_ns = age_ns
+        self.arrived_ns = arrived_ns
 
 
 class Outcome(Enum):

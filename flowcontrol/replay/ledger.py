@@ -75,7 +75,6 @@ class LiveRequest:
 
     request: Request
     arrived_ns: int
-    """When it was handed over."""
     is_in_flight: bool = False
 
 
@@ -121,7 +120,7 @@ def take_checkpoint(controller: FlowController, now_ns: int) -> Checkpoint:
             {endpoint.address: endpoint.role for endpoint in pool.endpoints},
         ),
         tuple(
-            LiveRequest(lease.request, lease.arrived_ns + lease.request.age_ns, lease.is_in_flight)
+            LiveRequest(lease.request, lease.arrived_ns, lease.is_in_flight)
             for lease in controller.leases.values()
         ),
     )

@@ -27,7 +27,9 @@ def engine(
 def arrive(controller: FlowController, at_s: int, *come: tuple[int, int]) -> list[Decision]:
     """Requests of these numbers and ages in seconds."""
     for number, age_s in come:
-        controller.handle(Arrived(Request(number, age_ns=age_s * SECOND)), at_s * SECOND)
+        controller.handle(
+            Arrived(Request(number, arrived_ns=(at_s - age_s) * SECOND)), at_s * SECOND
+        )
     return controller.poll(at_s * SECOND)
 
 
@@ -52,6 +54,18 @@ def test_order() -> None:
         arrive(controller, 64, (3, 2), (4, 30), (5, 0))
 
         assert served(controller, 65, 5) == [4, 1, 3, 2, 5]
+
+
+def test_order_of_turns() -> None:
+    """Whichever turn takes them in: those that came first to the gate were not the last to come."""
+    controller = engine()
+    for number, arrived_s, turn_s in ((2, 62, 63), (3, 63, 63), (1, 61, 64), (4, 70, 64)):
+        request = Request(number, arrived_ns=arrived_s * SECOND)
+        controller.handle(Arrived(request), turn_s * SECOND)
+        controller.poll(turn_s * SECOND)
+
+    assert controller.leases[4].arrived_ns == 64 * SECOND, "nothing comes from the future"
+    assert served(controller, 65, 4) == [1, 2, 3, 4]
 
 
 def test_deadline() -> None:

@@ -247,10 +247,11 @@ class FlowGate:
         """
         now_ns = time.monotonic_ns()
         former = None if attempt is None else self._dispatched_as(attempt.ticket)
+        request.arrived_ns = now_ns
         if began:
-            request.age_ns = self.arrivals.age_ns(began, time.time_ns(), now_ns)
+            request.arrived_ns -= self.arrivals.age_ns(began, time.time_ns(), now_ns)
         if former is not None:  # what named its flow has been removed, and `began` is the attempt
-            request = replace(former.request, age_ns=now_ns - former.arrived_ns)
+            request = former.request
             origin = former.origin
             self._unsent_to(former)
         if attempt is not None:
@@ -263,7 +264,7 @@ class FlowGate:
             client_request_id_of(headers),
             path,
             dialect_of(path, headers.get("content-type", "")),
-            now_ns - request.age_ns,
+            now_ns if request.arrived_ns is None else request.arrived_ns,
             origin=origin,
             former=former,
         )

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import Context
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVarTuple, final
 
 import grpc
@@ -160,6 +161,22 @@ def run_listening(scenario: Callable[[ListeningLoop], Coroutine[Any, Any, None]]
     loop = ListeningLoop()
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         runner.run(scenario(loop))
+
+
+class TestArrival:
+    """Since when a request counts."""
+
+    async def test_from_the_gate(self) -> None:
+        """It came when it stood at the gate or before, however late the processor takes it in."""
+        began = (datetime.now(UTC) - timedelta(seconds=7)).isoformat()
+        async with house(has_pool=False) as home:
+            old, new = home.gate.park(request(), began=began), home.gate.park(request())
+            arrived = await home.gate.ask(
+                lambda controller, _now_ns: [each.arrived_ns for each in controller.leases.values()]
+            )
+
+            assert arrived == [old.arrived_ns, new.arrived_ns]
+            assert 6_000_000_000 < new.arrived_ns - old.arrived_ns < 8_000_000_000
 
 
 class TestBatches:
