@@ -7,6 +7,8 @@ neither does what is dispatched then: a burst that finds free slots has drained 
 hour is no slow one. So an old rate is kept until the scope is busy again, and then soon outweighed.
 Against an average over every second, this halves the median error of the waits predicted from it.
 
+Some that go at one moment are no rate yet: n of them count as seen in 1/n s at least, one in 1 s.
+
 Until something that waited was dispatched, the rate is not known. Retry-After then goes by what
 was dispatched without waiting: better than nothing, and all there is where nothing may wait.
 
@@ -47,6 +49,7 @@ class DrainRate:
         "_count",
         "_is_busy",
         "_is_known",
+        "_left_ns",
         "_promised_ns",
         "_time_ns",
     )
@@ -64,6 +67,8 @@ class DrainRate:
         """Since when, if it does."""
         self._is_known = False
         """Whether something that waited was dispatched; until then everything counts."""
+        self._left_ns = 0
+        """Part of a second that something waited when last nothing did: it fades with the rest."""
         self._promised_ns = now_ns
 
     def began(self, now_ns: int) -> None:
@@ -71,7 +76,7 @@ class DrainRate:
         self._is_busy = True
         self._began_ns = now_ns
         if self._is_known:
-            self._at_ns = now_ns
+            self._at_ns = now_ns - self._left_ns
 
     def dispatched(self, now_ns: int) -> None:
         """Count one request that left to be served."""
@@ -89,7 +94,7 @@ class DrainRate:
         """Notice that nothing waits any more; after the last dispatch."""
         if self._is_known:
             self._pass(now_ns)
-            self._time_ns += now_ns - self._at_ns
+            self._left_ns = now_ns - self._at_ns
         self._is_busy = False
 
     def per_second(self, now_ns: int) -> float:
@@ -116,9 +121,8 @@ class DrainRate:
         """Return what is known of the rate; None if nothing is."""
         if not self._is_known:
             return None
-        count, time_ns, at_ns = self._faded(now_ns)
-        since_ns = now_ns - at_ns if self._is_busy else 0
-        return Drain(count, time_ns + since_ns)
+        count, time_ns = self._seen(now_ns)
+        return Drain(count, time_ns)
 
     def restore(self, drain: Drain, now_ns: int) -> None:
         """Go on with what was known, unless something is known already."""
@@ -128,11 +132,17 @@ class DrainRate:
 
     def _rate(self, now_ns: int) -> float:
         """Return the rate; to ask changes nothing, not even by rounding: replay asks less often."""
-        count, time_ns, at_ns = self._faded(now_ns)
+        count, time_ns = self._seen(now_ns)
         if count < _COUNT_MIN:
             return 0.0
-        since_ns = now_ns - at_ns if self._is_busy or not self._is_known else 0
-        return count * _SECOND_NS / max(time_ns + since_ns, _SECOND_NS)
+        least = count if self._is_known and count > 1 else 1.0
+        return count * _SECOND_NS / max(time_ns, _SECOND_NS / least)
+
+    def _seen(self, now_ns: int) -> tuple[float, float]:
+        """Return dispatches and the time they were seen in, up to the present."""
+        count, time_ns, at_ns = self._faded(now_ns)
+        is_running = self._is_busy or not self._is_known
+        return count, time_ns + (now_ns - at_ns if is_running else self._left_ns)
 
     def _pass(self, now_ns: int) -> None:
         self._count, self._time_ns, self._at_ns = self._faded(now_ns)

@@ -86,6 +86,17 @@ class TestDrainRate:
 
         assert rate.per_second(now_ns) == pytest.approx(10, rel=0.05)
 
+    def test_short_waits_are_forgotten_too(self) -> None:
+        """Waits of a tenth of a second, one in each busy time, become four times as long."""
+        rate, now_ns = DrainRate(0), 0
+        for wait_ns in [SECOND // 10] * 1000 + [SECOND * 4 // 10] * 100:
+            rate.began(now_ns)
+            now_ns += wait_ns
+            rate.dispatched(now_ns)
+            rate.ended(now_ns)
+
+        assert rate.per_second(now_ns) == pytest.approx(2.5 + 7.5 / 14.4, rel=0.05)
+
     def test_change_is_followed(self) -> None:
         """Half of the pool is gone: two memories later the old rate weighs an eighth."""
         rate = DrainRate(0)
