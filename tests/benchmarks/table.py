@@ -72,6 +72,7 @@ ROWS = (
     Row("50,000 parked: expire", 0.8, " s CPU", "saturated.expire_cpu_s",
         tried="1.75 before requests were read by hand and events were native; each has a log line "
         "and a stream to end."),
+    Row("CPU while nothing is asked, of one core", 0.5, " %", "idle.cpu_percent"),
     Row("memory a parked request", 2.0, " KiB", "saturated.memory_kib"),
     Row("memory a parked duplex request of 220 KB, one window", 64.0, " KiB",
         "parked_bodies.body_kib",
@@ -89,6 +90,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[list[str]]]:
         "through_envoy": [["through_envoy.py", *rounds]],
         "saturated": [["saturated.py", *(["--rounds", "1"] if options.quick else [])]],
         "streaming": [["streaming.py", *rounds]],
+        "idle": [["idle.py", *(["--rounds", "1"] if options.quick else [])]],
         "duplex": [["duplex.py", "--compiled", *epp, *rounds]],
         "parked_bodies": [["parked_bodies.py", "--compiled"]],
         "reference": [["reference.py", *tree, "--cells", "^ free|^    1.* 10$", *rounds]]

@@ -12,7 +12,8 @@ LOOK_AGAIN_MS = 5_000
 """How often to see whether the folder is still the one watched: inotify follows the folder itself,
 and does not notice when a link above it is swapped (git-sync), or when it is created again."""
 _DEBOUNCE_MS = 50
-_STEP_MS = 20
+_STEP_MS = 100
+"""How often watchfiles looks for changes: it wakes up for each look, changes or not."""
 _log = structlog.get_logger()
 
 
