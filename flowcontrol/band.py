@@ -125,7 +125,19 @@ class Band:
         if turns == inf:
             return Ahead(place + others)
         others = min(others, max(0, round(self.backlogs.before(turns) - min(mine, turns))))
-        return Ahead(place + others, self.backlogs.overtaking(turns))
+        return Ahead(place + others, self._overtaking(place, others, turns))
+
+    def _overtaking(self, place: int, others: int, turns: float) -> float:
+        """Return which part of what is dispatched comes later and goes before so many turns.
+
+        No other flow has more turns than that; but for one that got little service before, where
+        that is what counts.
+        """
+        overtaking = self.backlogs.overtaking(turns)
+        if self.settings.fairness is Fairness.LEAST_ATTAINED_SERVICE:
+            return overtaking
+        most = place + turns * (len(self.flows) - 1)
+        return min(overtaking, max(0.0, 1 - (place + others + 1) / (most + 1)))
 
     def ahead_now(self, lease: Lease) -> Ahead:
         """Return what goes before an admitted request, wherever it stands; O(waiting).

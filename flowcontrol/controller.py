@@ -391,9 +391,7 @@ class FlowController:
             self._across.admitted(lease, band)
         if band.calibration.is_due() or self.config.forecasts:
             place = lease.flow.capacity.requests - 1  # as if in order of arrival: O(1)
-            expected = self._expected(lease, band, band.ahead(lease, place), now_ns)
-            lease.position, lease.expected_wait_ns = expected.position, expected.wait_ns
-            lease.late_wait_ns, lease.raw_wait_ns = expected.late_ns, expected.raw_ns
+            lease.forecast = self._expected(lease, band, band.ahead(lease, place), now_ns)
 
     def _refuse(self, lease: Lease, band: Band, now_ns: int) -> None:
         """Reject a newcomer; where two limits refuse it, the slower one says when to come back."""
@@ -492,8 +490,13 @@ class FlowController:
         above = self.bands.waiting_above(band)
         if self.pool.is_empty:
             return Forecast(above + ahead.requests + ahead.tied, None)
-        said = forecast(above, ahead, band.drain_rate, self._drain_rate, now_ns)
-        return band.calibration.apply(said)
+        held_ns = self.pool.held_ns(now_ns)
+        if held_ns is not None:
+            rank = sum(each.priority > band.priority for each in self.bands)
+            load = self.pool.load()
+            held_ns = held_ns if load < self._ceiling(rank, load) else None
+        rates = band.drain_rate, self._drain_rate
+        return band.calibration.apply(forecast(above, ahead, rates, now_ns, held_ns))
 
     def _expected(self, lease: Lease, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
         """Say nothing of when an endpoint has room that most requests do not wait for."""
@@ -503,9 +506,8 @@ class FlowController:
 
     @staticmethod
     def _learn_wait(lease: Lease, band: Band, now_ns: int, *, is_over: bool) -> None:
-        if lease.raw_wait_ns is not None:
-            waited_ns = now_ns - lease.arrived_ns
-            band.calibration.learn(lease.raw_wait_ns, waited_ns, is_over=is_over)
+        if lease.forecast is not None:
+            band.calibration.learn(lease.forecast, now_ns - lease.arrived_ns, is_over=is_over)
 
     @property
     def leases(self) -> Mapping[int, Lease]:

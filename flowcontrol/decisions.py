@@ -1,15 +1,18 @@
 """Pure. Where decisions are written down and counted, each once."""
 
-from typing import final
+from typing import Final, final
 
 from flowcontrol.band import Band
 from flowcontrol.bands import Bands
 from flowcontrol.events import Decision, Settled
 from flowcontrol.flow import Lease
+from flowcontrol.forecast import Forecast
 from flowcontrol.goodput import Goodput
 from flowcontrol.pool import Pool
 from flowcontrol.request import Outcome, Request
 from flowcontrol.tally import Tally, make_room
+
+_UNKNOWN: Final = Forecast(0, None)
 
 
 @final
@@ -35,7 +38,8 @@ class Decisions:
         """Write down what becomes of a request of this band."""
         priority, flow_id = lease.flow.key
         waited_ns = (lease.dispatched_ns if lease.is_in_flight else now_ns) - lease.arrived_ns
-        self.tally(priority).count(outcome, waited_ns, lease.expected_wait_ns)
+        said = lease.forecast or _UNKNOWN
+        self.tally(priority).count(outcome, waited_ns, said.wait_ns)
         self._made.append(
             Decision(
                 lease.request.request_id,
@@ -49,11 +53,11 @@ class Decisions:
                 band.waiting,
                 lease.is_reclaimable,
                 lease.is_watched,
-                lease.expected_wait_ns,
+                said.wait_ns,
                 lease.without_room,
                 lease.fallbacks,
-                lease.position,
-                lease.late_wait_ns,
+                said.position,
+                said.late_ns,
             )
         )
 

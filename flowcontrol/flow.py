@@ -7,6 +7,7 @@ from typing import Final, final
 from flowcontrol.capacity import Capacity
 from flowcontrol.config import Limits, Ordering
 from flowcontrol.estimates import Tokens
+from flowcontrol.forecast import Forecast  # noqa: TC001 - the compiler reads it
 from flowcontrol.keyedheap import KeyedHeap
 from flowcontrol.request import FlowKey, Request, Scope
 
@@ -29,10 +30,10 @@ class Lease:
 
     __slots__ = (
         *("after", "arrival_index", "arrived_ns", "before", "budget_from_ns", "cost"),
-        *("deadline_ns", "dispatch_index", "dispatched_ns", "endpoint", "expected_wait_ns"),
-        *("fallbacks", "flow", "has_answered", "is_admitted", "is_in_flight", "is_reclaimable"),
-        *("is_reclaimed", "is_settled", "is_watched", "position", "request", "tokens"),
-        *("late_wait_ns", "raw_wait_ns", "tokens_total", "without_room"),
+        *("deadline_ns", "dispatch_index", "dispatched_ns", "endpoint", "fallbacks"),
+        *("flow", "forecast", "has_answered", "is_admitted", "is_in_flight", "is_reclaimable"),
+        *("is_reclaimed", "is_settled", "is_watched", "request", "tokens"),
+        *("tokens_total", "without_room"),
     )
 
     def __init__(  # noqa: PLR0913, PLR0917 - what is known when it comes
@@ -78,14 +79,8 @@ class Lease:
         self.dispatched_ns = 0
         self.endpoint: str | None = None
         self.fallbacks: tuple[str, ...] = ()
-        self.expected_wait_ns: int | None = None
-        """What its wait was expected to be when it was admitted, where that was forecast."""
-        self.late_wait_ns: int | None = None
-        """What nine in ten waits were expected to stay within."""
-        self.raw_wait_ns: int | None = None
-        """What the rates alone said."""
-        self.position = 0
-        """How many stood ahead of it then."""
+        self.forecast: Forecast | None = None
+        """What it was said to expect when it was admitted, where that was forecast."""
         self.without_room: tuple[Scope, ...] = ()
         """Whose limits have no room for it, when it is about to be rejected."""
 

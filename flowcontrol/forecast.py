@@ -5,12 +5,13 @@ a request with `ahead` requests before it in its own band and `above` in higher 
 
     max( (ahead + 1) / (rate of its band (1 - o)), (above + ahead + 1) / rate of all bands )
 
-The first term knows what arrivals above cost the band, the second also covers a band that was not
-served lately: until a request has waited there for longer than it says, unserved. Then nothing is
-known, for the band may be gated. The part o of the band's rate goes to requests that come later and
-go before: with a fair policy, those of flows with less of a backlog. What stands ahead is served
-while more of it comes, which takes longer by 1 / (1 - o), as for a lower class behind a higher one
-(Cobham, 1954).
+The first term knows what arrivals above cost the band. Of a band that was seldom seen waiting the
+rate counts one dispatch at the rate of all beside its own. The second term is for what waits above,
+and for a band that was not served lately: until a request has waited there for longer than it says,
+unserved. Then nothing is known, for the band may be gated. The part o of the band's rate goes to
+requests that come later and go before: with a fair policy, those of flows with less of a backlog.
+What stands ahead is served while more of it comes, which takes longer by 1 / (1 - o), as for a
+lower class behind a higher one (Cobham, 1954).
 
 How many stand ahead in its band depends on whose turn it is. A fair policy gives the other flows so
 many turns x before it (`FairnessPolicy.turns`), of which a flow with n waiting uses min(n, x). That
@@ -18,19 +19,29 @@ sum over all flows is the number of waiting requests with fewer than x of their 
 them; `backlogs` counts them by that place, in classes. The error is less than what is in the one
 class that x falls into. The same classes tell o: of the last some hundred requests that came, those
 at a place below the turns that remain, over what was dispatched meanwhile. Remaining are half of x
-on average, and less is counted, because arrivals of its own flow stand near x. With a third,
+on average, and less is counted, because arrivals of its own flow stand near x. What came to a
+shorter queue would overtake nobody now, so never more is counted than x turns of each other flow;
+but for least-attained-service, where one that was away has more. With a third,
 medians of predicted over realised waits are 0.9 to 1.25, and half of all lie within a third of 1
 for weighted tokens and round robin (tests: test_forecast); exact to 10 % for a single line.
 
-That is the raw wait. What is said is an interval: the wait that half of all stay within, and the
-one that nine in ten do. How far they lie from the raw one is learnt from every wait that comes
-true, for each band, as a quantile of log(real / raw) by stochastic approximation (Robbins and
-Monro, 1951): up by a share p of the step for each wait beyond it, down by 1 - p for each within, so
-that in the long run the share within is p whatever the distribution is, and whatever is wrong with
-the formula. An evicted request waited longer than was said, if that is what it had waited already;
-else it says nothing. Before anything came true nine in ten are said to stay within twice the raw
-wait. What it cannot know is what has not come true yet: of a job that is dropped in one piece all
-waits are forecast before the first is over.
+Where places are free and only prompts that were sent there have to be read (`auto`), it is known to
+the millisecond when the next request goes. Most waits of people beside a job are of this kind. Then
+the rates count for those that stand ahead alone.
+
+That is the raw wait: the mean, if the rates are right. What is said is an interval: the wait that
+half of all stay within, and the one that nine in ten do. If departures come at random, n of them
+take an Erlang time, whose quantiles are known: for n = 1 half wait less than 0.69 of the mean, and
+one in ten more than 2.3 times; for n = 100 it is 1.00 and 1.13. That is the first guess. A factor
+on it is learnt from every wait that comes true, for each band, and apart for waits of a known end
+and for short, middling and long ones: a quantile of log(real / guess) by stochastic approximation
+(Robbins and Monro, 1951), up by a share p of the step for each wait beyond it, down by 1 - p for
+each within, so that in the long run the share within is p whatever the distribution is, and
+whatever is wrong with the formula. An evicted request waited longer than was said, if that is what
+it had waited already; else it says nothing. What it cannot know is what has not come true yet: of a
+job that is dropped in one piece all waits are forecast before the first is over. And that those
+ahead have deadlines, too, is left out: where a flow asks for more than it gets, waits end near the
+time to live whatever is said.
 
 A forecast costs as much as the rest of an admission, and most are never looked at. So one is
 computed when it is asked for, and at admission only for a sample to learn from: the first 64 waits
@@ -39,7 +50,7 @@ first request only, whose wait is the shortest.
 """
 
 from bisect import bisect_left
-from math import exp, log
+from math import exp, log, sqrt
 from typing import Final, NamedTuple, final
 
 from flowcontrol.retry import DrainRate
@@ -47,14 +58,21 @@ from flowcontrol.retry import DrainRate
 _SECOND_NS: Final = 1_000_000_000
 _SHORT_NS: Final = 50_000_000
 """Below it a wait is as good as none: ratios of such waits mean nothing."""
-_MIDDLE, _LATE = 0.5, 0.92
-"""A little beyond nine in ten: what is learnt is behind what happens."""
-_STEP_FIRST, _STEP_MIN, _STEP_COUNT = 0.15, 0.02, 16.0
+_EARLY, _MIDDLE, _LATE = range(3)
+_PARTS: Final = (0.01, 0.5, 0.92)
+"""Of waits within each; a little beyond nine in ten, as what is learnt is behind what happens."""
+_NORMAL: Final = (-2.33, 0.0, 1.41)
+"""The same quantiles of the normal distribution."""
+_FIRST: Final = (log(0.4), 0.0, log(2))
+"""What to guess, before anything came true, beyond what random departures explain."""
+_FIRST_KNOWN: Final = (log(0.4), 0.0, log(1.5))
+"""The same of waits of a known end."""
+_STEPS_FIRST: Final = (0.15, 0.1, 0.15)
+_STEPS_MIN: Final = (0.02, 0.006, 0.02)
+_STEPS_COUNT: Final = (16.0, 32.0, 16.0)
 """How far one wait moves them: at first, in the end, and when half way."""
-_MIDDLE_FIRST, _MIDDLE_MIN, _MIDDLE_COUNT = 0.1, 0.006, 32.0
-"""The same of the middle, which moves less in the end."""
 _LENGTHS_NS: Final = (_SECOND_NS, 10 * _SECOND_NS)
-"""Short, middling and long waits are wrong in ways of their own."""
+"""Between short, middling and long waits."""
 _FURTHEST: Final = 3.0
 """A factor of 20 either way, no more."""
 _SAMPLED_FIRST, _SAMPLED_OF = 64, 8
@@ -84,61 +102,88 @@ class Forecast(NamedTuple):
     """The same, that nine in ten stay within."""
     raw_ns: int | None = None
     """By the rates alone."""
+    early_ns: int | None = None
+    """That one in a hundred stays within: who is evicted before that hardly had a chance."""
+    departures: int = 1
+    """How many must go until it has gone itself; 0 where it is known when it goes."""
 
 
 @final
 class Calibration:
-    """What waits of one band came to, against what the rates said, short and long apart. O(1)."""
+    """What waits of one band came to, against what was guessed. O(1)."""
 
-    __slots__ = ("_begun", "_counts", "_lates", "_middles")
+    __slots__ = ("_begun", "_counts", "_learned")
 
     def __init__(self) -> None:
-        lengths = len(_LENGTHS_NS) + 1
+        kinds = len(_LENGTHS_NS) + 2
         self._begun = 0
         """Waits that have begun."""
-        self._counts = [0] * lengths
-        self._middles = [0.0] * lengths
-        """Logarithms of real over raw waits that half of them stay within."""
-        self._lates = [log(2)] * lengths
-        """The same, of nine in ten."""
+        self._counts = [0] * kinds
+        self._learned = [list(_FIRST if kind else _FIRST_KNOWN) for kind in range(kinds)]
+        """Logarithms of the quantiles of real waits, over those of random departures."""
 
     def is_due(self) -> bool:
         """Count a wait that begins; whether it is one to learn from."""
         self._begun += 1
         return self._begun <= _SAMPLED_FIRST or self._begun % _SAMPLED_OF == 0
 
-    def learn(self, raw_ns: int, waited_ns: int, *, is_over: bool) -> None:
+    def learn(self, said: Forecast, waited_ns: int, *, is_over: bool) -> None:
         """Take in what one wait came to.
 
         Args:
-            raw_ns: what the rates said.
+            said: what was said as it began; nothing is learnt where that was unknown.
             waited_ns: what it was so far.
             is_over: whether it ended by dispatch; else it would have been longer.
         """
-        length = bisect_left(_LENGTHS_NS, raw_ns)
-        ratio = log((waited_ns + _SHORT_NS) / (raw_ns + _SHORT_NS))
-        count = self._counts[length] = self._counts[length] + 1
-        step = _STEP_MIN + (_STEP_FIRST - _STEP_MIN) / (1 + count / _STEP_COUNT)
-        fine = _MIDDLE_MIN + (_MIDDLE_FIRST - _MIDDLE_MIN) / (1 + count / _MIDDLE_COUNT)
-        middle = _moved(self._middles[length], ratio, _MIDDLE, fine, is_over=is_over)
-        late = _moved(self._lates[length], ratio, _LATE, step, is_over=is_over)
-        self._middles[length] = middle
-        self._lates[length] = late if late > middle else middle
+        raw_ns = said.raw_ns
+        if raw_ns is None:
+            return
+        kind = _kind(raw_ns, said)
+        count = self._counts[kind] = self._counts[kind] + 1
+        learned = self._learned[kind]
+        for index, part in enumerate(_PARTS):
+            least = _STEPS_MIN[index]
+            step = least + (_STEPS_FIRST[index] - least) / (1 + count / _STEPS_COUNT[index])
+            guess_ns = raw_ns * _erlang(index, said.departures)
+            ratio = log((waited_ns + _SHORT_NS) / (guess_ns + _SHORT_NS))
+            learned[index] = _moved(learned[index], ratio, part, step, is_over=is_over)
 
     def apply(self, said: Forecast) -> Forecast:
         """Return what is to be said, given what the rates say."""
         raw_ns = said.raw_ns
         if raw_ns is None:
             return said
-        length = bisect_left(_LENGTHS_NS, raw_ns)
-        middle_ns = round((raw_ns + _SHORT_NS) * exp(self._middles[length])) - _SHORT_NS
-        late_ns = round((raw_ns + _SHORT_NS) * exp(self._lates[length])) - _SHORT_NS
-        return Forecast(said.position, max(0, middle_ns), max(0, late_ns), raw_ns)
+        wait_ns = self._quantile(_MIDDLE, raw_ns, said)
+        late_ns = max(wait_ns, self._quantile(_LATE, raw_ns, said))
+        early_ns = min(wait_ns, self._quantile(_EARLY, raw_ns, said))
+        return Forecast(said.position, wait_ns, late_ns, raw_ns, early_ns, said.departures)
 
     def late(self, raw_ns: int) -> int:
-        """Return what nine in ten stay within of a wait that the rates say; no less than that."""
-        length = bisect_left(_LENGTHS_NS, raw_ns)
-        return round(raw_ns * max(1.0, exp(self._lates[length])))
+        """Return what nine in ten stay within of a long wait that the rates say; no less."""
+        learned = self._learned[1 + bisect_left(_LENGTHS_NS, raw_ns)][_LATE]
+        return round(raw_ns * max(1.0, exp(learned)))
+
+    def _quantile(self, index: int, raw_ns: int, said: Forecast) -> int:
+        guess_ns = raw_ns * _erlang(index, said.departures)
+        learned = self._learned[_kind(raw_ns, said)][index]
+        return max(0, round((guess_ns + _SHORT_NS) * exp(learned)) - _SHORT_NS)
+
+
+def _kind(raw_ns: int, said: Forecast) -> int:
+    """Return which waits are wrong in the same way: those of a known end, and others by length."""
+    return 1 + bisect_left(_LENGTHS_NS, raw_ns) if said.departures else 0
+
+
+def _erlang(index: int, departures: int) -> float:
+    """Return a quantile over the mean of the time that so many departures at random take.
+
+    By Wilson and Hilferty, 1931: the cube root of such a time is about normal.
+    """
+    if not departures:
+        return 1.0
+    ninth = 1 / (9 * departures)
+    root = 1 - ninth + _NORMAL[index] * sqrt(ninth)
+    return root * root * root if root > 0 else 0.0
 
 
 def _moved(quantile: float, ratio: float, part: float, step: float, *, is_over: bool) -> float:
@@ -151,24 +196,37 @@ def _moved(quantile: float, ratio: float, part: float, step: float, *, is_over: 
 
 
 def forecast(
-    above: int, ahead: Ahead, own: DrainRate, everything: DrainRate, now_ns: int
+    above: int,
+    ahead: Ahead,
+    rates: tuple[DrainRate, DrainRate],
+    now_ns: int,
+    held_ns: int | None = None,
 ) -> Forecast:
     """Return what a request can expect.
 
     Args:
         above: requests waiting in higher bands.
         ahead: what goes before it in its own band.
-        own: how fast its band drains.
-        everything: how fast all bands together drain.
+        rates: how fast its band drains, and all bands together.
         now_ns: the time.
+        held_ns: when the next one goes, where that is known.
     """
-    own_rate, rate = own.per_second(now_ns), everything.per_second(now_ns)
+    own, everything = rates
+    rate = everything.per_second(now_ns)
+    own_rate = own.per_second_of(rate, now_ns)
+    itself = 1 if held_ns is None else 0
+    before = ahead.requests + itself
     wait_s = 0.0
     if own_rate > 0:
-        wait_s = (ahead.requests + 1) / (own_rate * (1 - ahead.overtaking))
-    if rate > 0:
-        wait_s = max(wait_s, (above + ahead.requests + 1) / rate)
+        wait_s = before / (own_rate * (1 - ahead.overtaking))
+    if rate > 0 and (above or not wait_s):
+        wait_s = max(wait_s, (above + before) / rate)
     wait_ns = round(wait_s * _SECOND_NS)
-    is_refuted = own_rate == 0 and own.busy_ns(now_ns) > wait_ns
-    raw_ns = None if is_refuted or not wait_ns else wait_ns
-    return Forecast(above + ahead.requests + ahead.tied, raw_ns, raw_ns, raw_ns)
+    position = above + ahead.requests + ahead.tied
+    departures = above + before
+    if departures and not wait_ns:
+        return Forecast(position, None)
+    if own_rate == 0 and own.busy_ns(now_ns) > wait_ns + (held_ns or 0):
+        return Forecast(position, None)
+    raw_ns = wait_ns + (held_ns or 0)
+    return Forecast(position, raw_ns, raw_ns, raw_ns, raw_ns, departures)

@@ -42,6 +42,8 @@ class InFlight:
             self.tokens = 0.0  # whatever rounding has left
 
 
+_ALMOST_FULL: Final = 1 - 1e-9
+"""More than that is full: a mean may be off by rounding."""
 _NOTHING: Final = InFlight()
 """In flight at an endpoint that has left."""
 
@@ -217,6 +219,17 @@ class Pool:
         if self.picks and len(self.picker):
             return self.picker.mean()
         return self.saturation()
+
+    def held_ns(self, now_ns: int) -> int | None:
+        """Return when something may be sent to places that are free, but for prompts to be read.
+
+        From now; None where a place is free at once, where none is, and where that cannot be told
+        because Envoy picks.
+        """
+        if self.load() > _ALMOST_FULL or self.saturation() < FULL:
+            return None
+        next_ns = self.next_change_ns()
+        return None if next_ns is None else max(0, next_ns - now_ns)
 
     def _measure(self) -> float:
         if not self.endpoints:

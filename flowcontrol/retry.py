@@ -101,6 +101,21 @@ class DrainRate:
         """Return the dispatches per second, 0.0 when none was seen lately of what waited."""
         return self._rate(now_ns) if self._is_known else 0.0
 
+    def per_second_of(self, usual: float, now_ns: int) -> float:
+        """Return the same, where little was seen yet: as if one dispatch at a usual rate had been.
+
+        So few and short waits are not taken for a whole second of waiting.
+
+        Args:
+            usual: dispatches per second, of a wider scope; 0.0 when unknown.
+            now_ns: the time.
+        """
+        known = self.per_second(now_ns)
+        if known <= 0 or usual <= 0:
+            return known
+        count, time_ns = self._seen(now_ns)
+        return (count + 1) * _SECOND_NS / (time_ns + _SECOND_NS / usual)
+
     def busy_ns(self, now_ns: int) -> int:
         """Return for how long something has been waiting, 0 where nothing is."""
         return now_ns - self._began_ns if self._is_busy else 0

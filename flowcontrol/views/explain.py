@@ -135,7 +135,7 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
             )
         ),
         expected_wait_ns=None if forecast is None else forecast.wait_ns,
-        expected_at_arrival_ns=lease.expected_wait_ns,
+        expected_at_arrival_ns=None if lease.forecast is None else lease.forecast.wait_ns,
         late_wait_ns=None if forecast is None else forecast.late_ns,
     )
 
