@@ -9,6 +9,11 @@ is in flight. A settlement corrects the counter by what the estimate was wrong. 
 head may only go to endpoints without room is passed over, with all others of the same subset: with
 its line.
 
+The level is raised by estimates. Where these were too high, settlements take the counters of all
+that wait below it, and a flow that came then would wait until they have caught up: with 128 tokens
+expected of answers of 10, and hundreds in flight, for thousands of requests. So before a flow is
+lifted, the level is lowered to the highest counter of those that wait, if that is below it.
+
 A line that has room again is lifted as a whole, if its lowest counter is further below the level
 than what its head costs. So what it could not use is not saved up, it is next all the same, and
 what the flows in it owe each other stands. Who joins a line that is passed over finds it lifted.
@@ -17,12 +22,14 @@ The bound. For a flow f of weight w let E be the error in the estimates of what 
 unsettled (estimated minus true cost, summed; 0 with nothing unsettled), R how far E ranges over
 time, and A the largest true cost of one request. Let x be f's counter less E/w: what it would be
 had every estimate been right. Corrections leave x alone, since they move the counter and E alike;
-only true service and lifts raise it. Let L be the level, which never falls. It is raised to what
-the lowest waiting counter is, so a waiting f has had c_f >= L when L was last raised, or f lifted:
-x_f >= L - E_f/w_f of that moment. A flow g is in turn only as the lowest, so its last service left
-x_g <= L - E_g/w_g + A_g/w_g, with E_g of just before it. Now take any interval in which both wait
-without pause. At the last dispatch of f in it c_f <= c_g, that is x_f + E_f/w_f <= x_g + E_g/w_g;
-put together, and with the other direction by symmetry, for the true service S in that interval
+only true service and lifts raise it. Let L be the level, which falls only as above. It is raised to
+what the lowest waiting counter is, so a waiting f has had c_f >= L when L was last raised, or f
+lifted: x_f >= L - E_f/w_f of that moment. A flow g is in turn only as the lowest, so its last
+service left x_g <= L - E_g/w_g + A_g/w_g, with E_g of just before it. Now take any interval in
+which both wait without pause. At the last dispatch of f in it c_f <= c_g, that is x_f + E_f/w_f <=
+x_g + E_g/w_g; put together, and with the other direction by symmetry, for the true service S in
+that interval (lowered, the level is still no lower than the counter of any flow that waits, so one
+that is lifted to it then is no better off than any of them, and worse off by less than before),
 
     |S_f/w_f - S_g/w_g|  <=  (A_f + R_f) / w_f + (A_g + R_g) / w_g
 
@@ -54,7 +61,10 @@ class WeightedTokens:
         weights: of flows by id, above zero; 1.0 for those not named.
     """
 
-    __slots__ = ("_away", "_flows", "_level", "_lifts", "_lines", "_passed_over", "_weights")
+    __slots__ = (
+        *("_away", "_flows", "_level", "_lifts", "_lines", "_passed_over", "_weights"),
+        "_witness",
+    )
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self._weights = weights
@@ -69,11 +79,18 @@ class WeightedTokens:
         self._away: OrderedDict[str, float] = OrderedDict()
         """Counters of flows with nothing waiting, the one looked at longest ago first."""
         self._level = 0.0
-        """Virtual time: the highest that the lowest waiting counter has been. Never goes back."""
+        """Virtual time: the highest that the lowest waiting counter has been, unless all are below
+        it now."""
+        self._witness: Flow | None = None
+        """A flow that was not below it."""
 
     def enter(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - virtual time is all it needs
-        """Take the flow up, lifted to the level of those being served."""
+        """Take the flow up, lifted to the level of those being served.
+
+        O(flows) where settlements have taken all that wait below the level, else O(log flows).
+        """
         self._raise_level()
+        self._lower_level()
         flow_id = flow.key.flow_id
         counter = self._away.pop(flow_id, self._level)
         if counter < self._level:
@@ -153,6 +170,28 @@ class WeightedTokens:
         front = self._front()
         if front is not None and front[0] > self._level:
             self._level = front[0]
+
+    def _lower_level(self) -> None:
+        """Let the level be no higher than the highest counter of those that wait.
+
+        One that is at the level, or above, is remembered: as long as it is, nothing is searched.
+        """
+        front = self._front()
+        if front is None or front[0] >= self._level:
+            return
+        witness = self._witness
+        if witness is not None and self._flows.get(witness.key.flow_id) is witness:
+            if self._counter(witness) >= self._level:
+                return
+            self._witness = None
+        highest = front[0]
+        for flow in self._flows.values():
+            counter = self._counter(flow)
+            if counter >= highest:
+                highest, self._witness = counter, flow
+                if counter >= self._level:
+                    return
+        self._level = highest
 
     def _front(self) -> tuple[float, Flow] | None:
         """Return the lowest counter in the lines that are not passed over, and whose it is."""

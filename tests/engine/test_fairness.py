@@ -424,6 +424,28 @@ class TestWeightedTokens:
 
         assert served(queue, 3) == "bab"
 
+    def test_refund_of_all_that_wait_is_not_held_against_who_comes(self) -> None:
+        """Requests of two flows took a hundredth of what was thought; a third comes, and shares."""
+        queue = Queue(WeightedTokens({}))
+        queue.run([*arrivals("ab" * 60, 100, 1), *dispatches(20)])
+        for _ in range(20):
+            queue.settle(0)
+        queue.run(arrivals("c" * 20, 100, 1))
+
+        assert served(queue, 12).count("c") == 4
+
+    def test_refund_of_one_that_waits_is_its_own(self) -> None:
+        """Who comes then stands beside the others, not before them."""
+        queue = Queue(WeightedTokens({}))
+        queue.run([*arrivals("a" * 60, 100, 1), *arrivals("b" * 60, 100), *dispatches(20)])
+        for _ in range(20):
+            queue.settle(0)
+        queue.run(arrivals("c" * 20, 100))
+        order = served(queue, 40)
+
+        assert order.startswith("a" * 8)
+        assert abs(order.count("b") - order.count("c")) <= 1
+
     def test_refund_is_lost_to_a_flow_that_is_away(self) -> None:
         """It would be credit for absence."""
         queue = Queue(WeightedTokens({}))

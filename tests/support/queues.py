@@ -190,6 +190,8 @@ class NaiveTokens(NaivePolicy):
     def enter(self, flow: Flow, now_ns: int) -> None:
         """Lift a flow that was away."""
         self._raise_level()
+        waiting = [self.counters[each.key.flow_id] for each in self.flows]
+        self.level = min(self.level, max(waiting, default=self.level))
         level = 0.0 if self.flaw == "no lift" else self.level
         flow_id = flow.key.flow_id
         self.counters[flow_id] = max(self.counters.get(flow_id, 0.0), level)
