@@ -4,16 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from heapq import nlargest
-from typing import final
+from typing import Final, final
 
 from flowcontrol.band import Band
 from flowcontrol.controller import FlowController
 from flowcontrol.flow import Lease
+from flowcontrol.forecast import Forecast
 from flowcontrol.picker import FULL
 from flowcontrol.views.snapshot import EndpointSnapshot, FlowSnapshot
 from flowcontrol.views.view import endpoint_snapshots, flow_snapshot
 
 _FLOWS_SHOWN_MAX = 10
+_SECOND_NS: Final = 1_000_000_000
+_HARDLY: Final = 0.01
+"""Part of a turn within which, at random, one turn in a hundred comes."""
 
 
 class Gate(Enum):
@@ -78,12 +82,8 @@ class Explanation:
     expected_at_arrival_ns: int | None = None
     late_wait_ns: int | None = None
     """From now, that nine in ten stay within; None while unknown."""
-
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether it is expected to be evicted before its turn."""
-        wait_ns, deadline_ns = self.expected_wait_ns, self.deadline_in_ns
-        return wait_ns is not None and deadline_ns is not None and wait_ns > deadline_ns
+    is_hopeless: bool = False
+    """Whether of a hundred such requests 99 would be evicted before their turn."""
 
 
 def explain(controller: FlowController, request_id: int, now_ns: int) -> Explanation | None:
@@ -137,7 +137,35 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
         expected_wait_ns=None if forecast is None else forecast.wait_ns,
         expected_at_arrival_ns=None if lease.forecast is None else lease.forecast.wait_ns,
         late_wait_ns=None if forecast is None else forecast.late_ns,
+        is_hopeless=forecast is not None and _is_hopeless(lease, band, forecast, now_ns),
     )
+
+
+def _is_hopeless(lease: Lease, band: Band, forecast: Forecast, now_ns: int) -> bool:
+    """Whether a waiting request hardly has a turn before its deadline; O(waiting of its flow).
+
+    That many stand ahead does not say so: they have deadlines, too. In a flow that gets less than
+    it asks for everybody is first in the end, just before being evicted, and some are served then.
+    So let those before it in its flow go one after the other, by their turn or at their deadline,
+    at the rate of the whole band and as much faster as one wait in a hundred was shorter than the
+    rates said. If the time that is left then has a turn in one case of a hundred, there is no hope:
+    as for most of a job whose requests came all at once.
+    """
+    rate, deadline_ns = band.drain_rate.per_second(now_ns), lease.deadline_ns
+    if deadline_ns is None or not (rate and forecast.raw_ns and forecast.early_ns):
+        return False
+    if now_ns + forecast.early_ns < deadline_ns:
+        return False
+    turn_ns = _SECOND_NS / rate * min(1.0, forecast.early_ns / forecast.raw_ns)
+    mine, first_ns = lease.flow.order_of(lease), float(now_ns)
+    for each in sorted(lease.flow.leases(), key=lease.flow.order_of):
+        if lease.flow.order_of(each) >= mine or first_ns > deadline_ns:
+            break
+        at_ns = first_ns + turn_ns
+        if each.deadline_ns is not None:
+            at_ns = min(at_ns, max(first_ns, each.deadline_ns))
+        first_ns = at_ns
+    return first_ns + _HARDLY * turn_ns > deadline_ns
 
 
 def _gate(

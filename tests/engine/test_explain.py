@@ -145,14 +145,14 @@ class TestExplain:
         )
 
     def test_hopeless(self) -> None:
-        """What is expected after its deadline is said to be evicted before its turn."""
+        """What hardly goes before its deadline is said to be evicted before its turn."""
         controller = engine()
-        arrive(controller, 0, *(Request(number, "a") for number in range(1, 21)))
+        arrive(controller, 0, *(Request(number, "a") for number in range(1, 61)))
         for number in (1, 2, 3):  # one in 10 s
             now_ns = number * 10 * SECOND
             controller.handle(Left(number), now_ns)
             controller.poll(now_ns)
-        soon, late = (asked(controller, number, 30 * SECOND) for number in (6, 20))
+        soon, late = (asked(controller, number, 30 * SECOND) for number in (6, 60))
 
         assert (soon.deadline_in_ns, late.deadline_in_ns) == (30 * SECOND, 30 * SECOND)
         assert soon.expected_wait_ns is not None
