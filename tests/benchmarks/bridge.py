@@ -63,7 +63,7 @@ class Run:
                 self.wall_s += time.perf_counter()
                 self.cpu_s += time.process_time()
             parked = gate.park(request)
-            await parked.future
+            await parked.future()
             gate.leave(parked)
 
     async def run(self) -> None:

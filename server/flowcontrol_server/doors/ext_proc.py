@@ -94,15 +94,15 @@ class ExtProcDoor:
         self, exchange: Exchange, parked: Parked, context: _Context
     ) -> None:
         """Answer a parked request, and keep its slot until its stream ends."""
-        shared, moving = self._shared, self._moving
+        shared, moving, deciding = self._shared, self._moving, parked.future()
         # Read on while parked: with Envoy's graceful close the end of a request shows only there.
         reading = self._reading(context)
         is_full = False
         try:
-            while not (parked.future.done() or moving.done()):
-                parts = (parked.future, reading, moving)
+            while not (deciding.done() or moving.done()):
+                parts = (deciding, reading, moving)
                 await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-                if parked.future.done() or moving.done():
+                if deciding.done() or moving.done():
                     break
                 message = reading.result()
                 if message is None:
@@ -120,14 +120,14 @@ class ExtProcDoor:
                     break
                 reading = self._reading(context)
             # Not awaited itself: a stream cancelled now would cancel the future with it.
-            await asyncio.wait((parked.future, moving), return_when=asyncio.FIRST_COMPLETED)
-            if not parked.future.done() or not shared.may_decide():
+            await asyncio.wait((deciding, moving), return_when=asyncio.FIRST_COMPLETED)
+            if not deciding.done() or not shared.may_decide():
                 await self._pass_on(exchange, parked, context)
                 return
             if is_full:
                 reading = self._reading(context)
             decided = answer(
-                parked.future.result(),
+                deciding.result(),
                 shared.chance.random(),
                 parked.dialect,
                 continue_on_fault=shared.continue_on_fault,

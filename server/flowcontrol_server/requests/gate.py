@@ -2,9 +2,9 @@
 
 Everything here runs on the loop's thread, except that `deliver` and `ended` are called by the
 processor and hop over at once. Per turn of the loop the processor is woken once, however many
-requests came; per batch of decisions the loop is woken once. While nothing waits there is nothing
-to decide, and what is not an arrival wakes no thread: it is read before the next arrival, or a
-moment later if none comes.
+requests came; per batch of decisions the loop is woken once, and each request's owner is called in
+that same turn. While nothing waits there is nothing to decide, and what is not an arrival wakes no
+thread: it is read before the next arrival, or a moment later if none comes.
 """
 
 import asyncio
@@ -67,8 +67,10 @@ class Parked:
 
     request: Request
     """As the engine knows it."""
-    future: asyncio.Future[Decision]
-    """Resolves exactly once, with the decision; never cancelled, never an exception."""
+    decision: Decision | None = None
+    """About it; set once."""
+    decided: Callable[[Decision], None] | None = None
+    """Called once, with the decision when it comes; by then all else is known of it."""
     client_request_id: str = ""
     path: str = ""
     """Without its query."""
@@ -91,10 +93,9 @@ class Parked:
     is_unsent: bool = False
     """Whether it was dispatched, could not be sent, and another attempt was dispatched since."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - its fields; a dataclass's own is interpreted
+    def __init__(  # noqa: PLR0913 - its fields; a dataclass's own is interpreted
         self,
         request: Request,
-        future: asyncio.Future[Decision],
         client_request_id: str = "",
         path: str = "",
         dialect: Dialect = Dialect.OPENAI,
@@ -108,7 +109,8 @@ class Parked:
         former: "Parked | None" = None,
     ) -> None:
         self.request = request
-        self.future = future
+        self.decision = None
+        self.decided = None
         self.client_request_id = client_request_id
         self.path = path
         self.dialect = dialect
@@ -127,6 +129,16 @@ class Parked:
         """Our own id of the request."""
         return self.request.request_id
 
+    def future(self) -> asyncio.Future[Decision]:
+        """Return a future of the decision, in place of `decided`: one, never to be cancelled."""
+        future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+        if self.decision is None:
+            assert self.decided is None, "a decision is told once"
+            self.decided = future.set_result
+        else:
+            future.set_result(self.decision)
+        return future
+
 
 @final
 @dataclass(slots=True, eq=False)
@@ -139,7 +151,7 @@ class _Eviction:
 
 @final
 class FlowGate:
-    """Parks requests on futures and settles them with the processor's decisions.
+    """Parks requests and settles them with the processor's decisions.
 
     Args:
         config: for the flow controller it builds.
@@ -235,7 +247,7 @@ class FlowGate:
         origin: Origin | None = None,
         attempt: FurtherAttempt | None = None,
     ) -> Parked:
-        """Take in a request; its future resolves with the decision. `leave` must follow, once.
+        """Take in a request, which may be decided at once. `leave` must follow, once.
 
         Args:
             request: as `classify` read it; it gets its id here.
@@ -260,7 +272,6 @@ class FlowGate:
         path = path_of(headers)
         parked = Parked(
             request,
-            self._loop.create_future(),
             client_request_id_of(headers),
             path,
             dialect_of(path, headers.get("content-type", "")),
@@ -295,9 +306,8 @@ class FlowGate:
         return None if parked is None or self.claim_in_flight(parked.request_id) is None else parked
 
     def _unsent_to(self, parked: Parked) -> None:
-        endpoint = parked.future.result().endpoint
-        if endpoint is not None:
-            self._unsent(endpoint)
+        if parked.decision is not None and parked.decision.endpoint is not None:
+            self._unsent(parked.decision.endpoint)
 
     def leave(self, parked: Parked, outcome: Outcome = Outcome.EVICTED_CANCELLED) -> None:
         """Note that the request's stream has ended, whatever state the request is in.
@@ -308,10 +318,10 @@ class FlowGate:
         """
         assert parked.left_ns is None, "a request leaves once"
         parked.left_ns = time.monotonic_ns()
-        if not parked.future.done():
+        decision = parked.decision
+        if decision is None:
             self._put(Left(parked.request_id, outcome))
             return
-        decision = parked.future.result()
         if decision.outcome is Outcome.DISPATCHED:
             self._put(Left(parked.request_id))
         self._finish(parked, decision)
@@ -374,9 +384,9 @@ class FlowGate:
     def claim_in_flight(self, request_id: int) -> Claim | None:
         """Return what bounds the settlement of a request that is dispatched and not gone."""
         parked = self._parked.get(request_id)
-        if parked is None or not parked.future.done():
+        if parked is None or parked.decision is None:
             return None
-        decision = parked.future.result()
+        decision = parked.decision
         return claim_of(parked, decision) if decision.outcome is Outcome.DISPATCHED else None
 
     def live(self, request_id: int) -> Parked | None:
@@ -488,11 +498,12 @@ class FlowGate:
     def _settle_some(self) -> None:
         """Take so many of what the processor has delivered, and the rest in the next turn."""
         delivered = self._delivered
+        is_held = bool(self._held) or not self._may_decide()
         for _ in range(min(len(delivered), SETTLED_AT_ONCE_MAX)):
             each = delivered.popleft()
             if not isinstance(each, Decision):
                 each()
-            elif self._held or not self._may_decide():
+            elif is_held:
                 self._held.append(each)
             else:
                 self._settle(each)
@@ -520,7 +531,7 @@ class FlowGate:
             self._settle(decision)
 
     def _settle(self, decision: Decision) -> None:
-        """Resolve a request's future: the one place where that is done."""
+        """Set a request's decision, and tell its owner: the one place where that is done."""
         if decision.outcome is Outcome.RECLAIMED:
             self._recall(decision)
             return
@@ -536,7 +547,7 @@ class FlowGate:
             if former is not None and former.left_ns is None:
                 former.is_unsent = True
                 self.leave(former)
-        parked.future.set_result(decision)
+        parked.decision = decision
         self._keep(parked, decision, parked.decided_ns)
         if parked.request.subset is not None:
             self._uncount_subset(parked.request.subset)
@@ -546,6 +557,15 @@ class FlowGate:
                 eviction.count += eviction.key == key
         if parked.left_ns is not None:
             self._finish(parked, decision)
+        self._tell(parked, decision)
+
+    def _tell(self, parked: Parked, decision: Decision) -> None:
+        decided, parked.decided = parked.decided, None
+        if decided is not None:
+            try:
+                decided(decision)
+            except Exception as fault:  # noqa: BLE001 - fails by itself; the others are told theirs
+                self._loop.call_soon(_raise, fault)
 
     def _recall(self, decision: Decision) -> None:
         parked = self._parked.get(decision.request_id)
@@ -591,7 +611,7 @@ class FlowGate:
         self._delivered.clear()  # after a fault of the loop; the processor's end comes behind them
         now_ns = time.monotonic_ns()
         for parked in self._parked.values():
-            if not parked.future.done():  # each by itself: one that fails keeps no other from it
+            if parked.decision is None:  # each by itself: one that fails keeps no other from it
                 waited_ns = now_ns - parked.arrived_ns
                 decision = self._own_decision(parked, self._closed_as, waited_ns)
                 self._loop.call_soon(self._settle, decision)
@@ -650,6 +670,11 @@ def trace_of(
     """
     said = {name: text for name in fields if isinstance(text := metadata.get(name), str)}
     return said or {name: headers[name] for name in fields if name in headers}
+
+
+def _raise(fault: Exception) -> None:
+    """Fail as a callback on the loop does."""
+    raise fault
 
 
 def _nothing(_controller: FlowController, _now_ns: int) -> None:

@@ -112,7 +112,7 @@ async def house() -> AsyncIterator[House]:
 
 async def outcome(parked: Parked) -> Outcome:
     """What was decided."""
-    return (await asyncio.wait_for(asyncio.shield(parked.future), TIMEOUT_S)).outcome
+    return (await asyncio.wait_for(asyncio.shield(parked.future()), TIMEOUT_S)).outcome
 
 
 class TestExplain:
@@ -260,7 +260,7 @@ class TestEvictFlow:
             assert await it.evict(0, "nobody") == 0
             snapshot = await it.gate.snapshot()
             assert (snapshot.waiting, snapshot.in_flight) == (3, 1)
-            assert not any(each.future.done() for each in (other, elsewhere, later))
+            assert not any(each.decision is not None for each in (other, elsewhere, later))
 
     async def test_a_flow_must_be_named(self) -> None:
         """Nothing is evicted by mistake."""

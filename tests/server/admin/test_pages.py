@@ -129,7 +129,7 @@ class TestEvents:
         """With everything in it; what a client sent stays in its place."""
         async with house() as it:
             first, second = it.park(HOSTILE), it.park(HOSTILE, HOSTILE)
-            await asyncio.wait_for(asyncio.shield(first.future), TIMEOUT_S)
+            await asyncio.wait_for(asyncio.shield(first.future()), TIMEOUT_S)
             stream = events(it)
             name, history = await anext(stream)
             name_of_view, view = await anext(stream)
@@ -192,11 +192,11 @@ class TestEvents:
             blocker = it.park("a")
             gone = it.park("b")
             it.gate.leave(gone)
-            await asyncio.wait_for(asyncio.shield(gone.future), TIMEOUT_S)
+            await asyncio.wait_for(asyncio.shield(gone.future()), TIMEOUT_S)
             it.gate.leave(blocker)
             for _ in range(50):
                 parked = it.park("a")
-                await asyncio.wait_for(asyncio.shield(parked.future), TIMEOUT_S)
+                await asyncio.wait_for(asyncio.shield(parked.future()), TIMEOUT_S)
                 it.gate.leave(parked)
             view = json.loads(await it.live.view())
 
@@ -256,7 +256,7 @@ class TestExplain:
         """With its decision."""
         async with house() as it:
             parked = it.park("a", HOSTILE)
-            await asyncio.wait_for(asyncio.shield(parked.future), TIMEOUT_S)
+            await asyncio.wait_for(asyncio.shield(parked.future()), TIMEOUT_S)
             it.gate.leave(parked)
             async with it.session.get(
                 f"{it.root}/api/explain", params={"request": HOSTILE}

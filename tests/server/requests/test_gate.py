@@ -30,6 +30,7 @@ from flowcontrol_server.requests.classify import Origin
 from flowcontrol_server.requests.exchange import FurtherAttempt, Message, MessageKind, Mode
 from flowcontrol_server.requests.gate import SETTLED_AT_ONCE_MAX, SUBSETS_MAX, FlowGate, Parked
 from flowcontrol_server.requests.tickets import TICKETS
+from tests.e2e.harness import eventually
 
 
 def request(flow_id: str = "tenant", objective: str | None = None, **more: Any) -> Request:
@@ -116,7 +117,7 @@ async def house(
 
 async def decided(parked: Parked) -> Decision:
     """The decision about a request."""
-    return await asyncio.wait_for(asyncio.shield(parked.future), TIMEOUT_S)
+    return await asyncio.wait_for(asyncio.shield(parked.future()), TIMEOUT_S)
 
 
 @final
@@ -192,7 +193,7 @@ class TestBatches:
             turns = []
             while not evicting.done():
                 await asyncio.sleep(0)
-                turns.append(sum(each.future.done() for each in parked))
+                turns.append(sum(each.decision is not None for each in parked))
 
             settled = [after - before for before, after in itertools.pairwise([0, *turns])]
             assert max(settled) == SETTLED_AT_ONCE_MAX
@@ -205,7 +206,7 @@ class TestBatches:
             parked = [home.gate.park(request()) for _ in range(2 * SETTLED_AT_ONCE_MAX)]
             await home.gate.snapshot()
             evicting = asyncio.ensure_future(home.gate.evict_flow(FlowKey(0, "tenant")))
-            await parked[0].future
+            await parked[0].future()
             home.gate.fail(RuntimeError("planted"))
             outcomes = Counter([(await decided(each)).outcome for each in parked])
 
@@ -215,6 +216,54 @@ class TestBatches:
             }
             with pytest.raises(NotRunningError):
                 await evicting
+
+    def test_told_in_one_turn(self) -> None:
+        """Whoever a request belongs to is called when its decision comes, without a callback."""
+
+        async def scenario(loop: ListeningLoop) -> None:
+            async with house(starts=False) as home:
+                told: list[Decision] = []
+                parked = [home.gate.park(request()) for _ in range(5)]
+                for each in parked:
+                    each.decided = told.append
+                await asyncio.sleep(0)
+                home.start()
+                loop.block()
+                before = loop.soon_count
+                await asyncio.sleep(0)  # counts as one
+
+                assert loop.soon_count - before <= 1
+                assert told == [each.decision for each in parked]
+                assert not any(each.decided for each in parked)
+                for each in parked:
+                    home.gate.leave(each)
+
+        run_listening(scenario)
+
+    async def test_an_owner_that_fails(self) -> None:
+        """One that fails when it is called keeps no other from its decision."""
+
+        def fail(_decision: Decision) -> None:
+            message = "planted"
+            raise RuntimeError(message)
+
+        faults: list[dict[str, Any]] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _loop, context: faults.append(context))
+        async with house(starts=False) as home:
+            first, second = home.gate.park(request()), home.gate.park(request())
+            first.decided = fail
+            told: list[Decision] = []
+            second.decided = told.append
+            home.start()
+            await eventually(lambda: faults, what="the fault")
+            for each in (first, second):
+                home.gate.leave(each)
+
+        assert first.decision is not None
+        assert told == [second.decision]
+        assert [type(each["exception"]) for each in faults] == [RuntimeError]
+        assert all("handle" in each for each in faults), "as of any callback"
 
 
 def attempt(parked: Parked, endpoint: str) -> FurtherAttempt:
@@ -321,7 +370,7 @@ class TestPark:
             assert snapshot.waiting_bytes == 77
             assert snapshot.unknown_objectives == 2
             assert [flow.flow_id for band in snapshot.bands for flow in band.flows] == ["tenant-b"]
-            assert not waiting.future.done()
+            assert waiting.decision is None
 
     async def test_subsets_are_bounded(self) -> None:
         """A request with one subset more than may wait is refused; one that others have is not."""
@@ -339,8 +388,8 @@ class TestPark:
 
             assert (await decided(another)).outcome is Outcome.REJECTED_CAPACITY
             assert home.gate.inbox_refusals == 1
-            assert not alike.future.done()
-            assert not later.future.done()
+            assert alike.decision is None
+            assert later.decision is None
             assert snapshot.waiting == SUBSETS_MAX + 1
 
     @pytest.mark.slow
@@ -354,12 +403,12 @@ class TestPark:
             async def live(number: int) -> Parked:
                 parked = home.gate.park(request(flow_id=f"tenant-{number % 7}"))
                 if number % 3 == 1:
-                    await parked.future
+                    await parked.future()
                 elif number % 3 == 2:
                     for _ in range(number % 5):
                         await asyncio.sleep(0)
                 home.gate.leave(parked)
-                await parked.future
+                await parked.future()
                 return parked
 
             lives = await asyncio.wait_for(asyncio.gather(*map(live, range(10_000))), TIMEOUT_S)
@@ -369,7 +418,7 @@ class TestPark:
             assert ends == Counter(parked.request_id for parked in lives)
             assert set(ends.values()) == {1}
             assert len(ends) == 10_000
-            assert all(parked.future.result() is decision for parked, decision in home.requests)
+            assert all(parked.decision is decision for parked, decision in home.requests)
             assert snapshot.totals[0].outcomes == home.outcomes
             assert (snapshot.waiting, snapshot.in_flight, home.gate.inbox_refusals) == (0, 0, 0)
             expected = {Outcome.DISPATCHED, Outcome.EVICTED_CANCELLED, Outcome.REJECTED_CAPACITY}
@@ -380,8 +429,10 @@ class TestPark:
         async with house(arrivals_max=2, starts=False) as home:
             parked = [home.gate.park(request()) for _ in range(5)]
 
-            assert [each.future.done() for each in parked] == [False, False, True, True, True]
-            refused = parked[-1].future.result()
+            are_decided = [each.decision is not None for each in parked]
+            assert are_decided == [False, False, True, True, True]
+            refused = parked[-1].decision
+            assert refused is not None
             assert refused.outcome is Outcome.REJECTED_CAPACITY
             assert refused.retry_after_ns == 1_000_000_000
             assert refused.flow_id == "tenant"
@@ -429,7 +480,7 @@ class TestLeave:
                 parked = home.gate.park(request())
                 home.start()
                 loop.block()  # the decision is on its way, and has not been received
-                assert not parked.future.done()
+                assert parked.decision is None
 
                 home.gate.leave(parked)
 
@@ -483,7 +534,7 @@ class TestRecall:
 
             assert (first.outcome, first.awaits_answer) == (Outcome.DISPATCHED, True)
             assert second.outcome is Outcome.RECLAIMED
-            assert not person.future.done()
+            assert person.decision is None
             assert [each.decision for each in home.gate.recent.newest(9)] == [second, first]
 
             home.gate.leave(batch)
@@ -776,7 +827,7 @@ class TestBells:
                 rung = loop.soon_count - before
 
                 home.start()
-                await asyncio.wait_for(asyncio.gather(*(p.future for p in parked)), TIMEOUT_S)
+                await asyncio.wait_for(asyncio.gather(*(p.future() for p in parked)), TIMEOUT_S)
 
                 assert (rung, loop.thread_count) == (1, 1)
 
@@ -814,7 +865,7 @@ class TestBells:
         async with house(config=ControllerConfig(detectors=(Concurrency(requests_max=1),))) as home:
             first, second = home.gate.park(request()), home.gate.park(request())
             await decided(first)
-            assert not second.future.done()
+            assert second.decision is None
             home.gate.leave(first)
 
             assert (await decided(second)).outcome is Outcome.DISPATCHED

@@ -36,15 +36,10 @@ def _unconfigured() -> Iterator[None]:
     structlog.reset_defaults()
 
 
-class NoFuture:
-    """Stands where a log line must not look."""
-
-
 def request(decided_ns: int = 1, left_ns: int | None = 2) -> Parked:
     """A request that is over."""
     return Parked(
         Request(7, "tenant", "chat", 2048, 5000 * MS, model="llama-70b"),
-        NoFuture(),  # type: ignore[arg-type]  # unread
         "e7f1",
         "/v1/chat/completions",
         decided_ns=decided_ns,

@@ -1,6 +1,5 @@
 """Spans as a collector receives them, over the real exporters."""
 
-import asyncio
 import time
 from typing import Any
 
@@ -31,11 +30,10 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def parked(trace: dict[str, str] | None = None, path: str = "/v1/chat/completions") -> Parked:
     """A request of 100 bytes that was decided just now."""
     headers = {":path": path, "content-length": "100", "x-llm-d-inference-objective": "chat"}
-    future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
     body = {"flowcontrol.request": {"model": "llama", "max_tokens": 64.0}}
     request = classify(headers, body)
     request.request_id = 7
-    return Parked(request, future, path=path, decided_ns=time.monotonic_ns(), trace=trace)
+    return Parked(request, path=path, decided_ns=time.monotonic_ns(), trace=trace)
 
 
 def decision(outcome: Outcome, endpoint: str | None = None) -> Decision:

@@ -313,7 +313,7 @@ class ProcessCall(Call):
                 self._park(reply, said)
             return
         parked = self._parked
-        if parked is not None and not parked.future.done():
+        if parked is not None and parked.decision is None:
             if said.kind is MessageKind.RESPONSE_HEADERS:
                 self._leave()  # Envoy itself responds
                 self._wire.pause(self.stream_id, is_paused=False)
@@ -343,9 +343,12 @@ class ProcessCall(Call):
             }
             parked.trace = trace_of(context.trace_fields, fields, said.headers)
             self._head = None
-        parked.future.add_done_callback(self._decided, context=context.callbacks)
+        if parked.decision is None:
+            parked.decided = self._decided
+        else:
+            self._decided(parked.decision)
 
-    def _decided(self, future: asyncio.Future[Decision]) -> None:
+    def _decided(self, decision: Decision) -> None:
         if self._is_gone or self._exchange.phase is not Phase.PARKED:
             return
         parked, context = self._parked, self._wire.context
@@ -357,7 +360,7 @@ class ProcessCall(Call):
             parked.recall.add_done_callback(self._recalled, context=context.callbacks)
         chance = context.chance.random()
         decided = answer(
-            future.result(),
+            decision,
             chance,
             parked.dialect,
             continue_on_fault=context.continue_on_fault,

@@ -27,7 +27,7 @@ WRITE_BUFFER_BYTES: Final = 1_048_576
 TURN_NS: Final = 1_000_000
 """How long all connections together read in one turn of the loop before anything else is done. The
 loop itself would read up to 32 times 256 KiB from one socket first: seconds of work in small
-frames. A request takes four turns from its headers to its answer."""
+frames. A request takes three turns from its headers to its answer."""
 SLICE_NS: Final = 500_000
 """How long one connection reads before it goes behind the others."""
 DEBT_TURNS: Final = 4
@@ -343,11 +343,7 @@ class Line(asyncio.Protocol):
         for event in events:
             match event:
                 case Received():
-                    call = self._calls.get(event.stream_id)
-                    if call is not None:
-                        call.take(event.data, is_ended=event.is_ended)
-                    elif event.is_ended and event.stream_id in self._refused:
-                        self._refuse_at_last(event.stream_id)
+                    self._receive(event)
                 case Opened():
                     self._open(event)
                 case Reset(stream_id):
@@ -358,7 +354,15 @@ class Line(asyncio.Protocol):
                 case Ended(code, reason):
                     self._log.report("direct_connection_failed", code=code.name, reason=reason)
                     self._lose_calls()
-        self._flush_soon()
+        if self._connection.is_due:
+            self._flush_soon()
+
+    def _receive(self, received: Received) -> None:
+        call = self._calls.get(received.stream_id)
+        if call is not None:
+            call.take(received.data, is_ended=received.is_ended)
+        elif received.is_ended and received.stream_id in self._refused:
+            self._refuse_at_last(received.stream_id)
 
     def _open(self, opened: Opened) -> None:
         stream_id = self._newest_id = opened.stream_id

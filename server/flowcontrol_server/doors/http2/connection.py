@@ -93,6 +93,11 @@ class Http2Connection:
         return self._last_id is not None and not self._streams
 
     @property
+    def is_due(self) -> bool:
+        """Whether there is something to send, or a drain has come to its end."""
+        return bool(self._outflow.ready) or self.is_drained
+
+    @property
     def queued_bytes(self) -> int:
         """Bytes that wait for the client's windows."""
         return self._outflow.queued_bytes
