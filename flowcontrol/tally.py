@@ -4,7 +4,6 @@ A name whose counts are kept is an operator's, a priority or an objective; those
 no more are kept, too, but only so many.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable
 from typing import Final, TypeVar, final
 
@@ -12,7 +11,6 @@ from flowcontrol.histogram import Histogram
 from flowcontrol.request import Outcome
 from flowcontrol.views.snapshot import FORECAST_BOUNDS, WAIT_BOUNDS_S, Totals
 
-_BOUNDS_NS: Final = tuple(round(bound * 1_000_000_000) for bound in WAIT_BOUNDS_S)
 _RATIO_1: Final = 1_000_000_000
 COUNTED_MAX: Final = 1_000
 """Names whose counts are kept, at most, where no more are declared. A scraper takes what begins
@@ -36,15 +34,14 @@ def make_room(counted: dict[Name, Counts], is_declared: Callable[[Name], bool]) 
 class Tally:
     """The counts of one priority: outcomes, completions and waits by outcome. O(1)."""
 
-    __slots__ = ("completed", "forecasts", "outcomes", "wait_counts", "wait_sum_ns")
+    __slots__ = ("_waits", "completed", "forecasts")
 
     def __init__(self) -> None:
         self.completed = 0
         self.forecasts = Histogram(FORECAST_BOUNDS)
         """Real waits over predicted ones, a ratio of 1 as a second."""
-        self.outcomes: dict[Outcome, int] = {}
-        self.wait_counts: dict[Outcome, list[int]] = {}
-        self.wait_sum_ns: dict[Outcome, int] = {}
+        self._waits: dict[Outcome, Histogram] = {}
+        """Of all that were decided, by outcome."""
 
     def count(self, outcome: Outcome, waited_ns: int, expected_ns: int | None = None) -> None:
         """Count one decision.
@@ -56,20 +53,23 @@ class Tally:
         """
         if expected_ns and outcome is Outcome.DISPATCHED:
             self.forecasts.observe(waited_ns * _RATIO_1 // expected_ns)
-        if outcome not in self.outcomes:
-            self.outcomes[outcome] = 0
-            self.wait_sum_ns[outcome] = 0
-            self.wait_counts[outcome] = [0] * (len(_BOUNDS_NS) + 1)
-        self.outcomes[outcome] += 1
-        self.wait_sum_ns[outcome] += waited_ns
-        self.wait_counts[outcome][bisect_left(_BOUNDS_NS, waited_ns)] += 1
+        waits = self._waits.get(outcome)
+        if waits is None:
+            waits = self._waits[outcome] = Histogram(WAIT_BOUNDS_S)
+        waits.observe(waited_ns)
+
+    @property
+    def outcomes(self) -> dict[Outcome, int]:
+        """Return how often each was decided."""
+        return {outcome: sum(waits.snapshot().counts) for outcome, waits in self._waits.items()}
 
     def totals(self) -> Totals:
         """Return a frozen copy."""
+        waits = {outcome: each.snapshot() for outcome, each in self._waits.items()}
         return Totals(
-            outcomes=dict(self.outcomes),
+            outcomes=self.outcomes,
             completed=self.completed,
-            wait_counts={outcome: tuple(counts) for outcome, counts in self.wait_counts.items()},
-            wait_sum_ns=dict(self.wait_sum_ns),
+            wait_counts={outcome: each.counts for outcome, each in waits.items()},
+            wait_sum_ns={outcome: each.sum_ns for outcome, each in waits.items()},
             forecasts=self.forecasts.snapshot(),
         )

@@ -121,7 +121,7 @@ class Service:
         self._stop_signals = 0
         self._traces = open_traces(settings.traces, settings.pool)
         loop = asyncio.get_running_loop()
-        self._request_log = logs.RequestLog(
+        self._request_log = logs.request_log(
             lambda write: loop.call_later(logs.WRITE_WITHIN_S, write)
         )
         self._ledger = None if settings.ledger is None else Ledger(settings.ledger)

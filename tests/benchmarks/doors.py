@@ -85,7 +85,7 @@ async def serve(kind: Kind, *, has_pool: bool) -> None:
         limits=Limits(requests_max=None), detectors=(Concurrency(requests_max=1_000_000),)
     )
     loop = asyncio.get_running_loop()
-    log = logs.RequestLog(lambda write: loop.call_later(logs.WRITE_WITHIN_S, write))
+    log = logs.request_log(lambda write: loop.call_later(logs.WRITE_WITHIN_S, write))
     gate = FlowGate(config, ARRIVALS_MAX, log.request_ended, lambda _fault: None)
     gate.start()
     gate.post(EndpointsChanged(("127.0.0.1:8000",) if has_pool else ()))

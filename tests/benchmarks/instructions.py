@@ -85,7 +85,10 @@ PARTS = {
         "flowcontrol_server.requests.recent",
         "flowcontrol_server.requests.dialects",
     ),
-    "log line": ("flowcontrol_server.requests.log_line",),
+    "log line": (
+        "flowcontrol_server.requests.log_line",
+        "flowcontrol_server.requests.request_log",
+    ),
     "settlement": (
         "flowcontrol_server.requests.log_codec",
         "flowcontrol_server.requests.log_join",

@@ -66,7 +66,7 @@ async def serve(door: str, slots: int) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     logs.configure("info")
     loop = asyncio.get_running_loop()
-    log = logs.RequestLog(lambda write: loop.call_later(logs.WRITE_WITHIN_S, write))
+    log = logs.request_log(lambda write: loop.call_later(logs.WRITE_WITHIN_S, write))
     config = ControllerConfig(
         limits=Limits(requests_max=None), detectors=(Concurrency(requests_max=slots),)
     )

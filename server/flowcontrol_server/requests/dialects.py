@@ -13,6 +13,8 @@ from typing import Final
 class Dialect(Enum):
     """An API's way to say an error."""
 
+    __hash__ = object.__hash__  # as in Outcome
+
     OPENAI = auto()
     ANTHROPIC = auto()
     PLAIN = auto()

@@ -10,7 +10,12 @@ from flowcontrol_server.requests.replies import status_of
 
 _US_NS: Final = 1_000
 _RATIO_MAX: Final = 1e6
-_THOUSANDTHS: Final = tuple(f"{number:03d}" for number in range(1000))
+_THOUSAND: Final = 1000
+_THOUSANDTHS: Final = tuple(f".{number:03d}" for number in range(_THOUSAND))
+_WORDS: Final = {outcome: (outcome.value, outcome.was_dispatched) for outcome in Outcome}
+"""Of each outcome its word, and whether it was dispatched: to ask an enum's member is Python."""
+_DISPATCHED: Final = Outcome.DISPATCHED
+_quoted: Final = encode_basestring_ascii
 
 
 def request_line(
@@ -25,27 +30,28 @@ def request_line(
         continue_on_fault: when it was the engine that failed, the request was let on.
     """
     request, outcome = parked.request, decision.outcome
+    word, was_dispatched = _WORDS[outcome]
     left_ns = parked.left_ns or parked.decided_ns
     status, in_flight_ns = "null", 0
-    if outcome.was_dispatched:
+    if was_dispatched:
         in_flight_ns = max(0, left_ns - parked.decided_ns)
-    if outcome is not Outcome.DISPATCHED:
+    if outcome is not _DISPATCHED:
         status = str(status_of(outcome, continue_on_fault=continue_on_fault) or "null")
     return (
         f'{{"event": "request_decided", "level": "info", "request_id": {request.request_id}'
         f', "client_request_id": {_quoted(parked.client_request_id)}'
         f', "flow_id": {_quoted(decision.flow_id)}'
-        f', "objective": {_quoted(request.objective)}'
+        f', "objective": {_quoted_or_null(request.objective)}'
         f', "model": {_quoted(request.model)}'
         f', "priority": {decision.priority}'
-        f', "outcome": "{outcome.value}"'
+        f', "outcome": "{word}"'
         f', "http_status": {status}'
         f', "waited_ms": {_ms(decision.waited_ns)}'
         f', "in_flight_ms": {_ms(in_flight_ns)}'
         f', "byte_size": {request.byte_size}'
         f', "saturation": {_thousandths(int(min(decision.saturation, _RATIO_MAX) * 1000 + 0.5))}'
         f', "waiting": {decision.waiting}'
-        f', "endpoint": {_quoted(decision.endpoint)}'
+        f', "endpoint": {_quoted_or_null(decision.endpoint)}'
         f', "timestamp": "{timestamp}"}}\n'
     )
 
@@ -57,8 +63,10 @@ def _ms(duration_ns: int) -> str:
 
 def _thousandths(count: int) -> str:
     """Write so many thousandths, by hand: to format a float takes ten times as long."""
-    return f"{count // 1000}.{_THOUSANDTHS[count % 1000]}"
+    if count < _THOUSAND:
+        return "0" + _THOUSANDTHS[count]
+    return str(count // _THOUSAND) + _THOUSANDTHS[count % _THOUSAND]
 
 
-def _quoted(text: str | None) -> str:
-    return "null" if text is None else encode_basestring_ascii(text)
+def _quoted_or_null(text: str | None) -> str:
+    return "null" if text is None else _quoted(text)

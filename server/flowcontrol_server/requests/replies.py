@@ -83,7 +83,7 @@ REFUSALS: Final = {
 """
 
 _NOT_TOLD: Final = (Outcome.DISPATCHED, Outcome.EVICTED_MOVED)
-_TIMES: Final = {
+_TIMES: Final[dict[Outcome, tuple[str, ...]]] = {
     Outcome.EVICTED_TTL: ("ttl",),
     Outcome.EVICTED_NO_ENDPOINTS: ("no-endpoint-ttl",),
 }
@@ -125,6 +125,10 @@ class Refuse:
     content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
     """Further ones."""
+
+    def __hash__(self) -> int:
+        """Return the body's, which is kept: the fields' would be made anew each time."""
+        return hash(self.body)
 
 
 Answer = Decision | Exempt | Refuse
@@ -172,9 +176,9 @@ def refusal(decision: Decision, chance: float, dialect: Dialect = Dialect.OPENAI
     retry_s = retry_after_s(decision.retry_after_ns, chance)
     if retry_s is None and decision.outcome is Outcome.EVICTED_DISPLACED:
         retry_s = min(max(1, waited_s), _RETRY_AFTER_MAX_S)  # nothing has moved so far
-    limits = tuple(scope.value for scope in decision.without_room)
-    if decision.outcome in _TIMES:
-        limits = _TIMES[decision.outcome]
+    limits = _TIMES.get(decision.outcome)
+    if limits is None:
+        limits = tuple([scope.value for scope in decision.without_room])
     return _refusal(decision.outcome, dialect, retry_s, decision.priority, waited_s, limits)
 
 

@@ -57,7 +57,7 @@ def line_of(
     """The one line that is written when such a request is over."""
     parked = request(decided_ns, left_ns)
     written = io.BytesIO()
-    log = logs.RequestLog(lambda _write: None, Sink(written))
+    log = logs.request_log(lambda _write: None, Sink(written))
     log.request_ended(parked, decision, continue_on_fault=continue_on_fault)
     log.write()
     line = json.loads(written.getvalue())
@@ -151,7 +151,7 @@ class TestWriting:
     def test_together(self, capfd: pytest.CaptureFixture[str]) -> None:
         """The first that ends asks to be written soon; until then the others join it."""
         asked: list[Callable[[], None]] = []
-        log = logs.RequestLog(asked.append)
+        log = logs.request_log(asked.append)
         parked = request()
         for request_id in range(3):
             log.request_ended(parked, replace(DISPATCHED, flow_id=f'"{request_id}\n\x00é'))
@@ -170,7 +170,7 @@ class TestWriting:
     def test_level(self, capfd: pytest.CaptureFixture[str]) -> None:
         """They are lines of level info."""
         logs.configure("warning")
-        log = logs.RequestLog(lambda _write: None)
+        log = logs.request_log(lambda _write: None)
         log.request_ended(request(), DISPATCHED)
         log.write()
 

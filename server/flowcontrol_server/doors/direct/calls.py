@@ -37,6 +37,9 @@ from flowcontrol_server.requests.replies import Answer, answer, refusal, unavail
 from flowcontrol_server.requests.splice import BodyPart, LargeBody, NoBodyError, echoes
 
 _log = structlog.get_logger()
+_PARKED: Final = Phase.PARKED  # looked up once: each time takes some 200 instructions
+_OVER: Final = Phase.OVER
+_DUPLEX: Final = Mode.DUPLEX
 
 
 class Wire(Protocol):
@@ -215,7 +218,7 @@ class ProcessCall(Call):
 
         Of one in flight politely, so that the response goes on.
         """
-        if self._exchange.phase is Phase.PARKED:
+        if self._exchange.phase is _PARKED:
             self._pass_on()
         else:
             self.let_go()
@@ -287,7 +290,7 @@ class ProcessCall(Call):
 
     def _receive(self, message: bytes) -> None:
         said = decode(message)
-        was_parked = self._exchange.phase is Phase.PARKED
+        was_parked = self._exchange.phase is _PARKED
         reply = self._exchange.receive(said)
         if isinstance(reply, BodyPart):
             self._note_response(reply)
@@ -306,7 +309,7 @@ class ProcessCall(Call):
         if isinstance(reply, Request):
             if not self._wire.context.may_decide():
                 self._pass_on()
-            elif self._exchange.mode is Mode.DUPLEX and not said.is_end:
+            elif self._exchange.mode is _DUPLEX and not said.is_end:
                 self._wire.pause(self.stream_id, is_paused=True)
                 self._wire.park_soon(partial(self._park_with_body, reply, said))
             else:
@@ -325,7 +328,7 @@ class ProcessCall(Call):
 
     def _park_with_body(self, request: Request, said: Message) -> None:
         """Park a request at the end of the turn: what of its body came with it is known now."""
-        if self._is_gone or self._exchange.phase is not Phase.PARKED:
+        if self._is_gone or self._exchange.phase is not _PARKED:
             return
         self._park(self._exchange.with_body(request, said), said)
         if self._is_ended and not self._exchange.awaits_end:
@@ -349,7 +352,7 @@ class ProcessCall(Call):
             self._decided(parked.decision)
 
     def _decided(self, decision: Decision) -> None:
-        if self._is_gone or self._exchange.phase is not Phase.PARKED:
+        if self._is_gone or self._exchange.phase is not _PARKED:
             return
         parked, context = self._parked, self._wire.context
         assert parked is not None, "what is decided was parked"
@@ -380,7 +383,7 @@ class ProcessCall(Call):
     def _answer(self, decided: Answer) -> None:
         """Answer the headers, and send back what was held of the body."""
         replies = self._exchange.decide(decided)
-        if self._exchange.mode is Mode.DUPLEX:
+        if self._exchange.mode is _DUPLEX:
             self._account()
             self._wire.pause(self.stream_id, is_paused=False)
         for reply in replies[:-1]:
@@ -413,7 +416,7 @@ class ProcessCall(Call):
     def _say(self, reply: Reply) -> None:
         self._send_all(reply)
         is_left_alone = self._wire.context.is_closing and not self.owes_echoes
-        if self._is_ended or is_left_alone or self._exchange.phase is Phase.OVER:
+        if self._is_ended or is_left_alone or self._exchange.phase is _OVER:
             self.finish()
 
     def _end(self) -> None:
@@ -423,7 +426,7 @@ class ProcessCall(Call):
         that ends unanswered would let it through.
         """
         self._is_ended = True
-        if self._exchange.phase is not Phase.PARKED:
+        if self._exchange.phase is not _PARKED:
             self.finish()
             return
         if not self._exchange.awaits_end:
@@ -433,7 +436,7 @@ class ProcessCall(Call):
         """Refuse a request that takes too much room; nothing else is owed an answer."""
         parked = self._parked
         is_full = error.status is Status.RESOURCE_EXHAUSTED
-        if not is_full or self._exchange.phase is not Phase.PARKED:
+        if not is_full or self._exchange.phase is not _PARKED:
             super()._fail(error)
             return
         self._wire.context.body_refusals += 1

@@ -231,8 +231,12 @@ class Line(asyncio.Protocol):
         A stream that watches health, or has said nothing, keeps no place: any client may open
         one.
         """
-        streams = len(self._calls) + len(self._refused) - len(self._silent) - self._watching
-        return None if streams else (self._is_used, self._idle_ns)
+        return None if self._places else (self._is_used, self._idle_ns)
+
+    @property
+    def _places(self) -> int:
+        """Streams that keep the connection its place."""
+        return len(self._calls) + len(self._refused) - len(self._silent) - self._watching
 
     def _has_place(self) -> bool:
         """Return whether there may be one more connection; an idle one is closed for it.
@@ -346,16 +350,20 @@ class Line(asyncio.Protocol):
                     self._receive(event)
                 case Opened():
                     self._open(event)
-                case Reset(stream_id):
-                    if stream_id in self._calls:
-                        self._forget(self._calls[stream_id]).lose()
-                    elif stream_id in self._refused:
-                        del self._refused[stream_id], self._silent[stream_id]
+                case Reset():  # by position it would take five times as long
+                    self._reset(event.stream_id)
                 case Ended(code, reason):
                     self._log.report("direct_connection_failed", code=code.name, reason=reason)
                     self._lose_calls()
         if self._connection.is_due:
             self._flush_soon()
+
+    def _reset(self, stream_id: int) -> None:
+        call = self._calls.get(stream_id)
+        if call is not None:
+            self._forget(call).lose()
+        elif stream_id in self._refused:
+            del self._refused[stream_id], self._silent[stream_id]
 
     def _receive(self, received: Received) -> None:
         call = self._calls.get(received.stream_id)
@@ -393,13 +401,15 @@ class Line(asyncio.Protocol):
             self._connection.send_trailers(stream_id, refusal.block)
 
     def _forget(self, call: Call) -> Call:
-        del self._calls[call.stream_id]
-        if call.stream_id in self._silent:
-            del self._silent[call.stream_id]
+        stream_id = call.stream_id
+        del self._calls[stream_id]
+        if stream_id in self._silent:
+            del self._silent[stream_id]
         else:
             self._watching -= isinstance(call, WatchCall)
         self._partial_bytes -= call.held_bytes
-        self._idle_ns = time.monotonic_ns()
+        if not self._places:
+            self._idle_ns = time.monotonic_ns()
         return call
 
     def _check_silent(self) -> None:

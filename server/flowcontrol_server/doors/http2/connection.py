@@ -20,6 +20,7 @@ heard of that is ignored.
 Ids above the highest ever used are idle; all others that are not in `_streams` are closed.
 """
 
+from collections import deque
 from typing import Final, final
 
 from flowcontrol_server.doors.http2 import frames
@@ -70,7 +71,9 @@ class Http2Connection:
         self._is_ack_due = True
         self._open_block: FieldBlock | None = None
         self._streams: dict[int, Stream] = {}
-        self._reset_ids: dict[int, None] = {}
+        self._reset_ids: set[int] = set()
+        self._reset_order: deque[int] = deque()
+        """The same, those too whose reset has crossed one of the client's."""
         self._highest_id = 0
         self._reset_count = 0
         self._unread = 0
@@ -380,7 +383,7 @@ class Http2Connection:
             self._budgets.spend("RST_STREAM beyond one a stream", self._limits.ignored)
         stream = self._streams.get(stream_id)
         if stream is None:
-            self._reset_ids.pop(stream_id, None)  # it knows: nothing late can follow
+            self._reset_ids.discard(stream_id)  # it knows: nothing late can follow
             return
         self._forget(stream)
         self._events.append(Reset(stream_id, frames.read_word(payload)))
@@ -471,9 +474,10 @@ class Http2Connection:
 
     def _send_reset(self, stream_id: int, code: ErrorCode) -> None:
         self._send(frames.rst_stream(stream_id, code))
-        self._reset_ids[stream_id] = None
-        if len(self._reset_ids) > _RESET_REMEMBERED_MAX:
-            del self._reset_ids[next(iter(self._reset_ids))]
+        self._reset_ids.add(stream_id)
+        self._reset_order.append(stream_id)
+        if len(self._reset_order) > _RESET_REMEMBERED_MAX:
+            self._reset_ids.discard(self._reset_order.popleft())
 
     def _fail(self, fault: ConnectionFault) -> None:
         self._send(frames.goaway(self._highest_id, fault.code, str(fault)))

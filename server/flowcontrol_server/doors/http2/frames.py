@@ -79,8 +79,12 @@ _SHAPES: Final = {
 of a wrong size end its stream only; no honest client sends one."""
 
 _FRAME_HEADER: Final = Struct(">HBBBL")  # the length is 16 and 8 bits: there is no 24-bit field
+_pack_header: Final = Struct(">LBL").pack
+"""(length << 8 | type, flags, stream id): fewer numbers to make objects of."""
+_pack_word_frame: Final = Struct(">LBLL").pack
+"""The same of a frame whose payload is a number of 32 bits, and that."""
+_WORD_BYTES: Final = 4
 _SETTING: Final = Struct(">HL")
-_WORD: Final = Struct(">L")
 _TWO_WORDS: Final = Struct(">LL")
 
 unpack_header: Final = _FRAME_HEADER.unpack_from
@@ -89,8 +93,7 @@ unpack_header: Final = _FRAME_HEADER.unpack_from
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
     """Write one frame."""
-    length = len(payload)
-    return _FRAME_HEADER.pack(length >> 8, length & 0xFF, kind, flags, stream_id) + payload
+    return _pack_header(len(payload) << 8 | kind, flags, stream_id) + payload
 
 
 def header_frames(stream_id: int, block: bytes, frame_bytes_max: int, *, is_end: bool) -> bytes:
@@ -115,12 +118,12 @@ SETTINGS_ACK: Final = frame(SETTINGS, ACK, 0, b"")
 
 def rst_stream(stream_id: int, code: int) -> bytes:
     """Write an RST_STREAM frame (6.4)."""
-    return frame(RST_STREAM, 0, stream_id, _WORD.pack(code))
+    return _pack_word_frame(_WORD_BYTES << 8 | RST_STREAM, 0, stream_id, code)
 
 
 def window_update(stream_id: int, increment: int) -> bytes:
     """Write a WINDOW_UPDATE frame (6.9); stream 0 is the connection."""
-    return frame(WINDOW_UPDATE, 0, stream_id, _WORD.pack(increment))
+    return _pack_word_frame(_WORD_BYTES << 8 | WINDOW_UPDATE, 0, stream_id, increment)
 
 
 def goaway(last_stream_id: int, code: int, reason: str = "") -> bytes:
@@ -150,8 +153,7 @@ def read_settings(payload: bytes) -> dict[int, int]:
 
 def read_word(payload: bytes) -> int:
     """Read the 32 bits of an RST_STREAM or WINDOW_UPDATE; the caller has checked the length."""
-    value: int = _WORD.unpack(payload)[0]
-    return value
+    return payload[0] << 24 | payload[1] << 16 | payload[2] << 8 | payload[3]
 
 
 def read_dependency(payload: bytes) -> int:
