@@ -1,8 +1,9 @@
 """What does flow control do for people, with nothing set?
 
 Question: how near does the limit that finds itself (`auto`) come to the best fixed limit of each
-workload, found with hindsight; what do people beside a job notice of it by default; and are the
-waits that are forecast true?
+workload, found with hindsight; what do people beside a job notice of it by default; are the waits
+that are forecast true; who is refused that could have been served; and are shares fair where the
+lengths of answers are wrongly estimated?
 
 Method: the workloads of tests/support/effects.py, simulated; those that replay a trace are left out
 where its file is not in the directory of --traces (Azure's of 2023, CC-BY 4.0). Constants were
@@ -22,6 +23,19 @@ p99 of the first stands beside that of both. What the engine takes longer than f
 the job's work in the same steps; the last column says what is left of it where engines take higher
 bands first of what waits inside (`requests.enginePriority`).
 
+Refused are those for whom the queue has no place (a limit, displaced). Each alone could have been
+served that would have had a turn within its time to live, had it been kept at its place and all
+else been as it was (tests/support/refusals.py: an upper bound). But that turn was another's: in all
+only as many more could have been served as are without the limit, up to the end of arrivals. How
+long a queue may be is the operator's: the default refuses none here, and what shorter ones cost is
+to be seen. Told are those of whom Explain says, on arrival or every ten seconds after, that they
+will be evicted before their turn; the engine keeps them, and they may be served anyway. One request
+in eight is asked about.
+
+Shares are of flows of equal weight that always have more waiting, with answers four times as long
+or a fourth of what the engine expects (tests/support/wrong_estimates.py). What no access log tells
+is not corrected; that case has no target.
+
 Caveats: the model server has no prefix cache; one seed; the sweep of some workloads is of seven
 limits. What a fixed limit is worth is known only after trying all of them on the same traffic.
 
@@ -31,8 +45,9 @@ limits. What a fixed limit is worth is known only after trying all of them on th
 import argparse
 import json
 import subprocess
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +57,12 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from flowcontrol.config import Auto, Ceilings, CeilingSettings, Concurrency
+from flowcontrol.request import Outcome
 from flowcontrol.simulation.results import Results
-from tests.support.effects import CASES, Case, Effect, effect, load_traces, run
+from tests.support import refusals as scarcity
+from tests.support import wrong_estimates
+from tests.support.effects import CASES, Case, effect, load_traces, run
+from tests.support.overloads import MINUTE, SECOND
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = RESULTS / "effect_runs.txt"
@@ -56,6 +75,7 @@ BLIND = {"settlements": 0.95, "departures": 0.90}
 BESIDE, BESIDE_JOB, JAIN = 1.3, 1.08, 0.99
 WAITS, OFF = "waits within  median  engine", "p90       off  priority"
 WITHIN, MEDIAN = (0.85, 0.95), 0.25
+REFUSED, SCARCE_MINUTES, SHARES_MINUTES = 0.01, 6, 5
 
 
 class Runs:
@@ -79,10 +99,10 @@ class Runs:
         ours = [values for (_, how), values in self.kept.items() if not how.startswith("fixed ")]
         return sorted({str(values.get("engine", "an older one")) for values in ours})
 
-    def add(self, case: str, how: str, came_to: Effect) -> None:
+    def add(self, case: str, how: str, came_to: Mapping[str, float | None]) -> None:
         """Keep one."""
         self.kept[case, how] = {
-            key: round(value, 4) for key, value in asdict(came_to).items() if value is not None
+            key: round(value, 4) for key, value in came_to.items() if value is not None
         }
         self.kept[case, how]["engine"] = self.engine
         lines = [f"{a} | {b} | {json.dumps(values)}" for (a, b), values in self.kept.items()]
@@ -173,11 +193,51 @@ def measure(runs: Runs, only: list[str], traces: Path) -> None:
         if runs.best(case.name) is None:
             for limit in case.limits:
                 came = run(case, Concurrency(requests_max=limit), known)
-                runs.add(case.name, f"fixed {limit}", effect(case, came))
+                runs.add(case.name, f"fixed {limit}", asdict(effect(case, came)))
         for how, make in plans(case).items():
             if (case.name, how) not in runs.kept:
-                runs.add(case.name, how, effect(case, make(known)))
+                runs.add(case.name, how, asdict(effect(case, make(known))))
                 print(case.name, how, runs.kept[case.name, how], flush=True)
+    for kind, name, make_values in _parts():
+        if (name, kind) not in runs.kept and (not only or any(word in name for word in only)):
+            runs.add(name, kind, make_values())
+            print(name, kind, runs.kept[name, kind], flush=True)
+
+
+def _parts() -> Iterator[tuple[str, str, Callable[[], Mapping[str, float | None]]]]:
+    """Yield what is not about limits: its kind, its name, and how to measure it."""
+    for name, scarce in scarcity.CASES.items():
+        yield "refusals", name, partial(_refused, scarce)
+    for name, wrong in wrong_estimates.CASES.items():
+        yield "shares", name, partial(_shared, wrong)
+
+
+def _refused(scarce: scarcity.Scarce) -> dict[str, float | None]:
+    results, told = scarcity.run(scarce, SCARCE_MINUTES)
+    found = scarcity.refusals(results.transcript, round(scarce.ttl_s * SECOND))
+    fewer = None
+    if found.could:
+        unlimited, _ = scarcity.run(replace(scarce, requests_max=None), SCARCE_MINUTES)
+        end_ns = SCARCE_MINUTES * MINUTE
+        most, served = (scarcity.served(each.transcript, end_ns) for each in (unlimited, results))
+        fewer = max(0, most - served) / len(found.could)
+    return {
+        "fewer": fewer,
+        "asked": sum(found.outcomes.values()),
+        "refused": len(found.could),
+        "could": found.share,
+        "told": sum(told.outcomes.values()),
+        "served": told.share,
+        "expired": told.asked[Outcome.EVICTED_TTL],
+        "foretold": told.outcomes[Outcome.EVICTED_TTL],
+    }
+
+
+def _shared(wrong: wrong_estimates.Wrong) -> dict[str, float | None]:
+    results = wrong_estimates.run(wrong, SHARES_MINUTES)
+    served = [figures.tokens_served for figures in results.tenants.values()]
+    fair = sum(served) / len(served)
+    return {"jain": results.jain(0), "least": min(served) / fair, "most": max(served) / fair}
 
 
 def _passes(value: float, *, least: float = 0.0, most: float = float("inf")) -> str:
@@ -241,6 +301,40 @@ def people_table(runs: Runs) -> list[str]:
         by_engine = runs.kept.get((name, "engine priority"))
         line += f" {by_engine['p99_s']:6.2f}" if by_engine else ""
         lines.append(line)
+    return lines
+
+
+def refusals_table(runs: Runs) -> list[str]:
+    """Return who was refused, or told so, and could have been served."""
+    lines = [
+        f"{'':38} asked  refused    could be served    told    served   evicted  of these",
+        f"{'':38}                   in all  each alone           anyway   at TTL    told",
+    ]
+    for name in scarcity.CASES:
+        came = runs.kept.get((name, "refusals"))
+        if came is None:
+            continue
+        line = f"  {name:36} {came['asked']:5} {came['refused']:8} {_in_vain(came.get('fewer'))}"
+        line += f" {_in_vain(came.get('could'))}"
+        line += f" {came['told']:7} {_in_vain(came.get('served'))}"
+        part = came["foretold"] / came["expired"] if came["expired"] else 0.0
+        lines.append(f"{line} {came['expired']:9} {part:8.1%}")
+    return lines
+
+
+def _in_vain(share: float | None) -> str:
+    return f"{'-':>8} " if share is None else f"{share:8.1%}{_passes(share, most=REFUSED)}"
+
+
+def shares_table(runs: Runs) -> list[str]:
+    """Return how fair shares are where answers are four times as long as expected or a fourth."""
+    lines = [f"{'':38} Jain by tokens   least and most, of the fair share"]
+    for name, wrong in wrong_estimates.CASES.items():
+        came = runs.kept.get((name, "shares"))
+        if came is not None:
+            mark = _passes(came["jain"], least=JAIN) if wrong.settles else " "
+            line = f"  {name:36} {came['jain']:10.4f}{mark}"
+            lines.append(f"{line} {came['least']:12.3f} {came['most']:6.3f}")
     return lines
 
 
@@ -312,6 +406,8 @@ def main() -> None:
         f"Engine (git rev-parse HEAD:flowcontrol): {', '.join(runs.engines)}",
         *("", *limits_table(runs)),
         *("", *people_table(runs)),
+        *("", *refusals_table(runs)),
+        *("", *shares_table(runs)),
         *("", *frontier_table(runs)),
     ]
     print("\n".join(report))

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from flowcontrol.config import (
     BandSettings,
+    Ceilings,
+    CeilingSettings,
     Concurrency,
     ControllerConfig,
     Fairness,
@@ -162,12 +164,15 @@ class TestHeld:
         assert found.wait_ns == pytest.approx(2.5 * SECOND, rel=0.04)
         assert found.departures == 3
 
-    def test_engine_knows(self) -> None:
-        """A prompt after another waits for exactly as long as it is said to, where one may go."""
-        controller = FlowController(ControllerConfig(picker=Picker.LEAST_LOADED, forecasts=True), 0)
+    @staticmethod
+    def held_engine(**settings: object) -> tuple[FlowController, int]:
+        """Return an engine that has seen prompts of 1,000 and 8,000 tokens read, and the time."""
+        config = {"picker": Picker.LEAST_LOADED, "forecasts": True, **settings}
+        controller = FlowController(ControllerConfig(**config), 0)  # type: ignore[arg-type]  # keywords of a test
         controller.handle(EndpointsChanged(("a",)), 0)
+        controller.handle(ObjectivesChanged({"chat": 10, "batch": -1}), 0)
         now_ns = 0
-        for number in range(40):  # prompts of 1,000 and 8,000 tokens, 0.1 ms a token
+        for number in range(40):  # 0.1 ms a token
             tokens = 8000 if number % 2 else 1000
             controller.handle(Arrived(Request(number, input_tokens=tokens)), now_ns)
             controller.poll(now_ns)
@@ -176,6 +181,11 @@ class TestHeld:
             ttft_ns = tokens * SECOND // 10_000
             controller.handle(Settled(number, ttft_ns=ttft_ns, generation_ns=0), now_ns)
             controller.poll(now_ns)
+        return controller, now_ns
+
+    def test_engine_knows(self) -> None:
+        """A prompt after another waits for exactly as long as it is said to."""
+        controller, now_ns = self.held_engine()
         controller.handle(Arrived(Request(100, input_tokens=8000)), now_ns)
         controller.handle(Arrived(Request(101, input_tokens=1000)), now_ns)
         (first,) = controller.poll(now_ns)
@@ -186,6 +196,18 @@ class TestHeld:
         assert (first.request_id, second.request_id) == (100, 101)
         assert second.waited_ns == wakeup_ns - now_ns > SECOND // 10
         assert second.expected_wait_ns == pytest.approx(second.waited_ns, rel=0.01)
+
+    def test_gated_band_is_not_next(self) -> None:
+        """A band for which the places that are free are too few does not go when they are read."""
+        ceilings = CeilingSettings(policy=Ceilings.HOLDBACK_BY_RANK, ceiling_min=0.0)
+        controller, now_ns = self.held_engine(ceilings=ceilings)
+        for number, objective in ((100, "chat"), (101, "batch")):
+            request = Request(number, objective=objective, input_tokens=8000)
+            controller.handle(Arrived(request), now_ns)
+        controller.poll(now_ns)
+
+        assert controller.pool.held_ns(now_ns)
+        assert controller.expected(101, now_ns) == Forecast(0, None)
 
 
 class World:

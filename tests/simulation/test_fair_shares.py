@@ -5,6 +5,7 @@ import pytest
 from tests.support.wrong_estimates import CASES, run
 
 
+@pytest.mark.slow
 class TestWrongEstimates:
     """Answers of four times as many tokens as expected, or of a fourth."""
 

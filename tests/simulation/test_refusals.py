@@ -104,6 +104,7 @@ def config(flow_requests: int) -> ControllerConfig:
     )
 
 
+@pytest.mark.slow
 class TestKept:
     """The count, against a run for each refused request in which that one is kept."""
 
@@ -112,18 +113,19 @@ class TestKept:
         """Who would be dispatched is counted, and hardly anybody else."""
         usual = run(FlowController(config(places), 0))
         found = refusals(usual.transcript, TTL_NS)
-        sample = list(found.could)[::12]
+        sample = list(found.could)[::20]
         kept = {}
         for request_id in sample:
             engine = Keeping(config(places), config(places + 1), request_id)
             run(engine)
             kept[request_id] = engine.outcome is Outcome.DISPATCHED
 
-        assert len(sample) >= 8
+        assert len(sample) >= 5
         assert {each for each in sample if kept[each]} <= {e for e in sample if found.could[e]}
         assert sum(kept.values()) >= sum(found.could[each] for each in sample) - 1
 
 
+@pytest.mark.slow
 class TestTold:
     """Who is said to be evicted before its turn, against what then happens."""
 
