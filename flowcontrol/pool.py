@@ -27,10 +27,13 @@ class InFlight:
 
     requests: int = 0
     tokens: float = 0.0
+    begun: int = 0
+    """How many ever were."""
 
     def add(self, lease: Lease) -> None:
         """Count a dispatch."""
         self.requests += 1
+        self.begun += 1
         self.tokens += lease.tokens_total
 
     def take(self, lease: Lease) -> None:

@@ -5,8 +5,11 @@ than are held there, or it is older than a bound. Requests that no book knows ar
 report of an endpoint: what it works on beyond what is known to be in flight there is counted, too.
 
 What was dispatched just now may not have reached its endpoint, and what has ended there is in
-flight here a moment longer. So leases are over by as many as were missing from every report of a
-while. Where Envoy picks, the sums over all endpoints are compared.
+flight here a moment longer. So of what is missing from a report, that is taken off which has been
+dispatched since the report before, and which has ended here until the next: so many leases are over
+for certain. Where requests are so short that this says nothing, leases are over by as many as were
+missing from every report of some seconds. Where Envoy picks, the sums over all endpoints are
+compared.
 """
 
 from typing import Final, NamedTuple, final
@@ -19,8 +22,11 @@ from flowcontrol.keyedheap import KeyedHeap
 from flowcontrol.pool import Pool
 from flowcontrol.request import DEFAULT_PRIORITY, FlowKey, Request
 
-MISSING_NS: Final = 500_000_000
-"""How long requests must be missing from the reports of their endpoint to be over."""
+MISSING_NS: Final = 5_000_000_000
+"""How long requests must be missing from all reports of their endpoint to be over."""
+APART_NS: Final = 250_000_000
+"""By how much reports are at least apart that are compared: a request reaches its endpoint, and its
+end is known here, in less. Where Envoy picks, each endpoint has reported again."""
 
 
 class _Missing(NamedTuple):
@@ -29,6 +35,20 @@ class _Missing(NamedTuple):
     requests: int
     """The least of all reports."""
     since_ns: int
+
+
+class _Report(NamedTuple):
+    """What was in flight here at a report, and was not at the endpoint."""
+
+    at_ns: int
+    begun: int
+    """Dispatched ever."""
+    requests: int
+    """In flight."""
+    missing: int
+    """That the endpoint does not have."""
+    on_the_way: int
+    """How many of those that this process dispatched may not have reached it yet, at most."""
 
 
 @final
@@ -55,6 +75,8 @@ class Recovery:
         """Requests each endpoint has, by its latest report since the recovery."""
         self._missing: dict[str | None, _Missing] = {}
         """By place."""
+        self._latest: dict[str | None, _Report] = {}
+        """By place, the latest of those that are compared."""
         self._taken_up = 0
         """Ever: numbers requests downwards, where no request of this process is."""
 
@@ -72,6 +94,7 @@ class Recovery:
         self._counted.clear()
         self._reports.clear()
         self._missing.clear()
+        self._latest.clear()
         for lease in recovered.leases:
             if lease.age_ns < recovered.age_max_ns and lease.ticket not in self._leases:
                 self._take_up(lease, now_ns)
@@ -112,25 +135,46 @@ class Recovery:
                 unknown = f"unknown.{self._taken_up + 1}"
                 self._take_up(RecoveredLease(unknown, place), now_ns)
         self._counted.add(place)
-        self._note_missing(place, missing, now_ns)
+        held = [ticket for ticket, each in self._leases.items() if place in {None, each.endpoint}]
+        report = _Report(
+            now_ns, in_flight.begun, in_flight.requests, missing, in_flight.requests - len(held)
+        )
+        over = max(self._certainly_over(place, report), self._long_missing(place, missing, now_ns))
+        if over > 0:
+            self._missing.pop(place, None)
+            self._latest.pop(place, None)
+            for ticket in held[:over]:  # the oldest first
+                self._release(ticket, now_ns)
 
-    def _note_missing(self, place: str | None, missing: int, now_ns: int) -> None:
-        """Free the slots of as many leases as have been missing for long enough, oldest first."""
+    def _certainly_over(self, place: str | None, report: _Report) -> int:
+        """Return how many leases were over at the report before this one."""
+        before = self._latest.get(place)
+        if before is not None and report.at_ns - before.at_ns < APART_NS:
+            return 0
+        self._latest[place] = report
+        if before is None:
+            return 0
+        begun = report.begun - before.begun
+        ended = before.requests + begun - report.requests
+        if begun < 0 or ended < 0:  # the endpoint was gone meanwhile
+            return 0
+        self._latest[place] = report._replace(on_the_way=min(report.on_the_way, begun))
+        return before.missing - before.on_the_way - ended
+
+    def _long_missing(self, place: str | None, missing: int, now_ns: int) -> int:
+        """Return how many requests have been missing from every report for long enough."""
         if missing <= 0:
             self._missing.pop(place, None)
-            return
+            return 0
         noted = self._missing.get(place)
         if noted is None:
             self._missing[place] = _Missing(missing, now_ns)
-            return
+            return 0
         count = min(noted.requests, missing)
         if now_ns - noted.since_ns < MISSING_NS:
             self._missing[place] = _Missing(count, noted.since_ns)
-            return
-        del self._missing[place]
-        held = [ticket for ticket, lease in self._leases.items() if place in {None, lease.endpoint}]
-        for ticket in held[:count]:
-            self._release(ticket, now_ns)
+            return 0
+        return count
 
     def _reported(self, place: str | None) -> int:
         if place is not None:

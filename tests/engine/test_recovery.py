@@ -1,8 +1,15 @@
 """Requests that another process dispatched hold their slots here, and give them back."""
 
+import itertools
+from collections.abc import Callable
+from functools import partial
+from heapq import heappop, heappush
+from random import Random
 from typing import final
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flowcontrol.config import Concurrency, ControllerConfig, Picker
 from flowcontrol.controller import FlowController
@@ -19,7 +26,7 @@ from flowcontrol.events import (
     Settled,
     SettlementLost,
 )
-from flowcontrol.recovery import MISSING_NS
+from flowcontrol.recovery import APART_NS, MISSING_NS
 from flowcontrol.request import Request
 from flowcontrol.views.view import take_snapshot
 
@@ -108,22 +115,46 @@ def test_an_old_lease_frees_its_slot() -> None:
 
 @pytest.mark.parametrize("picker", [Picker.LEAST_LOADED, Picker.OFF])
 def test_an_endpoint_that_reports_fewer(picker: Picker) -> None:
-    """As many leases are over as were missing from every report; where Envoy picks, of all."""
+    """As many leases are over as were missing, says the next report; where Envoy picks, of all."""
     house = House(picker)
     at = A if picker is Picker.LEAST_LOADED else None
     house.tell(LeasesRecovered((lease("x.1", at), lease("x.2", at))))
     house.tell(LoadObserved(B, 0, 0, None), LoadObserved(A, 1, 0, None))
-    house.now_ns = MISSING_NS - 1
+    house.now_ns = APART_NS - 1
     house.tell(LoadObserved(A, 0, 0, None))
     before = house.recovered
-    house.now_ns = MISSING_NS
+    house.now_ns = APART_NS
     house.tell(LoadObserved(A, 0, None, None))
     unknown = house.recovered
     house.tell(LoadObserved(A, 0, 0, None))
     one = house.recovered
+    house.now_ns = 2 * APART_NS
     house.tell(LoadObserved(A, 0, 1, None))
+    house.now_ns = 3 * APART_NS
+    house.tell(LoadObserved(A, 0, 0, None))
 
     assert (before, unknown, one, house.recovered) == (2, 2, 1, 1)
+
+
+def test_what_may_be_on_its_way_or_has_just_ended_is_not_over() -> None:
+    """Of what was missing it is taken off; what has ended is known by the next report."""
+    house = House()
+    house.tell(LeasesRecovered((lease("x.1"), lease("x.2", B), lease("x.3", B))))
+    house.arrive(1)
+    house.tell(LoadObserved(A, 0, 1, None))
+    house.now_ns = APART_NS
+    house.tell(LoadObserved(A, 0, 1, None))
+    on_the_way = house.recovered
+    house.now_ns = 2 * APART_NS
+    house.tell(Left(1), LoadObserved(A, 0, 1, None))
+    ended = house.recovered
+    house.now_ns = 3 * APART_NS
+    house.tell(LoadObserved(A, 0, 0, None))
+    there = house.recovered
+    house.now_ns = 4 * APART_NS
+    house.tell(LoadObserved(A, 0, 0, None))
+
+    assert (on_the_way, ended, there, house.recovered) == (3, 3, 3, 2)
 
 
 def test_what_is_missing_for_a_moment_is_on_its_way() -> None:
@@ -204,3 +235,100 @@ def test_a_lost_settlement_is_forgotten() -> None:
 
     assert late == []
     assert unsettled == 0
+
+
+SLOTS = 12
+REPORTS_NS = 200_000_000
+
+
+@final
+class Busy:
+    """One endpoint that is always full, with recovered leases of which some are over already.
+
+    Each request reaches it a while after its dispatch, and its end is known a while later.
+    """
+
+    def __init__(self, chance: Random, live: int, over: int, *, service_ns: int) -> None:
+        config = ControllerConfig(
+            detectors=(Concurrency(requests_max=SLOTS),), picker=Picker.LEAST_LOADED
+        )
+        self.controller = FlowController(config, 0)
+        self.running = live
+        """Requests that the endpoint really works on."""
+        self.running_most = live
+        self._chance = chance
+        self._service_ns = service_ns
+        self._number = itertools.count(1)
+        self._events: list[tuple[int, int, Callable[[int], None]]] = []
+        leases = tuple(RecoveredLease(f"x.{number}", A) for number in range(live + over))
+        self._tell(0, EndpointsChanged((A,)), LeasesRecovered(leases, AGE_MAX_NS))
+        self._tell(0, LoadObserved(A, 0, live, None))
+        self._tell(0, *(Arrived(Request(next(self._number))) for _ in range(100)))
+        self._at(REPORTS_NS, self._report)
+
+    def run(self, until_ns: int) -> None:
+        """Let time pass."""
+        while self._events[0][0] <= until_ns:
+            now_ns, _, act = heappop(self._events)
+            act(now_ns)
+
+    @property
+    def recovered(self) -> int:
+        """Recovered leases that hold a slot."""
+        return self.controller.recovery.count
+
+    def _at(self, at_ns: int, act: Callable[[int], None]) -> None:
+        heappush(self._events, (at_ns, next(self._number), act))
+
+    def _lag_ns(self) -> int:
+        return self._chance.randrange(150_000_000)
+
+    def _tell(self, now_ns: int, *facts: Fact) -> None:
+        for fact in facts:
+            self.controller.handle(fact, now_ns)
+        for decision in self.controller.poll(now_ns):
+            self._at(now_ns + self._lag_ns(), partial(self._reach, decision.request_id))
+            self._at(now_ns, self._arrive)
+
+    def _arrive(self, now_ns: int) -> None:
+        self._tell(now_ns, Arrived(Request(next(self._number))))
+
+    def _reach(self, request_id: int, now_ns: int) -> None:
+        self.running += 1
+        self.running_most = max(self.running_most, self.running)
+        self._at(now_ns + self._service_ns, partial(self._end, request_id))
+
+    def _end(self, request_id: int, now_ns: int) -> None:
+        self.running -= 1
+        self._at(now_ns + self._lag_ns(), lambda at_ns: self._tell(at_ns, Left(request_id)))
+
+    def _report(self, now_ns: int) -> None:
+        page = LoadObserved(A, 0, self.running, None)
+        self._at(now_ns + self._chance.randrange(20_000_000), lambda at_ns: self._tell(at_ns, page))
+        self._at(now_ns + REPORTS_NS, self._report)
+
+
+@pytest.mark.parametrize("service_ns", [30_000_000, 3 * S])
+@given(st.integers(0), st.integers(0, SLOTS), st.integers(0, SLOTS))
+@settings(max_examples=40)
+def test_what_still_runs_keeps_its_slot(service_ns: int, seed: int, live: int, over: int) -> None:
+    """However short the requests beside it: its endpoint never works on more than its limit."""
+    busy = Busy(Random(seed), live, min(over, SLOTS - live), service_ns=service_ns)
+    busy.run(5 * S)
+
+    assert busy.running_most <= SLOTS
+    assert busy.recovered >= live
+
+
+@pytest.mark.parametrize("service_ns", [30_000_000, 3 * S])
+@given(st.integers(0), st.integers(0, SLOTS))
+@settings(max_examples=20)
+def test_what_is_over_gives_its_slot_back(service_ns: int, seed: int, live: int) -> None:
+    """At once where nothing else is there, else within some seconds."""
+    busy = Busy(Random(seed), live, SLOTS - live, service_ns=service_ns)
+    busy.run(S)
+    soon = busy.recovered
+    busy.run(20 * S)
+
+    assert soon == live
+    assert busy.recovered <= live
