@@ -58,6 +58,7 @@ class Fault:
         settings: of the gate, made for a directory.
         around: a context in which all of it happens.
         has_network: whether Redis is in a network of its own.
+        has_leases: whether two gates elect by a Kubernetes Lease.
         is_root: whether it can be done by root alone.
         is_own: whether the fault is an exception of the gate, which its log has to tell.
     """
@@ -75,6 +76,7 @@ class Fault:
     settings: Callable[[Path], Mapping[str, Any]] = field(default=lambda _directory: {})
     around: "Callable[[Site], contextlib.AbstractAsyncContextManager[None]] | None" = None
     has_network: bool = False
+    has_leases: bool = False
     is_root: bool = False
     is_own: bool = False
     needs: str | None = None
@@ -347,6 +349,9 @@ FAULTS: Final = (
         **UNRECORDED,
     ),
     Fault("hand-over", hand_over, times=3, **PAIR),
+    Fault("leader killed, Lease", kill_leader, has_leases=True, **PAIR),
+    Fault("leader stopped 4 s, Lease", stop_leader, has_leases=True, around=watched, **PAIR),
+    Fault("hand-over, Lease", hand_over, has_leases=True, times=3, **PAIR),
     Fault("Redis lost 3 s", lose_redis, **PAIR),
     Fault("Envoy killed", restart_envoy, may_cut=True),
     Fault("model server killed", kill_server, may_cut=True, is_ordered=False),

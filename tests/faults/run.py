@@ -113,6 +113,7 @@ async def run(fault: Fault, directory: Path, requests: int, seed: int) -> Row:
         directory,
         is_pair=fault.is_pair,
         has_network=fault.has_network,
+        has_leases=fault.has_leases,
         command=command,
         settings=settings,
         tries=fault.tries,

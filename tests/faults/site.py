@@ -39,6 +39,7 @@ class Site:
         directory: for configurations, ledgers and logs.
         is_pair: whether there are two gates.
         has_network: whether Redis is in a network of its own.
+        has_leases: whether two gates elect by a Kubernetes Lease; else Redis does that, too.
         command: of the gate, up to `serve`.
         settings: more sections of the gates' configuration.
         tries: of Envoy to find a single gate.
@@ -50,6 +51,7 @@ class Site:
         *,
         is_pair: bool,
         has_network: bool = False,
+        has_leases: bool = False,
         command: Sequence[str],
         settings: Mapping[str, Any],
         tries: int = 100,
@@ -57,6 +59,8 @@ class Site:
         self.directory = directory
         self.is_pair = is_pair
         self._namespace = Namespace() if has_network else None
+        self._has_leases = has_leases
+        self._lease_server: Process | None = None
         self._tries = tries
         self.redis, self.wires = self._make_redis(2 if is_pair else 0)
         """From each of two gates to Redis."""
@@ -95,7 +99,14 @@ class Site:
             (self.directory / "state").mkdir()
             return {**common, "state": {"directory": str(self.directory / "state")}}
         url = f"redis://{self.wires[0].address}"
-        return {**common, "state": {"valkey": {"url": url}}, "availability": {"election": "valkey"}}
+        election = "kubernetes" if self._has_leases else "valkey"
+        if self._has_leases:
+            common["kubernetes"] = {"kubeconfig": str(self._kubeconfig)}
+        return {**common, "state": {"valkey": {"url": url}}, "availability": {"election": election}}
+
+    @property
+    def _kubeconfig(self) -> Path:
+        return self.directory / "kubeconfig"
 
     def _edit_envoy(self, configuration: dict[str, Any]) -> None:
         """Let the model servers see the tickets, and Envoy look for a gate often."""
@@ -123,6 +134,12 @@ class Site:
         try:
             if self.is_pair:
                 self.redis.start()
+            if self._has_leases:
+                script = ("-m", "tests.faults.lease_server", str(self.directory))
+                self._lease_server = Process(
+                    (sys.executable, *script), self.directory / "lease-server.log"
+                )
+                await eventually(self._kubeconfig.exists, 60.0, "an API server")
             for wire in self.wires:
                 await wire.open()
             for number in range(MODEL_SERVERS):
@@ -153,6 +170,8 @@ class Site:
         for process in (*self.gates, *self._envoys, *self._servers):
             process.stop()
         self.redis.stop()
+        if self._lease_server is not None:
+            self._lease_server.stop()
         if self._namespace is not None:
             self._namespace.remove()
 
