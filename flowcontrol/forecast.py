@@ -34,14 +34,14 @@ half of all stay within, and the one that nine in ten do. If departures come at 
 take an Erlang time, whose quantiles are known: for n = 1 half wait less than 0.69 of the mean, and
 one in ten more than 2.3 times; for n = 100 it is 1.00 and 1.13. That is the first guess. A factor
 on it is learnt from every wait that comes true, for each band, and apart for waits of a known end
-and for short, middling and long ones: a quantile of log(real / guess) by stochastic approximation
+and for short, middling and long ones: a quantile of real over guess by stochastic approximation
 (Robbins and Monro, 1951), up by a share p of the step for each wait beyond it, down by 1 - p for
-each within, so that in the long run the share within is p whatever the distribution is, and
-whatever is wrong with the formula. An evicted request waited longer than was said, if that is what
-it had waited already; else it says nothing. What it cannot know is what has not come true yet: of a
-job that is dropped in one piece all waits are forecast before the first is over. And that those
-ahead have deadlines, too, is left out: where a flow asks for more than it gets, waits end near the
-time to live whatever is said.
+each within, steps being parts of it, so that in the long run the share within is p whatever the
+distribution is, and whatever is wrong with the formula. An evicted request waited longer than was
+said, if that is what it had waited already; else it says nothing. What it cannot know is what has
+not come true yet: of a job that is dropped in one piece all waits are forecast before the first is
+over. And that those ahead have deadlines, too, is left out: where a flow asks for more than it
+gets, waits end near the time to live whatever is said.
 
 A forecast costs as much as the rest of an admission, and most are never looked at. So one is
 computed when it is asked for, and at admission only for a sample to learn from: the first 64 waits
@@ -50,7 +50,7 @@ first request only, whose wait is the shortest.
 """
 
 from bisect import bisect_left
-from math import exp, log, sqrt
+from math import sqrt
 from typing import Final, NamedTuple, final
 
 from flowcontrol.retry import DrainRate
@@ -63,9 +63,9 @@ _PARTS: Final = (0.01, 0.5, 0.92)
 """Of waits within each; a little beyond nine in ten, as what is learnt is behind what happens."""
 _NORMAL: Final = (-2.33, 0.0, 1.41)
 """The same quantiles of the normal distribution."""
-_FIRST: Final = (log(0.4), 0.0, log(2))
+_FIRST: Final = (0.4, 1.0, 2.0)
 """What to guess, before anything came true, beyond what random departures explain."""
-_FIRST_KNOWN: Final = (log(0.4), 0.0, log(1.5))
+_FIRST_KNOWN: Final = (0.4, 1.0, 1.5)
 """The same of waits of a known end."""
 _STEPS_FIRST: Final = (0.15, 0.1, 0.15)
 _STEPS_MIN: Final = (0.02, 0.006, 0.02)
@@ -73,8 +73,8 @@ _STEPS_COUNT: Final = (16.0, 32.0, 16.0)
 """How far one wait moves them: at first, in the end, and when half way."""
 _LENGTHS_NS: Final = (_SECOND_NS, 10 * _SECOND_NS)
 """Between short, middling and long waits."""
-_FURTHEST: Final = 3.0
-"""A factor of 20 either way, no more."""
+_FURTHEST: Final = 20.0
+"""A factor either way, no more."""
 _SAMPLED_FIRST, _SAMPLED_OF = 64, 8
 """So many waits of a band are all learnt from, and then one of so many."""
 
@@ -102,8 +102,6 @@ class Forecast(NamedTuple):
     """The same, that nine in ten stay within."""
     raw_ns: int | None = None
     """By the rates alone."""
-    early_ns: int | None = None
-    """That one in a hundred stays within: who is evicted before that hardly had a chance."""
     departures: int = 1
     """How many must go until it has gone itself; 0 where it is known when it goes."""
 
@@ -120,7 +118,7 @@ class Calibration:
         """Waits that have begun."""
         self._counts = [0] * kinds
         self._learned = [list(_FIRST if kind else _FIRST_KNOWN) for kind in range(kinds)]
-        """Logarithms of the quantiles of real waits, over those of random departures."""
+        """Quantiles of real waits, over those of random departures."""
 
     def is_due(self) -> bool:
         """Count a wait that begins; whether it is one to learn from."""
@@ -141,12 +139,10 @@ class Calibration:
         kind = _kind(raw_ns, said)
         count = self._counts[kind] = self._counts[kind] + 1
         learned = self._learned[kind]
-        for index, part in enumerate(_PARTS):
-            least = _STEPS_MIN[index]
-            step = least + (_STEPS_FIRST[index] - least) / (1 + count / _STEPS_COUNT[index])
+        for index in range(len(_PARTS)):
             guess_ns = raw_ns * _erlang(index, said.departures)
-            ratio = log((waited_ns + _SHORT_NS) / (guess_ns + _SHORT_NS))
-            learned[index] = _moved(learned[index], ratio, part, step, is_over=is_over)
+            ratio = (waited_ns + _SHORT_NS) / (guess_ns + _SHORT_NS)
+            learned[index] = _moved(index, learned[index], ratio, count, is_over=is_over)
 
     def apply(self, said: Forecast) -> Forecast:
         """Return what is to be said, given what the rates say."""
@@ -155,18 +151,21 @@ class Calibration:
             return said
         wait_ns = self._quantile(_MIDDLE, raw_ns, said)
         late_ns = max(wait_ns, self._quantile(_LATE, raw_ns, said))
-        early_ns = min(wait_ns, self._quantile(_EARLY, raw_ns, said))
-        return Forecast(said.position, wait_ns, late_ns, raw_ns, early_ns, said.departures)
+        return Forecast(said.position, wait_ns, late_ns, raw_ns, said.departures)
+
+    def early(self, said: Forecast) -> int | None:
+        """Return what one in a hundred stays within, None while the wait is unknown."""
+        return None if said.raw_ns is None else self._quantile(_EARLY, said.raw_ns, said)
 
     def late(self, raw_ns: int) -> int:
         """Return what nine in ten stay within of a long wait that the rates say; no less."""
         learned = self._learned[1 + bisect_left(_LENGTHS_NS, raw_ns)][_LATE]
-        return round(raw_ns * max(1.0, exp(learned)))
+        return round(raw_ns * max(1.0, learned))
 
     def _quantile(self, index: int, raw_ns: int, said: Forecast) -> int:
         guess_ns = raw_ns * _erlang(index, said.departures)
         learned = self._learned[_kind(raw_ns, said)][index]
-        return max(0, round((guess_ns + _SHORT_NS) * exp(learned)) - _SHORT_NS)
+        return max(0, round((guess_ns + _SHORT_NS) * learned) - _SHORT_NS)
 
 
 def _kind(raw_ns: int, said: Forecast) -> int:
@@ -179,20 +178,20 @@ def _erlang(index: int, departures: int) -> float:
 
     By Wilson and Hilferty, 1931: the cube root of such a time is about normal.
     """
-    if not departures:
-        return 1.0
-    ninth = 1 / (9 * departures)
-    root = 1 - ninth + _NORMAL[index] * sqrt(ninth)
+    ninth = 1 / (9 * departures) if departures else 0.0
+    root: float = 1 - ninth + _NORMAL[index] * sqrt(ninth)
     return root * root * root if root > 0 else 0.0
 
 
-def _moved(quantile: float, ratio: float, part: float, step: float, *, is_over: bool) -> float:
-    """Return an estimated quantile after one more ratio."""
-    if ratio > quantile:
-        quantile += step * part
-    elif is_over:
-        quantile -= step * (1 - part)
-    return min(max(quantile, -_FURTHEST), _FURTHEST)
+def _moved(index: int, quantile: float, ratio: float, count: int, *, is_over: bool) -> float:
+    """Return an estimated quantile after one more ratio; `count` with it."""
+    is_beyond = ratio > quantile
+    if not (is_beyond or is_over):
+        return quantile
+    least = _STEPS_MIN[index]
+    step = least + (_STEPS_FIRST[index] - least) / (1 + count / _STEPS_COUNT[index])
+    quantile *= 1 + step * (_PARTS[index] if is_beyond else _PARTS[index] - 1)
+    return min(max(quantile, 1 / _FURTHEST), _FURTHEST)
 
 
 def forecast(
@@ -229,4 +228,4 @@ def forecast(
     if own_rate == 0 and own.busy_ns(now_ns) > wait_ns + (held_ns or 0):
         return Forecast(position, None)
     raw_ns = wait_ns + (held_ns or 0)
-    return Forecast(position, raw_ns, raw_ns, raw_ns, raw_ns, departures)
+    return Forecast(position, raw_ns, raw_ns, raw_ns, departures)

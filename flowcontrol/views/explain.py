@@ -152,11 +152,12 @@ def _is_hopeless(lease: Lease, band: Band, forecast: Forecast, now_ns: int) -> b
     as for most of a job whose requests came all at once.
     """
     rate, deadline_ns = band.drain_rate.per_second(now_ns), lease.deadline_ns
-    if deadline_ns is None or not (rate and forecast.raw_ns and forecast.early_ns):
+    raw_ns, early_ns = forecast.raw_ns, band.calibration.early(forecast)
+    if deadline_ns is None or not (rate and raw_ns and early_ns):
         return False
-    if now_ns + forecast.early_ns < deadline_ns:
+    if now_ns + early_ns < deadline_ns:
         return False
-    turn_ns = _SECOND_NS / rate * min(1.0, forecast.early_ns / forecast.raw_ns)
+    turn_ns = _SECOND_NS / rate * min(1.0, early_ns / raw_ns)
     mine, first_ns = lease.flow.order_of(lease), float(now_ns)
     for each in sorted(lease.flow.leases(), key=lease.flow.order_of):
         if lease.flow.order_of(each) >= mine or first_ns > deadline_ns:
