@@ -1105,7 +1105,7 @@ PLANTED = {
     LetsOthersPay: "a longer backlog was spared|refused|displaced",
     ServesLowestFirst: "overtook a higher band",
     ServesNewestFirst: "overtook in its own flow",
-    LosesSlots: "waits beside a free slot|refused beside a free slot",
+    LosesSlots: "waits beside a free slot|refused beside a free slot|more than needed",
     PicksMostLoaded: "sent to an endpoint that is not least loaded|endpoint overfull",
     DecidesTwice: "decided twice",
     ForgetsTheDebit: "more than needed|too many at once",
