@@ -12,7 +12,8 @@ without a thing is what that costs. Instructions do not depend on what else the 
 Caveats: no kernel: system calls are not in it. valgrind makes Envoy 50 times as slow, so timers and
 the access log's buffers fire more often for a request than they would.
 
-    PYTHONPATH=. python tests/benchmarks/filters.py [--requests 200] [--only "as generated" Lua]
+    PYTHONPATH=. python tests/benchmarks/filters.py [--requests 200] [--picker least-loaded]
+        [--only "as generated" Lua]
 
 Needs Debian's valgrind and g++.
 """
@@ -83,6 +84,20 @@ def without(name: str) -> Callable[[Any], None]:
     return edit
 
 
+def without_further_attempts(configuration: Any) -> None:
+    """Take out the filter that asks before each further attempt, and no other."""
+    (cluster,) = (
+        each
+        for each in configuration["static_resources"]["clusters"]
+        if any(
+            "http_filters" in options
+            for options in each.get("typed_extension_protocol_options", {}).values()
+        )
+    )
+    (options,) = cluster["typed_extension_protocol_options"].values()
+    del options["http_filters"]
+
+
 def without_response_headers(configuration: Any) -> None:
     """Take out the headers that are made of our metadata."""
     for host in _manager(configuration)["route_config"]["virtual_hosts"]:
@@ -108,6 +123,8 @@ def router_alone(configuration: Any) -> None:
     without_filter("ext_proc")(configuration)
 
 
+FURTHER: Final = "asking before a further attempt"
+"""Where this service picks alone."""
 VARIANTS: dict[str, Callable[[Any], None]] = {
     "as generated": lambda _configuration: None,
     "json_to_metadata, requests": without_rules("request_rules"),
@@ -119,6 +136,7 @@ VARIANTS: dict[str, Callable[[Any], None]] = {
     "local replies (CEL)": without("local_reply_config"),
     "header mutation": without("early_header_mutation_extensions"),
     "response headers": without_response_headers,
+    FURTHER: without_further_attempts,
     "all but ext_proc": ext_proc_alone,
     "ext_proc, too": router_alone,
 }
@@ -213,24 +231,35 @@ def main() -> None:
     """Count, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--picker", default="off", help="as in the service's configuration")
+    parser.add_argument("--only", nargs="*", choices=VARIANTS)
     options = parser.parse_args()
+    chosen = options.only or [
+        name for name in VARIANTS if name != FURTHER or options.picker != "off"
+    ]
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         backend = stage.model_server(directory)
         (port,) = stage.free_ports(1)
         log = directory / "backend.log"
-        settings = {"saturation": {"maxConcurrency": 1_000_000}, "endpoints": [port]}
+        settings = {
+            "saturation": {"maxConcurrency": 1_000_000},
+            "endpoints": [port],
+            "picker": options.picker,
+        }
         with (
             stage.running((backend, str(port)), log, stage.listens(port)),
             stage.service(directory, "service", **settings) as service,
         ):
-            for name in options.only:
+            for name in chosen:
                 found[name] = measure(directory, name, service, options.requests)
                 print(name, found[name], flush=True)
     if "as generated" in found:
-        stage.keep("filters", "\n".join([stage.machine(), "", *table(found)]))
+        stage.keep(
+            "filters" if options.picker == "off" else f"filters_{options.picker}",
+            "\n".join([stage.machine(), "", *table(found)]),
+        )
 
 
 if __name__ == "__main__":
