@@ -41,12 +41,25 @@ Without metrics nothing tells which of the two limits is to blame for a queue. I
 which more was in flight than ever was without a queue; both, if it is both or neither.
 
 The start is fast and ends at the first sign: a queue, or a token taking four times the least. By
-metrics it goes in small steps, by 35 % and at least four requests every two looks, so that it goes
-over the edge by few; else by half a window. Since output at n in flight goes as n / (a + b n), its
-growth is that of n times a / (a + b n), the least time of a token over the present one: a quarter
-is where doubling stops paying. Later steps are of 6 %, squared after three rises in a row that each
-lasted as long as a request is in flight, so that a limit that has fallen by mistake, or that the
-traffic has outgrown, is back in some service times.
+metrics it goes in small steps, by 35 % of what was in flight and at least four requests every two
+looks, so that it goes over the edge by few; else by half a window. Since output at n in flight goes
+as n / (a + b n), its growth is that of n times a / (a + b n), the least time of a token over the
+present one: a quarter is where doubling stops paying. Later steps are of 6 %, squared after three
+rises in a row that each lasted as long as a request is in flight, so that a limit that has fallen
+by mistake, or that the traffic has outgrown, is back in some service times.
+
+To find an edge is to go over it, and who is sent there then waits. So one endpoint in four at most
+(one, where there are fewer) goes further than any has been, and a person finds a place at the
+others. At the start those follow at once to where it had no queue; later each takes its own steps
+up to there, since the most that ever went well somewhere is what chance made of it. And an edge is
+found once, not at each: endpoints whose caches are of one size have one edge until they show
+another, so that a start ends also where another of the size had a queue.
+
+What waits by chance is no queue. As many as usually wait for a step or for a prompt, and three
+standard deviations more (a Poisson number's is its root), come together now and then. No queue
+either is what fills empty places at once, or was in flight when a limit fell: nothing is judged
+before that has drained. And before the first settlement nothing is known of answers, so that for
+four seconds no limit falls by metrics.
 
 With a reserve (`reserve`) the limit is seldom reached, so that nothing is seen of a queue that
 would be there if it were. So beyond what ran at most when a queue was last seen, the limit rises
@@ -79,6 +92,10 @@ _FIRST: Final = 8.0
 """Requests in flight at one endpoint to begin with."""
 _SILENCE_NS, _SILENT_COMPLETIONS = 60_000_000_000, 64
 """No settlement for so long, while so many requests ended: there is no access log any more."""
+_UNTRIED: Final = 12.0
+"""So few that an endpoint may go there although no other has been."""
+_EXPLORERS: Final = 4
+"""Of so many endpoints one may go further than any has been; of fewer, one as well."""
 _STAGE: Final = ""
 """Stands for the address where all endpoints have one place."""
 
@@ -181,7 +198,7 @@ class AutoDetector:
     def _new_place(
         self, address: str, load: InFlight, endpoints: int, limit: float, now_ns: int
     ) -> Place:
-        place = Place(load, endpoints, limit, self._moved(address), now_ns)
+        place = Place(load, endpoints, limit, moved=self._moved(address), peers=self, now_ns=now_ns)
         place.has_settlements = self._has_settlements
         return place
 
@@ -191,6 +208,25 @@ class AutoDetector:
             self.moves.note(LimitMove(now_ns, address or None, before, after, f"{what}: {reason}"))
 
         return moved
+
+    def proven(self) -> float:
+        """Return how many were in flight at one endpoint without a queue, at most."""
+        return max(_UNTRIED, *[place.proven for place in self._places.values()])
+
+    def edge(self, kv_capacity: int) -> float:
+        """Return how few ran where an endpoint of this size had a queue; inf: none had."""
+        return min([p.edge for p in self._places.values() if p.kv_capacity == kv_capacity])
+
+    def may_explore(self, place: Place) -> bool:
+        """Whether a place may go further than any other has been."""
+        since_ns = place.began_ns
+        ahead = [each.is_exploring(since_ns) for each in self._places.values() if each is not place]
+        return sum(ahead) < max(1, len(self._places) // _EXPLORERS)
+
+    def shown(self, proven: float, now_ns: int) -> None:
+        """Let the others follow where a place had as many in flight without a queue."""
+        for place in self._places.values():
+            place.follow(proven, now_ns)
 
     def charged(self, lease: Lease, now_ns: int) -> None:
         """Count the dispatch, and hold the next prompt back until this one is nearly read."""

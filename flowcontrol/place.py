@@ -5,8 +5,8 @@ waits inside the engine, in one window between two moves of the limits.
 """
 
 from collections.abc import Callable
-from math import inf
-from typing import Final, final
+from math import inf, sqrt
+from typing import Final, Protocol, final
 
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.evidence import Residences
@@ -20,6 +20,8 @@ _SCRAPED: Final = 1.5
 """What engines say of themselves is exact, so that less is allowed: a share counts this much."""
 _START, _STEP, _STEP_MIN = 1.5, 1.06, 0.5
 """Growth of a limit before it first fell, and after; and the least, in requests."""
+_FOLLOWED: Final = 2.0
+"""So many times its limit is how far a place follows another before it has looked itself."""
 _START_HEARD, _START_LEAST = 1.35, 4.0
 """The same before it first fell, with metrics; and the least, in requests at each endpoint."""
 _DOUBLINGS_MAX: Final = 3
@@ -44,10 +46,14 @@ _SCRAPES: Final = 4
 """Looks at an endpoint in a window."""
 _SCRAPES_FIRST: Final = 2
 """The same before the limit first fell, once times to first token are known."""
+_UNKNOWN_NS: Final = 4_000_000_000
+"""How long a window lasts before a limit falls, while no time to first token is known."""
 _FRESH_NS: Final = 10_000_000_000
 """Metrics that old are none."""
 _STANDING: Final = 0.7
 """Fewer than that at an endpoint, on average, are no queue."""
+_DEVIATIONS: Final = 3.0
+"""Nor are so many more than usual, in standard deviations of a number that comes by chance."""
 _PLAIN: Final = 0.3
 """A share that needs no further look."""
 _SLOWER: Final = 4.0
@@ -70,20 +76,34 @@ Moved = Callable[[str, float, float, str, int], None]
 """Takes a move of a limit: which, from, to, why and when."""
 
 
+class Peers(Protocol):
+    """The other places of the stage: what they have shown, and whose turn it is to go further."""
+
+    def proven(self) -> float:
+        """Return how many were in flight at one endpoint without a queue, at most."""
+
+    def edge(self, kv_capacity: int) -> float:
+        """Return how few ran where an endpoint of this size had a queue; inf: none had."""
+
+    def may_explore(self, place: "Place") -> bool:
+        """Whether a place may go further than any other has been."""
+
+    def shown(self, proven: float, now_ns: int) -> None:
+        """Take note of how many were in flight at one endpoint without a queue."""
+
+
 @final
 class _Window:
     """What has happened since the limits last moved."""
 
     __slots__ = (
-        *("all", "area", "began_ns", "counted_ns", "dispatched", "filling", "full_ns"),
+        *("all", "area", "began_ns", "counted_ns", "dispatched", "full_ns"),
         *("in_flight", "joined", "looked_ns", "members", "most", "most_tokens", "over"),
-        *("running", "running_most", "scrapes", "skips", "steps", "token_ns", "tokens"),
-        *("turned_away", "waiting", "waits", "waits_ns"),
+        *("running", "running_most", "scrapes", "skips", "steps", "token_ns", "tokens", "top"),
+        *("turned_away", "waiting", "waiting_least", "waits", "waits_ns"),
     )
 
-    def __init__(self, now_ns: int, in_flight: int, filling: int, skips: int) -> None:
-        self.filling = filling
-        """Dispatches still to come that fill empty places: they are not judged."""
+    def __init__(self, now_ns: int, in_flight: int, skips: int) -> None:
         self.members: dict[int, int] = {}
         """Requests of the cohort that are not over, by id, and when they were dispatched."""
         self.joined = self.over = self.turned_away = 0
@@ -97,10 +117,15 @@ class _Window:
         self.most = 0
         self.most_tokens = 0.0
         self.in_flight = in_flight
+        self.top = in_flight
+        """Most in flight since it began: who makes it more, below the limit, fills an empty place.
+        """
         self.began_ns = self.counted_ns = self.looked_ns = self.full_ns = now_ns
         self.skips = skips
         """Scrapes that are too early to show the last move."""
         self.scrapes = self.waiting = self.running = self.running_most = 0
+        self.waiting_least = 0
+        """At any look: what stood all the time."""
 
     def look(self, load: InFlight, now_ns: int) -> None:
         """Bring the account of what is in flight up to the present."""
@@ -133,11 +158,19 @@ class Place:
         endpoints: how many there are in it; 1, or those of a stage.
         requests_max: the limit to begin with.
         moved: called with every move.
+        peers: all places of the stage.
         now_ns: the time.
     """
 
-    def __init__(
-        self, load: InFlight, endpoints: int, requests_max: float, moved: Moved, now_ns: int
+    def __init__(  # noqa: PLR0913 - what a place needs to know
+        self,
+        load: InFlight,
+        endpoints: int,
+        requests_max: float,
+        *,
+        moved: Moved,
+        peers: Peers,
+        now_ns: int,
     ) -> None:
         self.load = load
         self.endpoints = endpoints
@@ -154,6 +187,13 @@ class Place:
         self._first_tokens = FirstTokenTimes()
         self._residences = Residences()
         self._moved = moved
+        self._peers = peers
+        self.kv_capacity = 0
+        """Tokens of its cache, as the engine says; 0: it does not."""
+        self.explores = False
+        """Whether more may be in flight here than was anywhere without a queue."""
+        self._wish = 0.0
+        """How far it may follow others, as long as it would go further itself; 0: it would not."""
         self._heard_ns: int | None = None
         self._kv_per_token = 0.0
         """Part of the KV cache that one token in flight takes; 0 while it is not known."""
@@ -165,16 +205,36 @@ class Place:
         """In a row."""
         self._ran = inf
         """What ran at most when a queue was last seen: beyond it a place is none."""
+        self._edge = inf
         self._least_token_ns = 0.0
         self._fell_from: tuple[float, float] | None = None
         """Limit and share waiting when it began to fall."""
-        self._window = _Window(now_ns, load.requests, 0, endpoints)
+        self._window = _Window(now_ns, load.requests, endpoints)
 
     def saturation(self) -> float:
         """Return the load: of requests or of tokens, the fuller counts."""
         by_requests = self.load.requests / int(self.requests_max)
         by_tokens = self.load.tokens / self.tokens_max
         return by_requests if by_requests > by_tokens else by_tokens
+
+    @property
+    def proven(self) -> float:
+        """How many were in flight at each endpoint without a queue, at most."""
+        return self._calm / self.endpoints
+
+    @property
+    def edge(self) -> float:
+        """How many ran at each endpoint when a limit that was reached last fell; inf: none did."""
+        return self._edge / self.endpoints
+
+    @property
+    def began_ns(self) -> int:
+        """When the limits last could move."""
+        return self._window.began_ns
+
+    def is_exploring(self, since_ns: int) -> bool:
+        """Whether it goes further than was proven, or would but for too little work since then."""
+        return self.explores and (self._window.began_ns >= since_ns or self._is_reached(_REACHED))
 
     def like(self, other: "Place") -> None:
         """Begin with what another of the same stage knows."""
@@ -191,8 +251,18 @@ class Place:
         self._calm *= factor
         self._calm_tokens *= factor
         self._ran *= factor
+        self._edge *= factor
         self._move(self.requests_max * factor, f"there are {endpoints} endpoints", now_ns)
-        self._begin(now_ns, 0)
+        self._begin(now_ns)
+
+    def follow(self, proven: float, now_ns: int) -> None:
+        """Go as far as another has been, where this one would go further."""
+        before, limit = self.requests_max, min(self._wish, proven * self.endpoints)
+        if limit > before:
+            source = self._source(now_ns)
+            reason = f"as many are in flight at another without a queue, as {source} tell"
+            self._move(limit, reason, now_ns)
+            self._begin(now_ns)
 
     # What happens
 
@@ -207,10 +277,11 @@ class Place:
         self._largest = max(lease.tokens.input + lease.tokens.output, self._largest * _LARGEST)
         window.steps += max(1.0, lease.tokens.output)
         self._hold(lease, now_ns)
-        if window.filling:
-            window.filling -= 1
-            window.area = 0
-            window.counted_ns = now_ns
+        if window.top < self.load.requests and window.top < _REACHED * int(self.requests_max):
+            window.top = self.load.requests  # it fills an empty place: a burst, which is no queue
+            if not window.dispatched:
+                window.area = 0
+                window.counted_ns = now_ns
             return
         window.dispatched += 1
         if window.joined < self._wanted + window.dispatched // 8:
@@ -238,8 +309,10 @@ class Place:
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
         """Take in what a request really took."""
+        window, is_first = self._window, not self._first_tokens.usual_ns
         waited_ns = self._first_tokens.learn(lease, settled)
-        window = self._window
+        if is_first:  # what answers would be like was a guess
+            window.steps = float(window.all * max(1, settled.output_tokens or 1))
         if lease.request.request_id not in window.members:
             return
         window.look(self.load, now_ns)
@@ -264,43 +337,61 @@ class Place:
         window = self._window
         window.look(self.load, now_ns)
         self._heard_ns = now_ns
+        self.kv_capacity = load.kv_tokens or 0
         if load.kv_usage is not None:
             self._learn_cache(load.kv_usage, load.kv_tokens)
         if window.skips:
-            window.skips -= 1
+            if self.load.requests <= int(self.requests_max):
+                window.skips -= 1  # else what is in flight from before still has to drain
             return
         window.scrapes += 1
         window.waiting += load.waiting
+        if load.waiting < window.waiting_least or window.scrapes == 1:
+            window.waiting_least = load.waiting
         window.running += load.running
         if load.running > window.running_most:
             window.running_most = load.running
-        least = _SCRAPES_FIRST if self._first_tokens.usual_ns else _SCRAPES
-        if window.scrapes < least * self.endpoints:
+        if window.scrapes < _SCRAPES_FIRST * self.endpoints:
             return
-        share = self._scraped_share()
+        share = self._scraped_share(window.waiting)
+        is_unknown = not self._first_tokens.usual_ns
+        if share > _MANY and is_unknown and now_ns - window.began_ns < _UNKNOWN_NS:
+            return
+        stood = self._scraped_share(window.waiting_least * window.scrapes)
         scrapes = (_SCRAPES_FIRST if self._is_starting else _SCRAPES) * self.endpoints
-        if share > _PLAIN or (window.scrapes >= scrapes and window.all >= _COHORT_FIRST):
+        is_known = window.all >= _COHORT_FIRST or self._all_run()
+        if share > _PLAIN or (window.scrapes >= scrapes and (is_known or stood > _MANY)):
             self._judge(share, now_ns)
 
-    def _scraped_share(self) -> float:
+    def _all_run(self) -> bool:
+        """Whether the limit was reached and none waited: before it first fell, that is enough."""
+        window = self._window
+        wanted = _REACHED_START * int(self.requests_max) * window.scrapes / self.endpoints
+        return self._is_starting and not window.waiting and window.running >= wanted
+
+    def _scraped_share(self, seen: int) -> float:
         """Return the share that waits inside, but for those that wait no longer than they must.
 
         That is as long as a prompt takes; and for the end of the step under way, of which each runs
         for as many as its answer has tokens: those that run, over that number, wait for that.
+
+        Args:
+            seen: waiting, at all looks together.
         """
         window = self._window
-        waiting = float(window.waiting)
-        lasted_ns = window.looked_ns - window.began_ns
+        waiting = float(seen)
+        lasted_ns, usual = window.looked_ns - window.began_ns, 0.0
         if lasted_ns > 0:
             rate = window.all / lasted_ns
-            waiting -= max(
+            usual = max(
                 rate * self._first_tokens.usual_ns * window.scrapes,
                 window.running_most * window.scrapes * window.all / max(1.0, window.steps),
             )
-            waiting = max(0.0, waiting)
-        inside = window.waiting + window.running
+            waiting = max(0.0, waiting - usual)
+        inside = seen + window.running
         share = _SCRAPED * waiting / inside if inside else 0.0
-        is_queue = waiting >= _STANDING * window.scrapes / self.endpoints
+        by_chance = max(_STANDING * window.scrapes / self.endpoints, _DEVIATIONS * sqrt(usual))
+        is_queue = waiting >= by_chance
         return share if is_queue else min(share, _AIM)
 
     def _learn_cache(self, usage: float, capacity: int | None) -> None:
@@ -326,10 +417,10 @@ class Place:
     def _is_heard(self, now_ns: int) -> bool:
         return self._heard_ns is not None and now_ns - self._heard_ns < _FRESH_NS
 
-    def _begin(self, now_ns: int, filling: int) -> None:
+    def _begin(self, now_ns: int) -> None:
         self._first_tokens.fade()
         self._residences.begin()
-        self._window = _Window(now_ns, self.load.requests, filling, self.endpoints)
+        self._window = _Window(now_ns, self.load.requests, self.endpoints)
 
     def _end(self, lease: Lease, now_ns: int) -> None:
         """Count one of the cohort as over, and judge when most of it is."""
@@ -339,7 +430,7 @@ class Place:
         if window.turned_away >= _TURNED_AWAY * self._wanted:
             reason = f"{window.turned_away} of {window.over} were turned away"
             self._fall(_TURNED_AWAY_FALL, 0.0, reason, now_ns)
-            self._begin(now_ns, 0)
+            self._begin(now_ns)
         elif not self._is_heard(now_ns):
             wait_ns = self._wait_ns(now_ns)
             if wait_ns is not None:
@@ -358,6 +449,7 @@ class Place:
 
     def _judge(self, share: float, now_ns: int) -> None:
         before, window = self.requests_max, self._window
+        self.explores, self._wish = False, 0.0
         if window.tokens and window.token_ns > _SLOWER * self._least_token_ns * window.tokens:
             self._end_start()
         if share > _MANY and self._is_falling_in_vain(share, now_ns):
@@ -366,17 +458,20 @@ class Place:
             self._fell_from = self._fell_from or (before, share)
             by = share - _AIM if self._is_heard(now_ns) else _FALL_BLIND * (share - _AIM)
             self._fall(max(_FALL_MOST, 1 - by), share, self._reason(share, now_ns), now_ns)
-        elif share < (_AIM if self._is_starting else _FEW):
+        elif share < _FEW:
             self._fell_from = None
             self._rise(share, self._reason(share, now_ns), now_ns)
         else:
             self._rises = self._token_rises = 0
-        self._begin(now_ns, filling=max(0, int(self.requests_max) - int(before)))
+        self._begin(now_ns)
 
     def _reason(self, share: float, now_ns: int) -> str:
-        source = "settlements" if self.has_settlements else "departures"
-        source = "metrics" if self._is_heard(now_ns) else source
-        return f"{share:.0%} of those in flight wait inside, as {source} tell"
+        return f"{share:.0%} of those in flight wait inside, as {self._source(now_ns)} tell"
+
+    def _source(self, now_ns: int) -> str:
+        if self._is_heard(now_ns):
+            return "metrics"
+        return "settlements" if self.has_settlements else "departures"
 
     def _end_start(self) -> None:
         if self._is_starting:
@@ -395,6 +490,7 @@ class Place:
         if is_requests:
             self._is_starting = False
             self._ran = float(window.running_most) or window.mean * (1 - share)
+            self._edge = self._ran if self._is_reached(_REACHED) else inf
             limit = min(self.requests_max, max(1.0, float(window.most)))
             limit = min(limit * factor, max(self._ran, limit * _FALL_MOST))
             self._move(limit, reason, now_ns)
@@ -407,27 +503,50 @@ class Place:
     def _rise(self, share: float, reason: str, now_ns: int) -> None:
         """Raise the limits that were reached."""
         window = self._window
-        self._calm = max(self._calm, window.most)
+        if window.most > self._calm:
+            self._calm = float(window.most)
+            self._peers.shown(self.proven, now_ns)
         self._calm_tokens = max(self._calm_tokens, window.most_tokens)
-        reached = _REACHED_START if self._is_starting else _REACHED
-        if window.most >= reached * int(self.requests_max):
+        if self._is_reached(_REACHED_START if self._is_starting else _REACHED):
             self._rises += window.is_long
-            step = _step(self._rises)
-            if self._rises < _PATIENCE:
-                step = min(step, 1 + _AIM - share)
-            least = _STEP_MIN
-            if self._is_starting:
-                step = _START_HEARD if self._is_heard(now_ns) else _START
-                least = _START_LEAST * self.endpoints
-            limit = max(self.requests_max * step, self.requests_max + least)
-            if limit > self._ran and window.mean < _REACHED_ALL * int(self.requests_max):
-                limit = max(self.requests_max, self._ran)
+            self._move(self._raised(share, now_ns), reason, now_ns)
             self._ran *= _FORGOTTEN
-            self._move(limit, reason, now_ns)
         if not self._is_heard(now_ns) and window.most_tokens >= _REACHED * self.tokens_max:
             self._token_rises += window.is_long
             step = _START if self._tokens_start else _step(self._token_rises)
             self._move_tokens(self.tokens_max * step, reason, now_ns)
+
+    def _is_reached(self, part: float) -> bool:
+        """Whether as much of the limit was in flight, once."""
+        return self._window.most >= part * int(self.requests_max)
+
+    def _raised(self, share: float, now_ns: int) -> float:
+        """Return the next limit on requests."""
+        step, least = _step(self._rises), _STEP_MIN
+        if self._rises < _PATIENCE:
+            step = min(step, 1 + _AIM - share)
+        if self._is_starting:
+            step = _START_HEARD if self._is_heard(now_ns) else _START
+            least = _START_LEAST * self.endpoints
+        before, most = self.requests_max, self.requests_max
+        if self._is_starting and self._window.most < most:
+            most = float(self._window.most)  # with a reserve the limit itself tells nothing
+        limit = max(most * step, most + least)
+        edge = self._peers.edge(self.kv_capacity) * self.endpoints
+        if self._is_starting and limit > edge:
+            self._end_start()
+            limit = edge
+            if self.kv_capacity:  # of the same size: what is no place there is none here
+                self._ran = edge
+        if limit > self._ran and self._window.mean < _REACHED_ALL * int(before):
+            limit = self._ran
+        proven = max(self._calm, self._peers.proven() * self.endpoints)
+        if limit > proven:
+            self.explores = self._peers.may_explore(self)
+            if not self.explores:
+                self._wish = _FOLLOWED * before if self._is_starting else 0.0
+                limit = proven
+        return max(before, limit)
 
     def _is_falling_in_vain(self, share: float, now_ns: int) -> bool:
         if self._fell_from is None or self._is_heard(now_ns):

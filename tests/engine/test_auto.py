@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
+from random import Random
+from typing import final
 
 import pytest
 
@@ -13,12 +16,18 @@ from flowcontrol.config import (
     Concurrency,
     ControllerConfig,
     Detector,
+    Limits,
+    Ordering,
     Picker,
     Role,
 )
 from flowcontrol.controller import FlowController
-from flowcontrol.events import Arrived, EndpointsChanged, Left, Settled
-from flowcontrol.request import Request
+from flowcontrol.estimates import Tokens
+from flowcontrol.events import Arrived, EndpointsChanged, Left, LoadObserved, Settled
+from flowcontrol.flow import Flow, Lease
+from flowcontrol.place import Place
+from flowcontrol.pool import InFlight
+from flowcontrol.request import FlowKey, Request
 from flowcontrol.simulation.distributions import Fixed, Lognormal
 from flowcontrol.simulation.faults import EndpointGone, Fault
 from flowcontrol.simulation.model_server import ModelServerConfig
@@ -29,6 +38,7 @@ from flowcontrol.simulation.workload import AtOnce, Independent, Lengths, Poisso
 from flowcontrol.simulation.world import World
 from tests.support.overloads import MINUTE, SECOND
 
+FLOW = Flow(FlowKey(0, "a"), Ordering.FCFS, Limits())
 MIXED = Independent(Lognormal(300, 0.7, 2000), Lognormal(60, 0.6, 400))
 """Of several lengths, so that they tell how long a token of a prompt takes."""
 DEMO = ModelServerConfig()
@@ -151,6 +161,104 @@ class TestSequences:
 
         assert {move.address for move in pool.detector.moves.latest} == {None}
         assert max(s.in_flight for s in results.samples if s.at_ns > MINUTE) <= 1.5 * 32
+
+
+class TestExploration:
+    """An edge is found by few, so that people find a place at the others."""
+
+    def test_one_in_four(self) -> None:
+        """Never may more than one endpoint of four go further than any has been."""
+        pool = Pool(*[DEMO] * 4, job=800)
+        world = World(pool.engine, pool.plan, 1)
+        ahead = []
+        for second in range(31, 60):
+            world.run_until(second * SECOND)
+            proven = pool.detector.proven()
+            ahead.append(sum(pool.detector.limit_of(f"s{n}") > proven for n in range(4)))
+
+        assert max(ahead) == 1
+
+    def test_edge_is_found_once(self) -> None:
+        """What one endpoint has shown to be too many is tried at no other of its size."""
+        pool = Pool(*[DEMO] * 4, job=800)
+        world = World(pool.engine, pool.plan, 1)
+        world.run_until(50 * SECOND)
+
+        fell = [move for move in pool.detector.moves.latest if move.after < move.before]
+        assert len(fell) == 1
+
+
+class TestLooks:
+    """What an endpoint says of itself, look by look."""
+
+    def test_falls_once(self) -> None:
+        """What was in flight before a fall is no sign: nothing is judged before it has drained."""
+        place = _Place(limit=20, in_flight=20)
+        for second in range(1, 30):
+            place.look(second, waiting=10, running=10)
+
+        (fall,) = place.moves
+        assert fall == pytest.approx(10, abs=1)
+
+    @pytest.mark.parametrize(("queue", "falls"), [(0, False), (5, True)])
+    def test_by_chance(self, queue: int, *, falls: bool) -> None:
+        """Of short answers some always wait for the end of a step, at times three times as many.
+
+        That is no queue; as many all the time are one.
+        """
+        place, chance = _Place(limit=30, in_flight=12), Random(2)
+        for second in range(1, 60):
+            place.send(60, second, output=8)
+            usual = sum(chance.random() < 0.125 for _ in range(10))  # of ten that run, 10 / 8
+            place.look(second, waiting=usual + queue, running=10)
+
+        assert any(limit < 30 for limit in place.moves) == falls
+
+
+@final
+class _Place:
+    """A place of its own, of which the test says what is in flight."""
+
+    def __init__(self, limit: int, in_flight: int) -> None:
+        self.moves: list[float] = []
+        """Limits on requests."""
+        self._place = Place(
+            *(InFlight(in_flight), 1, limit), moved=self._moved, peers=_Alone(), now_ns=0
+        )
+
+    def _moved(self, what: str, before: float, after: float, reason: str, now_ns: int) -> None:
+        assert what == "requests", (before, reason, now_ns)
+        self.moves.append(after)
+
+    def send(self, count: int, second: int, output: int) -> None:
+        """Send so many, of which as many end."""
+        for number in range(count):
+            lease = Lease(Request(number), FLOW, 1, 0, Tokens(30, output), 1.0)
+            self._place.charged(lease, second * SECOND)
+
+    def look(self, second: int, waiting: int, running: int) -> None:
+        """Let the endpoint say how it is."""
+        seen = LoadObserved("a", waiting=waiting, kv_usage=None, running=running)
+        self._place.observed(seen, second * SECOND)
+
+
+class _Alone:
+    """A place has no other beside it."""
+
+    def proven(self) -> float:
+        """None is there."""
+        return 0.0
+
+    def edge(self, kv_capacity: int) -> float:
+        """None is known."""
+        return inf + kv_capacity
+
+    def may_explore(self, place: Place) -> bool:
+        """It always may."""
+        return place.explores or True
+
+    def shown(self, proven: float, now_ns: int) -> None:
+        """Nobody takes note."""
 
 
 @pytest.mark.slow
