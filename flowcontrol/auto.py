@@ -211,7 +211,7 @@ class AutoDetector:
 
     def proven(self) -> float:
         """Return how many were in flight at one endpoint without a queue, at most."""
-        return max(_UNTRIED, *[place.proven for place in self._places.values()])
+        return max([_UNTRIED, *[place.proven for place in self._places.values()]])
 
     def edge(self, kv_capacity: int) -> float:
         """Return how few ran where an endpoint of this size had a queue; inf: none had."""
