@@ -72,7 +72,9 @@ half of a limit, a missed one a window's growth: half at the start, 6 % later.
 
 What it does not see: without metrics, KV use before the first queue, so that the start may go over
 the edge once by half; how much of a person's time to first token is the job's work in the same
-step; and prompts all of one length tell no speed, so they are not paced.
+step; and prompts all of one length tell no speed, so they are not paced. Of requests that do not
+come through here it knows their number and no more: they take their part of a measured cache, what
+waits while none of ours is there moves no limit, and beside some of ours it counts like ours.
 """
 
 from math import inf

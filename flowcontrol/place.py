@@ -338,8 +338,12 @@ class Place:
         window.look(self.load, now_ns)
         self._heard_ns = now_ns
         self.kv_capacity = load.kv_tokens or 0
+        inside = load.running + load.waiting
+        own = self.load.requests / (self.endpoints * inside) if inside else 1.0
         if load.kv_usage is not None:
-            self._learn_cache(load.kv_usage, load.kv_tokens)
+            self._learn_cache(load.kv_usage * min(1.0, own), load.kv_tokens)
+        if not window.most:
+            return  # what is there did not come through here, and no limit of ours is to blame
         if window.skips:
             if self.load.requests <= int(self.requests_max):
                 window.skips -= 1  # else what is in flight from before still has to drain
@@ -395,7 +399,12 @@ class Place:
         return share if is_queue else min(share, _AIM)
 
     def _learn_cache(self, usage: float, capacity: int | None) -> None:
-        """Learn how much of the KV cache a token in flight takes, and limit them by that."""
+        """Learn how much of the KV cache a token in flight takes, and limit them by that.
+
+        Args:
+            usage: what those that came through here take of it.
+            capacity: tokens in it, if the engine says so.
+        """
         if capacity and not self._kv_per_token:
             self._kv_per_token = _KV_FULL / (_KV_FIRST * capacity)
         self._kv_per_token *= _KV_FADING

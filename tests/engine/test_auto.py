@@ -214,16 +214,32 @@ class TestLooks:
 
         assert any(limit < 30 for limit in place.moves) == falls
 
+    def test_others(self) -> None:
+        """What an engine was sent past the gate is no reason for a limit to fall."""
+        place = _Place(limit=8, in_flight=0)
+        for second in range(1, 60):
+            place.look(second, waiting=30, running=16, kv_usage=0.9)
+
+        assert place.moves == []
+
+    @pytest.mark.parametrize(("others", "expected"), [(0, 94.4), (1, 188.9)])
+    def test_cache_of_others(self, others: int, expected: float) -> None:
+        """Of a cache in use, requests that came past the gate have their part."""
+        place = _Place(limit=8, in_flight=1, tokens=100)
+        place.look(1, waiting=0, running=1 + others, kv_usage=0.9)
+
+        assert place.tokens_max == pytest.approx(expected, rel=0.01)
+
 
 @final
 class _Place:
     """A place of its own, of which the test says what is in flight."""
 
-    def __init__(self, limit: int, in_flight: int) -> None:
+    def __init__(self, limit: int, in_flight: int, tokens: float = 0.0) -> None:
         self.moves: list[float] = []
         """Limits on requests."""
         self._place = Place(
-            *(InFlight(in_flight), 1, limit), moved=self._moved, peers=_Alone(), now_ns=0
+            *(InFlight(in_flight, tokens), 1, limit), moved=self._moved, peers=_Alone(), now_ns=0
         )
 
     def _moved(self, what: str, before: float, after: float, reason: str, now_ns: int) -> None:
@@ -236,9 +252,14 @@ class _Place:
             lease = Lease(Request(number), FLOW, 1, 0, Tokens(30, output), 1.0)
             self._place.charged(lease, second * SECOND)
 
-    def look(self, second: int, waiting: int, running: int) -> None:
+    @property
+    def tokens_max(self) -> float:
+        """The limit on tokens."""
+        return self._place.tokens_max
+
+    def look(self, second: int, waiting: int, running: int, kv_usage: float | None = None) -> None:
         """Let the endpoint say how it is."""
-        seen = LoadObserved("a", waiting=waiting, kv_usage=None, running=running)
+        seen = LoadObserved("a", waiting=waiting, kv_usage=kv_usage, running=running)
         self._place.observed(seen, second * SECOND)
 
 

@@ -35,6 +35,7 @@ listen: {{extProc: "{ext_proc}", grpc: "{grpc}", http: "{http}"}}
 admin: {{tokenFile: ./admin-token}}
 objectives: {{directory: ./objectives}}
 endpoints: {{static: {endpoints}}}
+load: {{}}                          # ask each model server for its load, and whether it is there
 picker: least-loaded
 flowControl:
   requestTTL: 60s
