@@ -136,9 +136,9 @@ class Service:
             may_decide=self._may_decide,
             unsent=self._refused,
         )
-        self._continuity = self._make_continuity(settings)
         self._unknown_objectives = UnknownObjectives(self._gate.post)
         self._feed = Feed(self._unknown_objectives.post)
+        self._continuity = self._make_continuity(settings)
         self._log_join = self._make_log_join(settings)
         secret = settings.listen.secret()
         self._access_log = AccessLog(self._log_join)
@@ -164,6 +164,7 @@ class Service:
             remembered=self._remember,
             is_live=lambda request_id: self._gate.live(request_id) is not None,
             turned=self._leadership_turned,
+            renew_loads=self._feed.renew_loads,
         )
 
     def _make_log_join(self, settings: Settings) -> LogJoin:

@@ -254,6 +254,11 @@ class Feed:
                 async with asyncio.timeout(within_s):
                     await self._scraper.all_attempted.wait()
 
+    async def renew_loads(self) -> None:
+        """Ask every endpoint for its load now; return when each has been asked."""
+        if self._scraper is not None:
+            await self._scraper.renew()
+
     async def apply(self, settings: Settings) -> None:
         """Change to other settings: a source that stays the same is not disturbed.
 

@@ -174,14 +174,27 @@ class Scraper:
         shortest_s = len(self._tasks) / self._settings.scrapes_per_second_max
         return max(self._settings.interval / 1e9, shortest_s)
 
+    async def renew(self) -> None:
+        """Ask each endpoint now, out of turn; return when every attempt has ended.
+
+        As many as may be asked in a second; the others are asked in their turn.
+        """
+        asked = sorted(self._tasks)[: self._settings.scrapes_per_second_max]
+        await asyncio.gather(*(self._ask_once(address) for address in asked))
+
     async def _follow(self, address: str) -> None:
-        url = self._url(address)
         await asyncio.sleep(self._chance.random() * self.interval_s)  # not all on one beat
         while True:
             begun_s = time.monotonic()
-            self._note(address, url, await self._attempt(address, url))
+            await self._ask_once(address)
             beat_s = self.interval_s * (1 + _JITTER * (2 * self._chance.random() - 1))
             await asyncio.sleep(max(0.0, begun_s + beat_s - time.monotonic()))
+
+    async def _ask_once(self, address: str) -> None:
+        url = self._url(address)
+        attempt = await self._attempt(address, url)
+        if address in self._tasks:
+            self._note(address, url, attempt)
 
     def _url(self, address: str) -> str:
         settings = self._settings

@@ -9,6 +9,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import Final, final
 
 import structlog
@@ -59,6 +60,7 @@ class Continuity:
         remembered: told what it had learnt before.
         is_live: says of a request of this process whether its stream is open.
         turned: called when this process begins to decide, and when it must no longer.
+        renew_loads: has every endpoint asked what it works on.
     """
 
     def __init__(  # noqa: PLR0913 - each is one wire of the shell
@@ -70,12 +72,14 @@ class Continuity:
         remembered: Callable[[str], None],
         is_live: Callable[[int], bool],
         turned: Callable[[], Awaitable[None]],
+        renew_loads: Callable[[], Awaitable[None]],
     ) -> None:
         self._state = settings.state
         self._post = post
         self._remembered = remembered
         self._is_live = is_live
         self._turned = turned
+        self._renew_loads = renew_loads
         self._is_deciding = False
         self._writing: asyncio.Task[None] | None = None
         self._client: ValkeyClient | None = None
@@ -123,7 +127,11 @@ class Continuity:
             self.election.begin()
 
     async def _elected(self, token: int) -> None:
-        """Recover what is in flight; decide when it is known, or the store has failed once."""
+        """Recover what is in flight; decide when it is known, or the store has failed once.
+
+        With an election all of it takes a renewal of the lease at most.
+        """
+        deadline_s = asyncio.get_running_loop().time() + (self._recover_within_s or 0.0)
         if self.book is None:
             self._recovered((), None)
         else:
@@ -140,8 +148,20 @@ class Continuity:
             trying.cancel()
             if not attempted.is_set() or self.book.problem is not None or self._writing.done():
                 self._recovered((), None)
+        if self.election is not None and self._state.count_running:
+            await self._count_running(deadline_s)
         self._is_deciding = True
         await self._turned()
+
+    async def _count_running(self, deadline_s: float) -> None:
+        """Have counted what runs at the endpoints and is in no record.
+
+        A leader that could not reach the store has dispatched until its lease ended. All of that is
+        at the endpoints by now, and nothing of ours is yet.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline_s):
+                await self._renew_loads()
 
     async def _deposed(self) -> None:
         self._is_deciding = False

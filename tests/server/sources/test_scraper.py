@@ -446,6 +446,34 @@ class TestRate:
         async with asking(*addresses, interval="3s") as (scraper, _told, _changes):
             assert scraper.interval_s == 3.0
 
+    async def test_out_of_turn(self) -> None:
+        """Each endpoint is asked at once, as many as may be in a second, whatever the interval."""
+        asked: list[str] = []
+
+        async def note(request: web.Request) -> web.Response:
+            asked.append(str(request.url.port))
+            return await well(request)
+
+        async with AsyncExitStack() as running:
+            addresses = [await running.enter_async_context(endpoint(note)) for _ in range(3)]
+            scraper, told, _changes = await running.enter_async_context(
+                asking(*addresses, interval="1h", scrapesPerSecondMax=2)
+            )
+            await scraper.renew()
+
+            assert len(asked) == len(set(asked)) == 2
+            assert {fact.address for fact in told.news} == {*sorted(addresses)[:2]}
+
+    async def test_out_of_turn_and_gone(self) -> None:
+        """An endpoint that goes meanwhile is forgotten all the same."""
+        async with endpoint(hung) as address, asking(address, interval="1h") as (scraper, told, _):
+            renewal = asyncio.create_task(scraper.renew())
+            await asyncio.sleep(0)
+            scraper.ask(())
+            await renewal
+
+            assert (scraper.seen, told.news) == ({}, [])
+
     async def test_who_is_asked(self) -> None:
         """Endpoints that come are asked, those that go are not, and nothing is known of them."""
         async with AsyncExitStack() as running:
