@@ -2,7 +2,7 @@
 
 Question: resident memory per waiting request, of flowcontrol and of Envoy, behind gateways that
 stream bodies through their endpoint picker (FULL_DUPLEX_STREAMED): without a body, and with one of
-220 KB. Here it is to be one window of a stream (64 KiB) beyond what a request without a body takes.
+220 KB. Here it is to be 64 KiB at most beyond what a request without a body takes.
 
 Method: the wirings of tests/e2e/gateway_shapes.py on a real Envoy of one worker: Istio's, which
 reads 32 KiB at a time, and Envoy AI Gateway's, which reads 1 MiB. One request keeps the only slot,

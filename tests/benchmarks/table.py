@@ -76,8 +76,8 @@ ROWS = (
     Row("memory a parked request", 2.0, " KiB", "saturated.memory_kib"),
     Row("memory a parked duplex request of 220 KB, one window", 64.0, " KiB",
         "parked_bodies.body_kib",
-        tried="a window is full, and the allocator keeps 3 % more; partly received messages held"
-        " without slack change nothing. A window announced smaller than HTTP/2's default would do"),
+        tried="a window of 56 KiB is full, and the allocator keeps some 3 % more; partly received "
+        "messages held without slack change nothing. A smaller window would do."),
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from flowcontrol_server.common import envoy_messages
 from flowcontrol_server.doors.direct.connection import Line
 from flowcontrol_server.doors.http2 import frames, grpc_framing
 from flowcontrol_server.doors.http2.grpc_framing import framed
+from flowcontrol_server.doors.http2.limits import Http2Limits
 from tests.support.direct import announcing, data, opening
 from tests.support.http2 import heard
 
@@ -70,7 +71,7 @@ class Peer:
     def __init__(self, line: Line) -> None:
         self.line = line
         self.echo = Echo()
-        self.allowed = frames.WINDOW_DEFAULT
+        self.allowed = Http2Limits().stream_window_bytes
         self.spoken = asyncio.Event()
         self.answered = asyncio.Event()
         self.is_ended = False

@@ -19,7 +19,7 @@ from typing import Any, Final
 from flowcontrol_server.requests.rules import BODY_FIELDS
 
 READ_BYTES_MAX: Final = 65_536
-"""Of a body, from its beginning: what a stream's window admits while its request is parked."""
+"""Of a body, from its beginning: no more of it is here while its request is parked."""
 _TOKENS_MAX: Final = 4_096
 """Of JSON: some ms of work for a prompt that is a list of numbers."""
 _TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+|"', re.DOTALL)

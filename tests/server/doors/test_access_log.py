@@ -251,7 +251,7 @@ class TestBounds:
         raw = await home.room.connect()
         await raw.hear_of(frames.SETTINGS, frames.ACK)
         said = framed(message(*range(1, 9)))
-        count = 60_000 // len(said)
+        count = 50_000 // len(said)
         raw.say(opening(1, METHOD), *(data(1, said) for _ in range(count)))
         raw.say(frames.frame(frames.PING, 0, 0, b"12345678"))
         while (frame := await raw.hear()).kind != frames.PING:

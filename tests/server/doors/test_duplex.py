@@ -65,18 +65,18 @@ class TestWindows:
             raw = await home.connect(INITIAL_WINDOW_SIZE=0)
             raw.say(begun())
             await home.until(in_flight=1)
-            raw.say(cut(1, part(b"x" * 60_000)))
+            raw.say(cut(1, part(b"x" * 50_000)))
             await asyncio.sleep(0)
             before = await quiet(raw)
             raw.say(frames.window_update(1, 1 << 20))
             echo = Echo()
-            await answered(raw, echo, 60_000)
+            await answered(raw, echo, 50_000)
             after = await quiet(raw)
             raw.say(frames.rst_stream(1, 0))
 
         assert (frames.WINDOW_UPDATE, 1) not in before
         assert (frames.DATA, 1) not in before
-        assert echo.request == b"x" * 60_000
+        assert echo.request == b"x" * 50_000
         assert after is not None
 
 

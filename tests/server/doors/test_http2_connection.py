@@ -592,7 +592,7 @@ class TestReading:
 
     def test_padding_counts(self) -> None:
         """Padding takes window, and is given back with it (6.9.1)."""
-        client = Client(Http2Limits(connection_window_bytes=65_536))
+        client = Client(Http2Limits(connection_window_bytes=65_536, stream_window_bytes=65_536))
         client.say(request(1))
         padded = frames.frame(frames.DATA, frames.PADDED, 1, b"\xff" + bytes(255))
 
@@ -602,14 +602,39 @@ class TestReading:
         client.say(padded)
         assert [each.stream_id for each in client.hear()] == [0, 1]
 
-    def test_beyond_the_streams(self) -> None:
-        """Who sends more than a stream's window allows loses the stream."""
-        client = Client(Http2Limits(frame_bytes_max=2**20))
+    @pytest.mark.parametrize("is_known", [True, False])
+    def test_beyond_the_streams(self, *, is_known: bool) -> None:
+        """Who sends more than a stream's window allows loses the stream.
 
-        events = client.say(request(1), data(1, bytes(65_536)))
+        Until the client has acknowledged our SETTINGS that is HTTP/2's default.
+        """
+        limits = Http2Limits(frame_bytes_max=2**20, stream_window_bytes=20_000)
+        hello = HELLO if is_known else HELLO.removesuffix(frames.SETTINGS_ACK)
+        client = Client(limits, hello)
+        window = 20_000 if is_known else 65_535
 
-        assert events[1:] == [Reset(1, ErrorCode.FLOW_CONTROL_ERROR)]
-        assert client.reset_codes() == [(1, ErrorCode.FLOW_CONTROL_ERROR)]
+        events = client.say(request(1), request(3), data(1, bytes(window)))
+        beyond = client.say(data(3, bytes(window + 1)))
+
+        assert events[2:] == [Received(1, bytes(window), is_ended=False)]
+        assert beyond == [Reset(3, ErrorCode.FLOW_CONTROL_ERROR)]
+        assert client.reset_codes() == [(3, ErrorCode.FLOW_CONTROL_ERROR)]
+
+    def test_below_zero(self) -> None:
+        """A window that our SETTINGS take below zero stays so until what was sent is returned."""
+        limits = Http2Limits(frame_bytes_max=2**20, stream_window_bytes=20_000)
+        client = Client(limits, HELLO.removesuffix(frames.SETTINGS_ACK))
+        client.say(request(1), request(3))
+        for stream_id in (1, 3):
+            client.server.hold(stream_id, is_held=True)
+        client.say(data(1, bytes(60_000)), data(3, bytes(60_000)), frames.SETTINGS_ACK)
+
+        last = client.say(data(1, b"", is_end=True))
+        too_much = client.say(data(3, b"x"))
+
+        assert last == [Received(1, b"", is_ended=True)]
+        assert too_much == [Reset(3, ErrorCode.FLOW_CONTROL_ERROR)]
+        assert client.reset_codes() == [(3, ErrorCode.FLOW_CONTROL_ERROR)]
 
     def test_beyond_the_connections(self) -> None:
         """Who sends more than the connection's window allows loses the connection."""

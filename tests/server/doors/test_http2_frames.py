@@ -276,7 +276,7 @@ class TestLimits:
     @pytest.mark.parametrize(
         "wrong",
         [
-            {"stream_window_bytes": 65_534},
+            {"stream_window_bytes": 0},
             {"connection_window_bytes": 65_534},
             {"connection_window_bytes": 2**31},
             {"frame_bytes_max": 16_383},
@@ -290,4 +290,4 @@ class TestLimits:
 
     def test_announced(self) -> None:
         """What is limited by a setting is announced."""
-        assert Http2Limits().announced() == {1: 4_096, 3: 100_000, 4: 65_535, 5: 16_384, 6: 16_384}
+        assert Http2Limits().announced() == {1: 4_096, 3: 100_000, 4: 57_344, 5: 16_384, 6: 16_384}

@@ -302,7 +302,8 @@ class Http2Connection:
         if not data and not is_end:
             self._budgets.spend("empty DATA frames", self._limits.empty_data)
         window = self._limits.stream_window_bytes
-        increment = stream.take(len(data), len(payload), window, is_end=is_end)
+        is_known = not self._is_ack_due
+        increment = stream.take(len(data), len(payload), window, is_end=is_end, is_known=is_known)
         if increment:
             self._send(frames.window_update(stream_id, increment))
         self._events.append(Received(stream_id, data, is_end))

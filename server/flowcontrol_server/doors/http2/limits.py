@@ -133,9 +133,10 @@ class Http2Limits:
     streams_max: int = 100_000
     """Streams open at once; announced. High, because Envoy resets what it has sent in its first
     burst beyond this number: twice the 50,000 parked requests a process must hold."""
-    stream_window_bytes: int = 65_535
-    """What a stream may send before we have read it; announced. RFC 9113's default, which is also
-    the least: a client may use it before it knows."""
+    stream_window_bytes: int = 57_344
+    """What a stream may send before we have read it; announced, in force once the client has
+    acknowledged it. Of a parked request's body so much is held here: with what the allocator keeps
+    beside, some 60 KiB."""
     connection_window_bytes: int = 16_777_216
     """What all streams together may send before we have read it. We read at once: this only keeps
     thousands of requests in one burst from waiting for our WINDOW_UPDATE."""
@@ -144,7 +145,7 @@ class Http2Limits:
     partial_bytes_max: int = 268_435_456
     """Parts of messages, and of bodies whose requests are parked, all streams together; beyond it
     a parked request is refused. Of a parked body as much is here as a stream's window admits, the
-    rest stays in Envoy: this is 4,096 requests of more than 64 KiB."""
+    rest stays in Envoy: this is some 4,600 requests with more than that."""
     settings: Rate = Rate(100, 10)
     """SETTINGS; each is answered, and may touch every stream that waits for its window. Peers send
     one or two in their life."""
@@ -196,8 +197,8 @@ _RANGES: Final = {
     "header_table_bytes": (0, 2**32 - 1),
     "header_list_bytes_max": (1, 2**32 - 1),
     "streams_max": (1, 2**31 - 1),
-    # A client may use the default before it knows ours (6.9.2).
-    "stream_window_bytes": (frames.WINDOW_DEFAULT, frames.WINDOW_MAX),
+    "stream_window_bytes": (1, frames.WINDOW_MAX),
+    # Which no SETTINGS can make smaller than the default (6.9.2).
     "connection_window_bytes": (frames.WINDOW_DEFAULT, frames.WINDOW_MAX),
 }
 """Smallest and largest value of what a setting of HTTP/2 can say (RFC 9113, 6.5.2 and 6.9.1)."""

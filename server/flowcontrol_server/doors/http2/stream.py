@@ -3,6 +3,7 @@
 from collections import deque
 from typing import NamedTuple, final
 
+from flowcontrol_server.doors.http2 import frames
 from flowcontrol_server.doors.http2.errors import ErrorCode, StreamFault
 
 
@@ -56,7 +57,9 @@ class Stream:
             self.outbox = deque()
         self.outbox.append(piece)
 
-    def take(self, data_size: int, frame_size: int, window: int, *, is_end: bool) -> int:
+    def take(
+        self, data_size: int, frame_size: int, window: int, *, is_end: bool, is_known: bool = True
+    ) -> int:
         """Account for a DATA frame; return by how much to widen the client's window again, or 0.
 
         Args:
@@ -65,6 +68,8 @@ class Stream:
             window: the whole window; widened again when half of it is used up, but not while the
                 owner wants no more, or output waits for the client's own window.
             is_end: whether it is the client's last.
+            is_known: whether the client knows of this window; before, it may use HTTP/2's default,
+                and what it has sent so is above the window until it is returned (6.9.2).
 
         Raises:
             StreamFault: it should not have been sent.
@@ -72,9 +77,10 @@ class Stream:
         if not self.is_remote_open:
             reason = "DATA must not follow END_STREAM"
             raise StreamFault(self.stream_id, ErrorCode.STREAM_CLOSED, reason)
+        most = window if is_known else max(window, frames.WINDOW_DEFAULT)
         self.unread += frame_size
-        if self.unread > window:
-            reason = f"DATA must keep within the stream's window of {window} bytes"
+        if frame_size and self.unread > most:
+            reason = f"DATA must keep within the stream's window of {most} bytes"
             raise StreamFault(self.stream_id, ErrorCode.FLOW_CONTROL_ERROR, reason)
         if self.length_left is not None:
             self.length_left -= data_size
