@@ -43,7 +43,7 @@ class Row:
 ROWS = (
     Row("requests/s through Envoy against the C++ no-op, 64 connections", 1.0, "x",
         "through_envoy.requests_per_s", is_least=True,
-        tried="347,000 instructions a request against 220,000 (docs/design.md), at less CPU than "
+        tried="322,000 instructions a request against 220,000 (docs/design.md), at less CPU than "
         "the C++ no-op takes; on two shared cores what Envoy gets decides. Less would take a codec "
         "and tickets in C."),
     Row("CPU of the processor against it", 1.0, "x", "through_envoy.cpu"),
