@@ -137,6 +137,16 @@ class _Window:
         if load.tokens > self.most_tokens:
             self.most_tokens = load.tokens
 
+    def count(self, waiting: int, running: int) -> None:
+        """Take in what an endpoint says of itself."""
+        self.scrapes += 1
+        self.waiting += waiting
+        if waiting < self.waiting_least or self.scrapes == 1:
+            self.waiting_least = waiting
+        self.running += running
+        if running > self.running_most:
+            self.running_most = running
+
     @property
     def mean(self) -> float:
         """How many were in flight, on average."""
@@ -338,23 +348,15 @@ class Place:
         window.look(self.load, now_ns)
         self._heard_ns = now_ns
         self.kv_capacity = load.kv_tokens or 0
-        inside = load.running + load.waiting
-        own = self.load.requests / (self.endpoints * inside) if inside else 1.0
         if load.kv_usage is not None:
-            self._learn_cache(load.kv_usage * min(1.0, own), load.kv_tokens)
+            self._learn_cache(load.kv_usage, load.kv_tokens, load.running + load.waiting)
         if not window.most:
             return  # what is there did not come through here, and no limit of ours is to blame
         if window.skips:
             if self.load.requests <= int(self.requests_max):
                 window.skips -= 1  # else what is in flight from before still has to drain
             return
-        window.scrapes += 1
-        window.waiting += load.waiting
-        if load.waiting < window.waiting_least or window.scrapes == 1:
-            window.waiting_least = load.waiting
-        window.running += load.running
-        if load.running > window.running_most:
-            window.running_most = load.running
+        window.count(load.waiting, load.running)
         if window.scrapes < _SCRAPES_FIRST * self.endpoints:
             return
         share = self._scraped_share(window.waiting)
@@ -398,17 +400,21 @@ class Place:
         is_queue = waiting >= by_chance
         return share if is_queue else min(share, _AIM)
 
-    def _learn_cache(self, usage: float, capacity: int | None) -> None:
+    def _learn_cache(self, usage: float, capacity: int | None, inside: int) -> None:
         """Learn how much of the KV cache a token in flight takes, and limit them by that.
 
         Args:
-            usage: what those that came through here take of it.
+            usage: part of the cache that is in use.
             capacity: tokens in it, if the engine says so.
+            inside: requests there; those that did not come through here have their part of the use.
         """
         if capacity and not self._kv_per_token:
             self._kv_per_token = _KV_FULL / (_KV_FIRST * capacity)
         self._kv_per_token *= _KV_FADING
         tokens = self.load.tokens / self.endpoints
+        own = self.load.requests / self.endpoints
+        if own < inside:
+            usage *= own / inside
         if usage >= _KV_LEAST and tokens:
             self._kv_per_token = max(self._kv_per_token, usage / tokens)
         if self._kv_per_token:
