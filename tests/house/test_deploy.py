@@ -165,3 +165,14 @@ class TestQueries:
 
 def _with_values(text: str) -> str:
     return text.replace("$__rate_interval", "5m").replace("$instance", ".*")
+
+
+class TestChart:
+    """The Helm chart."""
+
+    @pytest.mark.parametrize("source", ["prometheus/alerts.yaml", "grafana/flowcontrol.json"])
+    def test_it_has_what_deploy_has(self, source: str) -> None:
+        """Its files are links, which an archive may turn into files that hold a path."""
+        packed = DEPLOY / "helm" / "flowcontrol" / "files" / Path(source).name
+
+        assert packed.read_text() == (DEPLOY / source).read_text()
