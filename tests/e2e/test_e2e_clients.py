@@ -137,13 +137,17 @@ class TestLimits:
         assert (await fetch(admin, "/ready")).status == 200
 
     async def test_unfinished_uploads(self, start: Start) -> None:
-        """Uploads cannot take more memory than Envoy may have; what runs goes on meanwhile."""
+        """Uploads cannot take more memory than Envoy may have; what runs goes on meanwhile.
+
+        Ten come a second: Envoy looks at its memory four times a second.
+        """
         gateway = await start(Spec(edit_envoy=small))
         caller, serving = await gateway.occupy()
         async with connections(gateway, 40) as uploads:
+            ends = [asyncio.ensure_future(reader.read()) for reader, _ in uploads]
             for _, writer in uploads:
                 writer.write(UNFINISHED)
-            ends = [asyncio.ensure_future(reader.read()) for reader, _ in uploads]
+                await asyncio.wait(ends, timeout=0.1)  # the pace
             await asyncio.wait(ends, timeout=30, return_when=asyncio.FIRST_COMPLETED)
             refused = sum(end.done() for end in ends)
             memory = gateway.stack.envoy.resident_bytes()
