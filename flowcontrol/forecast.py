@@ -59,19 +59,19 @@ _SECOND_NS: Final = 1_000_000_000
 _SHORT_NS: Final = 50_000_000
 """Below it a wait is as good as none: ratios of such waits mean nothing."""
 _EARLY, _MIDDLE, _LATE = range(3)
-_PARTS: Final = (0.01, 0.5, 0.92)
+_PARTS: Final[tuple[float, ...]] = (0.01, 0.5, 0.92)
 """Of waits within each; a little beyond nine in ten, as what is learnt is behind what happens."""
-_NORMAL: Final = (-2.33, 0.0, 1.41)
+_NORMAL: Final[tuple[float, ...]] = (-2.33, 0.0, 1.41)
 """The same quantiles of the normal distribution."""
-_FIRST: Final = (0.4, 1.0, 2.0)
+_FIRST: Final[tuple[float, ...]] = (0.4, 1.0, 2.0)
 """What to guess, before anything came true, beyond what random departures explain."""
-_FIRST_KNOWN: Final = (0.4, 1.0, 1.5)
+_FIRST_KNOWN: Final[tuple[float, ...]] = (0.4, 1.0, 1.5)
 """The same of waits of a known end."""
-_STEPS_FIRST: Final = (0.15, 0.1, 0.15)
-_STEPS_MIN: Final = (0.02, 0.006, 0.02)
-_STEPS_COUNT: Final = (16.0, 32.0, 16.0)
+_STEPS_FIRST: Final[tuple[float, ...]] = (0.15, 0.1, 0.15)
+_STEPS_MIN: Final[tuple[float, ...]] = (0.02, 0.006, 0.02)
+_STEPS_COUNT: Final[tuple[float, ...]] = (16.0, 32.0, 16.0)
 """How far one wait moves them: at first, in the end, and when half way."""
-_LENGTHS_NS: Final = (_SECOND_NS, 10 * _SECOND_NS)
+_LENGTHS_NS: Final[tuple[int, ...]] = (_SECOND_NS, 10 * _SECOND_NS)
 """Between short, middling and long waits."""
 _FURTHEST: Final = 20.0
 """A factor either way, no more."""
