@@ -1,5 +1,6 @@
 """What FLOWCONTROL_COMPILE=1 compiles: mypyc goes on accepting it. `make compiled` runs it."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -21,6 +22,21 @@ from pathlib import Path
 from hatch_build import make_c
 print(len(make_c(sys.argv[2:], Path(sys.argv[1]))))
 """
+
+
+def final_tuples_of_floats(source: str) -> list[str]:
+    """Return the constants of a module whose type is a tuple of so many floats."""
+    return [
+        ast.unparse(each.target)
+        for each in ast.parse(source).body
+        if isinstance(each, ast.AnnAssign)
+        and ast.unparse(each.annotation) == "Final"
+        and isinstance(each.value, ast.Tuple)
+        and any(
+            isinstance(part, ast.Constant) and isinstance(part.value, float)
+            for part in ast.walk(each.value)
+        )
+    ]
 
 
 class TestCompiled:
@@ -55,3 +71,16 @@ class TestCompiled:
 
         assert (said.returncode, said.stderr) == (0, ""), said.stdout + said.stderr
         assert said.stdout.splitlines()[-1] == str(len(MODULES) + 1)
+
+    @pytest.mark.parametrize("module", MODULES)
+    def test_no_final_tuple_of_floats(self, module: str) -> None:
+        """Compiled, one counts as never set: its type is to be Final[tuple[float, ...]]."""
+        assert final_tuples_of_floats((ROOT / module).read_text()) == []
+
+    def test_it_would_be_found(self) -> None:
+        """One with a type of its own is none; of integers or names neither."""
+        source = (
+            "A: Final = (-2.5, 1.0)\nB: Final[tuple[float, ...]] = (1.5,)\nC: Final = (1, X.Y)\n"
+        )
+
+        assert final_tuples_of_floats(source) == ["A"]
