@@ -14,6 +14,8 @@ from flowcontrol_server.config.settings import Address
 
 ARRIVAL_S = 10.0
 """How long a test waits for a call that should come."""
+_ACCEPTING_TURNS = 3
+"""Of the loop, from a connection that it has accepted to the task that serves it."""
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -127,6 +129,11 @@ class Backend:
     async def close(self) -> None:
         """Refuse connections from now on and break off those there are."""
         if self._server is not None:
+            # Python 3.11 loses the connection that it is taking in as its server closes.
+            for listening in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            for _ in range(_ACCEPTING_TURNS):
+                await asyncio.sleep(0)
             self._server.close()
         for connection in self._connections:
             connection.cancel()
@@ -146,32 +153,31 @@ class Backend:
         self._fresh.add(task)
         for kept in (self._connections, self._fresh):
             task.add_done_callback(kept.discard)
+        # Not within the task: one that is cancelled before its first step does nothing.
+        task.add_done_callback(lambda _: writer.transport.abort())
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            try:
-                head = await reader.readuntil(b"\r\n\r\n")
-                self._fresh -= {asyncio.current_task()}
-                while True:
-                    call = await self._read(head, reader, writer)
-                    # Envoy does not pipeline: what comes before the answer is the end.
-                    following = asyncio.ensure_future(reader.readuntil(b"\r\n\r\n"))
-                    following.add_done_callback(partial(_note_end, call))
-                    if call.path == "/metrics":
-                        await call.respond(self.page or b"", 404 if self.page is None else 200)
-                        head = await following
-                        continue
-                    self.calls.append(call)
-                    if self.is_answering:
-                        await call.respond()
-                    else:
-                        self._arrived.put_nowait(call)
-                    try:
-                        head = await following
-                    finally:
-                        following.cancel()
-            finally:
-                writer.transport.abort()
+            head = await reader.readuntil(b"\r\n\r\n")
+            self._fresh -= {asyncio.current_task()}
+            while True:
+                call = await self._read(head, reader, writer)
+                # Envoy does not pipeline: what comes before the answer is the end.
+                following = asyncio.ensure_future(reader.readuntil(b"\r\n\r\n"))
+                following.add_done_callback(partial(_note_end, call))
+                if call.path == "/metrics":
+                    await call.respond(self.page or b"", 404 if self.page is None else 200)
+                    head = await following
+                    continue
+                self.calls.append(call)
+                if self.is_answering:
+                    await call.respond()
+                else:
+                    self._arrived.put_nowait(call)
+                try:
+                    head = await following
+                finally:
+                    following.cancel()
 
     async def _read(
         self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

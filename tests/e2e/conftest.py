@@ -7,6 +7,7 @@ its own, to break it for example, asks `start` for it.
 import asyncio
 import contextlib
 import dataclasses
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
@@ -15,6 +16,13 @@ from tests.e2e.gateway import Gateway
 from tests.e2e.harness import Spec, Stack
 
 Start = Callable[[Spec], Awaitable[Gateway]]
+
+
+@pytest.fixture(autouse=True)
+def leak_found_at_once() -> Iterator[None]:
+    """What a test left open fails that test; else it would fail another, or the run at its end."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,8 @@ class Wire:
         task = asyncio.ensure_future(self._connect(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # Not within the task: one that is cancelled before its first step does nothing.
+        task.add_done_callback(lambda _: writer.transport.abort())
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         other: asyncio.StreamWriter | None = None
@@ -64,9 +66,8 @@ class Wire:
         except OSError:
             pass  # the server is gone
         finally:
-            for each in (writer, other):
-                if each is not None:
-                    each.transport.abort()
+            if other is not None:
+                other.transport.abort()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
