@@ -388,12 +388,12 @@ class Service:
         if problem is not None:
             yield "ledger", problem
 
-    def _answered(self, endpoint: str, is_failure: bool) -> None:  # noqa: FBT001 - as it is told
+    def _answered(self, endpoint: str, is_failure: bool) -> None:  # noqa: FBT001 - its callers pass it by position
         self._gate.pool_view.answered(endpoint, is_failure)
         self._feed.outcome(endpoint, time.monotonic(), is_failure=is_failure)
 
     def _refused(self, endpoint: str) -> None:
-        self._gate.pool_view.answered(endpoint, True)  # noqa: FBT003 - as it is told
+        self._gate.pool_view.answered(endpoint, True)  # noqa: FBT003 - as above
         self._feed.refused(endpoint, time.monotonic())
 
     def _request_dispatched(self, parked: Parked, decision: Decision) -> None:

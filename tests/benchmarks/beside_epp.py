@@ -44,6 +44,7 @@ import yaml
 
 from tests.benchmarks import stage
 from tests.benchmarks.through_envoy import SCRIPT, Contender, wrk
+from tests.support.ports import HOST, free_ports
 
 _PATH = "/v1/chat/completions"
 
@@ -86,9 +87,7 @@ def reference(
 ) -> Iterator[tuple[int, stage.Running]]:
     """Run the endpoint picker of the reference; give its port."""
     listing = directory / "endpoints.yaml"
-    where = [
-        {"name": f"server-{port}", "address": stage.HOST, "port": str(port)} for port in endpoints
-    ]
+    where = [{"name": f"server-{port}", "address": HOST, "port": str(port)} for port in endpoints]
     listing.write_text(yaml.safe_dump({"endpoints": where}))
     content = {
         "apiVersion": "llm-d.ai/v1alpha1",
@@ -106,7 +105,7 @@ def reference(
     }
     config = directory / "epp.yaml"
     config.write_text(yaml.safe_dump(content))
-    door, health, metrics = stage.free_ports(3)
+    door, health, metrics = free_ports(3)
     command = (
         *(str(binary), "--config-file", str(config), "--grpc-port", str(door)),
         *("--grpc-health-port", str(health), "--metrics-port", str(metrics)),
@@ -152,7 +151,7 @@ def contenders(
     """Start flowcontrol and the reference, and what stands around them."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        ports = stage.free_ports(BACKENDS)
+        ports = free_ports(BACKENDS)
         for port in ports:
             log = directory / f"backend-{port}.log"
             enter(stage.running((backend, str(port)), log, stage.listens(port)))

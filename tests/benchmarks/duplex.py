@@ -29,6 +29,7 @@ from tests.benchmarks import stage
 from tests.benchmarks.beside_epp import BACKENDS, LOADS, MEASURES, Load, measured, reference
 from tests.benchmarks.through_envoy import SCRIPT, Contender
 from tests.e2e.gateway_shapes import istio, istio_with_override
+from tests.support.ports import free_ports
 
 _NAMES = ("1 KB", "220 KB", "1 KB, 100 events")
 _PATH = "/v1/chat/completions"
@@ -41,7 +42,7 @@ def contenders(
     """Start them all, each behind an Envoy of its own."""
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        ports = stage.free_ports(BACKENDS)
+        ports = free_ports(BACKENDS)
         for port in ports:
             log = directory / f"backend-{port}.log"
             enter(stage.running((backend, str(port)), log, stage.listens(port)))

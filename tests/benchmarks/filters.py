@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.benchmarks import stage
+from tests.support.ports import HOST, free_ports
 
 SIZES = {"1 KB": 1_000, "220 KB": 220_000}
 CONNECTIONS = 4
@@ -145,7 +146,7 @@ VARIANTS: dict[str, Callable[[Any], None]] = {
 
 async def ask(port: int, body: bytes, count: int) -> None:
     """Send so many requests on a connection; every answer must be 200."""
-    reader, writer = await asyncio.open_connection(stage.HOST, port)
+    reader, writer = await asyncio.open_connection(HOST, port)
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nhost: models\r\ncontent-type: application/json\r\n"
         "x-llm-d-inference-objective: chat\r\nx-llm-d-inference-fairness-id: tenant-a\r\n"
@@ -241,7 +242,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         backend = stage.model_server(directory)
-        (port,) = stage.free_ports(1)
+        (port,) = free_ports(1)
         log = directory / "backend.log"
         settings = {
             "saturation": {"maxConcurrency": 1_000_000},

@@ -25,6 +25,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tests.benchmarks import stage
+from tests.support.ports import HOST
 
 SETTLED_S = 3.0
 """After which what is done once is done."""
@@ -58,7 +59,7 @@ def idle(port: int, options: argparse.Namespace, *, is_scraped: bool, asks: bool
         with stage.service(
             Path(folder), "idle", is_compiled=not options.interpreted, **more
         ) as service:
-            url = f"http://{stage.HOST}:{service.http}/metrics"
+            url = f"http://{HOST}:{service.http}/metrics"
             time.sleep(SETTLED_S)
             begin_ns, begin_s = service.process.cpu_ns(), time.monotonic()
             for second in range(options.seconds):
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=20)
     parser.add_argument("--interpreted", action="store_true")
     options = parser.parse_args()
-    endpoint = ThreadingHTTPServer((stage.HOST, 0), NotFound)
+    endpoint = ThreadingHTTPServer((HOST, 0), NotFound)
     threading.Thread(target=endpoint.serve_forever, daemon=True).start()
     port = endpoint.server_address[1]
     found: dict[str, list[float]] = {name: [] for name in ROWS}

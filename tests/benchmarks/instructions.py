@@ -50,6 +50,7 @@ from flowcontrol_server.requests.log_codec import REPORT_TAG
 from flowcontrol_server.requests.log_codec import SERVICE as LOG_SERVICE
 from tests.benchmarks import stage
 from tests.benchmarks.doors import GREETING
+from tests.support.ports import HOST, free_ports
 
 LOADS = {"64 at a time": 64, "one alone": 1}
 LOG_ENTRIES = 40
@@ -316,7 +317,7 @@ def _fill(entry: Any, ticket: str) -> None:
     properties = entry.common_properties
     for name in ("downstream_remote_address", "downstream_local_address", "upstream_local_address"):
         address = getattr(properties, name).socket_address
-        address.address, address.port_value = stage.HOST, 40_000
+        address.address, address.port_value = HOST, 40_000
     for name in ("time_to_last_rx_byte", "time_to_first_upstream_tx_byte", "duration"):
         getattr(properties, name).nanos = 470_609
     own = properties.metadata.filter_metadata[METADATA_NAMESPACE].fields
@@ -337,8 +338,8 @@ def _fill(entry: Any, ticket: str) -> None:
 async def load(port: int, count: int, at_once: int) -> None:
     """Send requests, so many at once, and report them."""
     loop = asyncio.get_running_loop()
-    _, asking = await loop.create_connection(Envoy, stage.HOST, port)
-    _, reporting = await loop.create_connection(Envoy, stage.HOST, port)
+    _, asking = await loop.create_connection(Envoy, HOST, port)
+    _, reporting = await loop.create_connection(Envoy, HOST, port)
     log_stream = reporting.open(LOG_SERVICE, "StreamAccessLogs")
     for _ in range(min(count, at_once)):
         asking.ask()
@@ -405,7 +406,7 @@ def processors(
     directory /= "noop"
     directory.mkdir()
     noop, _ = stage.native(directory)
-    (port,) = stage.free_ports(1)
+    (port,) = free_ports(1)
     command = (*under_callgrind(directory), noop, str(port))
     with stage.running(command, directory / "noop.log", stage.listens(port)) as process:
         yield (

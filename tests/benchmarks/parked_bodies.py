@@ -30,6 +30,7 @@ from typing import Any
 
 from tests.benchmarks import stage
 from tests.e2e.gateway_shapes import Shape, ai_gateway, istio
+from tests.support.ports import HOST, free_ports
 
 SHAPES: dict[str, Shape] = {"Istio": istio, "Envoy AI Gateway": ai_gateway}
 BODY = b"".join(b"%08x" % number for number in range(27_500))
@@ -48,7 +49,7 @@ async def never_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 
 async def send(port: int, body: bytes) -> asyncio.StreamWriter:
     """Send a request; return when the system has taken all of it."""
-    _, writer = await asyncio.open_connection(stage.HOST, port)
+    _, writer = await asyncio.open_connection(HOST, port)
     writer.transport.set_write_buffer_limits(0)
     method = "POST" if body else "GET"
     head = f"{method} /v1/chat/completions HTTP/1.1\r\nhost: models\r\n"
@@ -60,7 +61,7 @@ async def send(port: int, body: bytes) -> asyncio.StreamWriter:
 
 def waiting(http: int) -> int:
     """Return how many requests wait, by the service's metrics."""
-    with urllib.request.urlopen(f"http://{stage.HOST}:{http}/metrics") as reply:
+    with urllib.request.urlopen(f"http://{HOST}:{http}/metrics") as reply:
         page = reply.read().decode()
     found = re.findall(r"^flowcontrol_waiting_requests\{.*\} (\S+)$", page, re.MULTILINE)
     return int(sum(float(each) for each in found))
@@ -80,8 +81,8 @@ async def occupied(
     directory: Path, shape: Shape, options: argparse.Namespace
 ) -> AsyncIterator[tuple[stage.Service, stage.Gateway, int]]:
     """A service and an Envoy whose only slot is taken, and the port of the service's pages."""
-    (model_server,) = stage.free_ports(1)
-    server = await asyncio.start_server(never_answer, stage.HOST, model_server)
+    (model_server,) = free_ports(1)
+    server = await asyncio.start_server(never_answer, HOST, model_server)
     start = functools.partial(
         stage.service,
         directory,

@@ -52,6 +52,7 @@ from flowcontrol_server.service import ARRIVALS_MAX, SWITCH_INTERVAL_S, tune_gar
 from flowcontrol_server.telemetry import logs
 from tests.benchmarks import stage
 from tests.benchmarks.doors import GREETING, HEADERS
+from tests.support.ports import HOST
 
 DOORS = ("grpcio", "direct", "compiled")
 """The last is the direct door again."""
@@ -74,12 +75,12 @@ async def serve(door: str, slots: int) -> None:
     gate.start()
     if door != "grpcio":
         context = CallContext(gate=gate)
-        port = await DirectDoor(context).listen((stage.HOST, 0))
+        port = await DirectDoor(context).listen((HOST, 0))
     else:
         server = grpc.aio.server(options=GRPC_OPTIONS)
         handler = ExtProcDoor(CallContext(gate=gate)).handler()
         server.add_generic_rpc_handlers((handler,))
-        port = server.add_insecure_port(f"{stage.HOST}:0")
+        port = server.add_insecure_port(f"{HOST}:0")
         await server.start()
     tune_garbage_collection()
     print(port, flush=True)
@@ -242,7 +243,7 @@ class Client(asyncio.Protocol):
 async def connect(server: Server) -> Client:
     """Connect, and have everything loaded that is only loaded once."""
     loop = asyncio.get_running_loop()
-    _, client = await loop.create_connection(Client, stage.HOST, server.port)
+    _, client = await loop.create_connection(Client, HOST, server.port)
     ids = await client.park(100)
     await asyncio.sleep(0.3)
     client.cancel(ids)

@@ -23,6 +23,7 @@ from typing import Any
 
 from tests.benchmarks import stage
 from tests.benchmarks.through_envoy import Contender, Figures, wrk
+from tests.support.ports import free_ports
 
 CONNECTIONS = 200
 _SCRIPT = 'wrk.method = "POST"\nwrk.path = "/stream"\nwrk.body = "{}"\n'
@@ -47,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         directory, enter = Path(folder), stack.enter_context
         noop, backend = stage.native(directory)
-        noop_port, port = stage.free_ports(2)
+        noop_port, port = free_ports(2)
         enter(stage.running((backend, str(port)), directory / "backend.log", stage.listens(port)))
         echo = enter(
             stage.running((noop, str(noop_port)), directory / "noop.log", stage.listens(noop_port))

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import stage
+from tests.support.ports import HOST, free_ports
 
 CONTENDERS = ("Envoy alone", "reads nothing", "C++ no-op", "grpcio door", "direct door", "compiled")
 """Behind the second stands the C++ processor, too, without the filters that serve flowcontrol."""
@@ -80,7 +81,7 @@ class Contender:
 def contenders(directory: Path) -> Iterator[dict[str, Contender]]:
     """Start them all."""
     noop, backend = stage.native(directory)
-    noop_port, backend_port = stage.free_ports(2)
+    noop_port, backend_port = free_ports(2)
     unreported = {"settlement": {"accessLog": False}}  # grpcio serves no access log
     endless = {"saturation": {"maxConcurrency": 1_000_000}, "endpoints": [backend_port]}
     with contextlib.ExitStack() as stack:
@@ -137,7 +138,7 @@ def reported(configuration: Any, port: int) -> None:
 
 def wrk(contender: Contender, connections: int, script: Path, seconds: float) -> Figures:
     """Load one contender; every answer must be 200."""
-    target = f"http://{stage.HOST}:{contender.envoy.port}"
+    target = f"http://{HOST}:{contender.envoy.port}"
     arguments = ("-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "--latency")
     processes = [contender.envoy.process, *([contender.processor] if contender.processor else [])]
     before = [each.cpu_ns() for each in processes]

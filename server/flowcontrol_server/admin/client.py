@@ -24,7 +24,7 @@ class SnapshotSource(Protocol):
         """Say what there is to say of a request."""
 
     async def close(self) -> None:
-        """Let go of the service."""
+        """Close the connection to the service."""
 
 
 @final

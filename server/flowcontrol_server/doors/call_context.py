@@ -15,7 +15,7 @@ from flowcontrol_server.requests.codec import Encoder
 from flowcontrol_server.requests.gate import FlowGate
 
 STANDBY: Final = "another replica decides"
-"""What a stream is told that ends with UNAVAILABLE."""
+"""The message of a stream that ends with UNAVAILABLE."""
 
 
 @final

@@ -38,6 +38,6 @@ class LedgerLock:
         self._file = file
 
     def release(self) -> None:
-        """Let go of it."""
+        """Let another process have it."""
         if self._file is not None:
             self._file.close()

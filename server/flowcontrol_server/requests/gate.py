@@ -136,7 +136,7 @@ class Parked:
         """Return a future of the decision, in place of `decided`: one, never to be cancelled."""
         future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
         if self.decision is None:
-            assert self.decided is None, "a decision is told once"
+            assert self.decided is None, "there is one decision"
             self.decided = future.set_result
         else:
             future.set_result(self.decision)
@@ -567,7 +567,7 @@ class FlowGate:
         if decided is not None:
             try:
                 decided(decision)
-            except Exception as fault:  # noqa: BLE001 - fails by itself; the others are told theirs
+            except Exception as fault:  # noqa: BLE001 - fails by itself; the others get their decisions
                 self._loop.call_soon(_raise, fault)
 
     def _recall(self, decision: Decision) -> None:

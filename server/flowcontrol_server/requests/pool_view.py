@@ -35,7 +35,7 @@ class PoolView:
             case _:
                 pass
 
-    def answered(self, address: str, is_failure: bool) -> None:  # noqa: FBT001 - as it is told
+    def answered(self, address: str, is_failure: bool) -> None:  # noqa: FBT001 - its callers pass it by position
         """Count an answer of an endpoint of the pool."""
         if address in self._addresses:
             self.answers.setdefault(address, [0, 0])[is_failure] += 1

@@ -77,7 +77,7 @@ REFUSALS: Final = {
     ),
     Outcome.INTERNAL: Refused(500, "internal", "flow control failed", _INTERNAL),
 }
-"""Every outcome that clients are told. Statuses and reasons are the reference implementation's.
+"""Every outcome that clients see. Statuses and reasons are the reference implementation's.
 
 429: there is capacity, others hold it. 503: there is none.
 """

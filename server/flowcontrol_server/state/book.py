@@ -247,7 +247,7 @@ class LeaseBook:
         self.problem = problem
 
     async def close(self, within_s: float) -> None:
-        """Write what is noted, if that can be done in time, and let go of the store."""
+        """Write what is noted, if that can be done in time, and close the store."""
         try:
             async with asyncio.timeout(within_s):
                 if not self._is_frozen:

@@ -215,7 +215,7 @@ class Continuity:
             self.book.freeze()
 
     async def end(self) -> None:
-        """Write what is noted, and let go of store and lease."""
+        """Write what is noted, close the store, and release the lease."""
         await self._end_writing()
         if self.election is not None:
             await self.election.resign()

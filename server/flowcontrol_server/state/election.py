@@ -40,7 +40,7 @@ class Lock(Protocol):
         """
 
     async def release(self) -> None:
-        """Let go of the lease, if it is held by this process."""
+        """Release the lease, if it is held by this process."""
 
     async def is_held_by_another(self) -> bool:
         """Whether another process holds the lease."""
@@ -207,7 +207,7 @@ class Election:
             _log.info("election_reachable_again")
 
     async def resign(self) -> None:
-        """Take part no more, and let go of the lease at once."""
+        """Take part no more, and release the lease at once."""
         self._until_s = 0.0
         self._token = None
         if self._running is not None:

@@ -70,7 +70,7 @@ class KubeLock:
         return await self._write("PUT", lease, None)
 
     async def release(self) -> None:
-        """Let go of the lease, if it is held by this process."""
+        """Release the lease, if it is held by this process."""
         lease = await self._read()
         spec = (lease or {}).get("spec") or {}
         if lease is None or spec.get("holderIdentity") != self._identity:

@@ -64,7 +64,7 @@ class Store(Protocol):
         """Write changes; raises FencedError once a later leader has opened the store."""
 
     async def close(self) -> None:
-        """Let go of the store."""
+        """Close the store."""
 
 
 def to_plain(record: LeaseRecord) -> list[object]:

@@ -58,7 +58,7 @@ class ValkeyLock:
         return None if token is None else int(token)
 
     async def release(self) -> None:
-        """Let go of the lease, if it is held by this process."""
+        """Release the lease, if it is held by this process."""
         await self._client.run(_RELEASE, _KEYS[:1], self._identity)
 
     async def is_held_by_another(self) -> bool:

@@ -72,4 +72,4 @@ class ValkeyStore:
                 return
 
     async def close(self) -> None:
-        """Let go of the store; its creator closes the client."""
+        """Close the store; its creator closes the client."""

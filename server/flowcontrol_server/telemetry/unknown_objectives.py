@@ -1,7 +1,7 @@
 """Logs, once, each objective that requests name and that is not declared.
 
 The engine counts them and serves them at priority 0; the names come from clients, so only so many
-are told.
+are logged.
 """
 
 import time

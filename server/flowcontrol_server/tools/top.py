@@ -124,7 +124,7 @@ class Top(App[None]):
         self.run_worker(self._look(), exclusive=True)
 
     async def on_unmount(self) -> None:
-        """Let go of the service."""
+        """Close the connection to the service."""
         await self._source.close()
 
     async def _look(self) -> None:

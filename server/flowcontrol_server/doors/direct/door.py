@@ -75,7 +75,7 @@ class DirectDoor:
     def begin_drain(self) -> None:
         """Ask every client to use this connection no more; what is under way goes on.
 
-        The door stays open: who comes is told by the gate why there is no service.
+        The door stays open: the gate answers new calls with the reason.
         """
         for line in self.lines:
             line.drain()
