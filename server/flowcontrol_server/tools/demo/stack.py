@@ -22,7 +22,9 @@ from flowcontrol_server.tools.envoy.config import EnvoyOptions, bootstrap
 HOST = "127.0.0.1"
 TOKEN_FILE = "admin-token"  # noqa: S105 - a name, no secret
 """Holds the admin token, a new one for each run."""
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = (
+    60.0  # On a busy machine five processes have taken over 20 s to import what they need.
+)
 STOP_TIMEOUT_S = 5.0
 _PORT_MAX = 65_535
 
@@ -195,6 +197,7 @@ async def _start(command: tuple[str, ...], log: Path) -> asyncio.subprocess.Proc
 async def _until_ready(
     probes: list[str], processes: dict[str, asyncio.subprocess.Process], directory: Path
 ) -> None:
+    probe = ""
     try:
         async with asyncio.timeout(START_TIMEOUT_S), aiohttp.ClientSession() as session:
             for probe in probes:
@@ -206,7 +209,7 @@ async def _until_ready(
                             raise DemoError(message)
                     await asyncio.sleep(0.05)
     except TimeoutError as error:
-        message = f"not ready within {START_TIMEOUT_S:.0f} s; the logs are in {directory}"
+        message = f"{probe} not ready within {START_TIMEOUT_S:.0f} s; the logs are in {directory}"
         raise DemoError(message) from error
 
 
