@@ -41,8 +41,8 @@ Without metrics nothing tells which of the two limits is to blame for a queue. I
 which more was in flight than ever was without a queue; both, if it is both or neither.
 
 The start is fast and ends at the first sign: a queue, or a token taking four times the least. By
-metrics it goes in small steps, by 35 % of what was in flight and at least four requests every two
-looks, so that it goes over the edge by few; else by half a window. Since output at n in flight goes
+metrics it goes in small steps, by 35 % of what was in flight and at least four requests at every
+look, so that it goes over the edge by few; else by half a window. Since output at n in flight goes
 as n / (a + b n), its growth is that of n times a / (a + b n), the least time of a token over the
 present one: a quarter is where doubling stops paying. Later steps are of 6 %, squared after three
 rises in a row that each lasted as long as a request is in flight, so that a limit that has fallen
@@ -60,6 +60,11 @@ standard deviations more (a Poisson number's is its root), come together now and
 either is what fills empty places at once, or was in flight when a limit fell: nothing is judged
 before that has drained. And before the first settlement nothing is known of answers, so that for
 four seconds no limit falls by metrics.
+
+Where answers are long, a small share of the time in flight is a long wait for people; where they
+are short, a large share may be the wait for one prompt. So by settlements, which tell how long it
+was, a limit rises only while the mean wait is shorter than a first token usually takes, and falls
+only where it is longer.
 
 With a reserve (`reserve`) the limit is seldom reached, so that nothing is seen of a queue that
 would be there if it were. So beyond what ran at most when a queue was last seen, the limit rises

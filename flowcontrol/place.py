@@ -43,9 +43,9 @@ _VAIN_FALL, _VAIN_EFFECT = 0.7, 0.5
 _COHORT, _COHORT_FIRST, _COHORT_KNOWN = 16, 8, 0.75
 """Requests of a window, as long as the limit has never fallen, and the part that must be known."""
 _SCRAPES: Final = 4
-"""Looks at an endpoint in a window."""
-_SCRAPES_FIRST: Final = 2
-"""The same before the limit first fell, once times to first token are known."""
+"""Looks at an endpoint in a window; one before the limit first fell, or if it says enough."""
+_SETTLING_NS: Final = 500_000_000
+"""Until then after a move, before the limit first fell, a look does not show it."""
 _UNKNOWN_NS: Final = 4_000_000_000
 """How long a window lasts before a limit falls, while no time to first token is known."""
 _FRESH_NS: Final = 10_000_000_000
@@ -55,7 +55,10 @@ _STANDING: Final = 0.7
 _DEVIATIONS: Final = 3.0
 """Nor are so many more than usual, in standard deviations of a number that comes by chance."""
 _PLAIN: Final = 0.3
-"""A share that needs no further look."""
+"""A share that says enough."""
+_LONG: Final = 1.0
+"""Waiting inside that long, in usual times to first token, is noticed, be its share ever so small;
+shorter, it is for the prompt before one's own, be its share ever so large."""
 _SLOWER: Final = 4.0
 """Once a token takes so many times the least, a quarter more in flight gives little more output."""
 _OUTPUT_MIN: Final = 8
@@ -352,22 +355,31 @@ class Place:
             self._learn_cache(load.kv_usage, load.kv_tokens, load.running + load.waiting)
         if not window.most:
             return  # what is there did not come through here, and no limit of ours is to blame
-        if window.skips:
-            if self.load.requests <= int(self.requests_max):
-                window.skips -= 1  # else what is in flight from before still has to drain
+        if self._is_too_early(now_ns):
             return
         window.count(load.waiting, load.running)
-        if window.scrapes < _SCRAPES_FIRST * self.endpoints:
+        if window.scrapes < self.endpoints:
             return
         share = self._scraped_share(window.waiting)
         is_unknown = not self._first_tokens.usual_ns
         if share > _MANY and is_unknown and now_ns - window.began_ns < _UNKNOWN_NS:
             return
         stood = self._scraped_share(window.waiting_least * window.scrapes)
-        scrapes = (_SCRAPES_FIRST if self._is_starting else _SCRAPES) * self.endpoints
+        is_due = self._is_starting or window.scrapes >= _SCRAPES * self.endpoints
         is_known = window.all >= _COHORT_FIRST or self._all_run()
-        if share > _PLAIN or (window.scrapes >= scrapes and (is_known or stood > _MANY)):
+        if share > _PLAIN or (is_due and (is_known or stood > _MANY)):
             self._judge(share, now_ns)
+
+    def _is_too_early(self, now_ns: int) -> bool:
+        """Whether a look at an endpoint cannot show the last move yet."""
+        window = self._window
+        if self._is_starting:
+            return now_ns - window.began_ns < _SETTLING_NS
+        if not window.skips:
+            return False
+        if self.load.requests <= int(self.requests_max):
+            window.skips -= 1  # else what is in flight from before still has to drain
+        return True
 
     def _all_run(self) -> bool:
         """Whether the limit was reached and none waited: before it first fell, that is enough."""
@@ -463,22 +475,32 @@ class Place:
         return self._residences.wait_ns()
 
     def _judge(self, share: float, now_ns: int) -> None:
-        before, window = self.requests_max, self._window
+        before, window, waited = self.requests_max, self._window, self._waited(now_ns)
         self.explores, self._wish = False, 0.0
         if window.tokens and window.token_ns > _SLOWER * self._least_token_ns * window.tokens:
             self._end_start()
         if share > _MANY and self._is_falling_in_vain(share, now_ns):
             self._learn_anew()
-        elif share > _MANY:
+        elif share > _MANY and (waited is None or waited > _LONG):
             self._fell_from = self._fell_from or (before, share)
             by = share - _AIM if self._is_heard(now_ns) else _FALL_BLIND * (share - _AIM)
             self._fall(max(_FALL_MOST, 1 - by), share, self._reason(share, now_ns), now_ns)
-        elif share < _FEW:
+        elif share < _FEW and (waited is None or waited < _LONG):
             self._fell_from = None
             self._rise(share, self._reason(share, now_ns), now_ns)
         else:
             self._rises = self._token_rises = 0
         self._begin(now_ns)
+
+    def _waited(self, now_ns: int) -> float | None:
+        """Return how long the cohort waited inside, in usual times to first token.
+
+        None: only settlements tell.
+        """
+        window, usual_ns = self._window, self._first_tokens.usual_ns
+        if self._is_heard(now_ns) or not window.waits or not usual_ns:
+            return None
+        return window.waits_ns / window.waits / usual_ns
 
     def _reason(self, share: float, now_ns: int) -> str:
         return f"{share:.0%} of those in flight wait inside, as {self._source(now_ns)} tell"

@@ -200,6 +200,14 @@ class TestLooks:
         (fall,) = place.moves
         assert fall == pytest.approx(10, abs=1)
 
+    def test_start(self) -> None:
+        """Before it first falls a limit rises at every look but one that follows at once."""
+        place = _Place(limit=8, in_flight=40)
+        for seconds in (1, 1.2, 2, 2.2, 3):
+            place.look(seconds, waiting=0, running=40)
+
+        assert place.moves == [pytest.approx(limit) for limit in (12, 12 * 1.35, 12 * 1.35**2)]
+
     @pytest.mark.parametrize(("queue", "falls"), [(0, False), (5, True)])
     def test_by_chance(self, queue: int, *, falls: bool) -> None:
         """Of short answers some always wait for the end of a step, at times three times as many.
@@ -257,10 +265,26 @@ class _Place:
         """The limit on tokens."""
         return self._place.tokens_max
 
-    def look(self, second: int, waiting: int, running: int, kv_usage: float | None = None) -> None:
+    def look(
+        self, second: float, waiting: int, running: int, kv_usage: float | None = None
+    ) -> None:
         """Let the endpoint say how it is."""
         seen = LoadObserved("a", waiting=waiting, kv_usage=kv_usage, running=running)
-        self._place.observed(seen, second * SECOND)
+        self._place.observed(seen, round(second * SECOND))
+
+    def serve(self, count: int, until_s: float, ttfts_s: float) -> None:
+        """Send so many, and let the access log report all of them later."""
+        self._place.has_settlements = True
+        leases = [Lease(Request(n), FLOW, 1, 0, Tokens(30, 10), 1.0) for n in range(count)]
+        for lease in leases:
+            self._place.charged(lease, 0)
+        for lease in leases:
+            self.report(lease, until_s, ttfts_s)
+
+    def report(self, lease: Lease, second: float, ttft_s: float) -> None:
+        """Let the access log report one."""
+        settled = Settled(lease.request.request_id, ttft_ns=round(ttft_s * SECOND))
+        self._place.settled(lease, settled, round(second * SECOND))
 
 
 class _Alone:
@@ -393,6 +417,23 @@ class TestPrompts:
 
 class TestSettlements:
     """What the access log tells, in whatever order."""
+
+    @pytest.mark.parametrize(
+        ("lasts_s", "waits_s", "limit"),
+        [
+            (60, 0.1, 30),  # hardly anybody waits inside
+            (60, 0.3, None),  # a half percent of the time, and longer than for a first token
+            (1, 0.15, None),  # a sixth of the time, for the prompt before one's own
+            (1, 0.3, 10),
+        ],
+    )
+    def test_waits(self, lasts_s: float, waits_s: float, limit: float | None) -> None:
+        """A limit rises only while waits are short, and falls only where they are long."""
+        place = _Place(limit=20, in_flight=20)
+        place.report(Lease(Request(99), FLOW, 1, 0, Tokens(30, 10), 1.0), 0, ttft_s=0.2)
+        place.serve(8, until_s=lasts_s * 8 / 20, ttfts_s=1.5 * 0.2 + waits_s)
+
+        assert place.moves == ([] if limit is None else [pytest.approx(limit, abs=2)])
 
     def test_before_the_departure(self) -> None:
         """The log reports a request before it has left, without a first token: it may have failed.
