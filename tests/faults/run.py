@@ -174,6 +174,8 @@ async def run_all(faults: list[Fault], requests: int, seed: int, keep: Path | No
     print("|" + "---|" * (HEAD.count("|") - 1), flush=True)
     began_s = time.monotonic()
     rows, skipped = [], []
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
     for fault in faults:
         if fault.needs is not None and not Path(fault.needs).exists():
             skipped.append(f"{fault.name}: needs {fault.needs}")

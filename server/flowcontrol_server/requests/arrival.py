@@ -8,7 +8,8 @@ youngest request of some seconds shows how far the clocks are apart.
 Nothing comes from the future, nor is older than the longest wait; and no age is believed while the
 clocks are too far apart, nor one beyond the longest wait before they have been compared. A clock
 that is set makes all requests look old at once, and none of them may expire for that: after ours
-was set, which the monotonic clock shows, no age is believed for a window; where Envoy's was, none
+was set, which the monotonic clock shows, no age is believed for a window, and none later that
+reaches back into it, so that nobody goes before those that came meanwhile; where Envoy's was, none
 that is far beyond the longest wait.
 """
 
@@ -47,6 +48,8 @@ class ArrivalClock:
         """Of our clock to the monotonic one."""
         self._was_set = False
         """Whether our clock was set in this window."""
+        self._believed_from_ns = -_FAR_NS
+        """When the last such window ended: who came in it has no age."""
 
     @property
     def skew_ns(self) -> int:
@@ -84,7 +87,7 @@ class ArrivalClock:
             return 0
         if age_ns > self.longest_ns and self._before_ns is None:
             return 0
-        return max(0, min(age_ns - FRESH_NS, self.longest_ns))
+        return max(0, min(age_ns - FRESH_NS, self.longest_ns, now_ns - self._believed_from_ns))
 
     def _heed_setting(self, offset_ns: int) -> None:
         """Forget what was compared with a clock that has been set since."""
@@ -98,7 +101,9 @@ class ArrivalClock:
         if self._until_ns is None:
             self._until_ns = now_ns + _WINDOW_NS
         elif now_ns >= self._until_ns:
-            self._was_set = False
+            if self._was_set:
+                self._was_set = False
+                self._believed_from_ns = now_ns
             self._before_ns = self._youngest_ns
             self._youngest_ns = _FAR_NS
             self._until_ns = now_ns + _WINDOW_NS

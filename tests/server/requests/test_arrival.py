@@ -105,6 +105,20 @@ class TestAge:
 
         assert envoy.send(7 * SECOND) == SENT_AGAIN
 
+    def test_order_after_our_clock_was_set(self) -> None:
+        """Who comes when ages are believed again goes before nobody that came while none was."""
+        envoy = Envoy()
+        envoy.settle()
+        envoy.set_ns = 500 * MS
+        arrivals_ns = []
+        for _ in range(150):
+            envoy.now_ns += 100 * MS
+            envoy.send()
+            arrivals_ns.append(envoy.now_ns - envoy.send(2 * SECOND))
+
+        assert arrivals_ns == sorted(arrivals_ns)
+        assert envoy.now_ns - arrivals_ns[-1] == pytest.approx(2 * SECOND - FRESH_NS, abs=2 * MS)
+
     @pytest.mark.parametrize("set_ns", [-3600 * SECOND, -SECOND, SECOND, 3600 * SECOND])
     def test_our_clock_is_set(self, set_ns: int) -> None:
         """No request gets an age by that, whether it is set back or not; then it is compared."""
