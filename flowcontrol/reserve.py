@@ -31,7 +31,7 @@ comes before it was measured.
 """
 
 from collections.abc import Sequence
-from math import exp, expm1, log
+from math import exp, expm1, log, log1p
 from typing import Final, final
 
 from flowcontrol.config import ControllerConfig
@@ -197,8 +197,13 @@ def places(arrivals: float, batch: float, departures: float, target: float) -> f
 
 
 def _exponent(arrivals: float, batch: float, departures: float) -> float:
-    """Solve for the exponent by halving; the walk drifts down, so there is one above 0."""
-    low, high = 0.0, log(departures / arrivals)
+    """Solve for the exponent by halving; the walk drifts down, so there is one above 0.
+
+    It is no more than that of single arrivals, and than where the left side alone is `departures`:
+    up to there the exponential is finite, however large the batch.
+    """
+    most = log1p(departures / arrivals * batch) / batch
+    low, high = 0.0, min(log(departures / arrivals), most)
     for _ in range(40):
         middle = (low + high) / 2
         if arrivals / batch * expm1(middle * batch) < departures * (1 - exp(-middle)):

@@ -1,8 +1,11 @@
 """How much a lower band leaves free: the formula, what is learnt, and what comes of it."""
 
+from math import inf, nextafter
 from random import Random
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from flowcontrol.config import BandSettings, Ceilings, CeilingSettings, Concurrency
 from flowcontrol.reserve import EventCounts, Reserve, places
@@ -38,6 +41,21 @@ class TestPlaces:
     def test_none(self, arrivals: float, target: float, free: float) -> None:
         """Nothing is needed without arrivals, or with a wait target of 1."""
         assert places(arrivals, 1.0, 10.0, target) == free
+
+    @given(
+        arrivals=st.floats(0, 1e6),
+        batch=st.floats(1, 256),
+        departures=st.floats(0, 1e9),
+        target=st.floats(1e-6, 1),
+    )
+    @example(arrivals=0.01, batch=256.0, departures=1000.0, target=TARGET)
+    @example(arrivals=10.0, batch=1.0, departures=nextafter(10.0, 11.0), target=TARGET)
+    def test_any(self, arrivals: float, batch: float, departures: float, target: float) -> None:
+        """Whatever is measured, it is a number; a burst after a long silence, too."""
+        free = places(arrivals, batch, departures, target)
+
+        assert 0.0 <= free < inf
+        assert places(arrivals, 1.0, departures, target) <= free * (1 + 1e-9)
 
     def test_no_end(self) -> None:
         """More arrivals than departures are never satisfied."""
