@@ -56,10 +56,10 @@ found once, not at each: endpoints whose caches are of one size have one edge un
 another, so that a start ends also where another of the size had a queue.
 
 What waits by chance is no queue. As many as usually wait for a step or for a prompt, and three
-standard deviations more (a Poisson number's is its root), come together now and then. No queue
-either is what fills empty places at once, or was in flight when a limit fell: nothing is judged
-before that has drained. And before the first settlement nothing is known of answers, so that for
-four seconds no limit falls by metrics.
+standard deviations more (a Poisson number's is its root), come together now and then, so that no
+limit falls by one look. No queue either is what fills empty places at once, or was in flight when a
+limit fell: nothing is judged before that has drained. And before the first settlement nothing is
+known of answers, so that for four seconds no limit falls by metrics.
 
 Where answers are long, a small share of the time in flight is a long wait for people; where they
 are short, a large share may be the wait for one prompt. So by settlements, which tell how long it

@@ -43,7 +43,9 @@ _VAIN_FALL, _VAIN_EFFECT = 0.7, 0.5
 _COHORT, _COHORT_FIRST, _COHORT_KNOWN = 16, 8, 0.75
 """Requests of a window, as long as the limit has never fallen, and the part that must be known."""
 _SCRAPES: Final = 4
-"""Looks at an endpoint in a window; one before the limit first fell, or if it says enough."""
+"""Looks at an endpoint in a window; before the limit first fell one, of those that see no queue."""
+_SCRAPES_LEAST: Final = 2
+"""Before a limit falls: what one look sees may have come together by chance."""
 _SETTLING_NS: Final = 500_000_000
 """Until then after a move, before the limit first fell, a look does not show it."""
 _UNKNOWN_NS: Final = 4_000_000_000
@@ -55,7 +57,7 @@ _STANDING: Final = 0.7
 _DEVIATIONS: Final = 3.0
 """Nor are so many more than usual, in standard deviations of a number that comes by chance."""
 _PLAIN: Final = 0.3
-"""A share that says enough."""
+"""A share that needs no further look."""
 _LONG: Final = 1.0
 """Waiting inside that long, in usual times to first token, is noticed, be its share ever so small;
 shorter, it is for the prompt before one's own, be its share ever so large."""
@@ -358,16 +360,20 @@ class Place:
         if self._is_too_early(now_ns):
             return
         window.count(load.waiting, load.running)
-        if window.scrapes < self.endpoints:
-            return
         share = self._scraped_share(window.waiting)
         is_unknown = not self._first_tokens.usual_ns
         if share > _MANY and is_unknown and now_ns - window.began_ns < _UNKNOWN_NS:
             return
+        looks = window.scrapes // self.endpoints
+        if share > _PLAIN and looks >= _SCRAPES_LEAST:
+            self._judge(share, now_ns)
+            return
+        wanted = _SCRAPES
+        if self._is_starting:
+            wanted = 1 if share < _FEW else _SCRAPES_LEAST
         stood = self._scraped_share(window.waiting_least * window.scrapes)
-        is_due = self._is_starting or window.scrapes >= _SCRAPES * self.endpoints
         is_known = window.all >= _COHORT_FIRST or self._all_run()
-        if share > _PLAIN or (is_due and (is_known or stood > _MANY)):
+        if looks >= wanted and (is_known or stood > _MANY):
             self._judge(share, now_ns)
 
     def _is_too_early(self, now_ns: int) -> bool:

@@ -222,6 +222,16 @@ class TestLooks:
 
         assert any(limit < 30 for limit in place.moves) == falls
 
+    def test_one_look(self) -> None:
+        """Three that wait at one look of five came together by chance."""
+        place = _Place(limit=20, in_flight=8)
+        place.report(Lease(Request(999), FLOW, 1, 0, Tokens(30, 10), 1.0), 0, ttft_s=0.2)
+        for second in range(1, 60):
+            place.send(2, second, output=100)
+            place.look(second, waiting=3 if second % 5 == 0 else 0, running=5)
+
+        assert place.moves == []
+
     def test_others(self) -> None:
         """What an engine was sent past the gate is no reason for a limit to fall."""
         place = _Place(limit=8, in_flight=0)
