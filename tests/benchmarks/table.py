@@ -47,9 +47,11 @@ ROWS = (
         "the C++ no-op takes; on two shared cores what Envoy gets decides. Less would take a codec "
         "and tickets in C."),
     Row("CPU of the processor against it", 1.0, "x", "through_envoy.cpu"),
-    Row("added p50 at one connection against it", 1.0, "x", "through_envoy.added_p50"),
+    Row("added p50 at one connection against it", 1.0, "x", "through_envoy.added_p50",
+        tried="between 0.97x and 1.5x on machines of this kind: one request alone wakes a sleeping "
+        "thread twice; spin, eventfd and futex are in docs/design.md. Less would take one thread."),
     Row("added p99 at one connection against it", 1.2, "x", "through_envoy.added_p99",
-        tried="measured at a load of 15 on two cores, so it is the scheduler's: repeat it alone."),
+        tried="as the median; to write the log in slices showed nothing."),
     Row("engine and bridge against the reference, free, worst cell: wall", 1.0, "x",
         "reference.free_wall", is_least=True,
         tried="two hand-overs for ten requests at a time; of a request's instructions the engine "
@@ -66,7 +68,8 @@ ROWS = (
     Row("duplex against the reference's EPP: CPU a request of 220 KB", 1.0, "x",
         "duplex.request_220_kb"),
     Row("duplex against the reference's EPP: CPU an event", 1.0, "x", "duplex.event"),
-    Row("50,000 parked: release", 0.5, " s CPU", "saturated.release_cpu_s"),
+    Row("50,000 parked: release", 0.5, " s CPU", "saturated.release_cpu_s",
+        tried="0.35 to 0.66 for the same instructions, by the machine of the day."),
     Row("50,000 parked: cancel", 0.5, " s CPU", "saturated.cancel_cpu_s",
         tried="0.84 before, as below; each leaves the queue by itself and has a log line."),
     Row("50,000 parked: expire", 0.8, " s CPU", "saturated.expire_cpu_s",
