@@ -8,9 +8,9 @@ youngest request of some seconds shows how far the clocks are apart.
 Nothing comes from the future, nor is older than the longest wait; and no age is believed while the
 clocks are too far apart, nor one beyond the longest wait before they have been compared. A clock
 that is set makes all requests look old at once, and none of them may expire for that: after ours
-was set, which the monotonic clock shows, no age is believed for a window, and none later that
-reaches back into it, so that nobody goes before those that came meanwhile; where Envoy's was, none
-that is far beyond the longest wait.
+was set, which the monotonic clock shows, no age is believed for a window, nor a later one beyond
+its end, so that no request overtakes one that came in it; where Envoy's was, none that is far
+beyond the longest wait.
 """
 
 from datetime import UTC, datetime
@@ -46,10 +46,8 @@ class ArrivalClock:
         self._until_ns: int | None = None
         self._offset_ns: int | None = None
         """Of our clock to the monotonic one."""
-        self._was_set = False
-        """Whether our clock was set in this window."""
         self._believed_from_ns = -_FAR_NS
-        """When the last such window ended: who came in it has no age."""
+        """No request is older: the end of the window in which our clock was last set."""
 
     @property
     def skew_ns(self) -> int:
@@ -77,10 +75,10 @@ class ArrivalClock:
         began_ns = (since_epoch.days * 86_400 + since_epoch.seconds) * 1_000_000_000
         began_ns += since_epoch.microseconds * 1_000
         age_ns = wall_ns - began_ns
-        self._heed_setting(wall_ns - now_ns)
+        self._heed_setting(wall_ns - now_ns, now_ns)
         self._observe(age_ns, now_ns)
         skew_ns = self.skew_ns
-        if self._was_set or not -SKEW_NS_MAX <= skew_ns <= SKEW_NS_MAX:
+        if not -SKEW_NS_MAX <= skew_ns <= SKEW_NS_MAX:
             return 0
         age_ns -= skew_ns
         if age_ns > self.longest_ns + _IMPOSSIBLE_NS:
@@ -89,21 +87,18 @@ class ArrivalClock:
             return 0
         return max(0, min(age_ns - FRESH_NS, self.longest_ns, now_ns - self._believed_from_ns))
 
-    def _heed_setting(self, offset_ns: int) -> None:
+    def _heed_setting(self, offset_ns: int, now_ns: int) -> None:
         """Forget what was compared with a clock that has been set since."""
         if self._offset_ns is not None and abs(offset_ns - self._offset_ns) > FRESH_NS:
             self._before_ns = self._until_ns = None
             self._youngest_ns = _FAR_NS
-            self._was_set = True
+            self._believed_from_ns = now_ns + _WINDOW_NS
         self._offset_ns = offset_ns
 
     def _observe(self, age_ns: int, now_ns: int) -> None:
         if self._until_ns is None:
             self._until_ns = now_ns + _WINDOW_NS
         elif now_ns >= self._until_ns:
-            if self._was_set:
-                self._was_set = False
-                self._believed_from_ns = now_ns
             self._before_ns = self._youngest_ns
             self._youngest_ns = _FAR_NS
             self._until_ns = now_ns + _WINDOW_NS
