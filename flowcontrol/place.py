@@ -467,7 +467,9 @@ class Place:
         elif not self._is_heard(now_ns):
             wait_ns = self._wait_ns(now_ns)
             if wait_ns is not None:
-                self._judge(wait_ns * window.dispatched / max(1, window.area), now_ns)
+                usual_ns = self._first_tokens.usual_ns
+                waited = wait_ns / usual_ns if self.has_settlements and usual_ns else None
+                self._judge(wait_ns * window.dispatched / max(1, window.area), now_ns, waited)
 
     def _wait_ns(self, now_ns: int) -> float | None:
         """Return the mean wait inside of the cohort; None while too little of it is known."""
@@ -480,8 +482,15 @@ class Place:
             return None
         return self._residences.wait_ns()
 
-    def _judge(self, share: float, now_ns: int) -> None:
-        before, window, waited = self.requests_max, self._window, self._waited(now_ns)
+    def _judge(self, share: float, now_ns: int, waited: float | None = None) -> None:
+        """Move the limits, if need be, and begin the next window.
+
+        Args:
+            share: of what is in flight that waits inside.
+            now_ns: the time.
+            waited: how long that was on average, in usual times to first token; None: not known.
+        """
+        before, window = self.requests_max, self._window
         self.explores, self._wish = False, 0.0
         if window.tokens and window.token_ns > _SLOWER * self._least_token_ns * window.tokens:
             self._end_start()
@@ -497,16 +506,6 @@ class Place:
         else:
             self._rises = self._token_rises = 0
         self._begin(now_ns)
-
-    def _waited(self, now_ns: int) -> float | None:
-        """Return how long the cohort waited inside, in usual times to first token.
-
-        None: only settlements tell.
-        """
-        window, usual_ns = self._window, self._first_tokens.usual_ns
-        if self._is_heard(now_ns) or not window.waits or not usual_ns:
-            return None
-        return window.waits_ns / window.waits / usual_ns
 
     def _reason(self, share: float, now_ns: int) -> str:
         return f"{share:.0%} of those in flight wait inside, as {self._source(now_ns)} tell"

@@ -225,7 +225,7 @@ class TestLooks:
     def test_one_look(self) -> None:
         """Three that wait at one look of five came together by chance."""
         place = _Place(limit=20, in_flight=8)
-        place.report(Lease(Request(999), FLOW, 1, 0, Tokens(30, 10), 1.0), 0, ttft_s=0.2)
+        place.report(999, 0, ttft_s=0.2)
         for second in range(1, 60):
             place.send(2, second, output=100)
             place.look(second, waiting=3 if second % 5 == 0 else 0, running=5)
@@ -267,8 +267,7 @@ class _Place:
     def send(self, count: int, second: int, output: int) -> None:
         """Send so many, of which as many end."""
         for number in range(count):
-            lease = Lease(Request(number), FLOW, 1, 0, Tokens(30, output), 1.0)
-            self._place.charged(lease, second * SECOND)
+            self._place.charged(_lease(number, output), second * SECOND)
 
     @property
     def tokens_max(self) -> float:
@@ -285,16 +284,18 @@ class _Place:
     def serve(self, count: int, until_s: float, ttfts_s: float) -> None:
         """Send so many, and let the access log report all of them later."""
         self._place.has_settlements = True
-        leases = [Lease(Request(n), FLOW, 1, 0, Tokens(30, 10), 1.0) for n in range(count)]
-        for lease in leases:
-            self._place.charged(lease, 0)
-        for lease in leases:
-            self.report(lease, until_s, ttfts_s)
+        self.send(count, 0, output=10)
+        for number in range(count):
+            self.report(number, until_s, ttfts_s)
 
-    def report(self, lease: Lease, second: float, ttft_s: float) -> None:
+    def report(self, number: int, second: float, ttft_s: float) -> None:
         """Let the access log report one."""
-        settled = Settled(lease.request.request_id, ttft_ns=round(ttft_s * SECOND))
-        self._place.settled(lease, settled, round(second * SECOND))
+        settled = Settled(number, ttft_ns=round(ttft_s * SECOND))
+        self._place.settled(_lease(number, output=10), settled, round(second * SECOND))
+
+
+def _lease(number: int, output: int) -> Lease:
+    return Lease(Request(number), FLOW, 1, 0, Tokens(30, output), 1.0)
 
 
 class _Alone:
@@ -440,7 +441,7 @@ class TestSettlements:
     def test_waits(self, lasts_s: float, waits_s: float, limit: float | None) -> None:
         """A limit rises only while waits are short, and falls only where they are long."""
         place = _Place(limit=20, in_flight=20)
-        place.report(Lease(Request(99), FLOW, 1, 0, Tokens(30, 10), 1.0), 0, ttft_s=0.2)
+        place.report(99, 0, ttft_s=0.2)
         place.serve(8, until_s=lasts_s * 8 / 20, ttfts_s=1.5 * 0.2 + waits_s)
 
         assert place.moves == ([] if limit is None else [pytest.approx(limit, abs=2)])
