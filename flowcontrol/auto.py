@@ -59,12 +59,15 @@ What waits by chance is no queue. As many as usually wait for a step or for a pr
 standard deviations more (a Poisson number's is its root), come together now and then, so that no
 limit falls by one look. No queue either is what fills empty places at once, or was in flight when a
 limit fell: nothing is judged before that has drained. And before the first settlement nothing is
-known of answers, so that for four seconds no limit falls by metrics.
+known of answers, so that for four seconds no limit falls by metrics. Before the speed of prompts is
+known they are not paced, and a few wait to be read: then only what waits at every look is a queue.
 
 Where answers are long, a small share of the time in flight is a long wait for people; where they
 are short, a large share may be the wait for one prompt. So by settlements, which tell how long it
 was, a limit rises only while the mean wait is shorter than a first token usually takes, and falls
-only where it is longer.
+only where it is longer. Metrics tell it by how many run: if at three looks no fewer and no more,
+and others wait for twice as long as a first token usually takes, the engine batches no more. Then
+that is the limit, at every endpoint with as large a cache that has not shown more.
 
 With a reserve (`reserve`) the limit is seldom reached, so that nothing is seen of a queue that
 would be there if it were. So beyond what ran at most when a queue was last seen, the limit rises
@@ -223,6 +226,12 @@ class AutoDetector:
     def edge(self, kv_capacity: int) -> float:
         """Return how few ran where an endpoint of this size had a queue; inf: none had."""
         return min([p.edge for p in self._places.values() if p.kv_capacity == kv_capacity])
+
+    def found(self, edge: float, kv_capacity: int, now_ns: int) -> None:
+        """Let the others of this size, if it is known, stay within what their engines batch."""
+        for place in self._places.values():
+            if kv_capacity and place.kv_capacity == kv_capacity:
+                place.stay_within(edge, now_ns)
 
     def may_explore(self, place: Place) -> bool:
         """Whether a place may go further than any other has been."""

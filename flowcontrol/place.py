@@ -46,6 +46,11 @@ _SCRAPES: Final = 4
 """Looks at an endpoint in a window; before the limit first fell one, of those that see no queue."""
 _SCRAPES_LEAST: Final = 2
 """Before a limit falls: what one look sees may have come together by chance."""
+_SCRAPES_STANDING: Final = 3
+"""Before it is certain that a queue stands."""
+_FULL_BATCH, _FULL_WAIT = 0.98, 2.0
+"""An engine batches no more when the number that runs stays, within this part, while others wait
+for longer than so many usual times to first token."""
 _SETTLING_NS: Final = 500_000_000
 """Until then after a move, before the limit first fell, a look does not show it."""
 _UNKNOWN_NS: Final = 4_000_000_000
@@ -90,6 +95,9 @@ class Peers(Protocol):
     def edge(self, kv_capacity: int) -> float:
         """Return how few ran where an endpoint of this size had a queue; inf: none had."""
 
+    def found(self, edge: float, kv_capacity: int, now_ns: int) -> None:
+        """Take note that no more ran at an endpoint of this size, whatever was sent there."""
+
     def may_explore(self, place: "Place") -> bool:
         """Whether a place may go further than any other has been."""
 
@@ -104,7 +112,17 @@ class _Window:
     __slots__ = (
         *("all", "area", "began_ns", "counted_ns", "dispatched", "full_ns"),
         *("in_flight", "joined", "looked_ns", "members", "most", "most_tokens", "over"),
-        *("running", "running_most", "scrapes", "skips", "steps", "token_ns", "tokens", "top"),
+        *(
+            "running",
+            "running_least",
+            "running_most",
+            "scrapes",
+            "skips",
+            "steps",
+            "token_ns",
+            "tokens",
+            "top",
+        ),
         *("turned_away", "waiting", "waiting_least", "waits", "waits_ns"),
     )
 
@@ -129,7 +147,7 @@ class _Window:
         self.skips = skips
         """Scrapes that are too early to show the last move."""
         self.scrapes = self.waiting = self.running = self.running_most = 0
-        self.waiting_least = 0
+        self.waiting_least = self.running_least = 0
         """At any look: what stood all the time."""
 
     def look(self, load: InFlight, now_ns: int) -> None:
@@ -144,11 +162,14 @@ class _Window:
 
     def count(self, waiting: int, running: int) -> None:
         """Take in what an endpoint says of itself."""
+        is_first = not self.scrapes
         self.scrapes += 1
         self.waiting += waiting
-        if waiting < self.waiting_least or self.scrapes == 1:
-            self.waiting_least = waiting
         self.running += running
+        if waiting < self.waiting_least or is_first:
+            self.waiting_least = waiting
+        if running < self.running_least or is_first:
+            self.running_least = running
         if running > self.running_most:
             self.running_most = running
 
@@ -279,6 +300,16 @@ class Place:
             self._move(limit, reason, now_ns)
             self._begin(now_ns)
 
+    def stay_within(self, edge: float, now_ns: int) -> None:
+        """Go no further than where another had a queue, unless more have run here."""
+        limit = edge * self.endpoints
+        most = max(self.proven, self._window.running_most)
+        if self.requests_max > limit and self._ran == inf and most <= edge:
+            self._end_start()
+            self._ran = limit
+            reason = "no more run at another with as large a cache, as metrics tell"
+            self._move(limit, reason, now_ns)
+
     # What happens
 
     def charged(self, lease: Lease, now_ns: int) -> None:
@@ -362,19 +393,26 @@ class Place:
         window.count(load.waiting, load.running)
         share = self._scraped_share(window.waiting)
         is_unknown = not self._first_tokens.usual_ns
-        if share > _MANY and is_unknown and now_ns - window.began_ns < _UNKNOWN_NS:
-            return
-        looks = window.scrapes // self.endpoints
+        if share <= _MANY or not is_unknown or now_ns - window.began_ns >= _UNKNOWN_NS:
+            self._judge_looks(share, window.scrapes // self.endpoints, now_ns)
+
+    def _judge_looks(self, share: float, looks: int, now_ns: int) -> None:
+        """Judge what engines said of themselves, if they have been looked at often enough."""
+        window = self._window
         if share > _PLAIN and looks >= _SCRAPES_LEAST:
             self._judge(share, now_ns)
-            return
-        wanted = _SCRAPES
-        if self._is_starting:
-            wanted = 1 if share < _FEW else _SCRAPES_LEAST
-        stood = self._scraped_share(window.waiting_least * window.scrapes)
-        is_known = window.all >= _COHORT_FIRST or self._all_run()
-        if looks >= wanted and (is_known or stood > _MANY):
-            self._judge(share, now_ns)
+        elif looks >= _SCRAPES_STANDING and self._is_batch_full():
+            self._judge_full(now_ns)
+        else:
+            stood = self._scraped_share(window.waiting_least * window.scrapes)
+            wanted = _SCRAPES
+            if self._is_starting:
+                wanted = 1 if share < _FEW else _SCRAPES_STANDING
+                if not self._first_tokens.token_ns:  # prompts are not paced yet: they may wait
+                    share = min(share, max(stood, _AIM))
+            is_known = window.all >= _COHORT_FIRST or self._all_run()
+            if looks >= wanted and (is_known or stood > _MANY):
+                self._judge(share, now_ns)
 
     def _is_too_early(self, now_ns: int) -> bool:
         """Whether a look at an endpoint cannot show the last move yet."""
@@ -393,25 +431,44 @@ class Place:
         wanted = _REACHED_START * int(self.requests_max) * window.scrapes / self.endpoints
         return self._is_starting and not window.waiting and window.running >= wanted
 
-    def _scraped_share(self, seen: int) -> float:
-        """Return the share that waits inside, but for those that wait no longer than they must.
+    def _rate(self) -> float:
+        """Return how many were dispatched to each endpoint, 1/ns."""
+        window = self._window
+        lasted_ns = window.looked_ns - window.began_ns
+        return window.all / self.endpoints / lasted_ns if lasted_ns > 0 else 0.0
+
+    def _usual(self) -> float:
+        """Return how many wait no longer than they must, at an endpoint.
 
         That is as long as a prompt takes; and for the end of the step under way, of which each runs
         for as many as its answer has tokens: those that run, over that number, wait for that.
+        """
+        window = self._window
+        return max(
+            self._rate() * self._first_tokens.usual_ns,
+            window.running_most * window.all / max(1.0, window.steps),
+        )
+
+    def _is_batch_full(self) -> bool:
+        """Whether as many run as the engine batches, and more than must wait for one of them."""
+        window, rate, usual = self._window, self._rate(), self._usual()
+        over = window.waiting_least - usual
+        return (
+            window.most > window.running_most * self.endpoints
+            and window.running_least >= _FULL_BATCH * window.running_most
+            and over >= max(_STANDING, sqrt(usual))
+            and over > _FULL_WAIT * rate * self._first_tokens.usual_ns
+        )
+
+    def _scraped_share(self, seen: int) -> float:
+        """Return the share that waits inside, but for those that wait no longer than they must.
 
         Args:
             seen: waiting, at all looks together.
         """
         window = self._window
-        waiting = float(seen)
-        lasted_ns, usual = window.looked_ns - window.began_ns, 0.0
-        if lasted_ns > 0:
-            rate = window.all / lasted_ns
-            usual = max(
-                rate * self._first_tokens.usual_ns * window.scrapes,
-                window.running_most * window.scrapes * window.all / max(1.0, window.steps),
-            )
-            waiting = max(0.0, waiting - usual)
+        usual = self._usual() * window.scrapes
+        waiting = max(0.0, seen - usual)
         inside = seen + window.running
         share = _SCRAPED * waiting / inside if inside else 0.0
         by_chance = max(_STANDING * window.scrapes / self.endpoints, _DEVIATIONS * sqrt(usual))
@@ -507,6 +564,17 @@ class Place:
             self._rises = self._token_rises = 0
         self._begin(now_ns)
 
+    def _judge_full(self, now_ns: int) -> None:
+        """Lower the limit to what the engine batches, and begin the next window."""
+        window = self._window
+        self.explores, self._wish = False, 0.0
+        running, waiting = window.running_most, window.waiting_least
+        reason = f"no more than {running} run while {waiting} or more wait, as metrics tell"
+        self._fall(window.running_most * self.endpoints / window.most, 0.0, reason, now_ns)
+        self._edge = self._ran
+        self._peers.found(self.edge, self.kv_capacity, now_ns)
+        self._begin(now_ns)
+
     def _reason(self, share: float, now_ns: int) -> str:
         return f"{share:.0%} of those in flight wait inside, as {self._source(now_ns)} tell"
 
@@ -531,7 +599,7 @@ class Place:
             is_requests = is_tokens = True
         if is_requests:
             self._is_starting = False
-            self._ran = float(window.running_most) or window.mean * (1 - share)
+            self._ran = float(window.running_most * self.endpoints) or window.mean * (1 - share)
             self._edge = self._ran if self._is_reached(_REACHED) else inf
             limit = min(self.requests_max, max(1.0, float(window.most)))
             limit = min(limit * factor, max(self._ran, limit * _FALL_MOST))

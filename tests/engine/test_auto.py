@@ -222,6 +222,30 @@ class TestLooks:
 
         assert any(limit < 30 for limit in place.moves) == falls
 
+    @pytest.mark.parametrize(("varies", "expected"), [(0, 256), (20, None)])
+    def test_batch_is_full(self, varies: int, expected: int | None) -> None:
+        """While no more run, even a few of many wait for long: the limit is what runs.
+
+        While as many come and go, they wait for their prompts.
+        """
+        place = _Place(limit=350, in_flight=267)
+        place.report(999, 0, ttft_s=0.1)
+        for second in range(1, 4):
+            place.send(7, second, output=300)
+            place.look(second, waiting=11, running=256 - varies * (second % 2))
+
+        assert place.moves == ([] if expected is None else [expected])
+
+    def test_prompts_that_are_not_paced(self) -> None:
+        """Before the speed of prompts is known some wait to be read: they do not end the start."""
+        place = _Place(limit=16, in_flight=16)
+        place.report(999, 0, ttft_s=0.05)
+        for second, waiting in enumerate((3, 4, 0, 0, 0), 1):
+            place.send(8, second, output=30)
+            place.look(second, waiting=waiting, running=16 - waiting)
+
+        assert all(limit > 16 for limit in place.moves)
+
     def test_one_look(self) -> None:
         """Three that wait at one look of five came together by chance."""
         place = _Place(limit=20, in_flight=8)
@@ -248,16 +272,38 @@ class TestLooks:
 
         assert place.tokens_max == pytest.approx(expected, rel=0.01)
 
+    def test_stage(self) -> None:
+        """Where Envoy picks, what runs at one endpoint is not all that runs."""
+        place = _Place(limit=36, in_flight=36, endpoints=2)
+        for second in range(1, 9):
+            place.send(8, second, output=100)
+            place.look(second / 2, waiting=2, running=16)
+
+        assert place.moves == [pytest.approx(34, abs=2)]
+
+    def test_batch_of_another(self) -> None:
+        """What another of the size batches is the limit here, until more have run."""
+        place, busier = _Place(limit=30, in_flight=10), _Place(limit=30, in_flight=24)
+        busier.look(1, waiting=0, running=24)
+        for each in (place, busier):
+            each.stay_within(16, 2)
+
+        assert place.moves == [16]
+        assert busier.moves == [pytest.approx(24 * 1.35)]
+
 
 @final
 class _Place:
     """A place of its own, of which the test says what is in flight."""
 
-    def __init__(self, limit: int, in_flight: int, tokens: float = 0.0) -> None:
+    def __init__(self, limit: int, in_flight: int, tokens: float = 0.0, endpoints: int = 1) -> None:
         self.moves: list[float] = []
         """Limits on requests."""
         self._place = Place(
-            *(InFlight(in_flight, tokens), 1, limit), moved=self._moved, peers=_Alone(), now_ns=0
+            *(InFlight(in_flight, tokens), endpoints, limit),
+            moved=self._moved,
+            peers=_Alone(),
+            now_ns=0,
         )
 
     def _moved(self, what: str, before: float, after: float, reason: str, now_ns: int) -> None:
@@ -280,6 +326,10 @@ class _Place:
         """Let the endpoint say how it is."""
         seen = LoadObserved("a", waiting=waiting, kv_usage=kv_usage, running=running)
         self._place.observed(seen, round(second * SECOND))
+
+    def stay_within(self, edge: float, second: float) -> None:
+        """Let another have found how many it batches."""
+        self._place.stay_within(edge, round(second * SECOND))
 
     def serve(self, count: int, until_s: float, ttfts_s: float) -> None:
         """Send so many, and let the access log report all of them later."""
@@ -308,6 +358,9 @@ class _Alone:
     def edge(self, kv_capacity: int) -> float:
         """None is known."""
         return inf + kv_capacity
+
+    def found(self, edge: float, kv_capacity: int, now_ns: int) -> None:
+        """Nobody takes note."""
 
     def may_explore(self, place: Place) -> bool:
         """It always may."""
