@@ -35,10 +35,11 @@ The evidence degrades in steps, and each move says which it was.
 
     metrics      s from requests waiting and running, cache from its use; some seconds
     settlements  s from times to first token beyond the least for that length; with the answers
-    departures   s from how long the shortest sixth of a cohort was in flight; one limit more slowly
+    departures   s from how long the shortest took, and what more in flight gains (`blind`)
 
-Without metrics nothing tells which of the two limits is to blame for a queue. It is the one of
-which more was in flight than ever was without a queue; both, if it is both or neither.
+By settlements nothing tells which of the two limits is to blame for a queue. It is the one of
+which more was in flight than ever was without a queue; both, if it is both or neither. By
+departures there is one limit, on requests, the same at every endpoint.
 
 The start is fast and ends at the first sign: a queue, or a token taking four times the least. By
 metrics it goes in small steps, by 35 % of what was in flight and at least four requests at every
@@ -89,6 +90,7 @@ from math import inf
 from statistics import median
 from typing import Final, final
 
+from flowcontrol.blind import BlindLimit
 from flowcontrol.config import Auto
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
@@ -102,6 +104,8 @@ _FIRST: Final = 8.0
 """Requests in flight at one endpoint to begin with."""
 _SILENCE_NS, _SILENT_COMPLETIONS = 60_000_000_000, 64
 """No settlement for so long, while so many requests ended: there is no access log any more."""
+_UNHEARD_NS: Final = 10_000_000_000
+"""Nor does any endpoint say how it is, after so long."""
 _UNTRIED: Final = 12.0
 """So few that an endpoint may go there although no other has been."""
 _EXPLORERS: Final = 4
@@ -127,10 +131,13 @@ class AutoDetector:
         self._stage = stage
         self._has_settlements = False
         self._settled_ns = now_ns
+        self._heard_ns = now_ns
         self._completed = 0
         """Since the last settlement."""
         self._places: dict[str, Place] = {}
         """By address, or one for the stage where Envoy picks."""
+        self._blind: BlindLimit | None = BlindLimit(_FIRST, self._moved_blindly)
+        """While nothing but departures tells anything."""
         self._held: KeyedHeap[str, int] = KeyedHeap()
         """Places that are sent no prompt, by when they are again."""
 
@@ -179,6 +186,8 @@ class AutoDetector:
             self._places = {_STAGE: self._place_of_stage(now_ns)}
         for address in set(self._held) - set(self._places):
             self._held.discard(address)
+        if self._blind is not None:
+            self._blind.watch(self._places, now_ns)
         self.revision += 1
 
     def _place_at(self, address: str, now_ns: int) -> Place:
@@ -208,9 +217,7 @@ class AutoDetector:
     def _new_place(
         self, address: str, load: InFlight, endpoints: int, limit: float, now_ns: int
     ) -> Place:
-        place = Place(load, endpoints, limit, moved=self._moved(address), peers=self, now_ns=now_ns)
-        place.has_settlements = self._has_settlements
-        return place
+        return Place(load, endpoints, limit, moved=self._moved(address), peers=self, now_ns=now_ns)
 
     def _moved(self, address: str) -> Moved:
         def moved(what: str, before: float, after: float, reason: str, now_ns: int) -> None:
@@ -218,6 +225,11 @@ class AutoDetector:
             self.moves.note(LimitMove(now_ns, address or None, before, after, f"{what}: {reason}"))
 
         return moved
+
+    def _moved_blindly(self, before: float, after: float, reason: str, now_ns: int) -> None:
+        self.revision += 1
+        if after != before:
+            self.moves.note(LimitMove(now_ns, None, before, after, f"requests: {reason}"))
 
     def proven(self) -> float:
         """Return how many were in flight at one endpoint without a queue, at most."""
@@ -249,30 +261,38 @@ class AutoDetector:
         address = self._address_of(lease)
         place = self._places[address]
         place.charged(lease, now_ns)
+        if self._blind is not None:
+            self._blind.charged(address, lease.request.request_id, now_ns)
         if place.is_held:
             self._held.put(address, place.held_until_ns)
 
     def released(self, lease: Lease, now_ns: int) -> None:
         """Count the departure; many without a settlement mean that there is none to come."""
         self._completed += 1
-        is_silent = now_ns - self._settled_ns > _SILENCE_NS
-        if self._has_settlements and is_silent and self._completed >= _SILENT_COMPLETIONS:
-            self._go_by_settlements(is_so=False)
-        place = self._places.get(self._address_of(lease))
+        address = self._address_of(lease)
+        place = self._places.get(address)
         if place is not None:
-            place.released(lease, now_ns)
+            place.released(now_ns)
+        if self._blind is not None:
+            self._blind.released(address, lease.request.request_id, now_ns)
+        else:
+            self._notice_silence(now_ns)
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
         """Take in what a request really took."""
         self._settled_ns, self._completed = now_ns, 0
         if settled.ttft_ns is not None and not self._has_settlements:
-            self._go_by_settlements(is_so=True)
+            self._has_settlements = True
+            self._see(now_ns)
         place = self._places.get(self._address_of(lease))
         if place is not None:
             place.settled(lease, settled, now_ns)
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
         """Take in what an endpoint says of itself."""
+        if load.running is not None:
+            self._heard_ns = now_ns
+            self._see(now_ns)
         place = self._places.get(load.address) or self._places.get(_STAGE)
         if place is not None:
             place.observed(load, now_ns)
@@ -294,7 +314,21 @@ class AutoDetector:
     def _address_of(self, lease: Lease) -> str:
         return _STAGE if _STAGE in self._places else lease.endpoint or _STAGE
 
-    def _go_by_settlements(self, *, is_so: bool) -> None:
-        self._has_settlements = is_so
-        for place in self._places.values():
-            place.has_settlements = is_so
+    def _see(self, now_ns: int) -> None:
+        """Leave the limits to what tells more than departures."""
+        if self._blind is not None:
+            self._blind.end(now_ns)
+            self._blind = None
+
+    def _notice_silence(self, now_ns: int) -> None:
+        """Go by departures if nothing else tells anything any more."""
+        if now_ns - self._settled_ns > _SILENCE_NS and self._completed >= _SILENT_COMPLETIONS:
+            self._has_settlements = False
+        if self._has_settlements or now_ns - self._heard_ns < _UNHEARD_NS or not self._places:
+            return
+        places = self._places.values()
+        usual = median([place.requests_max / place.endpoints for place in places])
+        is_starting = all(place.is_starting for place in places)
+        self._blind = BlindLimit(usual, self._moved_blindly, is_starting=is_starting)
+        self._blind.watch(self._places, now_ns)
+        self.revision += 1

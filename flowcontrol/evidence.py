@@ -1,4 +1,4 @@
-"""Pure. Two estimators of queueing delay, used by `adaptive`.
+"""Pure. Two estimators of queueing delay, used by `adaptive`, the second by `blind`, too.
 
 Both judge a cohort by what exceeds the least ever seen. The least may become outdated, by a slower
 model or longer answers, so it grows a little with each cohort, and can be learnt again.
@@ -145,7 +145,7 @@ class Residences:
     def settled(self, lease: Lease, settled: Settled, *, is_member: bool) -> None:
         """Return none."""
 
-    def wait_ns(self) -> float | None:
+    def wait_ns(self) -> float:
         """Return by how much the shortest exceeded the least."""
         shortest = self._shortest()
         self._least = shortest if self._least is None else min(self._least, shortest)

@@ -9,7 +9,6 @@ from math import inf, sqrt
 from typing import Final, Protocol, final
 
 from flowcontrol.events import LoadObserved, Settled
-from flowcontrol.evidence import Residences
 from flowcontrol.flow import Lease
 from flowcontrol.pool import InFlight
 from flowcontrol.prefill import FirstTokenTimes
@@ -110,7 +109,7 @@ class _Window:
     """What has happened since the limits last moved."""
 
     __slots__ = (
-        *("all", "area", "began_ns", "counted_ns", "dispatched", "full_ns"),
+        *("all", "area", "began_ns", "counted_ns", "dispatched"),
         *("in_flight", "joined", "looked_ns", "members", "most", "most_tokens", "over"),
         *(
             "running",
@@ -143,7 +142,7 @@ class _Window:
         self.top = in_flight
         """Most in flight since it began: who makes it more, below the limit, fills an empty place.
         """
-        self.began_ns = self.counted_ns = self.looked_ns = self.full_ns = now_ns
+        self.began_ns = self.counted_ns = self.looked_ns = now_ns
         self.skips = skips
         """Scrapes that are too early to show the last move."""
         self.scrapes = self.waiting = self.running = self.running_most = 0
@@ -212,7 +211,6 @@ class Place:
         self.endpoints = endpoints
         self.requests_max = requests_max
         self.tokens_max = inf
-        self.has_settlements = False
         self.is_held = False
         """Whether prompts that were sent there have to be read first."""
         self.held_until_ns = now_ns
@@ -221,7 +219,6 @@ class Place:
         self._is_starting = True
         self._tokens_start = True
         self._first_tokens = FirstTokenTimes()
-        self._residences = Residences()
         self._moved = moved
         self._peers = peers
         self.kv_capacity = 0
@@ -276,8 +273,17 @@ class Place:
         """Begin with what another of the same stage knows."""
         self._is_starting = other._is_starting  # noqa: SLF001 - one of us
         self._tokens_start = other._tokens_start  # noqa: SLF001 - as above
-        self.has_settlements = other.has_settlements
         self.tokens_max = other.tokens_max * self.endpoints / other.endpoints
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether its limit on requests has never fallen."""
+        return self._is_starting
+
+    def allow(self, requests: float, now_ns: int) -> None:
+        """Set the limit at each endpoint, of which nothing but departures tells."""
+        self.requests_max = max(1.0, requests * self.endpoints)
+        self._begin(now_ns)
 
     def scale(self, endpoints: int, now_ns: int) -> None:
         """Follow the number of endpoints."""
@@ -332,8 +338,6 @@ class Place:
         window.dispatched += 1
         if window.joined < self._wanted + window.dispatched // 8:
             window.joined += 1
-            if window.joined == self._wanted:
-                window.full_ns = now_ns
             window.members[lease.request.request_id] = now_ns
 
     def _hold(self, lease: Lease, now_ns: int) -> None:
@@ -345,13 +349,9 @@ class Place:
         self.held_until_ns = self._read_ns - round(_BACKLOG * self._first_tokens.usual_ns)
         self.is_held = self.held_until_ns > now_ns
 
-    def released(self, lease: Lease, now_ns: int) -> None:
+    def released(self, now_ns: int) -> None:
         """Count a departure."""
         self._window.look(self.load, now_ns)
-        since_ns = self._window.members.get(lease.request.request_id)
-        if since_ns is not None and not self.has_settlements:
-            self._residences.released(now_ns - since_ns)
-            self._end(lease, now_ns)
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
         """Take in what a request really took."""
@@ -373,8 +373,7 @@ class Place:
         if waited_ns is not None:
             window.waits_ns += waited_ns
             window.waits += 1
-        if self.has_settlements:  # else its departure is what tells
-            self._end(lease, now_ns)
+        self._end(lease, now_ns)
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
         """Take in what an endpoint says of itself."""
@@ -500,8 +499,6 @@ class Place:
 
     @property
     def _wanted(self) -> int:
-        if not self.has_settlements:
-            return self._residences.cohort
         return _COHORT_FIRST if self._is_starting else _COHORT
 
     def _is_heard(self, now_ns: int) -> bool:
@@ -509,7 +506,6 @@ class Place:
 
     def _begin(self, now_ns: int) -> None:
         self._first_tokens.fade()
-        self._residences.begin()
         self._window = _Window(now_ns, self.load.requests, self.endpoints)
 
     def _end(self, lease: Lease, now_ns: int) -> None:
@@ -522,22 +518,17 @@ class Place:
             self._fall(_TURNED_AWAY_FALL, 0.0, reason, now_ns)
             self._begin(now_ns)
         elif not self._is_heard(now_ns):
-            wait_ns = self._wait_ns(now_ns)
+            wait_ns = self._wait_ns()
             if wait_ns is not None:
                 usual_ns = self._first_tokens.usual_ns
-                waited = wait_ns / usual_ns if self.has_settlements and usual_ns else None
+                waited = wait_ns / usual_ns if usual_ns else None
                 self._judge(wait_ns * window.dispatched / max(1, window.area), now_ns, waited)
 
-    def _wait_ns(self, now_ns: int) -> float | None:
+    def _wait_ns(self) -> float | None:
         """Return the mean wait inside of the cohort; None while too little of it is known."""
         window = self._window
-        if self.has_settlements:
-            is_known = window.over >= _COHORT_KNOWN * self._wanted and window.waits
-            return window.waits_ns / window.waits if is_known else None
-        full_ns = now_ns - window.full_ns if window.joined >= self._wanted else 0
-        if not self._residences.is_enough(window.over, self._wanted, full_ns):
-            return None
-        return self._residences.wait_ns()
+        is_known = window.over >= _COHORT_KNOWN * self._wanted and window.waits
+        return window.waits_ns / window.waits if is_known else None
 
     def _judge(self, share: float, now_ns: int, waited: float | None = None) -> None:
         """Move the limits, if need be, and begin the next window.
@@ -579,9 +570,7 @@ class Place:
         return f"{share:.0%} of those in flight wait inside, as {self._source(now_ns)} tell"
 
     def _source(self, now_ns: int) -> str:
-        if self._is_heard(now_ns):
-            return "metrics"
-        return "settlements" if self.has_settlements else "departures"
+        return "metrics" if self._is_heard(now_ns) else "settlements"
 
     def _end_start(self) -> None:
         if self._is_starting:
@@ -623,7 +612,7 @@ class Place:
             self._ran *= _FORGOTTEN
         if not self._is_heard(now_ns) and window.most_tokens >= _REACHED * self.tokens_max:
             self._token_rises += window.is_long
-            step = _START if self._tokens_start else _step(self._token_rises)
+            step = _START if self._tokens_start else step_after(self._token_rises)
             self._move_tokens(self.tokens_max * step, reason, now_ns)
 
     def _is_reached(self, part: float) -> bool:
@@ -632,7 +621,7 @@ class Place:
 
     def _raised(self, share: float, now_ns: int) -> float:
         """Return the next limit on requests."""
-        step, least = _step(self._rises), _STEP_MIN
+        step, least = step_after(self._rises), _STEP_MIN
         if self._rises < _PATIENCE:
             step = min(step, 1 + _AIM - share)
         if self._is_starting:
@@ -668,10 +657,7 @@ class Place:
 
     def _learn_anew(self) -> None:
         self._fell_from = None
-        if self.has_settlements:
-            self._first_tokens.forget()
-        else:
-            self._residences.learn_anew()
+        self._first_tokens.forget()
 
     def _move(self, limit: float, reason: str, now_ns: int) -> None:
         before = self.requests_max
@@ -685,7 +671,7 @@ class Place:
         self._moved("tokens", before, self.tokens_max, reason, now_ns)
 
 
-def _step(rises: int) -> float:
+def step_after(rises: int) -> float:
     """Return by how much a limit grows after so many rises in a row."""
     doublings = rises // _PATIENCE
     if doublings > _DOUBLINGS_MAX:

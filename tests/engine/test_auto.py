@@ -333,7 +333,6 @@ class _Place:
 
     def serve(self, count: int, until_s: float, ttfts_s: float) -> None:
         """Send so many, and let the access log report all of them later."""
-        self._place.has_settlements = True
         self.send(count, 0, output=10)
         for number in range(count):
             self.report(number, until_s, ttfts_s)

@@ -1,0 +1,359 @@
+"""Pure. The limit of a stage of which nothing is known but when requests leave: a part of `auto`.
+
+Two things can be told from that, and each alone misleads.
+
+How long the shortest sixth of a cohort were in flight (`evidence.Residences`). Where requests wait
+inside, that wait is in every time, and beside the shortest it is large. It disturbs nobody and is
+known soon, so it moves the limit usually. But a token takes longer the more others are generated
+with it, so the shortest grow, too, where nobody waits: at 64 in flight at a large engine they are
+three times as long as at 8.
+
+What more in flight gains. Half of the endpoints are sent more for a while, half less, then the
+other way round, so that neither the traffic of the moment nor unequal endpoints make a difference.
+With X requests leaving a second at n in flight, the gain is
+
+    e = ln (X'/X) / ln (n'/n)
+
+1 where nobody is in another's way, 0 where more in flight only waits longer, below where caches
+overflow and work is done twice. But it costs time and some of the output, and of N departures from
+each half at each time the error is 1 / (sqrt(N) ln (n'/n)). One endpoint, or a stage that Envoy
+picks from, is its own other half: first it has more, then less.
+
+So the shortest decide; but before a first fall, and where for a while they have said neither, the
+gain is asked. Is it large, requests were only slower, and as they are now is the least. Else an
+edge is found, and near it the shortest are believed.
+
+What it does not see: prompts, caches, and what in the traffic changes within one comparison.
+"""
+
+from collections.abc import Callable, Mapping
+from math import exp, inf, log, sqrt
+from typing import Final, final
+
+from flowcontrol.evidence import Residences
+from flowcontrol.place import Place, step_after
+
+_START: Final = 1.5
+"""Growth before the first fall."""
+_REACHED: Final = 0.85
+"""Part of a limit that must have been in flight on average, for it to rise."""
+_FALL_MOST, _FALL = 0.5, 2.0
+"""A limit falls by so many times what too many wait, and to this part of it at most."""
+_UNDECIDED, _UNDECIDED_NEAR = 4, 16
+"""Cohorts in a row that tell neither way, until the gain is asked; and near an edge."""
+_NEAR: Final = 1.5
+"""A limit is near an edge up to so many times it, and down to that part of it."""
+_MORE: Final = 1.3
+"""In a comparison one half has so many times the limit, the other that part of it."""
+_DEPARTURES: Final = 32
+"""From each half at each time."""
+_COMPARED_LEAST: Final = 0.15
+"""Logarithm of n'/n that can show anything."""
+_GAIN: Final = 0.35
+"""Less is not worth it: two thirds of what is added only wait."""
+_CERTAIN, _PAIRS = 0.2, 3
+"""Error at which a gain is asked no further, and how often it is asked at most."""
+_BY_GAIN, _RISE_MOST, _FALL_MOST_BY_GAIN = 2.0, log(1.5), log(0.75)
+"""The logarithm of a limit moves by so many times what the gain is beyond `_GAIN`, within these."""
+
+
+@final
+class _Cohort:
+    """The first to be dispatched once as many are in flight as may be.
+
+    Args:
+        shortest: what is known of earlier cohorts; takes in this one.
+        might: how many may be in flight.
+        in_flight: how many are.
+        now_ns: the time.
+    """
+
+    def __init__(self, shortest: Residences, might: int, in_flight: int, now_ns: int) -> None:
+        self._shortest = shortest
+        self._might = might
+        self._in_flight = in_flight
+        self._filling = max(0, might - in_flight)
+        """Dispatches that fill empty places, which is no queue."""
+        self._members: dict[int, int] = {}
+        """Those in flight, by id, and when they were dispatched."""
+        self._joined = self._over = self._dispatched = 0
+        self._area = 0.0
+        """Requests in flight x ns."""
+        self._since_ns = self._looked_ns = self._full_ns = now_ns
+        self.most = in_flight
+        shortest.begin()
+
+    def _look(self, now_ns: int) -> None:
+        self._area += self._in_flight * (now_ns - self._looked_ns)
+        self._looked_ns = now_ns
+
+    def charged(self, request_id: int, now_ns: int) -> None:
+        """Count a dispatch."""
+        self._look(now_ns)
+        self._in_flight += 1
+        self.most = max(self.most, self._in_flight)
+        if self._filling > 0:
+            self._filling -= 1
+            return
+        if not self._dispatched:
+            self._area, self._since_ns = 0.0, now_ns
+        self._dispatched += 1
+        if self._joined < self._shortest.cohort:
+            self._joined += 1
+            self._full_ns = now_ns
+            self._members[request_id] = now_ns
+
+    def released(self, request_id: int, now_ns: int) -> bool:
+        """Count a departure; return whether the cohort can be judged now."""
+        self._look(now_ns)
+        self._in_flight -= 1
+        since_ns = self._members.pop(request_id, None)
+        if since_ns is None:
+            return False
+        self._shortest.released(now_ns - since_ns)
+        self._over += 1
+        cohort = self._shortest.cohort
+        full_ns = now_ns - self._full_ns if self._joined == cohort else 0
+        return self._shortest.is_enough(self._over, cohort, full_ns)
+
+    def share(self) -> float:
+        """Return the share of those in flight that waits inside."""
+        wait_ns = self._shortest.wait_ns()
+        return wait_ns * self._dispatched / max(1.0, self._area)
+
+    def is_reached(self) -> bool:
+        """Whether as many were in flight as might be."""
+        return self._area >= _REACHED * self._might * (self._looked_ns - self._since_ns)
+
+
+@final
+class _Half:
+    """What was in flight at some of the endpoints and how many left, with less [0] and more [1]."""
+
+    def __init__(self, endpoints: int, in_flight: int) -> None:
+        self.endpoints = endpoints
+        self.in_flight = in_flight
+        self.area = [0.0, 0.0]
+        """Requests in flight x ns."""
+        self.lasted_ns = [0, 0]
+        self.left = [0, 0]
+        self.settling = 0
+        """Departures until those in flight were all sent with the present limit."""
+
+
+@final
+class _Comparison:
+    """Half of the endpoints with more in flight, half with less, and then the other way round."""
+
+    def __init__(self, halves: list[_Half], limit: float, now_ns: int) -> None:
+        self._halves = halves
+        self._limit = limit
+        self._looked_ns = now_ns
+        self._has_more = 0
+        """Which half."""
+        self.pairs = 0
+        """How often each has had more."""
+        self._settle()
+
+    def limit_of(self, half: int) -> float:
+        """Return how many may be in flight at each endpoint of a half."""
+        return self._limit * _MORE if half == self._has_more else self._limit / _MORE
+
+    def _settle(self) -> None:
+        for number, half in enumerate(self._halves):
+            might = int(self.limit_of(number) * half.endpoints)
+            half.settling = 1 + min(half.in_flight, might)
+
+    def _is_settled(self) -> bool:
+        return max([half.settling for half in self._halves]) <= 0
+
+    def _look(self, now_ns: int) -> None:
+        lasted_ns = now_ns - self._looked_ns
+        self._looked_ns = now_ns
+        if self._is_settled():
+            for number, half in enumerate(self._halves):
+                turn = int(number == self._has_more)
+                half.area[turn] += half.in_flight * lasted_ns
+                half.lasted_ns[turn] += lasted_ns
+
+    def charged(self, half: int, now_ns: int) -> None:
+        """Count a dispatch."""
+        self._look(now_ns)
+        self._halves[half].in_flight += 1
+
+    def released(self, half: int, now_ns: int) -> bool:
+        """Count a departure; return whether it is the other half's turn to have more."""
+        self._look(now_ns)
+        own = self._halves[half]
+        own.in_flight -= 1
+        if not self._is_settled():
+            own.settling -= 1
+            return False
+        own.left[int(half == self._has_more)] += 1
+        enough, last = _DEPARTURES * (self.pairs + 1), self._has_more
+        known = [each.left[int(number == last)] for number, each in enumerate(self._halves)]
+        return min(known) >= enough
+
+    def turn(self) -> bool:
+        """Let the other half have more; return whether each has had it as often now."""
+        self._has_more = 1 - self._has_more
+        self.pairs += not self._has_more
+        self._settle()
+        return not self._has_more
+
+    def gain(self) -> tuple[float, float] | None:
+        """Return what more in flight gains, and its standard error; None: it cannot be told."""
+        left, in_flight, variance = 0.0, 0.0, 0.0
+        for half in self._halves:
+            if min(half.area) <= 0:
+                return None  # all left at once
+            slower = log(half.lasted_ns[1] / half.lasted_ns[0])
+            left += log(half.left[1] / half.left[0]) - slower
+            in_flight += log(half.area[1] / half.area[0]) - slower
+            variance += 1 / half.left[0] + 1 / half.left[1]
+        if in_flight < _COMPARED_LEAST * len(self._halves):
+            return None
+        return left / in_flight, sqrt(variance) / in_flight
+
+    def is_reached(self) -> bool:
+        """Whether, where more might be in flight, as many were."""
+        might = [self._limit * _MORE * half.endpoints for half in self._halves]
+        were = [half.area[1] / half.lasted_ns[1] for half in self._halves]
+        return sum(were) >= _REACHED * sum(might)
+
+
+Moved = Callable[[float, float, str, int], None]
+"""Takes what became of the limit at each endpoint: from, to, why and when."""
+
+
+@final
+class BlindLimit:
+    """One limit for all endpoints of a stage. O(log cohort) an event, O(endpoints) a move.
+
+    Args:
+        limit: on requests at each endpoint, to begin with.
+        moved: called with every move, once the places have their limits.
+        is_starting: whether it has never fallen.
+    """
+
+    def __init__(self, limit: float, moved: Moved, *, is_starting: bool = True) -> None:
+        self._limit = limit
+        self._moved = moved
+        self._is_starting = is_starting
+        self._places: Mapping[str, Place] = {}
+        self._half_of: dict[str, int] = {}
+        self._shortest = Residences()
+        self._cohort = _Cohort(self._shortest, 0, 0, 0)
+        self._comparison: _Comparison | None = None
+        self._edge = 0.0
+        """The limit at which more gained too little when it was last asked; 0: it was not."""
+        self._rises = self._undecided = 0
+        """In a row."""
+
+    def watch(self, places: Mapping[str, Place], now_ns: int) -> None:
+        """Begin anew with these places: by address, or one for all endpoints."""
+        self._places = places
+        self._half_of = {address: number % 2 for number, address in enumerate(sorted(places))}
+        self._begin(now_ns)
+
+    def end(self, now_ns: int) -> None:
+        """Leave the places with the same limit for each."""
+        self._begin(now_ns)
+
+    def charged(self, address: str, request_id: int, now_ns: int) -> None:
+        """Count a dispatch."""
+        if self._comparison is None:
+            self._cohort.charged(request_id, now_ns)
+        else:
+            self._comparison.charged(self._half_of[address], now_ns)
+
+    def released(self, address: str, request_id: int, now_ns: int) -> None:
+        """Count a departure, and judge when enough is known."""
+        half = self._half_of.get(address)
+        if half is None:
+            return
+        if self._comparison is None:
+            if self._cohort.released(request_id, now_ns):
+                self._judge(now_ns)
+        elif self._comparison.released(half, now_ns):
+            self._turn(self._comparison, now_ns)
+
+    def _begin(self, now_ns: int) -> None:
+        """Begin a cohort, with the same limit at every endpoint."""
+        self._comparison = None
+        endpoints = sum([place.endpoints for place in self._places.values()])
+        in_flight = sum([place.load.requests for place in self._places.values()])
+        might = int(self._limit * endpoints)
+        self._cohort = _Cohort(self._shortest, might, in_flight, now_ns)
+        for place in self._places.values():
+            place.allow(self._limit, now_ns)
+
+    def _compare(self, now_ns: int) -> None:
+        """Ask what more in flight gains."""
+        self._rises = self._undecided = 0
+        halves = [_Half(0, 0) for _ in set(self._half_of.values())]
+        for address, place in self._places.items():
+            half = halves[self._half_of[address]]
+            half.endpoints += place.endpoints
+            half.in_flight += place.load.requests
+        self._comparison = _Comparison(halves, self._limit, now_ns)
+        self._allow(self._comparison, now_ns)
+
+    def _allow(self, comparison: _Comparison, now_ns: int) -> None:
+        for address, place in self._places.items():
+            place.allow(comparison.limit_of(self._half_of[address]), now_ns)
+        self._moved(self._limit, self._limit, "compared", now_ns)
+
+    def _judge(self, now_ns: int) -> None:
+        """Move the limit by how long the shortest were in flight, or ask for more."""
+        cohort, limit = self._cohort, self._limit
+        share, is_reached = cohort.share(), cohort.is_reached()
+        is_near = limit / _NEAR < self._edge < limit * _NEAR
+        reason = f"{share:.0%} of those in flight wait inside, as departures tell"
+        if share < self._shortest.few:
+            self._undecided = 0
+            if is_reached:
+                self._rises += 1
+                self._move(limit * (_START if self._is_starting else step_after(self._rises)))
+        elif share < self._shortest.many:
+            self._rises = 0
+            self._undecided += is_reached
+        elif is_near:
+            self._rises = self._undecided = 0
+            endpoints = sum([place.endpoints for place in self._places.values()])
+            by = _FALL * (share - self._shortest.aim)
+            self._move(min(limit, cohort.most / endpoints) * max(_FALL_MOST, 1 - by))
+        elif is_reached:
+            self._undecided = _UNDECIDED_NEAR
+        if self._undecided >= (_UNDECIDED_NEAR if is_near else _UNDECIDED):
+            self._compare(now_ns)
+            return
+        self._begin(now_ns)
+        self._moved(limit, self._limit, reason, now_ns)
+
+    def _turn(self, comparison: _Comparison, now_ns: int) -> None:
+        """Let the other half have more, or go by what was gained."""
+        found = comparison.gain() if comparison.turn() else (_GAIN, inf)
+        if found is None:
+            self._begin(now_ns)
+            return
+        gain, error = found
+        beyond, is_known = gain - _GAIN, error < _CERTAIN or comparison.pairs == _PAIRS
+        if abs(beyond) < error and not is_known:
+            self._allow(comparison, now_ns)
+            return
+        limit = self._limit
+        if beyond <= 0:
+            self._is_starting = False
+            self._edge = limit
+            self._move(limit * exp(max(_FALL_MOST_BY_GAIN, _BY_GAIN * beyond)))
+        else:
+            self._shortest.learn_anew()
+            if comparison.is_reached():
+                self._move(limit * exp(min(_RISE_MOST, _BY_GAIN * beyond)))
+        self._begin(now_ns)
+        reason = f"a tenth more in flight gains {gain / 10:.1%}, as departures tell"
+        self._moved(limit, self._limit, reason, now_ns)
+
+    def _move(self, limit: float) -> None:
+        self._limit = max(1.0, limit)

@@ -1,0 +1,239 @@
+"""The limit of a stage by departures alone."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowcontrol.auto import AutoDetector
+from flowcontrol.config import Auto, ControllerConfig, Picker, Role
+from flowcontrol.controller import FlowController
+from flowcontrol.events import Arrived, EndpointsChanged, Left, LoadObserved, Settled
+from flowcontrol.request import Request
+from flowcontrol.simulation.distributions import Lognormal
+from flowcontrol.simulation.model_server import ModelServerConfig
+from flowcontrol.simulation.plan import Plan
+from flowcontrol.simulation.pool import ServerSpec
+from flowcontrol.simulation.workload import Independent, Poisson, Workload
+from flowcontrol.simulation.world import World
+from tests.support.overloads import MINUTE, SECOND
+
+SMALL = ModelServerConfig()
+"""Runs 16 at once, each at 16 in flight at a third of its speed alone."""
+LARGE = replace(
+    SMALL,
+    sequences_max=256,
+    kv_tokens=512 * 1024,
+    batched_tokens_max=8192,
+    step_base_ns=15_000_000,
+    sequence_ns=200_000,
+    prefill_token_ns=40_000,
+    context_token_ns=20,
+)
+"""At 64 in flight a token takes three times as long as alone, and nobody waits inside."""
+NARROW = replace(LARGE, kv_tokens=24 * 1024)
+"""The same, but forty fill its cache."""
+
+
+def _limits(
+    server: ModelServerConfig, picker: Picker = Picker.LEAST_LOADED, minutes: int = 6
+) -> list[float]:
+    """Return the limit at each endpoint after every move, with more to do than can be done."""
+    engine = FlowController(ControllerConfig(detectors=(Auto(),), picker=picker), 0)
+    plan = Plan(
+        duration_ns=minutes * MINUTE,
+        servers=tuple(ServerSpec(address=f"s{number}", config=server) for number in range(4)),
+        workloads=(
+            Workload(
+                name="job",
+                arrivals=Poisson(100),
+                lengths=Independent(Lognormal(300, 0.7, 2000), Lognormal(100, 0.6, 700)),
+            ),
+        ),
+        settlement_delay_ns=None,
+        scrape_interval_ns=None,
+    )
+    World(engine, plan, 1).run_until(minutes * MINUTE)
+    return [move.after for move in _detector(engine).moves.latest]
+
+
+def _detector(engine: FlowController) -> AutoDetector:
+    (detector,) = engine.pool.detectors[Role.BOTH]
+    assert isinstance(detector, AutoDetector)
+    return detector
+
+
+@pytest.mark.slow
+class TestFound:
+    """What an engine can do is found, as far as departures tell."""
+
+    @pytest.mark.parametrize(
+        ("server", "least", "most"), [(SMALL, 10, 26), (LARGE, 40, 250), (NARROW, 16, 60)]
+    )
+    @pytest.mark.parametrize("picker", [Picker.LEAST_LOADED, Picker.OFF])
+    def test_limit(
+        self, server: ModelServerConfig, picker: Picker, least: float, most: float
+    ) -> None:
+        """It stops where more in flight gains little, and not before."""
+        limits = _limits(server, picker)
+
+        assert least <= limits[-1] <= most
+        assert max(limits) <= 2 * most
+
+
+class _Pool:
+    """Two endpoints that serve at a fixed rate each, however many are in flight, or faster.
+
+    Args:
+        gain: how much more is served with twice as much in flight, as an exponent of two.
+    """
+
+    def __init__(self, gain: float, endpoints: int = 2) -> None:
+        self.engine = FlowController(
+            ControllerConfig(detectors=(Auto(),), picker=Picker.LEAST_LOADED), 0
+        )
+        self.addresses = tuple(f"s{number}" for number in range(endpoints))
+        self.engine.handle(EndpointsChanged(self.addresses), 0)
+        self._gain = gain
+        self._now_ns = 0
+        self._asked = 0
+        self._at: dict[str, list[int]] = {address: [] for address in self.addresses}
+        self._due: dict[str, float] = dict.fromkeys(self.addresses, 0.0)
+
+    @property
+    def limits(self) -> list[int]:
+        """The limit at each endpoint."""
+        return [_detector(self.engine).limit_of(address) for address in self.addresses]
+
+    def run(self, seconds: float) -> None:
+        """Serve first come, first served, with always more to do."""
+        end_ns = self._now_ns + round(seconds * SECOND)
+        while self._now_ns < end_ns:
+            self._now_ns += SECOND // 100
+            self._fill()
+            for address, inside in self._at.items():
+                self._due[address] += 0.1 * max(1, len(inside)) ** self._gain
+                while self._due[address] >= 1 and inside:
+                    self._due[address] -= 1
+                    self.engine.handle(Left(inside.pop(0)), self._now_ns)
+
+    def run_to_comparison(self) -> None:
+        """Serve until half of the endpoints have more."""
+        for _ in range(600):
+            self.run(0.5)
+            if len(set(self.limits)) == 2:
+                return
+        pytest.fail("no comparison")
+
+    def replace_all(self, times: int) -> None:
+        """Let one at each endpoint leave, and another come, all at the same time."""
+        for _ in range(times):
+            for inside in self._at.values():
+                self.engine.handle(Left(inside.pop(0)), self._now_ns)
+            self._fill()
+
+    def _fill(self) -> None:
+        while self.engine.waiting < 8:
+            self.engine.handle(Arrived(Request(self._asked)), self._now_ns)
+            self._asked += 1
+        for decision in self.engine.poll(self._now_ns):
+            assert decision.endpoint is not None
+            self._at[decision.endpoint].append(decision.request_id)
+
+
+class TestGain:
+    """More in flight at half of the endpoints shows what more in flight gains."""
+
+    @pytest.mark.parametrize(("gain", "rises"), [(0.9, True), (0.0, False)])
+    def test_direction(self, gain: float, *, rises: bool) -> None:
+        """Where it gains, the limit rises; where it only waits longer, it does not."""
+        pool = _Pool(gain)
+        pool.run(100)
+
+        assert (min(pool.limits) > 16) == rises
+        assert max(pool.limits) < (10_000 if rises else 16)
+
+    def test_halves(self) -> None:
+        """While it is asked one half has more, and a word of an endpoint ends it at once."""
+        pool = _Pool(0.0)
+        pool.run_to_comparison()
+        few, many = sorted(pool.limits)
+        assert many / few == pytest.approx(1.3**2, abs=0.3)
+
+        heard = LoadObserved("s0", waiting=0, running=1, kv_usage=0.1)
+        pool.engine.handle(heard, round(900 * SECOND))
+        assert len(set(pool.limits)) == 1
+        assert few < pool.limits[0] < many
+
+    def test_at_once(self) -> None:
+        """What leaves in no time tells nothing, and divides nothing."""
+        pool = _Pool(0.0)
+        pool.run_to_comparison()
+        pool.replace_all(300)
+
+        assert len(set(pool.limits)) == 1
+
+    def test_endpoints_change(self) -> None:
+        """Whoever comes or goes meanwhile, all limits are one again, and it goes on."""
+        pool = _Pool(0.0, endpoints=3)
+        pool.run_to_comparison()
+        pool.addresses = pool.addresses[:2]
+        pool.engine.handle(EndpointsChanged(pool.addresses), round(301 * SECOND))
+        assert len(set(pool.limits)) == 1
+
+
+_STEPS = st.one_of(
+    st.tuples(st.just("serve"), st.integers(1, 400), st.integers(0, 3)),
+    st.tuples(st.just("end all"), st.just(0), st.integers(0, 1)),
+    st.tuples(st.just("endpoints"), st.integers(1, 5), st.just(0)),
+)
+"""What, how many, and so many ms after each."""
+
+
+class TestAnything:
+    """Whatever leaves when, at the same time or never."""
+
+    @given(st.lists(_STEPS, min_size=1, max_size=30))
+    def test_limits(self, steps: list[tuple[str, int, int]]) -> None:
+        """There is always room for one, and no more is sent than the limits allow."""
+        engine = FlowController(
+            ControllerConfig(detectors=(Auto(),), picker=Picker.LEAST_LOADED), 0
+        )
+        inside: list[int] = []
+        now_ns, asked = 0, 0
+        engine.handle(EndpointsChanged(("s0", "s1")), now_ns)
+        for what, count, ms in steps:
+            if what == "endpoints":
+                engine.handle(
+                    EndpointsChanged(tuple(f"s{number}" for number in range(count))), now_ns
+                )
+            for _ in range(count if what == "serve" else 1):
+                now_ns += ms * 1_000_000
+                for _ in range(len(inside) if what == "end all" else 1):
+                    if inside:
+                        engine.handle(Left(inside.pop(0)), now_ns)
+                engine.handle(Arrived(Request(asked)), now_ns)
+                asked += 1
+                limit, before = _detector(engine).limit, len(inside)
+                inside += [decision.request_id for decision in engine.poll(now_ns)]
+                assert limit >= 1
+                assert len(inside) <= max(limit, before)
+        assert engine.in_flight == len(inside)
+
+
+class TestSilence:
+    """Evidence that stops coming is missed, and departures are all that is left."""
+
+    def test_log_stops(self) -> None:
+        """Without a settlement for a minute, while requests end, the limit goes by departures."""
+        pool = _Pool(0.9)
+        pool.engine.handle(Arrived(Request(1_000_000)), 0)
+        pool.engine.poll(0)
+        pool.engine.handle(Settled(1_000_000, ttft_ns=SECOND // 10), 0)
+        pool.run(30)
+        assert max(pool.limits) == 8
+
+        pool.run(90)
+        assert min(pool.limits) > 8
+        assert "departures" in _detector(pool.engine).moves.latest[-1].reason
