@@ -104,8 +104,8 @@ _FIRST: Final = 8.0
 """Requests in flight at one endpoint to begin with."""
 _SILENCE_NS, _SILENT_COMPLETIONS = 60_000_000_000, 64
 """No settlement for so long, while so many requests ended: there is no access log any more."""
-_UNHEARD_NS: Final = 10_000_000_000
-"""Nor does any endpoint say how it is, after so long."""
+_UNHEARD_NS, _FIRST_WORD_NS = 10_000_000_000, 2_000_000_000
+"""Nor does any endpoint say how it is, after so long; at the beginning it would have by then."""
 _UNTRIED: Final = 12.0
 """So few that an endpoint may go there although no other has been."""
 _EXPLORERS: Final = 4
@@ -131,12 +131,12 @@ class AutoDetector:
         self._stage = stage
         self._has_settlements = False
         self._settled_ns = now_ns
-        self._heard_ns = now_ns
+        self._heard_ns = now_ns + _FIRST_WORD_NS - _UNHEARD_NS
         self._completed = 0
         """Since the last settlement."""
         self._places: dict[str, Place] = {}
         """By address, or one for the stage where Envoy picks."""
-        self._blind: BlindLimit | None = BlindLimit(_FIRST, self._moved_blindly)
+        self._blind: BlindLimit | None = None
         """While nothing but departures tells anything."""
         self._held: KeyedHeap[str, int] = KeyedHeap()
         """Places that are sent no prompt, by when they are again."""

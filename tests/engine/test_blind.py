@@ -225,6 +225,15 @@ class TestAnything:
 class TestSilence:
     """Evidence that stops coming is missed, and departures are all that is left."""
 
+    def test_beginning(self) -> None:
+        """Two seconds are left to endpoints and the log to say their first word."""
+        pool = _Pool(0.9)
+        pool.run(1.9)
+        assert set(pool.limits) == {8}
+
+        pool.run(90)
+        assert min(pool.limits) > 8
+
     def test_log_stops(self) -> None:
         """Without a settlement for a minute, while requests end, the limit goes by departures."""
         pool = _Pool(0.9)
