@@ -270,7 +270,7 @@ class BlindLimit:
     def released(self, address: str, request_id: int, now_ns: int) -> None:
         """Count a departure, and judge when enough is known."""
         half = self._half_of.get(address)
-        if half is None:
+        if half is None:  # it was sent to an endpoint that has left
             return
         if self._comparison is None:
             if self._cohort.released(request_id, now_ns):

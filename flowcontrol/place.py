@@ -46,7 +46,7 @@ _SCRAPES: Final = 4
 _SCRAPES_LEAST: Final = 2
 """Before a limit falls: what one look sees may have come together by chance."""
 _SCRAPES_STANDING: Final = 3
-"""Before it is certain that a queue stands."""
+"""Until a queue is known to stand; before the limit first fell, to judge one that may not."""
 _FULL_BATCH, _FULL_WAIT = 0.98, 2.0
 """An engine batches no more when the number that runs stays, within this part, while others wait
 for longer than so many usual times to first token."""
@@ -111,17 +111,8 @@ class _Window:
     __slots__ = (
         *("all", "area", "began_ns", "counted_ns", "dispatched"),
         *("in_flight", "joined", "looked_ns", "members", "most", "most_tokens", "over"),
-        *(
-            "running",
-            "running_least",
-            "running_most",
-            "scrapes",
-            "skips",
-            "steps",
-            "token_ns",
-            "tokens",
-            "top",
-        ),
+        *("running", "running_least", "running_most", "scrapes", "skips", "steps"),
+        *("token_ns", "tokens", "top"),
         *("turned_away", "waiting", "waiting_least", "waits", "waits_ns"),
     )
 
