@@ -226,11 +226,6 @@ class AutoDetector:
 
         return moved
 
-    def _moved_blindly(self, before: float, after: float, reason: str, now_ns: int) -> None:
-        self.revision += 1
-        if after != before:
-            self.moves.note(LimitMove(now_ns, None, before, after, f"requests: {reason}"))
-
     def proven(self) -> float:
         """Return how many were in flight at one endpoint without a queue, at most."""
         return max([_UNTRIED, *[place.proven for place in self._places.values()]])
@@ -274,7 +269,7 @@ class AutoDetector:
         if place is not None:
             place.released(now_ns)
         if self._blind is not None:
-            self._blind.released(address, lease.request.request_id, now_ns)
+            self.revision += self._blind.released(address, lease.request.request_id, now_ns)
         else:
             self._notice_silence(now_ns)
 
@@ -319,6 +314,7 @@ class AutoDetector:
         if self._blind is not None:
             self._blind.end(now_ns)
             self._blind = None
+            self.revision += 1
 
     def _notice_silence(self, now_ns: int) -> None:
         """Go by departures if nothing else tells anything any more."""
@@ -329,6 +325,6 @@ class AutoDetector:
         places = self._places.values()
         usual = median([place.requests_max / place.endpoints for place in places])
         is_starting = all(place.is_starting for place in places)
-        self._blind = BlindLimit(usual, self._moved_blindly, is_starting=is_starting)
-        self._blind.watch(self._places, now_ns)
+        moved = self._moved(_STAGE)
+        self._blind = BlindLimit(self._places, usual, moved, is_starting=is_starting, now_ns=now_ns)
         self.revision += 1

@@ -3,10 +3,10 @@
 Two things can be told from that, and each alone misleads.
 
 How long the shortest sixth of a cohort were in flight (`evidence.Residences`). Where requests wait
-inside, that wait is in every time, and beside the shortest it is large. It disturbs nobody and is
-known soon, so it moves the limit usually. But a token takes longer the more others are generated
-with it, so the shortest grow, too, where nobody waits: at 64 in flight at a large engine they are
-three times as long as at 8.
+inside, that wait is in every time, and beside the shortest it is large. To look at it costs nothing
+and tells soon, so it moves the limit usually. But a token takes longer the more others are
+generated with it, so the shortest grow, too, where no request waits: at 64 in flight at a large
+engine they are three times as long as at 8.
 
 What more in flight gains. Half of the endpoints are sent more for a while, half less, then the
 other way round, so that neither the traffic of the moment nor unequal endpoints make a difference.
@@ -14,10 +14,10 @@ With X requests leaving a second at n in flight, the gain is
 
     e = ln (X'/X) / ln (n'/n)
 
-1 where nobody is in another's way, 0 where more in flight only waits longer, below where caches
-overflow and work is done twice. But it costs time and some of the output, and of N departures from
-each half at each time the error is 1 / (sqrt(N) ln (n'/n)). One endpoint, or a stage that Envoy
-picks from, is its own other half: first it has more, then less.
+1 where requests do not slow each other, 0 where more in flight only waits longer, below where
+caches overflow and work is done twice. But it costs time and some of the output, and of N
+departures from each half at each time the error is 1 / (sqrt(N) ln (n'/n)). One endpoint, or a
+stage that Envoy picks from, is its own other half: first it has more, then less.
 
 So the shortest decide; but before a first fall, and where for a while they have said neither, the
 gain is asked. Is it large, requests were only slower, and as they are now is the least. Else an
@@ -26,12 +26,12 @@ edge is found, and near it the shortest are believed.
 What it does not see: prompts, caches, and what in the traffic changes within one comparison.
 """
 
-from collections.abc import Callable, Mapping
-from math import exp, inf, log, sqrt
+from collections.abc import Mapping
+from math import exp, log, sqrt
 from typing import Final, final
 
 from flowcontrol.evidence import Residences
-from flowcontrol.place import Place, step_after
+from flowcontrol.place import Moved, Place, step_after
 
 _START: Final = 1.5
 """Growth before the first fall."""
@@ -190,9 +190,9 @@ class _Comparison:
             own.settling -= 1
             return False
         own.left[int(half == self._has_more)] += 1
-        enough, last = _DEPARTURES * (self.pairs + 1), self._has_more
-        known = [each.left[int(number == last)] for number, each in enumerate(self._halves)]
-        return min(known) >= enough
+        turns = [int(number == self._has_more) for number in range(len(self._halves))]
+        known = [each.left[turn] for each, turn in zip(self._halves, turns, strict=True)]
+        return min(known) >= _DEPARTURES * (self.pairs + 1)
 
     def turn(self) -> bool:
         """Let the other half have more; return whether each has had it as often now."""
@@ -222,37 +222,42 @@ class _Comparison:
         return sum(were) >= _REACHED * sum(might)
 
 
-Moved = Callable[[float, float, str, int], None]
-"""Takes what became of the limit at each endpoint: from, to, why and when."""
-
-
 @final
 class BlindLimit:
     """One limit for all endpoints of a stage. O(log cohort) an event, O(endpoints) a move.
 
     Args:
+        places: by address, or one for all endpoints.
         limit: on requests at each endpoint, to begin with.
         moved: called with every move, once the places have their limits.
         is_starting: whether it has never fallen.
+        now_ns: the time.
     """
 
-    def __init__(self, limit: float, moved: Moved, *, is_starting: bool = True) -> None:
+    def __init__(
+        self,
+        places: Mapping[str, Place],
+        limit: float,
+        moved: Moved,
+        *,
+        is_starting: bool,
+        now_ns: int,
+    ) -> None:
         self._limit = limit
         self._moved = moved
         self._is_starting = is_starting
-        self._places: Mapping[str, Place] = {}
-        self._half_of: dict[str, int] = {}
         self._shortest = Residences()
-        self._cohort = _Cohort(self._shortest, 0, 0, 0)
         self._comparison: _Comparison | None = None
         self._edge = 0.0
         """The limit at which more gained too little when it was last asked; 0: it was not."""
         self._rises = self._undecided = 0
         """In a row."""
+        self.watch(places, now_ns)
 
     def watch(self, places: Mapping[str, Place], now_ns: int) -> None:
-        """Begin anew with these places: by address, or one for all endpoints."""
+        """Begin anew with these places."""
         self._places = places
+        self._endpoints = sum([place.endpoints for place in places.values()])
         self._half_of = {address: number % 2 for number, address in enumerate(sorted(places))}
         self._begin(now_ns)
 
@@ -267,23 +272,26 @@ class BlindLimit:
         else:
             self._comparison.charged(self._half_of[address], now_ns)
 
-    def released(self, address: str, request_id: int, now_ns: int) -> None:
-        """Count a departure, and judge when enough is known."""
+    def released(self, address: str, request_id: int, now_ns: int) -> bool:
+        """Count a departure, judge when enough is known; return whether limits may be others."""
         half = self._half_of.get(address)
         if half is None:  # it was sent to an endpoint that has left
-            return
+            return False
         if self._comparison is None:
-            if self._cohort.released(request_id, now_ns):
+            is_known = self._cohort.released(request_id, now_ns)
+            if is_known:
                 self._judge(now_ns)
-        elif self._comparison.released(half, now_ns):
-            self._turn(self._comparison, now_ns)
+        else:
+            is_known = self._comparison.released(half, now_ns)
+            if is_known:
+                self._turn(self._comparison, now_ns)
+        return is_known
 
     def _begin(self, now_ns: int) -> None:
         """Begin a cohort, with the same limit at every endpoint."""
         self._comparison = None
-        endpoints = sum([place.endpoints for place in self._places.values()])
         in_flight = sum([place.load.requests for place in self._places.values()])
-        might = int(self._limit * endpoints)
+        might = int(self._limit * self._endpoints)
         self._cohort = _Cohort(self._shortest, might, in_flight, now_ns)
         for place in self._places.values():
             place.allow(self._limit, now_ns)
@@ -302,11 +310,10 @@ class BlindLimit:
     def _allow(self, comparison: _Comparison, now_ns: int) -> None:
         for address, place in self._places.items():
             place.allow(comparison.limit_of(self._half_of[address]), now_ns)
-        self._moved(self._limit, self._limit, "compared", now_ns)
 
     def _judge(self, now_ns: int) -> None:
         """Move the limit by how long the shortest were in flight, or ask for more."""
-        cohort, limit = self._cohort, self._limit
+        cohort, limit, after = self._cohort, self._limit, self._limit
         share, is_reached = cohort.share(), cohort.is_reached()
         is_near = limit / _NEAR < self._edge < limit * _NEAR
         reason = f"{share:.0%} of those in flight wait inside, as departures tell"
@@ -314,26 +321,27 @@ class BlindLimit:
             self._undecided = 0
             if is_reached:
                 self._rises += 1
-                self._move(limit * (_START if self._is_starting else step_after(self._rises)))
+                after = limit * (_START if self._is_starting else step_after(self._rises))
         elif share < self._shortest.many:
             self._rises = 0
             self._undecided += is_reached
         elif is_near:
             self._rises = self._undecided = 0
-            endpoints = sum([place.endpoints for place in self._places.values()])
             by = _FALL * (share - self._shortest.aim)
-            self._move(min(limit, cohort.most / endpoints) * max(_FALL_MOST, 1 - by))
+            after = min(limit, cohort.most / self._endpoints) * max(_FALL_MOST, 1 - by)
         elif is_reached:
             self._undecided = _UNDECIDED_NEAR
         if self._undecided >= (_UNDECIDED_NEAR if is_near else _UNDECIDED):
             self._compare(now_ns)
-            return
-        self._begin(now_ns)
-        self._moved(limit, self._limit, reason, now_ns)
+        else:
+            self._move(after, reason, now_ns)
 
     def _turn(self, comparison: _Comparison, now_ns: int) -> None:
         """Let the other half have more, or go by what was gained."""
-        found = comparison.gain() if comparison.turn() else (_GAIN, inf)
+        if not comparison.turn():
+            self._allow(comparison, now_ns)
+            return
+        found = comparison.gain()
         if found is None:
             self._begin(now_ns)
             return
@@ -342,18 +350,21 @@ class BlindLimit:
         if abs(beyond) < error and not is_known:
             self._allow(comparison, now_ns)
             return
-        limit = self._limit
+        after = self._limit
         if beyond <= 0:
             self._is_starting = False
-            self._edge = limit
-            self._move(limit * exp(max(_FALL_MOST_BY_GAIN, _BY_GAIN * beyond)))
+            self._edge = after
+            after *= exp(max(_FALL_MOST_BY_GAIN, _BY_GAIN * beyond))
         else:
             self._shortest.learn_anew()
             if comparison.is_reached():
-                self._move(limit * exp(min(_RISE_MOST, _BY_GAIN * beyond)))
-        self._begin(now_ns)
+                after *= exp(min(_RISE_MOST, _BY_GAIN * beyond))
         reason = f"a tenth more in flight gains {gain / 10:.1%}, as departures tell"
-        self._moved(limit, self._limit, reason, now_ns)
+        self._move(after, reason, now_ns)
 
-    def _move(self, limit: float) -> None:
-        self._limit = max(1.0, limit)
+    def _move(self, limit: float, reason: str, now_ns: int) -> None:
+        """Go on with this limit, which may be the one there is."""
+        before, self._limit = self._limit, max(1.0, limit)
+        self._begin(now_ns)
+        if self._limit != before:
+            self._moved("requests", before, self._limit, reason, now_ns)

@@ -17,32 +17,22 @@ from flowcontrol.simulation.plan import Plan
 from flowcontrol.simulation.pool import ServerSpec
 from flowcontrol.simulation.workload import Independent, Poisson, Workload
 from flowcontrol.simulation.world import World
+from tests.support.effects import SERVER, SMALL
 from tests.support.overloads import MINUTE, SECOND
 
-SMALL = ModelServerConfig()
-"""Runs 16 at once, each at 16 in flight at a third of its speed alone."""
-LARGE = replace(
-    SMALL,
-    sequences_max=256,
-    kv_tokens=512 * 1024,
-    batched_tokens_max=8192,
-    step_base_ns=15_000_000,
-    sequence_ns=200_000,
-    prefill_token_ns=40_000,
-    context_token_ns=20,
-)
-"""At 64 in flight a token takes three times as long as alone, and nobody waits inside."""
-NARROW = replace(LARGE, kv_tokens=24 * 1024)
-"""The same, but forty fill its cache."""
+NARROW = replace(SERVER, kv_tokens=24 * 1024)
+"""Forty fill its cache."""
 
 
-def _limits(
-    server: ModelServerConfig, picker: Picker = Picker.LEAST_LOADED, minutes: int = 6
-) -> list[float]:
+def _engine(picker: Picker = Picker.LEAST_LOADED) -> FlowController:
+    return FlowController(ControllerConfig(detectors=(Auto(),), picker=picker), 0)
+
+
+def _limits(server: ModelServerConfig, picker: Picker) -> list[float]:
     """Return the limit at each endpoint after every move, with more to do than can be done."""
-    engine = FlowController(ControllerConfig(detectors=(Auto(),), picker=picker), 0)
+    engine = _engine(picker)
     plan = Plan(
-        duration_ns=minutes * MINUTE,
+        duration_ns=6 * MINUTE,
         servers=tuple(ServerSpec(address=f"s{number}", config=server) for number in range(4)),
         workloads=(
             Workload(
@@ -54,7 +44,7 @@ def _limits(
         settlement_delay_ns=None,
         scrape_interval_ns=None,
     )
-    World(engine, plan, 1).run_until(minutes * MINUTE)
+    World(engine, plan, 1).run_until(6 * MINUTE)
     return [move.after for move in _detector(engine).moves.latest]
 
 
@@ -69,7 +59,7 @@ class TestFound:
     """What an engine can do is found, as far as departures tell."""
 
     @pytest.mark.parametrize(
-        ("server", "least", "most"), [(SMALL, 10, 26), (LARGE, 40, 250), (NARROW, 16, 60)]
+        ("server", "least", "most"), [(SMALL, 10, 26), (SERVER, 40, 250), (NARROW, 16, 60)]
     )
     @pytest.mark.parametrize("picker", [Picker.LEAST_LOADED, Picker.OFF])
     def test_limit(
@@ -90,9 +80,7 @@ class _Pool:
     """
 
     def __init__(self, gain: float, endpoints: int = 2) -> None:
-        self.engine = FlowController(
-            ControllerConfig(detectors=(Auto(),), picker=Picker.LEAST_LOADED), 0
-        )
+        self.engine = _engine()
         self.addresses = tuple(f"s{number}" for number in range(endpoints))
         self.engine.handle(EndpointsChanged(self.addresses), 0)
         self._gain = gain
@@ -161,8 +149,10 @@ class TestGain:
         few, many = sorted(pool.limits)
         assert many / few == pytest.approx(1.3**2, abs=0.3)
 
-        heard = LoadObserved("s0", waiting=0, running=1, kv_usage=0.1)
+        detector = _detector(pool.engine)
+        before, heard = detector.revision, LoadObserved("s0", waiting=0, running=1, kv_usage=0.1)
         pool.engine.handle(heard, round(900 * SECOND))
+        assert detector.revision > before  # the other endpoint has another load now
         assert len(set(pool.limits)) == 1
         assert few < pool.limits[0] < many
 
@@ -197,9 +187,7 @@ class TestAnything:
     @given(st.lists(_STEPS, min_size=1, max_size=30))
     def test_limits(self, steps: list[tuple[str, int, int]]) -> None:
         """There is always room for one, and no more is sent than the limits allow."""
-        engine = FlowController(
-            ControllerConfig(detectors=(Auto(),), picker=Picker.LEAST_LOADED), 0
-        )
+        engine = _engine()
         inside: list[int] = []
         now_ns, asked = 0, 0
         engine.handle(EndpointsChanged(("s0", "s1")), now_ns)
