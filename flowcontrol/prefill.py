@@ -6,7 +6,9 @@ a prompt takes, from which it is known when the prompts that were just sent will
 
 That speed is the least slope there is, of prompts at least a quarter as long as the longest: too
 low a speed, learnt from prompts that waited, empties the engine and is corrected by the next prompt
-that finds it empty; too high a speed holds back too little, and the queue shows elsewhere.
+that finds it empty; too high a speed holds back too little, and the queue shows elsewhere. Where
+prompts are so short that a step takes longer than most of them, what differs between long and short
+ones is how many ran beside: no speed is told.
 """
 
 from math import log2
@@ -23,6 +25,8 @@ _ENOUGH: Final = 4
 """Prompts seen of a class before its least time tells a speed."""
 _LONGER: Final = 4.0
 """So many times as long as the shortest such a prompt must be, and no shorter than the longest."""
+_PACED: Final = 1.3
+"""Prompts are usually read in so many times the least of all; else their speed is lost in steps."""
 _USUAL: Final = 64.0
 """Prompts that the usual time remembers."""
 _TOLERATED: Final = 0.5
@@ -37,7 +41,7 @@ class FirstTokenTimes:
     one, in proportion, no less either. A prompt is as long as what of it was in no cache.
     """
 
-    __slots__ = ("_counts", "_least", "_prompts", "token_ns", "usual_ns")
+    __slots__ = ("_counts", "_known", "_least", "_prompts", "token_ns", "usual_ns")
 
     def __init__(self) -> None:
         self._least: dict[int, float] = {}
@@ -45,6 +49,8 @@ class FirstTokenTimes:
         self._prompts: dict[int, float] = {}
         """How long the prompt was that took it."""
         self._counts: dict[int, int] = {}
+        self._known = 0.0
+        """Prompts that the usual time is of."""
         self.token_ns = 0.0
         """Time that one more token of a prompt takes; 0 while it is not known."""
         self.usual_ns = 0.0
@@ -68,7 +74,8 @@ class FirstTokenTimes:
         if count == _ENOUGH or is_less:
             self.token_ns = self._speed()
         floor_ns = self._floor_ns(length)
-        self.usual_ns += (floor_ns - self.usual_ns) / (_USUAL if self.usual_ns else 1.0)
+        self._known = min(self._known + 1.0, _USUAL)
+        self.usual_ns += (floor_ns - self.usual_ns) / self._known
         waited_ns = ttft_ns - floor_ns * (1 + _TOLERATED)
         return waited_ns if waited_ns > 0 else 0.0
 
@@ -82,7 +89,7 @@ class FirstTokenTimes:
         self._least.clear()
         self._prompts.clear()
         self._counts.clear()
-        self.token_ns = self.usual_ns = 0.0
+        self._known = self.token_ns = self.usual_ns = 0.0
 
     def _floor_ns(self, length: int) -> float:
         floors = [
@@ -103,4 +110,4 @@ class FirstTokenTimes:
             for length in known
             if self._prompts[length] >= bound
         ]
-        return min(slopes) if slopes else 0.0
+        return min(slopes) if slopes and self.usual_ns >= _PACED * base_ns else 0.0

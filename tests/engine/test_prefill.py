@@ -30,6 +30,15 @@ class TestSpeed:
 
         assert times.token_ns == pytest.approx(TOKEN_NS, rel=1e-3)
 
+    def test_lost_in_steps(self) -> None:
+        """Prompts so short that most take hardly longer than the shortest tell none."""
+        times = FirstTokenTimes()
+        for prompt in (20, 30, 40, 160) * 8:
+            ran_beside_ns = 10_000_000 if prompt > 100 else 0
+            _learn(times, prompt, BASE_NS + TOKEN_NS * prompt + ran_beside_ns)
+
+        assert times.token_ns == 0
+
     def test_one_length(self) -> None:
         """Prompts all of one length tell none."""
         times = FirstTokenTimes()
