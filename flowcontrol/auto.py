@@ -41,9 +41,11 @@ By settlements nothing tells which of the two limits is to blame for a queue. It
 which more was in flight than ever was without a queue; both, if it is both or neither. By
 departures there is one limit, on requests, the same at every endpoint.
 
-The start is fast and ends at the first sign: a queue, or a token taking four times the least. By
-metrics it goes in small steps, by 35 % of what was in flight and at least four requests at every
-look, so that it goes over the edge by few; else by half a window. Since output at n in flight goes
+The start is fast and ends at the first sign: a queue, or a token taking four times the least. Where
+an engine tells how large its cache is, it leaps to a request for every 8 Ki tokens of it: whoever
+gave it so much batches as many. From there by metrics it goes in small steps, by 35 % of what was
+in flight and at least four requests at every look, so that it goes over the edge by few; else by
+half a window. Since output at n in flight goes
 as n / (a + b n), its growth is that of n times a / (a + b n), the least time of a token over the
 present one: a quarter is where doubling stops paying. Later steps are of 6 %, squared after three
 rises in a row that each lasted as long as a request is in flight, so that a limit that has fallen
@@ -61,14 +63,19 @@ standard deviations more (a Poisson number's is its root), come together now and
 limit falls by one look. No queue either is what fills empty places at once, or was in flight when a
 limit fell: nothing is judged before that has drained. And before the first settlement nothing is
 known of answers, so that for four seconds no limit falls by metrics. Before the speed of prompts is
-known they are not paced, and a few wait to be read: then only what waits at every look is a queue.
+known they are not paced, and a burst of them waits to be read: during the start only what waits at
+every look is a queue. Later, too, some wait for prompts that are longer than usual, and a lower
+limit would not have them read sooner. That it is this is known where fewer run than have at an
+engine of the size, so that there are places, and less than half of the cache is in use.
 
 Where answers are long, a small share of the time in flight is a long wait for people; where they
 are short, a large share may be the wait for one prompt. So by settlements, which tell how long it
 was, a limit rises only while the mean wait is shorter than a first token usually takes, and falls
 only where it is longer. Metrics tell it by how many run: if at three looks no fewer and no more,
 and others wait for twice as long as a first token usually takes, the engine batches no more. Then
-that is the limit, at every endpoint with as large a cache that has not shown more.
+that is the limit, at every endpoint with as large a cache that has not run more. It is a setting
+of the engine, so that to try again whether it is more only costs people their wait: that is done
+after a minute, and after twice as long each time it is found to be the same, up to 16 minutes.
 
 With a reserve (`reserve`) the limit is seldom reached, so that nothing is seen of a queue that
 would be there if it were. So beyond what ran at most when a queue was last seen, the limit rises
@@ -77,13 +84,14 @@ three quarters of it count as reached: a reserve takes no more than the fourth.
 
 Bounds. In flight at an endpoint never exceeds its limits by more than one request. Where the engine
 picks, each endpoint has limits of its own, so unequal ones find theirs. A false sign costs at most
-half of a limit, a missed one a window's growth: half at the start, 6 % later.
+half of a limit, a missed one a window's growth: half at the start (or the leap), 6 % later.
 
 What it does not see: without metrics, KV use before the first queue, so that the start may go over
 the edge once by half; how much of a person's time to first token is the job's work in the same
-step; and prompts all of one length tell no speed, so they are not paced. Of requests that do not
-come through here it knows their number and no more: they take their part of a measured cache, what
-waits while none of ours is there moves no limit, and beside some of ours it counts like ours.
+step; and prompts all of one length, or most of them read in less than a step, tell no speed, so
+they are not paced. Of requests that do not come through here it knows their number and no more:
+they take their part of a measured cache, what waits while none of ours is there moves no limit, and
+beside some of ours it counts like ours.
 """
 
 from math import inf
@@ -234,11 +242,15 @@ class AutoDetector:
         """Return how few ran where an endpoint of this size had a queue; inf: none had."""
         return min([p.edge for p in self._places.values() if p.kv_capacity == kv_capacity])
 
-    def found(self, edge: float, kv_capacity: int, now_ns: int) -> None:
-        """Let the others of this size, if it is known, stay within what their engines batch."""
-        for place in self._places.values():
-            if kv_capacity and place.kv_capacity == kv_capacity:
-                place.stay_within(edge, now_ns)
+    def ran_most(self, kv_capacity: int) -> int:
+        """Return how many have run at one endpoint of this size, at most."""
+        return max([p.ran_most for p in self._places.values() if p.kv_capacity == kv_capacity])
+
+    def found(self, place: Place, now_ns: int) -> None:
+        """Let the others of its size, if that is known, stay within what its engine batches."""
+        for other in self._places.values():
+            if other is not place and place.kv_capacity and other.kv_capacity == place.kv_capacity:
+                other.batches_like(place, now_ns)
 
     def may_explore(self, place: Place) -> bool:
         """Whether a place may go further than any other has been."""

@@ -23,6 +23,8 @@ _FOLLOWED: Final = 2.0
 """So many times its limit is how far a place follows another before it has looked itself."""
 _START_HEARD, _START_LEAST = 1.35, 4.0
 """The same before it first fell, with metrics; and the least, in requests at each endpoint."""
+_CACHE_EACH: Final = 8192.0
+"""Tokens of a KV cache for each request that is surely batched: so many may be tried at once."""
 _DOUBLINGS_MAX: Final = 3
 _PATIENCE: Final = 3
 """After so many rises in a row, each as long as a request is in flight, the step is squared."""
@@ -50,6 +52,11 @@ _SCRAPES_STANDING: Final = 3
 _FULL_BATCH, _FULL_WAIT = 0.98, 2.0
 """An engine batches no more when the number that runs stays, within this part, while others wait
 for longer than so many usual times to first token."""
+_BELIEVED_NS, _BELIEVED_MOST_NS = 60_000_000_000, 960_000_000_000
+"""So long a batch is not tried to exceed, twice as long each time it is found again; and at most.
+"""
+_READING, _READING_CACHE = 0.8, 0.5
+"""Fewer run than that part of what has, and less of the cache is in use: prompts are waited for."""
 _SETTLING_NS: Final = 500_000_000
 """Until then after a move, before the limit first fell, a look does not show it."""
 _UNKNOWN_NS: Final = 4_000_000_000
@@ -94,8 +101,11 @@ class Peers(Protocol):
     def edge(self, kv_capacity: int) -> float:
         """Return how few ran where an endpoint of this size had a queue; inf: none had."""
 
-    def found(self, edge: float, kv_capacity: int, now_ns: int) -> None:
-        """Take note that no more ran at an endpoint of this size, whatever was sent there."""
+    def ran_most(self, kv_capacity: int) -> int:
+        """Return how many have run at one endpoint of this size, at most."""
+
+    def found(self, place: "Place", now_ns: int) -> None:
+        """Take note that a place has found how many its engine batches."""
 
     def may_explore(self, place: "Place") -> bool:
         """Whether a place may go further than any other has been."""
@@ -111,12 +121,13 @@ class _Window:
     __slots__ = (
         *("all", "area", "began_ns", "counted_ns", "dispatched"),
         *("in_flight", "joined", "looked_ns", "members", "most", "most_tokens", "over"),
-        *("running", "running_least", "running_most", "scrapes", "skips", "steps"),
-        *("token_ns", "tokens", "top"),
+        *("running", "running_least", "running_most", "scrapes", "skips", "steps", "stood"),
+        *("_endpoints", "_round", "token_ns", "tokens", "top", "usage"),
         *("turned_away", "waiting", "waiting_least", "waits", "waits_ns"),
     )
 
-    def __init__(self, now_ns: int, in_flight: int, skips: int) -> None:
+    def __init__(self, now_ns: int, in_flight: int, endpoints: int) -> None:
+        self._endpoints = endpoints
         self.members: dict[int, int] = {}
         """Requests of the cohort that are not over, by id, and when they were dispatched."""
         self.joined = self.over = self.turned_away = 0
@@ -134,11 +145,17 @@ class _Window:
         """Most in flight since it began: who makes it more, below the limit, fills an empty place.
         """
         self.began_ns = self.counted_ns = self.looked_ns = now_ns
-        self.skips = skips
+        self.skips = endpoints
         """Scrapes that are too early to show the last move."""
         self.scrapes = self.waiting = self.running = self.running_most = 0
         self.waiting_least = self.running_least = 0
-        """At any look: what stood all the time."""
+        """At any look."""
+        self.stood = 0
+        """The least that waited at all endpoints together: what stood all the time."""
+        self.usage = 0.0
+        """Most of a KV cache that was in use, at any look."""
+        self._round = 0
+        """Waiting at those of them that have been looked at since all had been."""
 
     def look(self, load: InFlight, now_ns: int) -> None:
         """Bring the account of what is in flight up to the present."""
@@ -150,7 +167,7 @@ class _Window:
         if load.tokens > self.most_tokens:
             self.most_tokens = load.tokens
 
-    def count(self, waiting: int, running: int) -> None:
+    def count(self, waiting: int, running: int, usage: float) -> None:
         """Take in what an endpoint says of itself."""
         is_first = not self.scrapes
         self.scrapes += 1
@@ -162,6 +179,13 @@ class _Window:
             self.running_least = running
         if running > self.running_most:
             self.running_most = running
+        if usage > self.usage:
+            self.usage = usage
+        self._round += waiting
+        if self.scrapes % self._endpoints == 0:
+            if self._round < self.stood or self.scrapes == self._endpoints:
+                self.stood = self._round
+            self._round = 0
 
     @property
     def mean(self) -> float:
@@ -230,6 +254,12 @@ class Place:
         self._ran = inf
         """What ran at most when a queue was last seen: beyond it a place is none."""
         self._edge = inf
+        self._ran_most = 0
+        """At one endpoint, at any look."""
+        self._batch = inf
+        """What its engines batch at most; inf: that is not known."""
+        self._batch_until_ns = self._batch_for_ns = 0
+        """Until when that is believed, and for how long."""
         self._least_token_ns = 0.0
         self._fell_from: tuple[float, float] | None = None
         """Limit and share waiting when it began to fall."""
@@ -250,6 +280,11 @@ class Place:
     def edge(self) -> float:
         """How many ran at each endpoint when a limit that was reached last fell; inf: none did."""
         return self._edge / self.endpoints
+
+    @property
+    def ran_most(self) -> int:
+        """How many ran at one endpoint, at most, since its engine was last seen to be full."""
+        return self._ran_most
 
     @property
     def began_ns(self) -> int:
@@ -285,6 +320,7 @@ class Place:
         self._calm_tokens *= factor
         self._ran *= factor
         self._edge *= factor
+        self._batch *= factor
         self._move(self.requests_max * factor, f"there are {endpoints} endpoints", now_ns)
         self._begin(now_ns)
 
@@ -297,15 +333,21 @@ class Place:
             self._move(limit, reason, now_ns)
             self._begin(now_ns)
 
-    def stay_within(self, edge: float, now_ns: int) -> None:
-        """Go no further than where another had a queue, unless more have run here."""
-        limit = edge * self.endpoints
-        most = max(self.proven, self._window.running_most)
-        if self.requests_max > limit and self._ran == inf and most <= edge:
+    def batches_like(self, other: "Place", now_ns: int) -> None:
+        """Go no further than what another's engine batches, unless more have run here."""
+        if self._ran_most > other.edge:
+            return
+        limit = other.edge * self.endpoints
+        self._believe(limit, other._batch_for_ns, now_ns)  # noqa: SLF001 - one of us
+        if self.requests_max > limit:
             self._end_start()
             self._ran = limit
             reason = "no more run at another with as large a cache, as metrics tell"
             self._move(limit, reason, now_ns)
+            self._begin(now_ns)
+
+    def _believe(self, batch: float, for_ns: int, now_ns: int) -> None:
+        self._batch, self._batch_for_ns, self._batch_until_ns = batch, for_ns, now_ns + for_ns
 
     # What happens
 
@@ -373,6 +415,7 @@ class Place:
         window = self._window
         window.look(self.load, now_ns)
         self._heard_ns = now_ns
+        self._ran_most = max(self._ran_most, load.running)
         self.kv_capacity = load.kv_tokens or 0
         if load.kv_usage is not None:
             self._learn_cache(load.kv_usage, load.kv_tokens, load.running + load.waiting)
@@ -380,7 +423,7 @@ class Place:
             return  # what is there did not come through here, and no limit of ours is to blame
         if self._is_too_early(now_ns):
             return
-        window.count(load.waiting, load.running)
+        window.count(load.waiting, load.running, load.kv_usage or 0.0)
         share = self._scraped_share(window.waiting)
         is_unknown = not self._first_tokens.usual_ns
         if share <= _MANY or not is_unknown or now_ns - window.began_ns >= _UNKNOWN_NS:
@@ -388,20 +431,18 @@ class Place:
 
     def _judge_looks(self, share: float, looks: int, now_ns: int) -> None:
         """Judge what engines said of themselves, if they have been looked at often enough."""
-        window = self._window
-        if share > _PLAIN and looks >= _SCRAPES_LEAST:
+        window, wanted = self._window, _SCRAPES
+        stood = self._scraped_share(window.stood * looks)
+        if self._is_starting:
+            share = min(share, max(stood, _AIM))  # prompts that are not paced yet may wait
+            wanted = 1 if share < _FEW else _SCRAPES_STANDING
+        if share > _PLAIN and looks >= _SCRAPES_LEAST and not self._is_reading():
             self._judge(share, now_ns)
         elif looks >= _SCRAPES_STANDING and self._is_batch_full():
             self._judge_full(now_ns)
-        else:
-            stood = self._scraped_share(window.waiting_least * window.scrapes)
-            wanted = _SCRAPES
-            if self._is_starting:
-                wanted = 1 if share < _FEW else _SCRAPES_STANDING
-                if not self._first_tokens.token_ns:  # prompts are not paced yet: they may wait
-                    share = min(share, max(stood, _AIM))
+        elif looks >= wanted:
             is_known = window.all >= _COHORT_FIRST or self._all_run()
-            if looks >= wanted and (is_known or stood > _MANY):
+            if is_known or stood > _MANY:
                 self._judge(share, now_ns)
 
     def _is_too_early(self, now_ns: int) -> bool:
@@ -535,6 +576,8 @@ class Place:
             self._end_start()
         if share > _MANY and self._is_falling_in_vain(share, now_ns):
             self._learn_anew()
+        elif share > _MANY and self._is_reading():
+            self._rises = self._token_rises = 0
         elif share > _MANY and (waited is None or waited > _LONG):
             self._fell_from = self._fell_from or (before, share)
             by = share - _AIM if self._is_heard(now_ns) else _FALL_BLIND * (share - _AIM)
@@ -546,6 +589,14 @@ class Place:
             self._rises = self._token_rises = 0
         self._begin(now_ns)
 
+    def _is_reading(self) -> bool:
+        """Whether those that wait inside only wait for prompts: a place and cache are free."""
+        window = self._window
+        if not window.scrapes or not self.kv_capacity:
+            return False
+        known = self._peers.ran_most(self.kv_capacity)
+        return window.running_most < _READING * known and window.usage < _READING_CACHE
+
     def _judge_full(self, now_ns: int) -> None:
         """Lower the limit to what the engine batches, and begin the next window."""
         window = self._window
@@ -554,7 +605,11 @@ class Place:
         reason = f"no more than {running} run while {waiting} or more wait, as metrics tell"
         self._fall(window.running_most * self.endpoints / window.most, 0.0, reason, now_ns)
         self._edge = self._ran
-        self._peers.found(self.edge, self.kv_capacity, now_ns)
+        self._ran_most = running
+        is_again = abs(self._ran - self._batch) <= (1 - _FULL_BATCH) * self._ran
+        for_ns = min(2 * self._batch_for_ns, _BELIEVED_MOST_NS) if is_again else _BELIEVED_NS
+        self._believe(self._ran, for_ns, now_ns)
+        self._peers.found(self, now_ns)
         self._begin(now_ns)
 
     def _reason(self, share: float, now_ns: int) -> str:
@@ -612,16 +667,10 @@ class Place:
 
     def _raised(self, share: float, now_ns: int) -> float:
         """Return the next limit on requests."""
-        step, least = step_after(self._rises), _STEP_MIN
-        if self._rises < _PATIENCE:
-            step = min(step, 1 + _AIM - share)
-        if self._is_starting:
-            step = _START_HEARD if self._is_heard(now_ns) else _START
-            least = _START_LEAST * self.endpoints
-        before, most = self.requests_max, self.requests_max
-        if self._is_starting and self._window.most < most:
-            most = float(self._window.most)  # with a reserve the limit itself tells nothing
-        limit = max(most * step, most + least)
+        before, room = self.requests_max, self._room(now_ns)
+        limit = max(self._stepped(share, now_ns), room)
+        if now_ns < self._batch_until_ns and self._ran_most * self.endpoints <= self._batch:
+            limit = min(limit, self._batch)
         edge = self._peers.edge(self.kv_capacity) * self.endpoints
         if self._is_starting and limit > edge:
             self._end_start()
@@ -630,13 +679,29 @@ class Place:
                 self._ran = edge
         if limit > self._ran and self._window.mean < _REACHED_ALL * int(before):
             limit = self._ran
-        proven = max(self._calm, self._peers.proven() * self.endpoints)
+        proven = max(self._calm, self._peers.proven() * self.endpoints, room)
         if limit > proven:
             self.explores = self._peers.may_explore(self)
             if not self.explores:
                 self._wish = _FOLLOWED * before if self._is_starting else 0.0
                 limit = proven
         return max(before, limit)
+
+    def _stepped(self, share: float, now_ns: int) -> float:
+        """Return the limit a step further."""
+        if self._is_starting:
+            step = _START_HEARD if self._is_heard(now_ns) else _START
+            most = min(self.requests_max, float(self._window.most))  # a reserve leaves some of it
+            return max(most * step, most + _START_LEAST * self.endpoints)
+        step = step_after(self._rises)
+        if self._rises < _PATIENCE:
+            step = min(step, 1 + _AIM - share)
+        return max(self.requests_max * step, self.requests_max + _STEP_MIN)
+
+    def _room(self, now_ns: int) -> float:
+        """Return for how many the caches have room in any case; 0: nothing tells, or no more."""
+        is_told = self._is_starting and self._is_heard(now_ns)
+        return self.endpoints * self.kv_capacity / _CACHE_EACH if is_told else 0.0
 
     def _is_falling_in_vain(self, share: float, now_ns: int) -> bool:
         if self._fell_from is None or self._is_heard(now_ns):

@@ -285,30 +285,84 @@ class TestLooks:
         """What another of the size batches is the limit here, until more have run."""
         place, busier = _Place(limit=30, in_flight=10), _Place(limit=30, in_flight=24)
         busier.look(1, waiting=0, running=24)
+        full = _Place(limit=18, in_flight=18).is_full(2, running=16)
         for each in (place, busier):
-            each.stay_within(16, 2)
+            each.learn_from(full, 6)
 
         assert place.moves == [16]
         assert busier.moves == [pytest.approx(24 * 1.35)]
+
+    def test_batch_is_believed(self) -> None:
+        """Nobody tries to exceed a batch for a minute; once it is found again, for two."""
+        place = _Place(limit=17, in_flight=17)
+        tried = []
+        for found in (10, 80):
+            place.hold(17)
+            place.is_full(found, running=16)
+            assert place.moves[-1] == 16
+            place.hold(16)
+            for second in range(found + 4, found + 200):
+                place.send(8, second, output=30)
+                place.look(second, waiting=0, running=16)
+                if place.moves[-1] > 16:
+                    tried.append(second - found)
+                    break
+
+        assert tried == [pytest.approx(62, abs=6), pytest.approx(122, abs=6)]
+
+    def test_cache_has_room(self) -> None:
+        """An engine with a large cache batches as many as have room, so the start leaps there."""
+        place = _Place(limit=8, in_flight=8, kv_capacity=80 * 8192)
+        place.look(1, waiting=0, running=8)
+
+        assert place.moves == [80]
+
+    @pytest.mark.parametrize(
+        ("ran", "kv_usage", "falls"), [(16, 0.3, False), (8, 0.3, True), (16, 0.6, True)]
+    )
+    def test_prompts_to_be_read(self, ran: int, kv_usage: float, *, falls: bool) -> None:
+        """Where more have run, and the cache is not full, those that wait wait for prompts."""
+        place = _Place(limit=8, in_flight=12, kv_capacity=1000, peers=_Alone(ran))
+        place.report(999, 0, ttft_s=0.1)
+        for second in range(1, 12):
+            place.send(8, second, output=30)
+            place.look(second, waiting=4, running=8 - 2 * (second % 2), kv_usage=kv_usage)
+
+        assert any(limit < 8 for limit in place.moves) == falls
 
 
 @final
 class _Place:
     """A place of its own, of which the test says what is in flight."""
 
-    def __init__(self, limit: int, in_flight: int, tokens: float = 0.0, endpoints: int = 1) -> None:
+    def __init__(
+        self,
+        limit: int,
+        in_flight: int,
+        tokens: float = 0.0,
+        *,
+        endpoints: int = 1,
+        kv_capacity: int | None = None,
+        peers: "_Alone | None" = None,
+    ) -> None:
         self.moves: list[float] = []
         """Limits on requests."""
+        self._kv_capacity = kv_capacity
+        self._load = InFlight(in_flight, tokens)
         self._place = Place(
-            *(InFlight(in_flight, tokens), endpoints, limit),
+            *(self._load, endpoints, limit),
             moved=self._moved,
-            peers=_Alone(),
+            peers=peers or _Alone(),
             now_ns=0,
         )
 
     def _moved(self, what: str, before: float, after: float, reason: str, now_ns: int) -> None:
         assert what == "requests", (before, reason, now_ns)
         self.moves.append(after)
+
+    def hold(self, in_flight: int) -> None:
+        """Have so many in flight."""
+        self._load.requests = in_flight
 
     def send(self, count: int, second: int, output: int) -> None:
         """Send so many, of which as many end."""
@@ -324,12 +378,27 @@ class _Place:
         self, second: float, waiting: int, running: int, kv_usage: float | None = None
     ) -> None:
         """Let the endpoint say how it is."""
-        seen = LoadObserved("a", waiting=waiting, kv_usage=kv_usage, running=running)
+        seen = LoadObserved(
+            "a",
+            waiting=waiting,
+            kv_usage=kv_usage,
+            running=running,
+            kv_tokens=self._kv_capacity,
+        )
         self._place.observed(seen, round(second * SECOND))
 
-    def stay_within(self, edge: float, second: float) -> None:
+    def is_full(self, from_second: int, running: int) -> "_Place":
+        """Let no more run at four looks, while three wait for long."""
+        self.report(999, from_second, ttft_s=0.1)
+        for second in range(from_second, from_second + 4):
+            self.send(7, second, output=300)
+            self.look(second, waiting=3, running=running)
+        return self
+
+    def learn_from(self, other: "_Place", second: float) -> None:
         """Let another have found how many it batches."""
-        self._place.stay_within(edge, round(second * SECOND))
+        own, others = self._place, other._place  # noqa: SLF001 - one of us
+        own.batches_like(others, round(second * SECOND))
 
     def serve(self, count: int, until_s: float, ttfts_s: float) -> None:
         """Send so many, and let the access log report all of them later."""
@@ -348,7 +417,14 @@ def _lease(number: int, output: int) -> Lease:
 
 
 class _Alone:
-    """A place has no other beside it."""
+    """A place has no other beside it, but for one at which so many ran."""
+
+    def __init__(self, ran: int = 0) -> None:
+        self._ran = ran
+
+    def ran_most(self, kv_capacity: int) -> int:
+        """One of this size has run so many."""
+        return self._ran if kv_capacity else 0
 
     def proven(self) -> float:
         """None is there."""
@@ -358,7 +434,7 @@ class _Alone:
         """None is known."""
         return inf + kv_capacity
 
-    def found(self, edge: float, kv_capacity: int, now_ns: int) -> None:
+    def found(self, place: Place, now_ns: int) -> None:
         """Nobody takes note."""
 
     def may_explore(self, place: Place) -> bool:
