@@ -8,10 +8,12 @@ from collections.abc import Callable
 from math import inf, sqrt
 from typing import Final, Protocol, final
 
+from flowcontrol.cache import CacheUse
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
 from flowcontrol.pool import InFlight
 from flowcontrol.prefill import FirstTokenTimes
+from flowcontrol.window import MoveWindow
 
 _FEW, _AIM, _MANY = 0.045, 0.08, 0.115
 """Shares that wait inside: below, at, and above what is wanted."""
@@ -76,15 +78,6 @@ _SLOWER: Final = 4.0
 """Once a token takes so many times the least, a quarter more in flight gives little more output."""
 _OUTPUT_MIN: Final = 8
 """Tokens of an answer that tells how long one takes."""
-_KV_FIRST, _KV_FULL = 0.8, 0.85
-"""Part of the KV cache to fill: by what a request will need at most, and as it is measured."""
-_KV_FULL_LEAST: Final = 0.5
-"""The same, where single requests take so much of it that the next may not fit."""
-_LARGEST: Final = 0.98
-"""How the largest request fades, with each that follows."""
-_KV_FADING: Final = 0.998
-_KV_LEAST: Final = 0.3
-"""A cache that is emptier tells nothing."""
 _BACKLOG: Final = 0.25
 """Work on prompts that may stand before the next one, in usual times to first token."""
 
@@ -112,91 +105,6 @@ class Peers(Protocol):
 
     def shown(self, proven: float, now_ns: int) -> None:
         """Take note of how many were in flight at one endpoint without a queue."""
-
-
-@final
-class _Window:
-    """What has happened since the limits last moved."""
-
-    __slots__ = (
-        *("all", "area", "began_ns", "counted_ns", "dispatched"),
-        *("in_flight", "joined", "looked_ns", "members", "most", "most_tokens", "over"),
-        *("running", "running_least", "running_most", "scrapes", "skips", "steps", "stood"),
-        *("_endpoints", "_round", "token_ns", "tokens", "top", "usage"),
-        *("turned_away", "waiting", "waiting_least", "waits", "waits_ns"),
-    )
-
-    def __init__(self, now_ns: int, in_flight: int, endpoints: int) -> None:
-        self._endpoints = endpoints
-        self.members: dict[int, int] = {}
-        """Requests of the cohort that are not over, by id, and when they were dispatched."""
-        self.joined = self.over = self.turned_away = 0
-        self.all = self.dispatched = 0
-        """Dispatches, and those that filled no empty place."""
-        self.waits = self.tokens = 0
-        self.waits_ns = self.token_ns = 0.0
-        self.steps = 0.0
-        """Tokens that the answers to all dispatches are expected to have: each is a step."""
-        self.area = 0
-        self.most = 0
-        self.most_tokens = 0.0
-        self.in_flight = in_flight
-        self.top = in_flight
-        """Most in flight since it began: who makes it more, below the limit, fills an empty place.
-        """
-        self.began_ns = self.counted_ns = self.looked_ns = now_ns
-        self.skips = endpoints
-        """Scrapes that are too early to show the last move."""
-        self.scrapes = self.waiting = self.running = self.running_most = 0
-        self.waiting_least = self.running_least = 0
-        """At any look."""
-        self.stood = 0
-        """The least that waited at all endpoints together: what stood all the time."""
-        self.usage = 0.0
-        """Most of a KV cache that was in use, at any look."""
-        self._round = 0
-        """Waiting at those of them that have been looked at since all had been."""
-
-    def look(self, load: InFlight, now_ns: int) -> None:
-        """Bring the account of what is in flight up to the present."""
-        self.area += self.in_flight * (now_ns - self.looked_ns)
-        self.looked_ns = now_ns
-        self.in_flight = load.requests
-        if load.requests > self.most:
-            self.most = load.requests
-        if load.tokens > self.most_tokens:
-            self.most_tokens = load.tokens
-
-    def count(self, waiting: int, running: int, usage: float) -> None:
-        """Take in what an endpoint says of itself."""
-        is_first = not self.scrapes
-        self.scrapes += 1
-        self.waiting += waiting
-        self.running += running
-        if waiting < self.waiting_least or is_first:
-            self.waiting_least = waiting
-        if running < self.running_least or is_first:
-            self.running_least = running
-        if running > self.running_most:
-            self.running_most = running
-        if usage > self.usage:
-            self.usage = usage
-        self._round += waiting
-        if self.scrapes % self._endpoints == 0:
-            if self._round < self.stood or self.scrapes == self._endpoints:
-                self.stood = self._round
-            self._round = 0
-
-    @property
-    def mean(self) -> float:
-        """How many were in flight, on average."""
-        lasted_ns = self.looked_ns - self.counted_ns
-        return self.area / lasted_ns if lasted_ns > 0 else float(self.in_flight)
-
-    @property
-    def is_long(self) -> bool:
-        """Whether all that was in flight has been replaced once."""
-        return self.dispatched >= self.most
 
 
 @final
@@ -243,10 +151,7 @@ class Place:
         self._wish = 0.0
         """How far it may follow others, as long as it would go further itself; 0: it would not."""
         self._heard_ns: int | None = None
-        self._kv_per_token = 0.0
-        """Part of the KV cache that one token in flight takes; 0 while it is not known."""
-        self._largest = 0.0
-        """Tokens of the largest request of late."""
+        self._cache = CacheUse()
         self._calm = self._calm_tokens = 0.0
         """Most in flight, without a queue."""
         self._rises = self._token_rises = 0
@@ -263,7 +168,7 @@ class Place:
         self._least_token_ns = 0.0
         self._fell_from: tuple[float, float] | None = None
         """Limit and share waiting when it began to fall."""
-        self._window = _Window(now_ns, load.requests, endpoints)
+        self._window = MoveWindow(now_ns, load.requests, endpoints)
 
     def saturation(self) -> float:
         """Return the load: of requests or of tokens, the fuller counts."""
@@ -359,7 +264,7 @@ class Place:
         window = self._window
         window.look(self.load, now_ns)
         window.all += 1
-        self._largest = max(lease.tokens.input + lease.tokens.output, self._largest * _LARGEST)
+        self._cache.sent(lease)
         window.steps += max(1.0, lease.tokens.output)
         self._hold(lease, now_ns)
         if window.top < self.load.requests and window.top < _REACHED * int(self.requests_max):
@@ -507,25 +412,19 @@ class Place:
         return share if is_queue else min(share, _AIM)
 
     def _learn_cache(self, usage: float, capacity: int | None, inside: int) -> None:
-        """Learn how much of the KV cache a token in flight takes, and limit them by that.
+        """Learn from the use of one cache how many tokens may be in flight.
 
         Args:
             usage: part of the cache that is in use.
             capacity: tokens in it, if the engine says so.
             inside: requests there; those that did not come through here have their part of the use.
         """
-        if capacity and not self._kv_per_token:
-            self._kv_per_token = _KV_FULL / (_KV_FIRST * capacity)
-        self._kv_per_token *= _KV_FADING
-        tokens = self.load.tokens / self.endpoints
         own = self.load.requests / self.endpoints
         if own < inside:
             usage *= own / inside
-        if usage >= _KV_LEAST and tokens:
-            self._kv_per_token = max(self._kv_per_token, usage / tokens)
-        if self._kv_per_token:
-            full = max(_KV_FULL_LEAST, min(_KV_FULL, 1 - self._largest * self._kv_per_token))
-            self.tokens_max = self.endpoints * full / self._kv_per_token
+        most = self._cache.most(usage, capacity, self.load.tokens / self.endpoints)
+        if most is not None:
+            self.tokens_max = self.endpoints * most
 
     # Judgement
 
@@ -538,7 +437,7 @@ class Place:
 
     def _begin(self, now_ns: int) -> None:
         self._first_tokens.fade()
-        self._window = _Window(now_ns, self.load.requests, self.endpoints)
+        self._window = MoveWindow(now_ns, self.load.requests, self.endpoints)
 
     def _end(self, lease: Lease, now_ns: int) -> None:
         """Count one of the cohort as over, and judge when most of it is."""

@@ -1,0 +1,90 @@
+"""Pure. What is seen of a place between two moves of its limits: evidence for `place`."""
+
+from typing import final
+
+from flowcontrol.pool import InFlight
+
+
+@final
+class MoveWindow:
+    """What has happened since the limits last moved."""
+
+    __slots__ = (
+        *("all", "area", "began_ns", "counted_ns", "dispatched"),
+        *("in_flight", "joined", "looked_ns", "members", "most", "most_tokens", "over"),
+        *("running", "running_least", "running_most", "scrapes", "skips", "steps", "stood"),
+        *("_endpoints", "_round", "token_ns", "tokens", "top", "usage"),
+        *("turned_away", "waiting", "waiting_least", "waits", "waits_ns"),
+    )
+
+    def __init__(self, now_ns: int, in_flight: int, endpoints: int) -> None:
+        self._endpoints = endpoints
+        self.members: dict[int, int] = {}
+        """Requests of the cohort that are not over, by id, and when they were dispatched."""
+        self.joined = self.over = self.turned_away = 0
+        self.all = self.dispatched = 0
+        """Dispatches, and those that filled no empty place."""
+        self.waits = self.tokens = 0
+        self.waits_ns = self.token_ns = 0.0
+        self.steps = 0.0
+        """Tokens that the answers to all dispatches are expected to have: each is a step."""
+        self.area = 0
+        self.most = 0
+        self.most_tokens = 0.0
+        self.in_flight = in_flight
+        self.top = in_flight
+        """Most in flight since it began: who makes it more, below the limit, fills an empty place.
+        """
+        self.began_ns = self.counted_ns = self.looked_ns = now_ns
+        self.skips = endpoints
+        """Scrapes that are too early to show the last move."""
+        self.scrapes = self.waiting = self.running = self.running_most = 0
+        self.waiting_least = self.running_least = 0
+        """At any look."""
+        self.stood = 0
+        """The least that waited at all endpoints together: what stood all the time."""
+        self.usage = 0.0
+        """Most of a KV cache that was in use, at any look."""
+        self._round = 0
+        """Waiting at those of them that have been looked at since all had been."""
+
+    def look(self, load: InFlight, now_ns: int) -> None:
+        """Bring the account of what is in flight up to the present."""
+        self.area += self.in_flight * (now_ns - self.looked_ns)
+        self.looked_ns = now_ns
+        self.in_flight = load.requests
+        if load.requests > self.most:
+            self.most = load.requests
+        if load.tokens > self.most_tokens:
+            self.most_tokens = load.tokens
+
+    def count(self, waiting: int, running: int, usage: float) -> None:
+        """Take in what an endpoint says of itself."""
+        is_first = not self.scrapes
+        self.scrapes += 1
+        self.waiting += waiting
+        self.running += running
+        if waiting < self.waiting_least or is_first:
+            self.waiting_least = waiting
+        if running < self.running_least or is_first:
+            self.running_least = running
+        if running > self.running_most:
+            self.running_most = running
+        if usage > self.usage:
+            self.usage = usage
+        self._round += waiting
+        if self.scrapes % self._endpoints == 0:
+            if self._round < self.stood or self.scrapes == self._endpoints:
+                self.stood = self._round
+            self._round = 0
+
+    @property
+    def mean(self) -> float:
+        """How many were in flight, on average."""
+        lasted_ns = self.looked_ns - self.counted_ns
+        return self.area / lasted_ns if lasted_ns > 0 else float(self.in_flight)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether all that was in flight has been replaced once."""
+        return self.dispatched >= self.most
