@@ -8,6 +8,7 @@ from collections.abc import Callable
 from math import inf, sqrt
 from typing import Final, Protocol, final
 
+from flowcontrol.belief import Belief
 from flowcontrol.cache import CacheUse
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
@@ -54,9 +55,8 @@ _SCRAPES_STANDING: Final = 3
 _FULL_BATCH, _FULL_WAIT = 0.98, 2.0
 """An engine batches no more when the number that runs stays, within this part, while others wait
 for longer than so many usual times to first token."""
-_BELIEVED_NS, _BELIEVED_MOST_NS = 60_000_000_000, 960_000_000_000
-"""So long a batch is not tried to exceed, twice as long each time it is found again; and at most.
-"""
+_TOKENS_SAME: Final = 0.15
+"""Part by which what a cache was seen to hold may be off and still be the same."""
 _READING, _READING_CACHE = 0.8, 0.5
 """Fewer run than that part of what has, and less of the cache is in use: prompts are waited for."""
 _SETTLING_NS: Final = 500_000_000
@@ -161,10 +161,10 @@ class Place:
         self._edge = inf
         self._ran_most = 0
         """At one endpoint, at any look."""
-        self._batch = inf
-        """What its engines batch at most; inf: that is not known."""
-        self._batch_until_ns = self._batch_for_ns = 0
-        """Until when that is believed, and for how long."""
+        self._batch = Belief(1 - _FULL_BATCH)
+        """What its engines batch at most."""
+        self._tokens_edge = Belief(_TOKENS_SAME)
+        """What their caches hold, as queues told."""
         self._least_token_ns = 0.0
         self._fell_from: tuple[float, float] | None = None
         """Limit and share waiting when it began to fall."""
@@ -225,7 +225,8 @@ class Place:
         self._calm_tokens *= factor
         self._ran *= factor
         self._edge *= factor
-        self._batch *= factor
+        self._batch.scale(factor)
+        self._tokens_edge.scale(factor)
         self._move(self.requests_max * factor, f"there are {endpoints} endpoints", now_ns)
         self._begin(now_ns)
 
@@ -243,16 +244,13 @@ class Place:
         if self._ran_most > other.edge:
             return
         limit = other.edge * self.endpoints
-        self._believe(limit, other._batch_for_ns, now_ns)  # noqa: SLF001 - one of us
+        self._batch.like(other._batch, limit, now_ns)  # noqa: SLF001 - one of us
         if self.requests_max > limit:
             self._end_start()
             self._ran = limit
             reason = "no more run at another with as large a cache, as metrics tell"
             self._move(limit, reason, now_ns)
             self._begin(now_ns)
-
-    def _believe(self, batch: float, for_ns: int, now_ns: int) -> None:
-        self._batch, self._batch_for_ns, self._batch_until_ns = batch, for_ns, now_ns + for_ns
 
     # What happens
 
@@ -505,9 +503,7 @@ class Place:
         self._fall(window.running_most * self.endpoints / window.most, 0.0, reason, now_ns)
         self._edge = self._ran
         self._ran_most = running
-        is_again = abs(self._ran - self._batch) <= (1 - _FULL_BATCH) * self._ran
-        for_ns = min(2 * self._batch_for_ns, _BELIEVED_MOST_NS) if is_again else _BELIEVED_NS
-        self._believe(self._ran, for_ns, now_ns)
+        self._batch.found(self._ran, now_ns)
         self._peers.found(self, now_ns)
         self._begin(now_ns)
 
@@ -541,6 +537,7 @@ class Place:
             self._calm = min(self._calm, self.requests_max)
         if is_tokens:
             self._tokens_start = False
+            self._tokens_edge.found(window.most_tokens * max(factor, 1 - share), now_ns)
             self._move_tokens(min(self.tokens_max, window.most_tokens) * factor, reason, now_ns)
             self._calm_tokens = min(self._calm_tokens, self.tokens_max)
 
@@ -558,7 +555,9 @@ class Place:
         if not self._is_heard(now_ns) and window.most_tokens >= _REACHED * self.tokens_max:
             self._token_rises += window.is_long
             step = _START if self._tokens_start else step_after(self._token_rises)
-            self._move_tokens(self.tokens_max * step, reason, now_ns)
+            limit = min(self.tokens_max * step, self._tokens_edge.edge(now_ns))
+            if limit > self.tokens_max:
+                self._move_tokens(limit, reason, now_ns)
 
     def _is_reached(self, part: float) -> bool:
         """Whether as much of the limit was in flight, once."""
@@ -568,8 +567,9 @@ class Place:
         """Return the next limit on requests."""
         before, room = self.requests_max, self._room(now_ns)
         limit = max(self._stepped(share, now_ns), room)
-        if now_ns < self._batch_until_ns and self._ran_most * self.endpoints <= self._batch:
-            limit = min(limit, self._batch)
+        batch = self._batch.edge(now_ns)
+        if self._ran_most * self.endpoints <= batch:
+            limit = min(limit, batch)
         edge = self._peers.edge(self.kv_capacity) * self.endpoints
         if self._is_starting and limit > edge:
             self._end_start()

@@ -357,8 +357,9 @@ class _Place:
         )
 
     def _moved(self, what: str, before: float, after: float, reason: str, now_ns: int) -> None:
-        assert what == "requests", (before, reason, now_ns)
-        self.moves.append(after)
+        assert after != before, (reason, now_ns)
+        if what == "requests":
+            self.moves.append(after)
 
     def hold(self, in_flight: int) -> None:
         """Have so many in flight."""
@@ -573,6 +574,22 @@ class TestSettlements:
         place.serve(8, until_s=lasts_s * 8 / 20, ttfts_s=1.5 * 0.2 + waits_s)
 
         assert place.moves == ([] if limit is None else [pytest.approx(limit, abs=2)])
+
+    def test_tokens_that_did_not_wait(self) -> None:
+        """After a queue no more tokens are sent for a minute than did not wait then."""
+        place = _Place(limit=20, in_flight=20, tokens=4000)
+        place.report(99, 0, ttft_s=0.2)
+        place.serve(8, until_s=8 / 20, ttfts_s=1.5 * 0.2 + 0.3)  # 30 % of the time in flight
+        limits = [place.tokens_max]
+        for second in range(1, 90):
+            place.send(16, second, output=10)
+            for number in range(16):
+                place.report(number, second + 0.9, ttft_s=0.2)
+            limits.append(place.tokens_max)
+
+        assert limits[0] == pytest.approx(4000 * (1 - 2 * (0.3 - 0.08)), rel=0.01)
+        assert max(limits[:59]) == pytest.approx(4000 * 0.7, rel=0.01)
+        assert max(limits) > 4000 * 0.7 * 1.05
 
     def test_before_the_departure(self) -> None:
         """The log reports a request before it has left, without a first token: it may have failed.
