@@ -21,7 +21,8 @@ stage that Envoy picks from, is its own other half: first it has more, then less
 
 So the shortest decide; but before a first fall, and where for a while they have said neither, the
 gain is asked. Is it large, requests were only slower, and as they are now is the least. Else an
-edge is found, and near it the shortest are believed.
+edge is found, and near it the shortest are believed, when three cohorts in a row say the same: one
+of four or five is off by chance.
 
 What it does not see: prompts, caches, and what in the traffic changes within one comparison.
 """
@@ -41,6 +42,8 @@ _FALL_MOST, _FALL = 0.5, 2.0
 """A limit falls by so many times what too many wait, and to this part of it at most."""
 _UNDECIDED, _UNDECIDED_NEAR = 4, 16
 """Cohorts in a row that tell neither way, until the gain is asked; and near an edge."""
+_MANY: Final = 3
+"""Cohorts in a row of which too many wait, until a limit near an edge falls."""
 _NEAR: Final = 1.5
 """A limit is near an edge up to so many times it, and down to that part of it."""
 _MORE: Final = 1.3
@@ -250,7 +253,7 @@ class BlindLimit:
         self._comparison: _Comparison | None = None
         self._edge = 0.0
         """The limit at which more gained too little when it was last asked; 0: it was not."""
-        self._rises = self._undecided = 0
+        self._rises = self._undecided = self._many = 0
         """In a row."""
         self.watch(places, now_ns)
 
@@ -298,7 +301,7 @@ class BlindLimit:
 
     def _compare(self, now_ns: int) -> None:
         """Ask what more in flight gains."""
-        self._rises = self._undecided = 0
+        self._rises = self._undecided = self._many = 0
         halves = [_Half(0, 0) for _ in set(self._half_of.values())]
         for address, place in self._places.items():
             half = halves[self._half_of[address]]
@@ -317,6 +320,7 @@ class BlindLimit:
         share, is_reached = cohort.share(), cohort.is_reached()
         is_near = limit / _NEAR < self._edge < limit * _NEAR
         reason = f"{share:.0%} of those in flight wait inside, as departures tell"
+        self._many = 0 if share < self._shortest.many else self._many + 1
         if share < self._shortest.few:
             self._undecided = 0
             if is_reached:
@@ -325,8 +329,10 @@ class BlindLimit:
         elif share < self._shortest.many:
             self._rises = 0
             self._undecided += is_reached
+        elif is_near and self._many < _MANY:
+            self._rises = 0
         elif is_near:
-            self._rises = self._undecided = 0
+            self._rises = self._undecided = self._many = 0
             by = _FALL * (share - self._shortest.aim)
             after = min(limit, cohort.most / self._endpoints) * max(_FALL_MOST, 1 - by)
         elif is_reached:

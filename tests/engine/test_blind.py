@@ -71,6 +71,13 @@ class TestFound:
         assert least <= limits[-1] <= most
         assert max(limits) <= 2 * most
 
+    @pytest.mark.parametrize("picker", [Picker.LEAST_LOADED, Picker.OFF])
+    def test_stays(self, picker: Picker) -> None:
+        """Near an edge the limit falls by what cohorts in a row say, not by one that is off."""
+        limits = _limits(SMALL, picker)
+
+        assert min(limits[2:]) >= 13  # of 16 that run; by every single cohort it falls to 10
+
 
 class _Pool:
     """Two endpoints that serve at a fixed rate each, however many are in flight, or faster.
