@@ -26,8 +26,8 @@ _FOLLOWED: Final = 2.0
 """So many times its limit is how far a place follows another before it has looked itself."""
 _START_HEARD, _START_LEAST = 1.35, 4.0
 """The same before it first fell, with metrics; and the least, in requests at each endpoint."""
-_CACHE_EACH: Final = 8192.0
-"""Tokens of a KV cache for each request that is surely batched: so many may be tried at once."""
+_CACHE_EACH, _ROOM_MOST = 8192.0, 128.0
+"""Tokens of a KV cache for each request that may be tried at once; and so many at most."""
 _DOUBLINGS_MAX: Final = 3
 _PATIENCE: Final = 3
 """After so many rises in a row, each as long as a request is in flight, the step is squared."""
@@ -599,8 +599,9 @@ class Place:
 
     def _room(self, now_ns: int) -> float:
         """Return for how many the caches have room in any case; 0: nothing tells, or no more."""
-        is_told = self._is_starting and self._is_heard(now_ns)
-        return self.endpoints * self.kv_capacity / _CACHE_EACH if is_told else 0.0
+        if not self._is_starting or not self._is_heard(now_ns):
+            return 0.0
+        return self.endpoints * min(self.kv_capacity / _CACHE_EACH, _ROOM_MOST)
 
     def _is_falling_in_vain(self, share: float, now_ns: int) -> bool:
         if self._fell_from is None or self._is_heard(now_ns):

@@ -310,12 +310,13 @@ class TestLooks:
 
         assert tried == [pytest.approx(62, abs=6), pytest.approx(122, abs=6)]
 
-    def test_cache_has_room(self) -> None:
+    @pytest.mark.parametrize(("room", "limit"), [(1, 12), (80, 80), (400, 128)])
+    def test_cache_has_room(self, room: int, limit: float) -> None:
         """An engine with a large cache batches as many as have room, so the start leaps there."""
-        place = _Place(limit=8, in_flight=8, kv_capacity=80 * 8192)
+        place = _Place(limit=8, in_flight=8, kv_capacity=room * 8192)
         place.look(1, waiting=0, running=8)
 
-        assert place.moves == [80]
+        assert place.moves == [limit]
 
     @pytest.mark.parametrize(
         ("ran", "kv_usage", "falls"), [(16, 0.3, False), (8, 0.3, True), (16, 0.6, True)]
