@@ -59,6 +59,8 @@ _TOKENS_SAME: Final = 0.15
 """Part by which what a cache was seen to hold may be off and still be the same."""
 _READING, _READING_CACHE = 0.8, 0.5
 """Fewer run than that part of what has, and less of the cache is in use: prompts are waited for."""
+_EXCUSED_MOST: Final = 3
+"""Windows in a row that may be for that."""
 _SETTLING_NS: Final = 500_000_000
 """Until then after a move, before the limit first fell, a look does not show it."""
 _UNKNOWN_NS: Final = 4_000_000_000
@@ -156,6 +158,8 @@ class Place:
         """Most in flight, without a queue."""
         self._rises = self._token_rises = 0
         """In a row."""
+        self._excused = 0
+        """Windows in a row in which too many waited, and that was for prompts."""
         self._ran = inf
         """What ran at most when a queue was last seen: beyond it a place is none."""
         self._edge = inf
@@ -475,21 +479,26 @@ class Place:
             self._learn_anew()
         elif share > _MANY and self._is_reading():
             self._rises = self._token_rises = 0
+            self._excused += 1
         elif share > _MANY and (waited is None or waited > _LONG):
+            self._excused = 0
             self._fell_from = self._fell_from or (before, share)
             by = share - _AIM if self._is_heard(now_ns) else _FALL_BLIND * (share - _AIM)
             self._fall(max(_FALL_MOST, 1 - by), share, self._reason(share, now_ns), now_ns)
         elif share < _FEW and (waited is None or waited < _LONG):
-            self._fell_from = None
+            self._fell_from, self._excused = None, 0
             self._rise(share, self._reason(share, now_ns), now_ns)
         else:
             self._rises = self._token_rises = 0
         self._begin(now_ns)
 
     def _is_reading(self) -> bool:
-        """Whether those that wait inside only wait for prompts: a place and cache are free."""
+        """Whether those that wait inside only wait for prompts: a place and cache are free.
+
+        Prompts are read some time: what waits longer waits for something that nobody tells of.
+        """
         window = self._window
-        if not window.scrapes or not self.kv_capacity:
+        if not window.scrapes or not self.kv_capacity or self._excused >= _EXCUSED_MOST:
             return False
         known = self._peers.ran_most(self.kv_capacity)
         return window.running_most < _READING * known and window.usage < _READING_CACHE

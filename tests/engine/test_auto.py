@@ -319,13 +319,19 @@ class TestLooks:
         assert place.moves == [limit]
 
     @pytest.mark.parametrize(
-        ("ran", "kv_usage", "falls"), [(16, 0.3, False), (8, 0.3, True), (16, 0.6, True)]
+        ("ran", "kv_usage", "seconds", "falls"),
+        [(16, 0.3, 8, False), (8, 0.3, 8, True), (16, 0.6, 8, True), (16, 0.3, 30, True)],
     )
-    def test_prompts_to_be_read(self, ran: int, kv_usage: float, *, falls: bool) -> None:
-        """Where more have run, and the cache is not full, those that wait wait for prompts."""
+    def test_prompts_to_be_read(
+        self, ran: int, kv_usage: float, seconds: int, *, falls: bool
+    ) -> None:
+        """Where more have run, and the cache is not full, those that wait wait for prompts.
+
+        But for so long only; an adapter, say, may be missing for ever.
+        """
         place = _Place(limit=8, in_flight=12, kv_capacity=1000, peers=_Alone(ran))
         place.report(999, 0, ttft_s=0.1)
-        for second in range(1, 12):
+        for second in range(1, seconds):
             place.send(8, second, output=30)
             place.look(second, waiting=4, running=8 - 2 * (second % 2), kv_usage=kv_usage)
 
