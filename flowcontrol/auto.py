@@ -43,13 +43,13 @@ departures there is one limit, on requests, the same at every endpoint.
 
 The start is fast and ends at the first sign: a queue, or a token taking four times the least. Where
 an engine tells how large its cache is, it leaps to a request for every 8 Ki tokens of it, 128 at
-most: whoever gave it so much batches as many. From there by metrics it goes in small steps, by 35 %
-of what was in flight and at least four requests at every look, so that it goes over the edge by
-few; else by half a window. Since output at n in flight goes as n / (a + b n), its growth is that of
-n times a / (a + b n), the least time of a token over the present one: a quarter is where doubling
-stops paying. Later steps are of 6 %, squared after three rises in a row that each lasted as long as
-a request is in flight, so that a limit that has fallen by mistake, or that the traffic has
-outgrown, is back in some service times.
+most: an engine that is given so much batches as many. From there by metrics it goes in small steps,
+by 35 % of what was in flight and at least four requests at every look, so that it goes over the
+edge by few; else by half a window. Since output at n in flight goes as n / (a + b n), its growth is
+that of n times a / (a + b n), the least time of a token over the present one: a quarter is where
+doubling stops paying. Later steps are of 6 %, squared after three rises in a row that each lasted
+as long as a request is in flight, so that a limit that has fallen by mistake, or that the traffic
+has outgrown, is back in some service times.
 
 To find an edge is to go over it, and who is sent there then waits. So one endpoint in four at most
 (one, where there are fewer) goes further than any has been, and a person finds a place at the
@@ -67,7 +67,7 @@ known they are not paced, and a burst of them waits to be read: during the start
 every look is a queue. Later, too, some wait for prompts that are longer than usual, and a lower
 limit would not have them read sooner. That it is this is known where fewer run than have at an
 engine of the size, so that there are places, and less than half of the cache is in use; for three
-windows in a row at most, since nobody tells what else a request may wait for.
+windows in a row at most, since no metric tells what else a request may wait for.
 
 Where answers are long, a small share of the time in flight is a long wait for people; where they
 are short, a large share may be the wait for one prompt. So by settlements, which tell how long it

@@ -1,6 +1,6 @@
 """Pure. Something that only going over it can find: where it was found is believed for a while.
 
-To try again whether an edge is still there costs whoever is sent over it their wait. So it is tried
+To try again whether an edge is still there makes the requests sent over it wait. So it is tried
 after a minute, and after twice as long each time it is found at the same place, as with the probes
 of TCP's persist timer (RFC 9293), up to 16 minutes. Found elsewhere, it is new.
 """

@@ -163,8 +163,8 @@ class Place:
         self._ran = inf
         """What ran at most when a queue was last seen: beyond it a place is none."""
         self._edge = inf
-        self._ran_most = 0
-        """At one endpoint, at any look."""
+        self.ran_most = 0
+        """How many ran at one endpoint, at most, since its engine was last seen to be full."""
         self._batch = Belief(1 - _FULL_BATCH)
         """What its engines batch at most."""
         self._tokens_edge = Belief(_TOKENS_SAME)
@@ -189,11 +189,6 @@ class Place:
     def edge(self) -> float:
         """How many ran at each endpoint when a limit that was reached last fell; inf: none did."""
         return self._edge / self.endpoints
-
-    @property
-    def ran_most(self) -> int:
-        """How many ran at one endpoint, at most, since its engine was last seen to be full."""
-        return self._ran_most
 
     @property
     def began_ns(self) -> int:
@@ -245,7 +240,7 @@ class Place:
 
     def batches_like(self, other: "Place", now_ns: int) -> None:
         """Go no further than what another's engine batches, unless more have run here."""
-        if self._ran_most > other.edge:
+        if self.ran_most > other.edge:
             return
         limit = other.edge * self.endpoints
         self._batch.like(other._batch, limit, now_ns)  # noqa: SLF001 - one of us
@@ -322,7 +317,7 @@ class Place:
         window = self._window
         window.look(self.load, now_ns)
         self._heard_ns = now_ns
-        self._ran_most = max(self._ran_most, load.running)
+        self.ran_most = max(self.ran_most, load.running)
         self.kv_capacity = load.kv_tokens or 0
         if load.kv_usage is not None:
             self._learn_cache(load.kv_usage, load.kv_tokens, load.running + load.waiting)
@@ -495,7 +490,7 @@ class Place:
     def _is_reading(self) -> bool:
         """Whether those that wait inside only wait for prompts: a place and cache are free.
 
-        Prompts are read some time: what waits longer waits for something that nobody tells of.
+        Prompts are read some time: what waits longer waits for something that no metric tells.
         """
         window = self._window
         if not window.scrapes or not self.kv_capacity or self._excused >= _EXCUSED_MOST:
@@ -511,7 +506,7 @@ class Place:
         reason = f"no more than {running} run while {waiting} or more wait, as metrics tell"
         self._fall(window.running_most * self.endpoints / window.most, 0.0, reason, now_ns)
         self._edge = self._ran
-        self._ran_most = running
+        self.ran_most = running
         self._batch.found(self._ran, now_ns)
         self._peers.found(self, now_ns)
         self._begin(now_ns)
@@ -577,7 +572,7 @@ class Place:
         before, room = self.requests_max, self._room(now_ns)
         limit = max(self._stepped(share, now_ns), room)
         batch = self._batch.edge(now_ns)
-        if self._ran_most * self.endpoints <= batch:
+        if self.ran_most * self.endpoints <= batch:
             limit = min(limit, batch)
         edge = self._peers.edge(self.kv_capacity) * self.endpoints
         if self._is_starting and limit > edge:

@@ -8,7 +8,7 @@ That speed is the least slope there is, of prompts at least a quarter as long as
 low a speed, learnt from prompts that waited, empties the engine and is corrected by the next prompt
 that finds it empty; too high a speed holds back too little, and the queue shows elsewhere. Where
 prompts are so short that a step takes longer than most of them, what differs between long and short
-ones is how many ran beside: no speed is told.
+ones is how many ran beside: they show no speed.
 """
 
 from math import log2
@@ -41,7 +41,7 @@ class FirstTokenTimes:
     one, in proportion, no less either. A prompt is as long as what of it was in no cache.
     """
 
-    __slots__ = ("_counts", "_known", "_least", "_prompts", "token_ns", "usual_ns")
+    __slots__ = ("_counts", "_least", "_prompts", "token_ns", "usual_ns")
 
     def __init__(self) -> None:
         self._least: dict[int, float] = {}
@@ -49,8 +49,6 @@ class FirstTokenTimes:
         self._prompts: dict[int, float] = {}
         """How long the prompt was that took it."""
         self._counts: dict[int, int] = {}
-        self._known = 0.0
-        """Prompts that the usual time is of."""
         self.token_ns = 0.0
         """Time that one more token of a prompt takes; 0 while it is not known."""
         self.usual_ns = 0.0
@@ -74,8 +72,8 @@ class FirstTokenTimes:
         if count == _ENOUGH or is_less:
             self.token_ns = self._speed()
         floor_ns = self._floor_ns(length)
-        self._known = min(self._known + 1.0, _USUAL)
-        self.usual_ns += (floor_ns - self.usual_ns) / self._known
+        prompts = min(float(sum(self._counts.values())), _USUAL)
+        self.usual_ns += (floor_ns - self.usual_ns) / prompts
         waited_ns = ttft_ns - floor_ns * (1 + _TOLERATED)
         return waited_ns if waited_ns > 0 else 0.0
 
@@ -89,7 +87,7 @@ class FirstTokenTimes:
         self._least.clear()
         self._prompts.clear()
         self._counts.clear()
-        self._known = self.token_ns = self.usual_ns = 0.0
+        self.token_ns = self.usual_ns = 0.0
 
     def _floor_ns(self, length: int) -> float:
         floors = [

@@ -365,6 +365,7 @@ class _Place:
 
     def _moved(self, what: str, before: float, after: float, reason: str, now_ns: int) -> None:
         assert after != before, (reason, now_ns)
+        assert what == "requests" or self._load.tokens, (before, reason, now_ns)
         if what == "requests":
             self.moves.append(after)
 
