@@ -66,8 +66,9 @@ known of answers, so that for four seconds no limit falls by metrics. Before the
 known they are not paced, and a burst of them waits to be read: during the start only what waits at
 every look is a queue. Later, too, some wait for prompts that are longer than usual, and a lower
 limit would not have them read sooner. That it is this is known where fewer run than have at an
-engine of the size, so that there are places, and less than half of the cache is in use; for three
-windows in a row at most, since no metric tells what else a request may wait for.
+engine of the size, or than its cache has room for in any case, so that there are places, and less
+than half of the cache is in use; for three windows in a row at most, since no metric tells what
+else a request may wait for.
 
 Where answers are long, a small share of the time in flight is a long wait for people; where they
 are short, a large share may be the wait for one prompt. So by settlements, which tell how long it

@@ -58,7 +58,8 @@ for longer than so many usual times to first token."""
 _TOKENS_SAME: Final = 0.15
 """Part by which what a cache was seen to hold may be off and still be the same."""
 _READING, _READING_CACHE = 0.8, 0.5
-"""Fewer run than that part of what has, and less of the cache is in use: prompts are waited for."""
+"""Fewer run than that part of what has, or has room, and less of the cache is in use: prompts are
+waited for."""
 _EXCUSED_MOST: Final = 3
 """Windows in a row that may be for that."""
 _SETTLING_NS: Final = 500_000_000
@@ -495,7 +496,7 @@ class Place:
         window = self._window
         if not window.scrapes or not self.kv_capacity or self._excused >= _EXCUSED_MOST:
             return False
-        known = self._peers.ran_most(self.kv_capacity)
+        known = max(self._peers.ran_most(self.kv_capacity), self._places_in_cache())
         return window.running_most < _READING * known and window.usage < _READING_CACHE
 
     def _judge_full(self, now_ns: int) -> None:
@@ -605,7 +606,11 @@ class Place:
         """Return for how many the caches have room in any case; 0: nothing tells, or no more."""
         if not self._is_starting or not self._is_heard(now_ns):
             return 0.0
-        return self.endpoints * min(self.kv_capacity / _CACHE_EACH, _ROOM_MOST)
+        return self.endpoints * self._places_in_cache()
+
+    def _places_in_cache(self) -> float:
+        """Return for how many one cache has room in any case; 0: it is not known."""
+        return min(self.kv_capacity / _CACHE_EACH, _ROOM_MOST)
 
     def _is_falling_in_vain(self, share: float, now_ns: int) -> bool:
         if self._fell_from is None or self._is_heard(now_ns):

@@ -337,6 +337,15 @@ class TestLooks:
 
         assert any(limit < 8 for limit in place.moves) == falls
 
+    def test_burst_after_the_leap(self) -> None:
+        """A burst into places that the cache has room for waits to be read: it is no queue."""
+        place = _Place(limit=64, in_flight=40, kv_capacity=64 * 8192, peers=_Alone(8))
+        for second in range(1, 6):
+            place.send(8, second, output=30)
+            place.look(second, waiting=30, running=8 + second, kv_usage=0.1)
+
+        assert all(limit >= 64 for limit in place.moves)
+
 
 @final
 class _Place:
