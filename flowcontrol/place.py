@@ -573,8 +573,9 @@ class Place:
         before, room = self.requests_max, self._room(now_ns)
         limit = max(self._stepped(share, now_ns), room)
         batch = self._batch.edge(now_ns)
-        if self.ran_most * self.endpoints <= batch:
-            limit = min(limit, batch)
+        if self.ran_most * self.endpoints <= batch < limit:
+            limit = batch
+            self._rises = 0  # none of the steps that it was kept from
         edge = self._peers.edge(self.kv_capacity) * self.endpoints
         if self._is_starting and limit > edge:
             self._end_start()
