@@ -233,6 +233,7 @@ class Place:
     def follow(self, proven: float, now_ns: int) -> None:
         """Go as far as another has been, where this one would go further."""
         before, limit = self.requests_max, min(self._wish, proven * self.endpoints)
+        limit = self._within_batch(limit, now_ns)
         if limit > before:
             source = self._source(now_ns)
             reason = f"as many are in flight at another without a queue, as {source} tell"
@@ -250,6 +251,7 @@ class Place:
             self._ran = limit
             reason = "no more run at another with as large a cache, as metrics tell"
             self._move(limit, reason, now_ns)
+            self._calm = min(self._calm, self.requests_max)
             self._begin(now_ns)
 
     # What happens
@@ -572,9 +574,9 @@ class Place:
         """Return the next limit on requests."""
         before, room = self.requests_max, self._room(now_ns)
         limit = max(self._stepped(share, now_ns), room)
-        batch = self._batch.edge(now_ns)
-        if self.ran_most * self.endpoints <= batch < limit:
-            limit = batch
+        within = self._within_batch(limit, now_ns)
+        if within < limit:
+            limit = within
             self._rises = 0  # none of the steps that it was kept from
         edge = self._peers.edge(self.kv_capacity) * self.endpoints
         if self._is_starting and limit > edge:
@@ -591,6 +593,11 @@ class Place:
                 self._wish = _FOLLOWED * before if self._is_starting else 0.0
                 limit = proven
         return max(before, limit)
+
+    def _within_batch(self, limit: float, now_ns: int) -> float:
+        """Return no more than what the engine is believed to batch, unless more have run."""
+        batch = self._batch.edge(now_ns)
+        return batch if self.ran_most * self.endpoints <= batch < limit else limit
 
     def _stepped(self, share: float, now_ns: int) -> float:
         """Return the limit a step further."""

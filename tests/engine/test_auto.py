@@ -292,6 +292,15 @@ class TestLooks:
         assert place.moves == [16]
         assert busier.moves == [pytest.approx(24 * 1.35)]
 
+    def test_batch_of_another_is_followed_no_further(self) -> None:
+        """Where others went before they found it, a place that comes later does not go."""
+        place = _Place(limit=12, in_flight=12, peers=_Alone(explores=False))
+        place.look(1, waiting=0, running=12)
+        place.learn_from(_Place(limit=18, in_flight=18).is_full(2, running=16), 6)
+        place.follow(20, 7)
+
+        assert place.moves == [16]
+
     def test_batch_is_believed(self) -> None:
         """Nobody tries to exceed a batch for a minute; once it is found again, for two.
 
@@ -422,6 +431,10 @@ class _Place:
         own, others = self._place, other._place  # noqa: SLF001 - one of us
         own.batches_like(others, round(second * SECOND))
 
+    def follow(self, proven: float, second: int) -> None:
+        """Let another have had so many in flight without a queue."""
+        self._place.follow(proven, second * SECOND)
+
     def serve(self, count: int, until_s: float, ttfts_s: float) -> None:
         """Send so many, and let the access log report all of them later."""
         self.send(count, 0, output=10)
@@ -441,8 +454,9 @@ def _lease(number: int, output: int) -> Lease:
 class _Alone:
     """A place has no other beside it, but for one at which so many ran."""
 
-    def __init__(self, ran: int = 0) -> None:
+    def __init__(self, ran: int = 0, *, explores: bool = True) -> None:
         self._ran = ran
+        self._explores = explores
 
     def ran_most(self, kv_capacity: int) -> int:
         """One of this size has run so many."""
@@ -460,8 +474,8 @@ class _Alone:
         """Nobody takes note."""
 
     def may_explore(self, place: Place) -> bool:
-        """It always may."""
-        return place.explores or True
+        """It may, if it was said so."""
+        return place.explores or self._explores
 
     def shown(self, proven: float, now_ns: int) -> None:
         """Nobody takes note."""
