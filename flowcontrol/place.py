@@ -66,6 +66,9 @@ _SETTLING_NS: Final = 500_000_000
 """Until then after a move, before the limit first fell, a look does not show it."""
 _UNKNOWN_NS: Final = 4_000_000_000
 """How long a window lasts before a limit falls, while no time to first token is known."""
+_FADING, _FADING_HEARD = 1.002, 1.0005
+"""How the least times to first token grow with each window; and with metrics, which tell what
+waits, so that those times tell the speed of prompts alone."""
 _FRESH_NS: Final = 10_000_000_000
 """Metrics that old are none."""
 _STANDING: Final = 0.7
@@ -436,7 +439,7 @@ class Place:
         return self._heard_ns is not None and now_ns - self._heard_ns < _FRESH_NS
 
     def _begin(self, now_ns: int) -> None:
-        self._first_tokens.fade()
+        self._first_tokens.fade(_FADING_HEARD if self._is_heard(now_ns) else _FADING)
         self._window = MoveWindow(now_ns, self.load.requests, self.endpoints)
 
     def _end(self, lease: Lease, now_ns: int) -> None:

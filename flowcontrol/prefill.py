@@ -19,8 +19,6 @@ from flowcontrol.flow import Lease
 
 _CLASSES: Final = 2.0
 """Classes of length for each doubling."""
-_FADING: Final = 1.002
-"""How the least grows with each window: it may be outdated."""
 _ENOUGH: Final = 4
 """Prompts seen of a class before its least time tells a speed."""
 _LONGER: Final = 4.0
@@ -77,10 +75,10 @@ class FirstTokenTimes:
         waited_ns = ttft_ns - floor_ns * (1 + _TOLERATED)
         return waited_ns if waited_ns > 0 else 0.0
 
-    def fade(self) -> None:
-        """Let the least grow a little."""
+    def fade(self, growth: float) -> None:
+        """Let the least grow a little: it may be outdated."""
         for length in self._least:
-            self._least[length] *= _FADING
+            self._least[length] *= growth
 
     def forget(self) -> None:
         """Forget what was learnt, and begin again."""
