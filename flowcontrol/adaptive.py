@@ -240,6 +240,14 @@ class AdaptiveDetector:
         """Not hold back by anything but the load."""
         return False
 
+    def reads(self, address: str) -> bool:  # noqa: ARG002 - it is not known
+        """Prefer no endpoint by anything but the load."""
+        return False
+
+    def reading_ns(self, lease: Lease) -> float:  # noqa: ARG002 - it is not known
+        """Know no speed of prompts."""
+        return 0.0
+
     def endpoints_changed(self, now_ns: int) -> None:
         """Keep the limit of each endpoint that stays; who is new has what is usual among them."""
         before, self._endpoints = self._endpoints, tuple(self._stage.addresses)

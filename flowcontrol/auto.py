@@ -89,11 +89,11 @@ picks, each endpoint has limits of its own, so unequal ones find theirs. A false
 half of a limit, a missed one a window's growth: half at the start (or the leap), 6 % later.
 
 What it does not see: without metrics, KV use before the first queue, so that the start may go over
-the edge once by half; how much of a person's time to first token is the job's work in the same
-step; and prompts all of one length, or most of them read in less than a step, tell no speed, so
-they are not paced. Of requests that do not come through here it knows their number and no more:
-they take their part of a measured cache, what waits while none of ours is there moves no limit, and
-beside some of ours it counts like ours.
+the edge once by half; how much of a person's time to first token is the job's work in the same step
+(`reading` keeps its prompts within bounds); and prompts all of one length, or most of them read in
+less than a step, tell no speed, so they are not paced. Of requests that do not come through here it
+knows their number and no more: they take their part of a measured cache, what waits while none of
+ours is there moves no limit, and beside some of ours it counts like ours.
 """
 
 from math import inf
@@ -148,8 +148,8 @@ class AutoDetector:
         """By address, or one for the stage where Envoy picks."""
         self._blind: BlindLimit | None = None
         """While nothing but departures tells anything."""
-        self._held: KeyedHeap[str, int] = KeyedHeap()
-        """Places that are sent no prompt, by when they are again."""
+        self._reading: KeyedHeap[str, int] = KeyedHeap()
+        """Places that read prompts, by when they may be sent the next, or else have read all."""
 
     @property
     def limit(self) -> int:
@@ -186,6 +186,16 @@ class AutoDetector:
         own = self._places.get(address)
         return own is not None and own.is_held
 
+    def reads(self, address: str) -> bool:
+        """Whether an endpoint still reads a prompt."""
+        own = self._places.get(address)
+        return own is not None and own.is_reading
+
+    def reading_ns(self, lease: Lease) -> float:
+        """Return the time of all endpoints together that a prompt takes; 0: it is not known."""
+        place = self._places.get(self._address_of(lease))
+        return place.token_ns * lease.tokens.input / len(self._places) if place else 0.0
+
     def endpoints_changed(self, now_ns: int) -> None:
         """Keep the limits of each endpoint that stays; who is new has what is usual among them."""
         if self._stage.is_picked:
@@ -194,8 +204,8 @@ class AutoDetector:
             }
         else:
             self._places = {_STAGE: self._place_of_stage(now_ns)}
-        for address in set(self._held) - set(self._places):
-            self._held.discard(address)
+        for address in set(self._reading) - set(self._places):
+            self._reading.discard(address)
         if self._blind is not None:
             self._blind.watch(self._places, now_ns)
         self.revision += 1
@@ -272,8 +282,8 @@ class AutoDetector:
         place.charged(lease, now_ns)
         if self._blind is not None:
             self._blind.charged(address, lease.request.request_id, now_ns)
-        if place.is_held:
-            self._held.put(address, place.held_until_ns)
+        if place.is_reading:
+            self._reading.put(address, place.next_read_ns)
 
     def released(self, lease: Lease, now_ns: int) -> None:
         """Count the departure; many without a settlement mean that there is none to come."""
@@ -307,17 +317,22 @@ class AutoDetector:
             place.observed(load, now_ns)
 
     def advance(self, now_ns: int) -> list[str]:
-        """Let prompts be read; return where the next may go."""
-        freed: list[str] = []
-        while (first := self._held.first()) is not None and first[0] <= now_ns:
-            self._held.discard(first[1])
-            self._places[first[1]].is_held = False
-            freed.append(first[1])
-        return freed
+        """Let prompts be read; return where the next may go, or all are read."""
+        changed: list[str] = []
+        while (first := self._reading.first()) is not None and first[0] <= now_ns:
+            address = first[1]
+            place = self._places[address]
+            place.read(now_ns)
+            if place.is_reading:
+                self._reading.put(address, place.next_read_ns)
+            else:
+                self._reading.discard(address)
+            changed.append(address)
+        return changed
 
     def next_change_ns(self) -> int | None:
-        """Return when the next prompt may go somewhere."""
-        first = self._held.first()
+        """Return when the next prompt may go somewhere, or all are read there."""
+        first = self._reading.first()
         return None if first is None else first[0]
 
     def _address_of(self, lease: Lease) -> str:

@@ -49,6 +49,7 @@ from flowcontrol.forecast import Ahead, Forecast, forecast
 from flowcontrol.learned import Learned
 from flowcontrol.picker import FULL
 from flowcontrol.pool import Pool
+from flowcontrol.reading import ReadingShare
 from flowcontrol.reclaim import Demand, Reclaimer, needed
 from flowcontrol.recovery import Recovery
 from flowcontrol.request import DEFAULT_PRIORITY, Outcome, Request, Scope
@@ -93,6 +94,9 @@ class FlowController:
         self._ceilings = BandCeilings(config.ceilings, [])
         self._reserve = Reserve(now_ns)
         self._has_reserve = config.ceilings.policy is Ceilings.RESERVE
+        self._reading = ReadingShare()
+        self._held_until_ns: int | None = None
+        """Until then lower bands have places, but wait for prompts to be read; None: none does."""
         self.waiting = 0
         """Requests waiting, newcomers included."""
 
@@ -277,6 +281,7 @@ class FlowController:
         if self.pool.has_timer:
             first_ns = earlier(first_ns, self.pool.next_change_ns())
         first_ns = earlier(first_ns, self.recovery.next_due_ns())
+        first_ns = earlier(first_ns, self._held_until_ns)
         if self.config.reclaim.is_enabled:
             first_ns = earlier(first_ns, self._reclaimer.next_change_ns())
         if self._across.is_active and self.pool.saturation() < FULL:  # what is gated now
@@ -292,8 +297,10 @@ class FlowController:
         only go to endpoints without room is passed over: others take nothing that it could have.
         """
         saturation = self.pool.saturation()
+        self._held_until_ns = None
         if self._has_reserve:
             self._reserve.renew(self.pool.load(), self.config.ceilings.ceiling_max, now_ns)
+            self.pool.spare_readers(is_on=self._reading.is_shared(now_ns))
         if saturation >= FULL:
             return
         has_room = self.pool.has_room_in
@@ -304,7 +311,7 @@ class FlowController:
                     lease = self._across.next_exception(now_ns, has_room)
                 if lease is not None:
                     self._send(lease, self.bands.by_priority[lease.flow.key.priority], now_ns)
-                elif saturation >= self._ceiling(rank, saturation):
+                elif self._is_gated(rank, saturation, now_ns):
                     return
                 else:
                     lease = band.next(has_room)
@@ -323,6 +330,7 @@ class FlowController:
         self.pool.charge(lease, now_ns)
         if self._has_reserve:
             self._reserve.sent(band.priority, self.pool.load() - before)
+            self._reading.sent(self.pool.reading_ns(lease), now_ns)
         self._drain_rate.dispatched(now_ns)
         band.dispatch(lease, now_ns)
         self._forget_waiting(lease, band, now_ns)
@@ -332,6 +340,28 @@ class FlowController:
             self._reclaimer.dispatched(lease)
         self._turn_count += 1
         self.decisions.add(lease, band, Outcome.DISPATCHED, now_ns)
+
+    def _is_gated(self, rank: int, saturation: float, now_ns: int) -> bool:
+        """Whether a band has no place, or higher ones need that prompts are read before its."""
+        is_lower = self._is_lower(rank)
+        if saturation >= self._ceiling(rank, saturation):
+            if is_lower:
+                self._reading.filled(now_ns)
+            return True
+        if not is_lower or not self._reading.holds(now_ns):
+            return False
+        self._held_until_ns = self._reading.until_ns
+        return True
+
+    def _is_lower(self, rank: int) -> bool:
+        return self._has_reserve and self._reserve.is_lower(rank)
+
+    def _rank(self, band: Band) -> int:
+        return sum(each.priority > band.priority for each in self.bands)
+
+    def is_held(self, band: Band) -> bool:
+        """Whether there are places for a band, but prompts have to be read first; O(bands)."""
+        return self._held_until_ns is not None and self._is_lower(self._rank(band))
 
     def _ceiling(self, rank: int, saturation: float) -> float:
         if self._has_reserve:
@@ -492,9 +522,10 @@ class FlowController:
             return Forecast(above + ahead.requests + ahead.tied, None)
         held_ns = self.pool.held_ns(now_ns)
         if held_ns is not None:
-            rank = sum(each.priority > band.priority for each in self.bands)
             load = self.pool.load()
-            held_ns = held_ns if load < self._ceiling(rank, load) else None
+            held_ns = held_ns if load < self._ceiling(self._rank(band), load) else None
+        elif self._held_until_ns is not None and self.is_held(band):
+            held_ns = max(0, self._held_until_ns - now_ns)
         rates = band.drain_rate, self._drain_rate
         return band.calibration.apply(forecast(above, ahead, rates, now_ns, held_ns))
 
@@ -525,7 +556,10 @@ class FlowController:
         assert self._ceilings.priorities == priorities, "ceilings of other bands"
         assert self.in_flight == sum(band.in_flight for band in self.bands)
         could = (gate for gate in self.gates() if any(map(self.pool.has_room_for, gate[0].heads())))
-        assert all(self.pool.saturation() >= gate[1] for gate in islice(could, 1)), "a free slot"
+        if self._held_until_ns is None:
+            assert all(self.pool.saturation() >= gate[1] for gate in islice(could, 1)), (
+                "a free slot"
+            )
 
     def _waiting(self) -> list[Lease]:
         return [lease for lease in self._leases.values() if not lease.is_in_flight]

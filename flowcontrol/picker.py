@@ -1,10 +1,11 @@
 """Pure. The endpoints that the engine chooses from, and its choice.
 
-The least loaded endpoint goes first; among equals, the one that was not picked for longest. With
-affinity an endpoint that served the beginning of the prompt comes before it while its load is below
-a bound (consistent hashing with bounded loads: Mirrokni, Thorup and Zadimoghaddam, SODA 2018):
-BOUND times the mean load, or LIGHT if that is more. So affinity never takes an endpoint further
-than one request beyond that bound. The numbers are from simulations of one trace, judged on another
+The least loaded endpoint goes first; among equals, the one that was not picked for longest. One
+that reads a prompt may be said to come after those that read none. With affinity an endpoint that
+served the beginning of the prompt comes before it while its load is below a bound (consistent
+hashing with bounded loads: Mirrokni, Thorup and Zadimoghaddam, SODA 2018): BOUND times the mean
+load, or LIGHT if that is more. So affinity never takes an endpoint further than one request beyond
+that bound. The numbers are from simulations of one trace, judged on another
 (tests/benchmarks/prefix_affinity.py): with more imbalance the queues inside cost more than the
 cache saves.
 """
@@ -27,6 +28,10 @@ BOUND: Final = 1.5
 LIGHT: Final = 0.1
 """Below this load it is sent what it has cached whatever the mean: it has room."""
 
+_NO_ROOM: Final = 2 * FULL
+"""In the order an endpoint with room stands at its load; one that reads a prompt, at FULL and its
+load; and the others here."""
+
 
 @final
 class EndpointPicker:
@@ -38,6 +43,8 @@ class EndpointPicker:
         self._turn = 0
         self._order: KeyedHeap[str, tuple[float, int]] = KeyedHeap()
         """Endpoints to pick from, the first to be picked first."""
+        self._ranks: dict[str, tuple[float, int]] = {}
+        """Where each stands in that order."""
         self._loads: dict[str, float] = {}
         """Load of each, 1 at most; 1 also where nothing may be sent for the moment."""
         self._true_loads: dict[str, float] = {}
@@ -59,14 +66,25 @@ class EndpointPicker:
     def clear(self) -> None:
         """Have nothing to pick from."""
         self._order = KeyedHeap()
+        self._ranks.clear()
         self._loads.clear()
         self._true_loads.clear()
         self._load_sum = 0.0
 
-    def put(self, address: str, load: float, *, is_held: bool) -> None:
-        """Note the load of an endpoint to pick from, and whether it must be sent nothing now."""
-        turn = self._turns[address]
-        self._order.put(address, (FULL if is_held and load < FULL else load, turn))
+    def put(
+        self, address: str, load: float, *, is_held: bool = False, is_reading: bool = False
+    ) -> None:
+        """Note the load of an endpoint to pick from.
+
+        Args:
+            address: which.
+            load: 1 is full.
+            is_held: whether it must be sent nothing now.
+            is_reading: whether it is to be picked only where all others read, too.
+        """
+        order = _NO_ROOM if is_held or load >= FULL else FULL + load if is_reading else load
+        rank = self._ranks[address] = (order, self._turns[address])
+        self._order.put(address, rank)
         if load > FULL:
             load = FULL
         self._load_sum += load - self._true_loads.get(address, 0.0)
@@ -93,12 +111,12 @@ class EndpointPicker:
     def best(self) -> str | None:
         """Return the endpoint that goes first, None if none has room."""
         first = self._order.first()
-        return first[1] if first is not None and first[0][0] < FULL else None
+        return first[1] if first is not None and first[0][0] < _NO_ROOM else None
 
     def best_of(self, subset: Subset) -> str | None:
         """Return the same, among some endpoints. O(subset)."""
-        load, _, address = min(self._places(subset), default=(FULL, 0, ""))
-        return address if load < FULL else None
+        (order, _), address = min(self._places(subset), default=((_NO_ROOM, 0), ""))
+        return address if order < _NO_ROOM else None
 
     def cached_at(self, request: Request) -> str | None:
         """Return the endpoint that served the beginning of a request's prompt and may have more.
@@ -121,7 +139,7 @@ class EndpointPicker:
     def fallbacks(self, subset: Subset | None, picked: str, count: int) -> tuple[str, ...]:
         """Return where to send a request if the endpoint picked cannot be reached. O(endpoints)."""
         places = nsmallest(count + 1, self._places(subset))
-        return tuple([address for _, _, address in places if address != picked][:count])
+        return tuple([address for _, address in places if address != picked][:count])
 
     def picked(self, address: str, request: Request) -> None:
         """Note that an endpoint was picked for a request."""
@@ -130,7 +148,7 @@ class EndpointPicker:
         if self._affinity is not None and request.prefix:
             self._affinity.served(request.prefix, address)
 
-    def _places(self, subset: Subset | None) -> Iterator[tuple[float, int, str]]:
-        for address in self._loads if subset is None else subset:
-            if address in self._loads:
-                yield self._loads[address], self._turns[address], address
+    def _places(self, subset: Subset | None) -> Iterator[tuple[tuple[float, int], str]]:
+        for address in self._ranks if subset is None else subset:
+            if address in self._ranks:
+                yield self._ranks[address], address

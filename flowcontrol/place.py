@@ -142,9 +142,10 @@ class Place:
         self.tokens_max = inf
         self.is_held = False
         """Whether prompts that were sent there have to be read first."""
-        self.held_until_ns = now_ns
-        self._read_ns = now_ns
-        """When all prompts that were sent there are expected to be read."""
+        self.is_reading = False
+        """Whether any of them still is."""
+        self._read_ns = self._held_until_ns = self._reading_until_ns = now_ns
+        """When all are expected to be read, by their lengths alone."""
         self._is_starting = True
         self._tokens_start = True
         self._first_tokens = FirstTokenTimes()
@@ -282,13 +283,34 @@ class Place:
             window.members[lease.request.request_id] = now_ns
 
     def _hold(self, lease: Lease, now_ns: int) -> None:
-        """Let the next prompt wait until most of those sent before are read."""
+        """Let the next prompt wait until most of those sent before are read.
+
+        The last of them is read in the step after the one under way, and that takes some time, too.
+        """
+        times = self._first_tokens
+        if not times.token_ns:
+            return
         if self._read_ns < now_ns:
             self._read_ns = now_ns
-        token_ns = self._first_tokens.token_ns / self.endpoints
-        self._read_ns += round(token_ns * lease.tokens.input)
-        self.held_until_ns = self._read_ns - round(_BACKLOG * self._first_tokens.usual_ns)
-        self.is_held = self.held_until_ns > now_ns
+        self._read_ns += round(self.token_ns * lease.tokens.input)
+        self._held_until_ns = self._read_ns - round(_BACKLOG * times.usual_ns)
+        self._reading_until_ns = self._read_ns + round(times.least_ns)
+        self.read(now_ns)
+
+    def read(self, now_ns: int) -> None:
+        """Let prompts be read until now."""
+        self.is_held = self._held_until_ns > now_ns
+        self.is_reading = self._reading_until_ns > now_ns
+
+    @property
+    def token_ns(self) -> float:
+        """Time that its endpoints together take for one more token of a prompt; 0: not known."""
+        return self._first_tokens.token_ns / self.endpoints
+
+    @property
+    def next_read_ns(self) -> int:
+        """When the next prompt may be sent, or else when all are read."""
+        return self._held_until_ns if self.is_held else self._reading_until_ns
 
     def released(self, now_ns: int) -> None:
         """Count a departure."""

@@ -100,6 +100,12 @@ class Detector(Protocol):
     def holds(self, address: str) -> bool:
         """Whether an endpoint must be sent nothing for the moment, whatever its load is."""
 
+    def reads(self, address: str) -> bool:
+        """Whether an endpoint should better be sent nothing for the moment."""
+
+    def reading_ns(self, lease: Lease) -> float:
+        """Return the time of all endpoints together that a prompt takes; 0: it is not known."""
+
     def endpoints_changed(self, now_ns: int) -> None:
         """Notice that the stage has other endpoints."""
 
@@ -202,6 +208,7 @@ class Pool:
         """By endpoint, those of its stage: where it is in both, of that for which one is picked."""
         self._pick_stage = Stage(self, Role.BOTH, ())
         self._revision = 0
+        self._spares_readers = False
         self._saturation: float | None = None
         """The load of the pool; None when it has to be computed again."""
 
@@ -222,6 +229,16 @@ class Pool:
         if self.picks and len(self.picker):
             return self.picker.mean()
         return self.saturation()
+
+    def spare_readers(self, *, is_on: bool) -> None:
+        """Pick an endpoint that reads a prompt only where all do, or no longer; O(endpoints)."""
+        if is_on is not self._spares_readers:
+            self._spares_readers = is_on
+            self._changed(everywhere=True)
+
+    def reading_ns(self, lease: Lease) -> float:
+        """Return the time that a prompt takes of the endpoints of the slower stage, together."""
+        return max([detector.reading_ns(lease) for detector in self._all], default=0.0)
 
     def held_ns(self, now_ns: int) -> int | None:
         """Return when something may be sent to places that are free, but for prompts to be read.
@@ -461,7 +478,9 @@ class Pool:
             self._measure_endpoint(address)
 
     def _measure_endpoint(self, address: str) -> None:
-        is_held = False
+        is_held = is_reading = False
         for detector in self._detectors_of[address]:
             is_held = is_held or detector.holds(address)
-        self.picker.put(address, self.endpoint_saturation(address), is_held=is_held)
+            is_reading = is_reading or (self._spares_readers and detector.reads(address))
+        load = self.endpoint_saturation(address)
+        self.picker.put(address, load, is_held=is_held, is_reading=is_reading)

@@ -25,6 +25,8 @@ A place is what a request of the higher bands adds to the load of the pool on av
 its tokens. A quarter of the pool is the most that is held back, also where a and d are so close
 that the walk has no drift: people who fill more than that go before the job anyway.
 
+That a place is free is half of it: `reading` says when the engine behind it has time for a person.
+
 What it does not see: which endpoint is free matters little where the engine picks, but a request
 that may only go to some of them finds a place with less certainty; and the first burst of its kind
 comes before it was measured.
@@ -137,6 +139,10 @@ class Reserve:
         self._loads = {each: self._loads.get(each, 0.0) for each in priorities}
         self.ceilings = [1.0] * len(priorities)
         self._renewed_ns = None
+
+    def is_lower(self, rank: int) -> bool:
+        """Whether a band has to leave something free for those above it."""
+        return self.ceilings[rank] < self.ceilings[0]
 
     def arrived(self, priority: int, now_ns: int) -> None:
         """Count an arrival for its band and those below it."""

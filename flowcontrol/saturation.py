@@ -61,6 +61,14 @@ class ConcurrencyDetector:
         """Not hold back by anything but the load."""
         return False
 
+    def reads(self, address: str) -> bool:  # noqa: ARG002 - it is not known
+        """Prefer no endpoint by anything but the load."""
+        return False
+
+    def reading_ns(self, lease: Lease) -> float:  # noqa: ARG002 - it is not known
+        """Know no speed of prompts."""
+        return 0.0
+
     def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - at once
         """Allow every endpoint as much."""
         endpoints = len(self._stage.addresses)
@@ -168,6 +176,14 @@ class UtilizationDetector:
     def holds(self, address: str) -> bool:  # noqa: ARG002 - at no time
         """Not hold back by anything but the load."""
         return False
+
+    def reads(self, address: str) -> bool:  # noqa: ARG002 - it is not known
+        """Prefer no endpoint by anything but the load."""
+        return False
+
+    def reading_ns(self, lease: Lease) -> float:  # noqa: ARG002 - it is not known
+        """Know no speed of prompts."""
+        return 0.0
 
     def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - silence begins with a word
         """Keep the readings of those that stay; who is new has not been heard of."""

@@ -33,6 +33,8 @@ class Gate(Enum):
     """The pool has room, but not for this band: the saturation is at its ceiling."""
     SUBSET = "subset"
     """The pool has room, but not at any endpoint that the request may go to."""
+    PROMPTS = "prompts"
+    """There is a place for it, but prompts that were sent before have to be read first."""
     TURN = "turn"
     """Nothing; it goes in the next turns."""
     NONE = "none"
@@ -96,7 +98,14 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
     saturation = controller.pool.saturation()
     gates = controller.gates()
     ceiling = next(ceiling for each, ceiling in gates if each is band)
-    gated = next((each for each, limit in gates if each.waiting and saturation >= limit), band)
+    gated = next(
+        (
+            each
+            for each, limit in gates
+            if each.waiting and (saturation >= limit or controller.is_held(each))
+        ),
+        band,
+    )
     above = {
         each.priority: each.waiting
         for each in controller.bands
@@ -115,7 +124,7 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
         None if lease.is_in_flight or lease.deadline_ns is None else lease.deadline_ns - now_ns,
         lease.endpoint,
         lease.is_reclaimed,
-        _gate(controller, lease, gated, saturation, ceiling),
+        _gate(controller, lease, gated, (saturation, ceiling), now_ns),
         saturation,
         ceiling,
         max(gated.priority, key.priority) if is_waiting else key.priority,
@@ -170,16 +179,24 @@ def _is_hopeless(lease: Lease, band: Band, forecast: Forecast, now_ns: int) -> b
 
 
 def _gate(
-    controller: FlowController, lease: Lease, gated: Band, saturation: float, ceiling: float
+    controller: FlowController,
+    lease: Lease,
+    gated: Band,
+    levels: tuple[float, float],
+    now_ns: int,
 ) -> Gate:
-    if lease.is_in_flight:
-        return Gate.NONE
-    if controller.pool.is_empty:
-        return Gate.NO_ENDPOINTS
-    if saturation >= FULL:
-        return Gate.POOL_FULL
-    if gated.priority > lease.flow.key.priority:
-        return Gate.HIGHER_BAND
-    if saturation >= ceiling:
-        return Gate.CEILING
-    return Gate.TURN if controller.pool.has_room_for(lease) else Gate.SUBSET
+    """Return the first that holds, at a saturation and a ceiling."""
+    saturation, ceiling = levels
+    pool = controller.pool
+    is_full = saturation >= FULL
+    gates = (
+        (lease.is_in_flight, Gate.NONE),
+        (pool.is_empty, Gate.NO_ENDPOINTS),
+        (is_full and pool.held_ns(now_ns) is None, Gate.POOL_FULL),
+        (is_full, Gate.PROMPTS),
+        (gated.priority > lease.flow.key.priority, Gate.HIGHER_BAND),
+        (saturation >= ceiling, Gate.CEILING),
+        (not pool.has_room_for(lease), Gate.SUBSET),
+        (controller.is_held(gated), Gate.PROMPTS),
+    )
+    return next((gate for holds, gate in gates if holds), Gate.TURN)

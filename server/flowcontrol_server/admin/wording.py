@@ -21,6 +21,16 @@ _REASONS = {
     Outcome.RECLAIMED: "it was ended in flight for a waiting request of higher priority",
     Outcome.INTERNAL: "flow control failed",
 }
+_GATES = {
+    Gate.NO_ENDPOINTS: "It waits because the pool has no endpoint",
+    Gate.SUBSET: "It waits because no endpoint that it may go to has room; others pass meanwhile",
+    Gate.PROMPTS: (
+        "There is a place for it, but it waits because model servers read prompts that were sent "
+        "before"
+    ),
+    Gate.TURN: "Nothing blocks it; it is dispatched next",
+    Gate.NONE: "Nothing blocks it; it is dispatched next",
+}
 _SCOPES = {
     Scope.FLOW: "the queue of its flow",
     Scope.BAND: "the queue of its band",
@@ -92,8 +102,6 @@ def classified(objective: str | None, flow_id: str, origin: Origin) -> str:
 def _gate(explained: Explanation) -> str:
     load, ceiling = _percent(explained.saturation), _percent(explained.ceiling)
     match explained.gate:
-        case Gate.NO_ENDPOINTS:
-            return "It waits because the pool has no endpoint"
         case Gate.POOL_FULL:
             fullest = sorted(explained.endpoints, key=lambda each: -each.saturation)
             named = ", ".join(_endpoint(each) for each in fullest[:_SHOWN_MAX])
@@ -109,10 +117,8 @@ def _gate(explained: Explanation) -> str:
             return (
                 f"It waits because its band may fill the pool to {ceiling} only, which is at {load}"
             )
-        case Gate.SUBSET:
-            return "It waits because no endpoint that it may go to has room; others pass meanwhile"
-        case Gate.TURN | Gate.NONE:
-            return "Nothing blocks it; it is dispatched next"
+        case _:
+            return _GATES[explained.gate]
 
 
 def _endpoint(endpoint: EndpointSnapshot) -> str:

@@ -226,8 +226,9 @@ class CeilingSection(Section):
         _ENGINE.ceilings.policy.value
     )
     """reserve: as much is left free as higher bands need, by how they arrive, to find a place but
-    for waitTarget; static: each band up to maxCeiling; priority-holdback: the lower the band, the
-    less, down to minCeiling; soft-reflective: lower bands fade out as the pool fills."""
+    for waitTarget, and time to have their prompts read; static: each band up to maxCeiling;
+    priority-holdback: the lower the band, the less, down to minCeiling; soft-reflective: lower
+    bands fade out as the pool fills."""
     domain: Literal["rank", "value"] = "rank"
     """priority-holdback: in even steps by a band's rank, or in proportion to its priority, which
     no other band's coming or going changes but at the ends."""
