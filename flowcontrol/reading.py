@@ -2,14 +2,14 @@
 
 An engine computes step by step. With a step of b that reads no prompt, and prompts that are sent
 all the time and take a part s of it, a step takes t = b + s t, that is t = b / (1 - s): four times
-as long at s = 0.75, twelve times at 0.92. Where nothing limits s a step reads as much as the engine
+as long at s = 0.75, twenty times at 0.95. Where nothing limits s a step reads as much as the engine
 lets it, such as 8,192 tokens, in a third of a second. And a person's first token waits for the end
 of the step under way, and for a step of its own.
 
 So a lower band is let in only while all prompts together, those of the bands above as well, take no
 more than a part s. A job that fills free places has its prompts read a little later. One that waits
-for nothing but reading takes at most 1 / s times as long. So s is 0.75, and grows to 0.92 within
-two minutes in which a lower band had places all the time and waited for nothing else.
+for nothing but reading takes at most 1 / s times as long. So s is 0.75, and grows to 0.95 within a
+minute in which a lower band had places all the time and waited for nothing else.
 
 What it does not see: one long prompt is a long step, whatever its share of the time; and where no
 speed of prompts is known, nothing is held back.
@@ -17,9 +17,9 @@ speed of prompts is known, nothing is held back.
 
 from typing import Final, final
 
-_LEAST, _MOST = 0.75, 0.92
+_LEAST, _MOST = 0.75, 0.95
 """Parts of the time."""
-_GROWS_NS: Final = 120_000_000_000
+_GROWS_NS: Final = 60_000_000_000
 """How long it takes from one to the other."""
 _PAUSE_NS: Final = 1_000_000_000
 """After so long without a wait for reading, the next one is the first."""

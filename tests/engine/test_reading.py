@@ -32,26 +32,26 @@ class TestShare:
         assert [share.holds(at * MS) for at in (50, 199, 200)] == [True, True, False]
 
     def test_grows(self) -> None:
-        """One that waits for nothing else gets more by and by, up to 0.92 after two minutes."""
+        """One that waits for nothing else gets more by and by, up to 0.95 after a minute."""
         shares: list[float] = []
         _grown(shares)
 
         assert shares[0] == pytest.approx(0.75)
-        assert shares[60] == pytest.approx(0.835, abs=0.01)
-        assert shares[149] == pytest.approx(0.92)
+        assert shares[30] == pytest.approx(0.85, abs=0.01)
+        assert shares[79] == pytest.approx(0.95)
 
     def test_begins_again(self) -> None:
         """Once a lower band waits for a place, its next wait for reading is the first."""
         share = _grown()
-        share.filled(149 * SECOND)
-        share.sent(75 * MS, 150 * SECOND)
+        share.filled(79 * SECOND)
+        share.sent(75 * MS, 80 * SECOND)
 
-        assert share.until_ns == 150 * SECOND + 100 * MS
+        assert share.until_ns == 80 * SECOND + 100 * MS
 
     def test_pause(self) -> None:
         """So it is once it has not waited for a second."""
         share = _grown()
-        share.sent(690 * MS, 160 * SECOND)
+        share.sent(700 * MS, 160 * SECOND)
         assert share.holds(160 * SECOND)
         share.sent(75 * MS, 161 * SECOND)
 
@@ -79,13 +79,13 @@ class TestShare:
 
 
 def _grown(shares: list[float] | None = None) -> ReadingShare:
-    """Return one that a lower band has waited for in every second of 150; and what it was each."""
+    """Return one that a lower band has waited for in every second of 80; and what it was each."""
     share = ReadingShare()
-    for second in range(150):
+    for second in range(80):
         at_ns = second * SECOND
-        share.sent(690 * MS, at_ns)
+        share.sent(700 * MS, at_ns)
         if shares is not None:
-            shares.append(690 * MS / (share.until_ns - at_ns))
+            shares.append(700 * MS / (share.until_ns - at_ns))
         assert share.holds(at_ns)
     return share
 
