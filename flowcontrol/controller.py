@@ -250,6 +250,8 @@ class FlowController:
         self._has_reserve = self.config.ceilings.policy is Ceilings.RESERVE
         if self._has_reserve:
             self._reserve.set_bands(priorities, self.config, now_ns)
+        else:
+            self.pool.spare_readers(is_on=False)
 
     # Decisions
 

@@ -144,7 +144,9 @@ class Place:
         """Whether prompts that were sent there have to be read first."""
         self.is_reading = False
         """Whether any of them still is."""
-        self._read_ns = self._held_until_ns = self._reading_until_ns = now_ns
+        self._held_until_ns = self._reading_until_ns = now_ns
+        """When either is over."""
+        self._read_ns = now_ns
         """When all are expected to be read, by their lengths alone."""
         self._is_starting = True
         self._tokens_start = True

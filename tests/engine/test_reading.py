@@ -6,7 +6,14 @@ import pytest
 
 from flowcontrol.config import Auto, Ceilings, CeilingSettings, ControllerConfig, Picker
 from flowcontrol.controller import FlowController
-from flowcontrol.events import Arrived, EndpointsChanged, Left, ObjectivesChanged, Settled
+from flowcontrol.events import (
+    Arrived,
+    EndpointsChanged,
+    Left,
+    ObjectivesChanged,
+    Reconfigured,
+    Settled,
+)
 from flowcontrol.picker import EndpointPicker
 from flowcontrol.reading import ReadingShare
 from flowcontrol.request import Request
@@ -90,6 +97,14 @@ def _grown(shares: list[float] | None = None) -> ReadingShare:
     return share
 
 
+def _config(ceilings: Ceilings) -> ControllerConfig:
+    return ControllerConfig(
+        detectors=(Auto(),),
+        ceilings=CeilingSettings(policy=ceilings),
+        picker=Picker.LEAST_LOADED,
+    )
+
+
 @final
 class _House:
     """Two endpoints, whose speed is known, with people and a job."""
@@ -97,12 +112,7 @@ class _House:
     def __init__(self, ceilings: Ceilings = Ceilings.RESERVE) -> None:
         self.now_ns = 0
         self._count = 0
-        config = ControllerConfig(
-            detectors=(Auto(),),
-            ceilings=CeilingSettings(policy=ceilings),
-            picker=Picker.LEAST_LOADED,
-        )
-        self.engine = FlowController(config, 0)
+        self.engine = FlowController(_config(ceilings), 0)
         self.engine.handle(ObjectivesChanged({"chat": 10, "batch": -1}), 0)
         self.engine.handle(EndpointsChanged(("a", "b")), 0)
         for prompt in (100, 100, LONG, LONG) * 8:  # endpoints take turns
@@ -127,6 +137,24 @@ class _House:
         """Let time pass; return who is dispatched."""
         self.now_ns += after_ns
         return [decision.request_id for decision in self.engine.poll(self.now_ns)]
+
+    def let_b_read(self) -> None:
+        """Have two in flight at one endpoint, and a prompt at the other that is nearly read.
+
+        One more of the job waits that can only go there.
+        """
+        _, at_b, _ = self.arrive("chat", 10, 10, 10)
+        self.engine.handle(Left(at_b), self.now_ns)
+        self.poll(SECOND)
+        assert len(self.arrive("batch", LONG)) == 1
+        assert self.arrive("batch", LONG, subset=("b",)) == []
+        assert self.in_flight == [2, 1]
+        self.now_ns += 130 * MS
+
+    @property
+    def in_flight(self) -> list[int]:
+        """At each endpoint."""
+        return [self.engine.pool.loads[address].requests for address in "ab"]
 
     def gate(self, number: int) -> Gate:
         """Return what a request waits for."""
@@ -163,19 +191,20 @@ class TestJob:
     def test_people(self) -> None:
         """A person goes at once, to the endpoint that reads nothing, though more is in flight."""
         house = _House()
-        first, left, _ = house.arrive("chat", 10, 10, 10)
-        calm = house.engine.leases[first].endpoint
-        house.engine.handle(Left(left), house.now_ns)
-        house.poll(SECOND)
-        (batch,) = house.arrive("batch", LONG)
-        reading = house.engine.leases[batch].endpoint
-        assert house.arrive("batch", LONG, subset=("b",)) == []
-        house.now_ns += 130 * MS  # it is nearly read
+        house.let_b_read()
         (person,) = house.arrive("chat", 10)
 
-        assert (calm, reading) == ("a", "b")
         assert house.engine.leases[person].endpoint == "a"
-        assert [load.requests for load in house.engine.pool.loads.values()] == [3, 1]
+        assert house.in_flight == [3, 1]
+
+    def test_no_reserve_any_more(self) -> None:
+        """With another policy load alone decides, from the same moment on."""
+        house = _House()
+        house.let_b_read()
+        house.engine.handle(Reconfigured(_config(Ceilings.STATIC)), house.now_ns)
+        person, _job = house.arrive("chat", 10)
+
+        assert house.engine.leases[person].endpoint == "b"
 
     def test_prompt_under_way(self) -> None:
         """Where both endpoints read long prompts even a person waits, and is told for what."""
