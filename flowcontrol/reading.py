@@ -8,8 +8,9 @@ of the step under way, and for a step of its own.
 
 So a lower band is let in only while all prompts together, those of the bands above as well, take no
 more than a part s. A job that fills free places has its prompts read a little later. One that waits
-for nothing but reading takes at most 1 / s times as long. So s is 0.75, and grows to 0.95 within a
-minute in which a lower band had places all the time and waited for nothing else.
+for nothing but reading, beside people whose prompts take a part p of the time, takes
+(1 - p) / (s - p) times as long. So s is 0.75, and grows to 0.95 within a minute in which a lower
+band had places all the time and waited for nothing else.
 
 What it does not see: one long prompt is a long step, whatever its share of the time; and where no
 speed of prompts is known, nothing is held back.
