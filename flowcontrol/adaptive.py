@@ -46,7 +46,7 @@ from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.evidence import Evidence, FirstTokens, Residences
 from flowcontrol.flow import Lease
 from flowcontrol.moves import LimitMove, LimitMoves
-from flowcontrol.pool import StageLoad
+from flowcontrol.pool import StageLoad, WithoutPace
 
 _START, _STEP, _STEP_MIN = 1.5, 1.06, 0.5
 """Growth a window before the limit first fell, and after; and the least, in requests."""
@@ -198,7 +198,7 @@ class _Watched:
 
 
 @final
-class AdaptiveDetector:
+class AdaptiveDetector(WithoutPace):
     """Requests in flight over limits that find themselves. O(1), but where endpoints change."""
 
     counts_dispatches = True
@@ -235,18 +235,6 @@ class AdaptiveDetector:
         """Return what is in flight at the endpoint over its limit."""
         load = self._stage.at(address)
         return self.saturation() if load is None else load.requests / self.limit_of(address)
-
-    def holds(self, address: str) -> bool:  # noqa: ARG002 - at no time
-        """Not hold back by anything but the load."""
-        return False
-
-    def reads(self, address: str) -> bool:  # noqa: ARG002 - it is not known
-        """Prefer no endpoint by anything but the load."""
-        return False
-
-    def reading_ns(self, lease: Lease) -> float:  # noqa: ARG002 - it is not known
-        """Know no speed of prompts."""
-        return 0.0
 
     def endpoints_changed(self, now_ns: int) -> None:
         """Keep the limit of each endpoint that stays; who is new has what is usual among them."""

@@ -361,9 +361,12 @@ class FlowController:
     def _rank(self, band: Band) -> int:
         return sum(each.priority > band.priority for each in self.bands)
 
-    def is_held(self, band: Band) -> bool:
-        """Whether there are places for a band, but prompts have to be read first; O(bands)."""
-        return self._held_until_ns is not None and self._is_lower(self._rank(band))
+    def held_until_ns(self, band: Band) -> int | None:
+        """Return until when prompts are read before a band's, though it has places; O(bands).
+
+        None: it has none, or is not held back.
+        """
+        return self._held_until_ns if self._is_lower(self._rank(band)) else None
 
     def _ceiling(self, rank: int, saturation: float) -> float:
         if self._has_reserve:
@@ -526,8 +529,8 @@ class FlowController:
         if held_ns is not None:
             load = self.pool.load()
             held_ns = held_ns if load < self._ceiling(self._rank(band), load) else None
-        elif self._held_until_ns is not None and self.is_held(band):
-            held_ns = max(0, self._held_until_ns - now_ns)
+        elif (until_ns := self.held_until_ns(band)) is not None:
+            held_ns = max(0, until_ns - now_ns)
         rates = band.drain_rate, self._drain_rate
         return band.calibration.apply(forecast(above, ahead, rates, now_ns, held_ns))
 
@@ -558,10 +561,9 @@ class FlowController:
         assert self._ceilings.priorities == priorities, "ceilings of other bands"
         assert self.in_flight == sum(band.in_flight for band in self.bands)
         could = (gate for gate in self.gates() if any(map(self.pool.has_room_for, gate[0].heads())))
-        if self._held_until_ns is None:
-            assert all(self.pool.saturation() >= gate[1] for gate in islice(could, 1)), (
-                "a free slot"
-            )
+        for band, ceiling in islice(could, 1):
+            is_held = self.held_until_ns(band) is not None
+            assert is_held or self.pool.saturation() >= ceiling, "a free slot"
 
     def _waiting(self) -> list[Lease]:
         return [lease for lease in self._leases.values() if not lease.is_in_flight]

@@ -46,9 +46,7 @@ class EndpointPicker:
         self._ranks: dict[str, tuple[float, int]] = {}
         """Where each stands in that order."""
         self._loads: dict[str, float] = {}
-        """Load of each, 1 at most; 1 also where nothing may be sent for the moment."""
-        self._true_loads: dict[str, float] = {}
-        """The same, whether something may be sent or not."""
+        """Load of each, 1 at most, whether something may be sent for the moment or not."""
         self._load_sum = 0.0
         """Of these."""
         self._affinity: PrefixAffinity | None = None
@@ -68,7 +66,6 @@ class EndpointPicker:
         self._order = KeyedHeap()
         self._ranks.clear()
         self._loads.clear()
-        self._true_loads.clear()
         self._load_sum = 0.0
 
     def put(
@@ -87,9 +84,8 @@ class EndpointPicker:
         self._order.put(address, rank)
         if load > FULL:
             load = FULL
-        self._load_sum += load - self._true_loads.get(address, 0.0)
-        self._true_loads[address] = load
-        self._loads[address] = FULL if is_held else load
+        self._load_sum += load - self._loads.get(address, 0.0)
+        self._loads[address] = load
 
     def __contains__(self, address: str) -> bool:
         return address in self._loads
@@ -106,7 +102,7 @@ class EndpointPicker:
 
     def mean(self) -> float:
         """Return the mean load, whether or not something may be sent; there must be endpoints."""
-        return self._load_sum / len(self._true_loads)
+        return self._load_sum / len(self._loads)
 
     def best(self) -> str | None:
         """Return the endpoint that goes first, None if none has room."""
@@ -128,13 +124,18 @@ class EndpointPicker:
         bound = min(FULL, max(LIGHT, BOUND * self.mean()))
         subset = request.subset
         for address in self._affinity.endpoints(request.prefix):
-            if self._loads.get(address, FULL) < bound and (subset is None or address in subset):
+            is_allowed = subset is None or address in subset
+            if is_allowed and self._has_room(address) and self._loads[address] < bound:
                 return address
         return None
 
     def has_room_in(self, subset: Subset) -> bool:
         """Whether any of these endpoints has room. O(subset)."""
-        return any(self._loads.get(address, FULL) < FULL for address in subset)
+        return any(self._has_room(address) for address in subset)
+
+    def _has_room(self, address: str) -> bool:
+        rank = self._ranks.get(address)
+        return rank is not None and rank[0] < _NO_ROOM
 
     def fallbacks(self, subset: Subset | None, picked: str, count: int) -> tuple[str, ...]:
         """Return where to send a request if the endpoint picked cannot be reached. O(endpoints)."""

@@ -368,7 +368,7 @@ class Place:
         if self._is_starting:
             share = min(share, max(stood, _AIM))  # prompts that are not paced yet may wait
             wanted = 1 if share < _FEW else _SCRAPES_STANDING
-        if share > _PLAIN and looks >= _SCRAPES_LEAST and not self._is_reading():
+        if share > _PLAIN and looks >= _SCRAPES_LEAST and not self._waits_for_prompts():
             self._judge(share, now_ns)
         elif looks >= _SCRAPES_STANDING and self._is_batch_full():
             self._judge_full(now_ns)
@@ -502,7 +502,7 @@ class Place:
             self._end_start()
         if share > _MANY and self._is_falling_in_vain(share, now_ns):
             self._learn_anew()
-        elif share > _MANY and self._is_reading():
+        elif share > _MANY and self._waits_for_prompts():
             self._rises = self._token_rises = 0
             self._excused += 1
         elif share > _MANY and (waited is None or waited > _LONG):
@@ -517,7 +517,7 @@ class Place:
             self._rises = self._token_rises = 0
         self._begin(now_ns)
 
-    def _is_reading(self) -> bool:
+    def _waits_for_prompts(self) -> bool:
         """Whether those that wait inside only wait for prompts: a place and cache are free.
 
         Prompts are read some time: what waits longer waits for something that no metric tells.

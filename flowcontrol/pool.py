@@ -128,6 +128,22 @@ class Detector(Protocol):
         """Return when time alone will change the answer; None if it will not."""
 
 
+class WithoutPace:
+    """What a detector says that knows of no prompt how long it takes to be read."""
+
+    def holds(self, address: str) -> bool:  # noqa: ARG002 - at no time
+        """Not hold back by anything but the load."""
+        return False
+
+    def reads(self, address: str) -> bool:  # noqa: ARG002 - it is not known
+        """Prefer no endpoint by anything but the load."""
+        return False
+
+    def reading_ns(self, lease: Lease) -> float:  # noqa: ARG002 - it is not known
+        """Know no speed of prompts."""
+        return 0.0
+
+
 @final
 class Stage:
     """The endpoints that do one part of the work, and the detectors that watch them."""

@@ -39,7 +39,7 @@ class FirstTokenTimes:
     one, in proportion, no less either. A prompt is as long as what of it was in no cache.
     """
 
-    __slots__ = ("_counts", "_least", "_prompts", "least_ns", "token_ns", "usual_ns")
+    __slots__ = ("_counts", "_least", "_prompts", "token_ns", "usual_ns")
 
     def __init__(self) -> None:
         self._least: dict[int, float] = {}
@@ -51,8 +51,6 @@ class FirstTokenTimes:
         """Time that one more token of a prompt takes; 0 while it is not known."""
         self.usual_ns = 0.0
         """Mean of the least times of the prompts that came; 0 while it is not known."""
-        self.least_ns = 0.0
-        """The least of all: about a step; 0 while it is not known."""
 
     def learn(self, lease: Lease, settled: Settled) -> float | None:
         """Take in a time to first token; return how long it waited, None if it does not say."""
@@ -69,7 +67,6 @@ class FirstTokenTimes:
         if is_less:
             self._least[length] = float(ttft_ns)
             self._prompts[length] = prompt
-            self.least_ns = min(self._least.values())
         if count == _ENOUGH or is_less:
             self.token_ns = self._speed()
         floor_ns = self._floor_ns(length)
@@ -78,18 +75,22 @@ class FirstTokenTimes:
         waited_ns = ttft_ns - floor_ns * (1 + _TOLERATED)
         return waited_ns if waited_ns > 0 else 0.0
 
+    @property
+    def least_ns(self) -> float:
+        """The least of all: about a step; 0 while it is not known. O(classes)."""
+        return min(self._least.values(), default=0.0)
+
     def fade(self, growth: float) -> None:
         """Let the least grow a little: it may be outdated."""
         for length in self._least:
             self._least[length] *= growth
-        self.least_ns *= growth
 
     def forget(self) -> None:
         """Forget what was learnt, and begin again."""
         self._least.clear()
         self._prompts.clear()
         self._counts.clear()
-        self.token_ns = self.usual_ns = self.least_ns = 0.0
+        self.token_ns = self.usual_ns = 0.0
 
     def _floor_ns(self, length: int) -> float:
         floors = [

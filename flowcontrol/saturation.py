@@ -26,11 +26,11 @@ from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
 from flowcontrol.picker import FULL
-from flowcontrol.pool import Detector, DetectorFactory, InFlight, StageLoad
+from flowcontrol.pool import Detector, DetectorFactory, InFlight, StageLoad, WithoutPace
 
 
 @final
-class ConcurrencyDetector:
+class ConcurrencyDetector(WithoutPace):
     """Requests or tokens in flight over their limit at one endpoint, times the endpoints. O(1)."""
 
     counts_dispatches = False
@@ -56,18 +56,6 @@ class ConcurrencyDetector:
         if load is None:
             return self.saturation()
         return _fuller(load, self._requests_each, self._tokens_each)
-
-    def holds(self, address: str) -> bool:  # noqa: ARG002 - at no time
-        """Not hold back by anything but the load."""
-        return False
-
-    def reads(self, address: str) -> bool:  # noqa: ARG002 - it is not known
-        """Prefer no endpoint by anything but the load."""
-        return False
-
-    def reading_ns(self, lease: Lease) -> float:  # noqa: ARG002 - it is not known
-        """Know no speed of prompts."""
-        return 0.0
 
     def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - at once
         """Allow every endpoint as much."""
@@ -127,7 +115,7 @@ class _Reading:
 
 
 @final
-class UtilizationDetector:
+class UtilizationDetector(WithoutPace):
     """Mean load of the endpoints as scraped, with what was dispatched since.
 
     O(1) where the engine picks, else O(endpoints).
@@ -172,18 +160,6 @@ class UtilizationDetector:
         assert reading.base is not None, "what was never heard of is stale"
         pending = reading.pending + reading.spread * self._share
         return reading.base + pending / self.settings.waiting_max
-
-    def holds(self, address: str) -> bool:  # noqa: ARG002 - at no time
-        """Not hold back by anything but the load."""
-        return False
-
-    def reads(self, address: str) -> bool:  # noqa: ARG002 - it is not known
-        """Prefer no endpoint by anything but the load."""
-        return False
-
-    def reading_ns(self, lease: Lease) -> float:  # noqa: ARG002 - it is not known
-        """Know no speed of prompts."""
-        return 0.0
 
     def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - silence begins with a word
         """Keep the readings of those that stay; who is new has not been heard of."""

@@ -102,7 +102,7 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
         (
             each
             for each, limit in gates
-            if each.waiting and (saturation >= limit or controller.is_held(each))
+            if each.waiting and (saturation >= limit or controller.held_until_ns(each) is not None)
         ),
         band,
     )
@@ -124,7 +124,7 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
         None if lease.is_in_flight or lease.deadline_ns is None else lease.deadline_ns - now_ns,
         lease.endpoint,
         lease.is_reclaimed,
-        _gate(controller, lease, gated, (saturation, ceiling), now_ns),
+        _gate(controller, lease, gated, ceiling, now_ns),
         saturation,
         ceiling,
         max(gated.priority, key.priority) if is_waiting else key.priority,
@@ -179,15 +179,11 @@ def _is_hopeless(lease: Lease, band: Band, forecast: Forecast, now_ns: int) -> b
 
 
 def _gate(
-    controller: FlowController,
-    lease: Lease,
-    gated: Band,
-    levels: tuple[float, float],
-    now_ns: int,
+    controller: FlowController, lease: Lease, gated: Band, ceiling: float, now_ns: int
 ) -> Gate:
-    """Return the first that holds, at a saturation and a ceiling."""
-    saturation, ceiling = levels
+    """Return the first that holds."""
     pool = controller.pool
+    saturation = pool.saturation()
     is_full = saturation >= FULL
     gates = (
         (lease.is_in_flight, Gate.NONE),
@@ -197,6 +193,6 @@ def _gate(
         (gated.priority > lease.flow.key.priority, Gate.HIGHER_BAND),
         (saturation >= ceiling, Gate.CEILING),
         (not pool.has_room_for(lease), Gate.SUBSET),
-        (controller.is_held(gated), Gate.PROMPTS),
+        (controller.held_until_ns(gated) is not None, Gate.PROMPTS),
     )
     return next((gate for holds, gate in gates if holds), Gate.TURN)

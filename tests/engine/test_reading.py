@@ -40,8 +40,7 @@ class TestShare:
 
     def test_grows(self) -> None:
         """One that waits for nothing else gets more by and by, up to 0.95 after a minute."""
-        shares: list[float] = []
-        _grown(shares)
+        _, shares = _grown()
 
         assert shares[0] == pytest.approx(0.75)
         assert shares[30] == pytest.approx(0.85, abs=0.01)
@@ -49,7 +48,7 @@ class TestShare:
 
     def test_begins_again(self) -> None:
         """Once a lower band waits for a place, its next wait for reading is the first."""
-        share = _grown()
+        share, _ = _grown()
         share.filled(79 * SECOND)
         share.sent(75 * MS, 80 * SECOND)
 
@@ -57,7 +56,7 @@ class TestShare:
 
     def test_pause(self) -> None:
         """So it is once it has not waited for a second."""
-        share = _grown()
+        share, _ = _grown()
         share.sent(700 * MS, 160 * SECOND)
         assert share.holds(160 * SECOND)
         share.sent(75 * MS, 161 * SECOND)
@@ -85,16 +84,15 @@ class TestShare:
         )
 
 
-def _grown(shares: list[float] | None = None) -> ReadingShare:
+def _grown() -> tuple[ReadingShare, list[float]]:
     """Return one that a lower band has waited for in every second of 80; and what it was each."""
-    share = ReadingShare()
+    share, shares = ReadingShare(), []
     for second in range(80):
         at_ns = second * SECOND
         share.sent(700 * MS, at_ns)
-        if shares is not None:
-            shares.append(700 * MS / (share.until_ns - at_ns))
+        shares.append(700 * MS / (share.until_ns - at_ns))
         assert share.holds(at_ns)
-    return share
+    return share, shares
 
 
 def _config(ceilings: Ceilings) -> ControllerConfig:
