@@ -96,6 +96,7 @@ knows their number and no more: they take their part of a measured cache, what w
 ours is there moves no limit, and beside some of ours it counts like ours.
 """
 
+from collections.abc import Mapping
 from math import inf
 from statistics import median
 from typing import Final, final
@@ -105,6 +106,7 @@ from flowcontrol.config import Auto
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
+from flowcontrol.memory import PlaceMemory
 from flowcontrol.moves import LimitMove, LimitMoves
 from flowcontrol.picker import FULL
 from flowcontrol.place import Moved, Place
@@ -146,6 +148,8 @@ class AutoDetector:
         """Since the last settlement."""
         self._places: dict[str, Place] = {}
         """By address, or one for the stage where Envoy picks."""
+        self._kept: Mapping[str, PlaceMemory] = {}
+        """What another process had found, until there are endpoints."""
         self._blind: BlindLimit | None = None
         """While nothing but departures tells anything."""
         self._reading: KeyedHeap[str, int] = KeyedHeap()
@@ -206,8 +210,30 @@ class AutoDetector:
             self._places = {_STAGE: self._place_of_stage(now_ns)}
         for address in set(self._reading) - set(self._places):
             self._reading.discard(address)
+        if self._kept and self._places:
+            self._resume(now_ns)
         if self._blind is not None:
             self._blind.watch(self._places, now_ns)
+        self.revision += 1
+
+    def remember(self) -> Mapping[str, PlaceMemory]:
+        """Return the limits by endpoint; of all together by an empty text. O(endpoints)."""
+        if not self._places:
+            return self._kept
+        blind = None if self._blind is None else self._blind.remember()
+        return {address: blind or place.remember() for address, place in self._places.items()}
+
+    def restore(self, places: Mapping[str, PlaceMemory], now_ns: int) -> None:
+        """Go on with limits found before; endpoints that are not among them get the usual."""
+        self._kept = places
+        if places and self._places:
+            self._resume(now_ns)
+
+    def _resume(self, now_ns: int) -> None:
+        usual = sorted(self._kept.values(), key=lambda each: each.requests)[len(self._kept) // 2]
+        for address, place in self._places.items():
+            place.resume(self._kept.get(address, usual), now_ns)
+        self._kept, self._blind = {}, None
         self.revision += 1
 
     def _place_at(self, address: str, now_ns: int) -> Place:

@@ -20,29 +20,32 @@ class Belief:
         same: part of it by which it may be off and still be the same.
     """
 
-    __slots__ = ("_for_ns", "_same", "_until_ns", "_value")
+    __slots__ = ("_same", "_until_ns", "for_ns", "value")
 
     def __init__(self, same: float) -> None:
         self._same = same
-        self._value = inf
-        self._until_ns = self._for_ns = 0
+        self.value = inf
+        """Where it was found, be it believed or not; inf: nowhere."""
+        self.for_ns = 0
+        """How long it is believed."""
+        self._until_ns = 0
 
     def found(self, value: float, now_ns: int) -> None:
         """Take note that the edge is there."""
-        is_again = abs(value - self._value) <= self._same * value
-        self._for_ns = min(2 * self._for_ns, _MOST_NS) if is_again else _FIRST_NS
-        self._value = value
-        self._until_ns = now_ns + self._for_ns
+        is_again = abs(value - self.value) <= self._same * value
+        self.for_ns = min(2 * self.for_ns, _MOST_NS) if is_again else _FIRST_NS
+        self.value = value
+        self._until_ns = now_ns + self.for_ns
 
-    def like(self, other: "Belief", value: float, now_ns: int) -> None:
-        """Take over what another has just found, in other units."""
-        self._value, self._for_ns = value, other._for_ns  # noqa: SLF001 - one of us
-        self._until_ns = now_ns + self._for_ns
+    def resume(self, value: float, for_ns: int, now_ns: int) -> None:
+        """Take over what another has found."""
+        self.value, self.for_ns = value, for_ns
+        self._until_ns = now_ns + self.for_ns
 
     def scale(self, factor: float) -> None:
         """Follow a change of what it is of."""
-        self._value *= factor
+        self.value *= factor
 
     def edge(self, now_ns: int) -> float:
         """Return the edge; inf: none is known, or it may be tried again."""
-        return self._value if now_ns < self._until_ns else inf
+        return self.value if now_ns < self._until_ns else inf

@@ -32,6 +32,7 @@ from math import exp, log, sqrt
 from typing import Final, final
 
 from flowcontrol.evidence import Residences
+from flowcontrol.memory import PlaceMemory
 from flowcontrol.place import Moved, Place, step_after
 
 _START: Final = 1.5
@@ -267,6 +268,10 @@ class BlindLimit:
     def end(self, now_ns: int) -> None:
         """Leave the places with the same limit for each."""
         self._begin(now_ns)
+
+    def remember(self) -> PlaceMemory:
+        """Return what it has found for each endpoint."""
+        return PlaceMemory(requests=self._limit, calm=0.0, is_starting=self._is_starting)
 
     def charged(self, address: str, request_id: int, now_ns: int) -> None:
         """Count a dispatch."""

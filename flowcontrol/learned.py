@@ -6,9 +6,11 @@ from operator import itemgetter
 from typing import final
 
 from flowcontrol.adaptive import AdaptiveDetector
+from flowcontrol.auto import AutoDetector
 from flowcontrol.bands import Bands
+from flowcontrol.config import Role
 from flowcontrol.estimates import TokenEstimator
-from flowcontrol.memory import KEPT_MAX, BandMemory, EngineMemory
+from flowcontrol.memory import KEPT_MAX, BandMemory, EngineMemory, StageMemory
 from flowcontrol.pool import Pool
 from flowcontrol.retry import DrainRate
 
@@ -39,7 +41,9 @@ class Learned:
             for band in self._bands
         )
         estimates = self._estimator.remember()
-        return EngineMemory(bands, estimates, limits, self._drain_rate.remember(now_ns))
+        stages = tuple([StageMemory(role, each.remember()) for role, each in self._auto()])
+        drain = self._drain_rate.remember(now_ns)
+        return EngineMemory(bands, estimates, limits, drain, stages)
 
     def restore(self, memory: EngineMemory, now_ns: int) -> None:
         """Go on with what another engine had learnt, in bands and at endpoints that are known."""
@@ -54,6 +58,9 @@ class Learned:
         self._estimator.restore(memory.estimates)
         for detector in self._adaptive():
             detector.restore(memory.limits, now_ns)
+        places = {stage.role: stage.places for stage in memory.stages}
+        for role, found in self._auto():
+            found.restore(places.get(role, {}), now_ns)
         self._pool.limits_changed()
         if memory.drain is not None:
             self._drain_rate.restore(memory.drain, now_ns)
@@ -63,3 +70,9 @@ class Learned:
             for detector in detectors:
                 if isinstance(detector, AdaptiveDetector):
                     yield detector
+
+    def _auto(self) -> Iterator[tuple[Role, AutoDetector]]:
+        for role, detectors in self._pool.detectors.items():
+            for detector in detectors:
+                if isinstance(detector, AutoDetector):
+                    yield role, detector

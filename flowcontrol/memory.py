@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
 
+from flowcontrol.config import Role
+
 KEPT_MAX = 1000
 """Accounts of each band, and estimates, that are kept."""
 
@@ -50,6 +52,35 @@ class BandMemory:
 
 @final
 @dataclass(slots=True)
+class PlaceMemory:
+    """The limits that `auto` has found at one place, for each of its endpoints."""
+
+    requests: float
+    calm: float
+    """Most in flight, without a queue."""
+    is_starting: bool = False
+    """Whether the limit on requests has never fallen."""
+    tokens: float | None = None
+    """None: no limit is known."""
+    calm_tokens: float = 0.0
+    batch: float | None = None
+    """What the engine was found to batch; None: it was not."""
+    batch_for_ns: int = 0
+    """How long that is believed."""
+
+
+@final
+@dataclass(slots=True)
+class StageMemory:
+    """What `auto` knows of the endpoints that do one part of the work."""
+
+    role: Role
+    places: Mapping[str, PlaceMemory]
+    """By endpoint, or of all together by an empty text."""
+
+
+@final
+@dataclass(slots=True)
 class EngineMemory:
     """What is known in all."""
 
@@ -57,5 +88,6 @@ class EngineMemory:
     estimates: tuple[Estimate, ...] = ()
     """The latest last."""
     limits: Mapping[str, float] = field(default_factory=dict)
-    """Of requests in flight, as found: by endpoint, or of all together by an empty text."""
+    """Of requests in flight, as `adaptive` found them: by endpoint, or of all by an empty text."""
     drain: Drain | None = None
+    stages: tuple[StageMemory, ...] = ()

@@ -12,6 +12,7 @@ from flowcontrol.belief import Belief
 from flowcontrol.cache import CacheUse
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
+from flowcontrol.memory import PlaceMemory
 from flowcontrol.pool import InFlight
 from flowcontrol.prefill import FirstTokenTimes
 from flowcontrol.window import MoveWindow
@@ -212,6 +213,32 @@ class Place:
         self._tokens_start = other._tokens_start  # noqa: SLF001 - as above
         self.tokens_max = other.tokens_max * self.endpoints / other.endpoints
 
+    def remember(self) -> PlaceMemory:
+        """Return what it has found, for each endpoint."""
+        count = self.endpoints
+        tokens = None if self.tokens_max == inf else self.tokens_max / count
+        return PlaceMemory(
+            requests=self.requests_max / count,
+            calm=self._calm / count,
+            is_starting=self._is_starting,
+            tokens=tokens,
+            calm_tokens=self._calm_tokens / count,
+            batch=None if self._batch.value == inf else self._batch.value / count,
+            batch_for_ns=self._batch.for_ns,
+        )
+
+    def resume(self, memory: PlaceMemory, now_ns: int) -> None:
+        """Go on with what a place like it had found."""
+        count = self.endpoints
+        self.requests_max = max(1.0, memory.requests * count)
+        self.tokens_max = inf if memory.tokens is None else memory.tokens * count
+        self._calm, self._calm_tokens = memory.calm * count, memory.calm_tokens * count
+        self._is_starting = memory.is_starting
+        self._tokens_start = memory.is_starting and memory.tokens is None
+        if memory.batch is not None:
+            self._batch.resume(memory.batch * count, memory.batch_for_ns, now_ns)
+        self._begin(now_ns)
+
     @property
     def is_starting(self) -> bool:
         """Whether its limit on requests has never fallen."""
@@ -251,7 +278,7 @@ class Place:
         if self.ran_most > other.edge:
             return
         limit = other.edge * self.endpoints
-        self._batch.like(other._batch, limit, now_ns)  # noqa: SLF001 - one of us
+        self._batch.resume(limit, other._batch.for_ns, now_ns)  # noqa: SLF001 - one of us
         if self.requests_max > limit:
             self._end_start()
             self._ran = limit

@@ -2,10 +2,13 @@
 
 import signal
 from collections.abc import Mapping
+from contextlib import closing
+from sqlite3 import connect
 from typing import Any
 
 import pytest
 
+from flowcontrol_server.state.book import MEMORY_INTERVAL_S
 from tests.e2e.conftest import Start
 from tests.e2e.gateway import Gateway
 from tests.e2e.harness import Spec, Stack, eventually
@@ -13,6 +16,9 @@ from tests.e2e.harness import Spec, Stack, eventually
 pytestmark = pytest.mark.e2e
 
 LIMIT = 4
+FIRST = 8
+"""Where a limit begins that finds itself."""
+LIMIT_FOUND = 'flowcontrol_detector_requests_limit{detector="auto",stage="both"}'
 EVENTS = [b'data: {"token": %d}\n\n' % number for number in range(20)]
 SETTLED_S = 5.0
 """Longest time from the end of a response to the access log's report of it, and a wide margin."""
@@ -124,6 +130,49 @@ async def test_kill_and_restart_without_a_store(start: Start) -> None:
     assert [reply.status for reply in replies] == [200, 200]
 
 
+async def test_limits_go_on(start: Start) -> None:
+    """A limit that found itself is where the next process begins, not where a new one would."""
+    settings = {
+        "state": {"directory": "./state"},
+        "load": {"interval": "50ms"},
+        "saturation": {"detector": "auto"},
+    }
+    gateway = await start(spec(settings))
+    callers = [await gateway.call() for _ in range(FIRST)]
+    calls = [await gateway.next_call() for _ in range(FIRST)]
+    first = await _limit(gateway)
+    gateway.backends[0].page = page(FIRST)
+    await eventually(lambda: _is_above(gateway, first), what="a higher limit")
+    for call, caller in zip(calls, callers, strict=True):
+        await call.respond()
+        await caller.reply()
+    found = await _limit(gateway)
+    within_s = MEMORY_INTERVAL_S + 5
+    await eventually(lambda: _is_kept(gateway, found), within_s, "the limit in the store")
+    await kill_and_restart(gateway)
+
+    assert (first, found) == (FIRST, 64)
+    assert await _limit(gateway) == found
+
+
+async def _limit(gateway: Gateway) -> float:
+    return (await gateway.metrics())[LIMIT_FOUND]
+
+
+async def _is_above(gateway: Gateway, limit: float) -> bool:
+    return await _limit(gateway) > limit
+
+
+async def _is_kept(gateway: Gateway, limit: float) -> bool:
+    (file,) = (gateway.stack.directory / "state").glob("*.sqlite")
+    with closing(connect(f"file:{file}?mode=ro", uri=True)) as store:
+        row = store.execute("SELECT value FROM memory").fetchone()
+    return row is not None and f'"requests": {limit}' in row[0]
+
+
 def page(running: int) -> bytes:
-    """A metrics page of an engine that works on so many requests."""
-    return f"vllm:num_requests_waiting 0\nvllm:num_requests_running {running}\n".encode()
+    """A metrics page of an engine that works on so many requests, with a cache of 512 Ki tokens."""
+    return (
+        f"vllm:num_requests_waiting 0\nvllm:num_requests_running {running}\n"
+        'vllm:cache_config_info{block_size="16",num_gpu_blocks="32768"} 1\n'
+    ).encode()

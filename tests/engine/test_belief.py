@@ -42,7 +42,7 @@ class TestBelief:
         own, other = Belief(0.1), Belief(0.1)
         other.found(100, 0)
         other.found(100, 0)
-        own.like(other, 300, 5 * SECOND)
+        own.resume(300, other.for_ns, 5 * SECOND)
         own.scale(0.5)
 
         assert own.edge(124 * SECOND) == 150

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from flowcontrol.auto import AutoDetector
 from flowcontrol.config import Auto, ControllerConfig, Picker, Role
 from flowcontrol.controller import FlowController
-from flowcontrol.events import Arrived, EndpointsChanged, Left, LoadObserved, Settled
+from flowcontrol.events import (
+    Arrived,
+    EndpointsChanged,
+    Left,
+    LoadObserved,
+    Settled,
+)
 from flowcontrol.request import Request
 from flowcontrol.simulation.distributions import Lognormal
 from flowcontrol.simulation.model_server import ModelServerConfig
@@ -148,6 +154,16 @@ class TestGain:
 
         assert (min(pool.limits) > 16) == rises
         assert max(pool.limits) < (10_000 if rises else 16)
+
+    def test_remembered(self) -> None:
+        """What another goes on with is the limit, not what a half has while it is asked."""
+        pool = _Pool(0.0)
+        pool.run_to_comparison()
+        (stage,) = pool.engine.learned.memory(0).stages
+        kept = {place.requests for place in stage.places.values()}
+
+        assert len(kept) == 1
+        assert min(pool.limits) < min(kept) < max(pool.limits)
 
     def test_halves(self) -> None:
         """While it is asked one half has more, and a word of an endpoint ends it at once."""

@@ -1,17 +1,21 @@
 """What an engine has learnt goes on in another: accounts, estimates, limits and drain rates."""
 
+from dataclasses import replace
 from itertools import count
 
 import pytest
 
+from flowcontrol.auto import AutoDetector
 from flowcontrol.config import (
     Adaptive,
+    Auto,
     BandSettings,
     Concurrency,
     ControllerConfig,
     Detector,
     Fairness,
     Picker,
+    Role,
 )
 from flowcontrol.controller import FlowController
 from flowcontrol.events import (
@@ -21,7 +25,7 @@ from flowcontrol.events import (
     MemoryRestored,
     Settled,
 )
-from flowcontrol.memory import EngineMemory
+from flowcontrol.memory import EngineMemory, PlaceMemory, StageMemory
 from flowcontrol.replay.plain import plainly
 from flowcontrol.request import Request
 
@@ -113,6 +117,95 @@ def test_limits() -> None:
     assert sum(moved(before).limits.values()) == adaptive.limit_first * 2
     assert moved(after).limits == {A: 20.0, B: 20.0}
     assert moved(shared).limits == {"": 30.0}
+
+
+FOUND = PlaceMemory(
+    requests=20.0, calm=18.0, tokens=9000.0, calm_tokens=8000.0, batch=24.0, batch_for_ns=5000 * MS
+)
+ELSEWHERE = PlaceMemory(requests=40.0, calm=40.0, is_starting=True)
+"""Where no edge was found yet."""
+
+
+def restored(
+    places: dict[str, PlaceMemory], picker: Picker = Picker.LEAST_LOADED, *endpoints: str
+) -> FlowController:
+    """An engine with limits that another found, and these endpoints."""
+    config = ControllerConfig(detectors=(Auto(),), picker=picker)
+    controller = FlowController(config, 0)
+    controller.handle(EndpointsChanged(endpoints), 0)
+    memory = EngineMemory(stages=(StageMemory(Role.BOTH, places),))
+    controller.handle(MemoryRestored(memory), 0)
+    return controller
+
+
+def found(controller: FlowController) -> dict[str, PlaceMemory]:
+    """Return the limits by which it goes."""
+    (stage,) = moved(controller).stages
+    return dict(stage.places)
+
+
+class TestAuto:
+    """Limits that found themselves, the edge of the batch, and whether the start is over."""
+
+    def test_by_endpoint(self) -> None:
+        """Each has its own again; who was not known has what is usual."""
+        controller = restored({A: FOUND, B: ELSEWHERE}, Picker.LEAST_LOADED, A, B, "new:80")
+        (detector,) = controller.pool.detectors[Role.BOTH]
+        assert isinstance(detector, AutoDetector)
+
+        assert found(controller) == {A: FOUND, B: ELSEWHERE, "new:80": ELSEWHERE}
+        assert [detector.limit_of(each) for each in (A, B)] == [20, 40]
+        assert detector.limit == 100
+
+    def test_fills_at_once(self) -> None:
+        """As many are dispatched as the other let in flight, not as few as a start would."""
+        controller = restored({A: replace(FOUND, tokens=None)}, Picker.LEAST_LOADED, A)
+        for _ in range(30):
+            arrive(controller, "tenant", 0)
+        controller.poll(0)
+
+        assert sum(each.is_in_flight for each in controller.leases.values()) == 20
+
+    def test_nothing_known(self) -> None:
+        """Without a word about the stage the start is as ever."""
+        controller = restored({}, Picker.LEAST_LOADED, A)
+
+        assert found(controller) == {A: PlaceMemory(requests=8.0, calm=0.0, is_starting=True)}
+
+    @pytest.mark.parametrize("picker", [Picker.LEAST_LOADED, Picker.OFF])
+    def test_who_picks(self, picker: Picker) -> None:
+        """Limits are of one endpoint, however many there are and whoever picks among them."""
+        kept = {A: FOUND} if picker is Picker.OFF else {"": FOUND}
+        controller = restored(kept, picker, A, B)
+        (detector,) = controller.pool.detectors[Role.BOTH]
+        assert isinstance(detector, AutoDetector)
+
+        assert detector.limit == 40
+        assert detector.tokens_limit == 18_000
+        assert [*found(controller).values()] == [FOUND] * (1 if picker is Picker.OFF else 2)
+
+    def test_before_endpoints(self) -> None:
+        """As long as there is no endpoint nothing is lost: the first to come go on with it."""
+        controller = restored({A: FOUND})
+        before = found(controller)
+        controller.handle(EndpointsChanged((A,)), 0)
+
+        assert before == {A: FOUND}
+        assert found(controller) == {A: FOUND}
+
+    def test_stages(self) -> None:
+        """What was found where prompts are read is not for those that answer."""
+        roles = {A: Role.PREFILL, B: Role.DECODE}
+        config = ControllerConfig(detectors=(Auto(),), picker=Picker.LEAST_LOADED)
+        controller = FlowController(config, 0)
+        controller.handle(EndpointsChanged((A, B), roles), 0)
+        stages = (
+            StageMemory(Role.PREFILL, {"": ELSEWHERE}),
+            StageMemory(Role.DECODE, {B: FOUND}),
+        )
+        controller.handle(MemoryRestored(EngineMemory(stages=stages)), 0)
+
+        assert moved(controller).stages == stages
 
 
 def test_drain_rates() -> None:

@@ -34,7 +34,14 @@ from flowcontrol.events import (
     Settled,
     SettlementLost,
 )
-from flowcontrol.memory import BandMemory, Drain, EngineMemory, Estimate
+from flowcontrol.memory import (
+    BandMemory,
+    Drain,
+    EngineMemory,
+    Estimate,
+    PlaceMemory,
+    StageMemory,
+)
 from flowcontrol.replay.plain import plainly
 from flowcontrol.request import FlowKey, Outcome, Request
 
@@ -63,6 +70,7 @@ FACTS: list[Fact] = [
             (BandMemory(10, {"tenant": 2.5}, Drain(1.0, 2.0)),),
             (Estimate(None, "llama", 1, 20.0, 1, 10.0, 40.0),),
             {"10.0.0.1:8000": 8.0},
+            stages=(StageMemory(Role.BOTH, {"": PlaceMemory(8.0, 6.0, tokens=900.0)}),),
         )
     ),
     SettlementLost(7),

@@ -22,6 +22,7 @@ from flowcontrol.config import (
     Role,
 )
 from flowcontrol.controller import FlowController
+from flowcontrol.events import MemoryRestored
 from flowcontrol.simulation.distributions import Exponential, Lognormal
 from flowcontrol.simulation.model_server import ModelServerConfig
 from flowcontrol.simulation.plan import Plan
@@ -376,8 +377,24 @@ def run(
     picker: Picker = Picker.LEAST_LOADED,
     has_job: bool = True,
     has_engine_priority: bool = False,
+    is_known: bool = False,
 ) -> Results:
-    """Run a case to its end."""
+    """Run a case to its end.
+
+    Args:
+        case: the traffic and the pool.
+        detector: what limits it.
+        traces: by name.
+        ceilings: what each band may fill; all of the pool if None.
+        seed: of arrivals and lengths.
+        settles: whether an access log tells what each request took.
+        scrapes: whether endpoints tell how they are.
+        picker: who picks endpoints.
+        has_job: whether the job comes.
+        has_engine_priority: whether engines take higher bands first.
+        is_known: whether the engine goes on with what another learnt of such traffic, that came by
+            another seed.
+    """
     workloads = case.workloads(traces)
     plan = Plan(
         duration_ns=round(case.minutes * MINUTE),
@@ -400,7 +417,14 @@ def run(
         ),
         forecasts=True,
     )
-    return World(FlowController(config, 0), plan, seed).finish()
+    engine = FlowController(config, 0)
+    world = World(engine, plan, seed)
+    if is_known:
+        before = FlowController(config, 0)
+        ended_ns = World(before, plan, seed + 1).finish().ended_ns
+        world.run_until(0)
+        engine.handle(MemoryRestored(before.learned.memory(ended_ns)), 0)
+    return world.finish()
 
 
 def effect(case: Case, results: Results) -> Effect:
