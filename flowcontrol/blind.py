@@ -159,13 +159,15 @@ class _Comparison:
         """How often each has had more."""
         self._settle()
 
-    def limit_of(self, half: int) -> float:
-        """Return how many may be in flight at each endpoint of a half."""
-        return self._limit * _MORE if half == self._has_more else self._limit / _MORE
+    def limit_of(self, half: int) -> int:
+        """Return how many may be in flight at each endpoint of a half, a whole number."""
+        if half == self._has_more:
+            return max(int(self._limit) + 1, round(self._limit * _MORE))
+        return max(1, round(self._limit / _MORE))
 
     def _settle(self) -> None:
         for number, half in enumerate(self._halves):
-            might = int(self.limit_of(number) * half.endpoints)
+            might = self.limit_of(number) * half.endpoints
             half.settling = 1 + min(half.in_flight, might)
 
     def _is_settled(self) -> bool:
@@ -221,7 +223,8 @@ class _Comparison:
 
     def is_reached(self) -> bool:
         """Whether, where more might be in flight, as many were."""
-        might = [self._limit * _MORE * half.endpoints for half in self._halves]
+        most = self.limit_of(self._has_more)
+        might = [most * half.endpoints for half in self._halves]
         were = [half.area[1] / half.lasted_ns[1] for half in self._halves]
         return sum(were) >= _REACHED * sum(might)
 
@@ -298,11 +301,11 @@ class BlindLimit:
     def _begin(self, now_ns: int) -> None:
         """Begin a cohort, with the same limit at every endpoint."""
         self._comparison = None
-        in_flight = sum([place.load.requests for place in self._places.values()])
-        might = int(self._limit * self._endpoints)
-        self._cohort = _Cohort(self._shortest, might, in_flight, now_ns)
         for place in self._places.values():
             place.allow(self._limit, now_ns)
+        in_flight = sum([place.load.requests for place in self._places.values()])
+        might = sum([int(place.requests_max) for place in self._places.values()])
+        self._cohort = _Cohort(self._shortest, might, in_flight, now_ns)
 
     def _compare(self, now_ns: int) -> None:
         """Ask what more in flight gains."""

@@ -14,8 +14,10 @@ from flowcontrol.events import (
     EndpointsChanged,
     Left,
     LoadObserved,
+    MemoryRestored,
     Settled,
 )
+from flowcontrol.memory import EngineMemory, PlaceMemory, StageMemory
 from flowcontrol.request import Request
 from flowcontrol.simulation.distributions import Lognormal
 from flowcontrol.simulation.model_server import ModelServerConfig
@@ -90,12 +92,17 @@ class _Pool:
 
     Args:
         gain: how much more is served with twice as much in flight, as an exponent of two.
+        limit: found before, at each endpoint.
     """
 
-    def __init__(self, gain: float, endpoints: int = 2) -> None:
+    def __init__(self, gain: float, endpoints: int = 2, limit: float | None = None) -> None:
         self.engine = _engine()
         self.addresses = tuple(f"s{number}" for number in range(endpoints))
         self.engine.handle(EndpointsChanged(self.addresses), 0)
+        if limit is not None:
+            places = {each: PlaceMemory(requests=limit, calm=limit) for each in self.addresses}
+            memory = EngineMemory(stages=(StageMemory(Role.BOTH, places),))
+            self.engine.handle(MemoryRestored(memory), 0)
         self._gain = gain
         self._now_ns = 0
         self._asked = 0
@@ -154,6 +161,14 @@ class TestGain:
 
         assert (min(pool.limits) > 16) == rises
         assert max(pool.limits) < (10_000 if rises else 16)
+
+    @pytest.mark.parametrize("limit", [1.0, 1.9, 3.7])
+    def test_low(self, limit: float) -> None:
+        """Nor does it stay low because only whole requests are sent."""
+        pool = _Pool(0.9, endpoints=4, limit=limit)
+        pool.run(300)
+
+        assert min(pool.limits) >= 2 * limit
 
     def test_remembered(self) -> None:
         """What another goes on with is the limit, not what a half has while it is asked."""
