@@ -76,8 +76,9 @@ was, a limit rises only while the mean wait is shorter than a first token usuall
 only where it is longer. Metrics tell it by how many run: if at three looks no fewer and no more,
 and others wait for twice as long as a first token usually takes, the engine batches no more. Then
 that is the limit, at every endpoint with as large a cache that has not run more. It is a setting
-of the engine, so it is tried again seldom (`belief`); and so is, where settlements told of a queue,
-how many tokens did not wait.
+of the engine, so it is tried again seldom (`belief`), by one endpoint in four at a time, and given
+up as soon as no more run than before; and so is, where settlements told of a queue, how many tokens
+did not wait.
 
 With a reserve (`reserve`) the limit is seldom reached, so that nothing is seen of a queue that
 would be there if it were. So beyond what ran at most when a queue was last seen, the limit rises

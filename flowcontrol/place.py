@@ -442,12 +442,14 @@ class Place:
     def _is_batch_full(self) -> bool:
         """Whether as many run as the engine batches, and more than must wait for one of them."""
         window, rate, usual = self._window, self._rate(), self._usual()
+        running = window.running_most * self.endpoints
+        if window.most <= running or window.running_least < _FULL_BATCH * window.running_most:
+            return False
+        if _FULL_BATCH * self._batch.value <= running <= self._batch.value:
+            return window.waiting_least > 0  # as many as were found before, and no more
         over = window.waiting_least - usual
-        return (
-            window.most > window.running_most * self.endpoints
-            and window.running_least >= _FULL_BATCH * window.running_most
-            and over >= max(_STANDING, sqrt(usual))
-            and over > _FULL_WAIT * rate * self._first_tokens.usual_ns
+        return over >= max(_STANDING, sqrt(usual)) and (
+            over > _FULL_WAIT * rate * self._first_tokens.usual_ns
         )
 
     def _scraped_share(self, seen: int) -> float:
@@ -641,6 +643,8 @@ class Place:
         if limit > self._ran and self._window.mean < _REACHED_ALL * int(before):
             limit = self._ran
         proven = max(self._calm, self._peers.proven() * self.endpoints, room)
+        if self._peers.ran_most(self.kv_capacity) * self.endpoints <= self._batch.value < proven:
+            proven = self._batch.value  # to try that again is to explore
         if limit > proven:
             self.explores = self._peers.may_explore(self)
             if not self.explores:

@@ -323,6 +323,36 @@ class TestLooks:
 
         assert tried == [pytest.approx(62, abs=6), pytest.approx(122, abs=6)]
 
+    def test_batch_is_tried_by_few(self) -> None:
+        """To exceed a batch again is to go further than any has been, whatever drained here."""
+        place = _Place(limit=17, in_flight=17, peers=_Alone(explores=False))
+        place.is_full(10, running=16)
+        place.hold(18)
+        place.send(1, 14, output=30)
+        place.hold(16)
+        for second in range(15, 200):
+            place.send(8, second, output=30)
+            place.look(second, waiting=0, running=16)
+
+        assert place.moves == [16]
+
+    def test_batch_is_found_again_at_once(self) -> None:
+        """As many as were found before, and no more: a single one that waits is enough."""
+        place = _Place(limit=17, in_flight=17)
+        place.is_full(10, running=16)
+        place.hold(16)
+        second = 14
+        while place.moves[-1] < 17:
+            place.send(8, second, output=30)
+            place.look(second, waiting=0, running=16)
+            second += 1
+        place.hold(17)
+        for later in range(second, second + 4):
+            place.send(60, later, output=30)
+            place.look(later, waiting=1, running=16)
+
+        assert (place.moves[0], place.moves[-1]) == (16, 16)
+
     @pytest.mark.parametrize(("room", "limit"), [(1, 12), (80, 80), (400, 128)])
     def test_cache_has_room(self, room: int, limit: float) -> None:
         """An engine with a large cache batches as many as have room, so the start leaps there."""
