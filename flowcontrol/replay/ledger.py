@@ -28,9 +28,11 @@ from flowcontrol.events import (
     EndpointsChanged,
     Fact,
     FlowEvicted,
+    MemoryRestored,
     ObjectivesChanged,
     Reconfigured,
 )
+from flowcontrol.memory import EngineMemory
 from flowcontrol.replay.plain import plainly
 from flowcontrol.request import Request
 
@@ -254,8 +256,22 @@ def _disguised_fact(fact: Fact, disguise: Disguise) -> Fact:
             return FlowEvicted(priority, disguise(flow_id))
         case Reconfigured(config):
             return Reconfigured(disguised_config(config, disguise))
+        case MemoryRestored(memory):
+            return MemoryRestored(_disguised_memory(memory, disguise))
         case _:
             return fact
+
+
+def _disguised_memory(memory: EngineMemory, disguise: Disguise) -> EngineMemory:
+    bands = [
+        replace(band, accounts={disguise(name): cost for name, cost in band.accounts.items()})
+        for band in memory.bands
+    ]
+    estimates = [
+        each if each.flow_id is None else replace(each, flow_id=disguise(each.flow_id))
+        for each in memory.estimates
+    ]
+    return replace(memory, bands=tuple(bands), estimates=tuple(estimates))
 
 
 def _disguised_request(request: Request, disguise: Disguise) -> Request:

@@ -7,7 +7,22 @@ import pytest
 
 from flowcontrol.config import Role
 from flowcontrol.errors import LedgerError
-from flowcontrol.events import Arrived, EndpointsChanged, FlowEvicted, Left, ObjectivesChanged
+from flowcontrol.events import (
+    Arrived,
+    EndpointsChanged,
+    FlowEvicted,
+    Left,
+    MemoryRestored,
+    ObjectivesChanged,
+)
+from flowcontrol.memory import (
+    BandMemory,
+    Drain,
+    EngineMemory,
+    Estimate,
+    PlaceMemory,
+    StageMemory,
+)
 from flowcontrol.replay.ledger import (
     Checkpoint,
     Entry,
@@ -45,6 +60,11 @@ def recorded(in_flight_max: int = 1) -> Recording:
     return recording
 
 
+MEMORY = EngineMemory(
+    (BandMemory(10, {"tenant-0": 2.5, "tenant-1": 1.0}, Drain(1.0, 2.0)),),
+    (Estimate("tenant-0", "llama", 1, 20.0), Estimate(None, "llama", 1, 20.0)),
+    stages=(StageMemory(Role.BOTH, {ENDPOINTS[0]: PlaceMemory(requests=20.0, calm=20.0)}),),
+)
 ENTRIES: list[Entry] = [
     Header("run", 3, 5, 6, small_config(), salt="s"),
     Header("run", 0, 5, 6, whole_config()),
@@ -138,7 +158,7 @@ class TestDisguise:
     def test_nobody_is_named(self) -> None:
         """In any entry."""
         hide = disguise_with("salt")
-        entries = [*ENTRIES, Turn(1, [FlowEvicted(0, "tenant-0")], [])]
+        entries = [*ENTRIES, Turn(1, [FlowEvicted(0, "tenant-0"), MemoryRestored(MEMORY)], [])]
         text = json.dumps([to_line(disguised(entry, hide)) for entry in entries])
 
         assert "tenant-" not in text
