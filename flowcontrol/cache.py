@@ -21,7 +21,7 @@ class CacheUse:
     """The use of one cache, against the tokens in flight there. O(1)."""
 
     def __init__(self) -> None:
-        self._per_token = 0.0
+        self.per_token = 0.0
         """Part of the cache that one token in flight takes; 0 while it is not known."""
         self._largest = 0.0
         """Tokens of the largest request of late."""
@@ -38,12 +38,12 @@ class CacheUse:
             capacity: tokens in it, if the engine says so.
             tokens: in flight.
         """
-        if capacity and not self._per_token:
-            self._per_token = _FULL / (_FIRST * capacity)
-        self._per_token *= _FADING
+        if capacity and not self.per_token:
+            self.per_token = _FULL / (_FIRST * capacity)
+        self.per_token *= _FADING
         if usage >= _TELLING and tokens:
-            self._per_token = max(self._per_token, usage / tokens)
-        if not self._per_token:
+            self.per_token = max(self.per_token, usage / tokens)
+        if not self.per_token:
             return None
-        full = max(_FULL_LEAST, min(_FULL, 1 - self._largest * self._per_token))
-        return full / self._per_token
+        full = max(_FULL_LEAST, min(_FULL, 1 - self._largest * self.per_token))
+        return full / self.per_token

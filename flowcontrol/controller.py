@@ -150,8 +150,9 @@ class FlowController:
             case RecoveredLeaseEnded(ticket):
                 self.recovery.ended(ticket, now_ns)
             case MemoryRestored(memory):
-                self.bands.needed(DEFAULT_PRIORITY, now_ns)
-                self._bands_changed(now_ns)
+                if DEFAULT_PRIORITY in {band.priority for band in memory.bands}:
+                    self.bands.needed(DEFAULT_PRIORITY, now_ns)
+                    self._bands_changed(now_ns)
                 self.learned.restore(memory, now_ns)
             case SettlementLost(request_id):
                 self.charges.lost(request_id)
@@ -161,7 +162,8 @@ class FlowController:
     @property
     def learned(self) -> Learned:
         """What was learnt, to be kept."""
-        return Learned(self.bands, self.pool, self.charges.estimator, self._drain_rate)
+        reserve = self._reserve if self._has_reserve else None
+        return Learned(self.bands, self.pool, self.charges.estimator, self._drain_rate, reserve)
 
     def _arrive(self, request: Request, now_ns: int) -> None:
         assert request.request_id not in self._leases, "a request arrives once"

@@ -12,20 +12,35 @@ from flowcontrol.config import Role
 from flowcontrol.estimates import TokenEstimator
 from flowcontrol.memory import KEPT_MAX, BandMemory, EngineMemory, StageMemory
 from flowcontrol.pool import Pool
+from flowcontrol.reserve import Reserve
 from flowcontrol.retry import DrainRate
 
 
 @final
 class Learned:
-    """The parts of an engine that learn. O(accounts and estimates)."""
+    """The parts of an engine that learn. O(accounts and estimates).
+
+    Args:
+        bands: with their accounts and drain rates.
+        pool: with its detectors.
+        estimator: of tokens.
+        drain_rate: of all bands together.
+        reserve: None where nothing is kept free.
+    """
 
     def __init__(
-        self, bands: Bands, pool: Pool, estimator: TokenEstimator, drain_rate: DrainRate
+        self,
+        bands: Bands,
+        pool: Pool,
+        estimator: TokenEstimator,
+        drain_rate: DrainRate,
+        reserve: Reserve | None,
     ) -> None:
         self._bands = bands
         self._pool = pool
         self._estimator = estimator
         self._drain_rate = drain_rate
+        self._reserve = reserve
 
     def memory(self, now_ns: int) -> EngineMemory:
         """Return what is worth keeping."""
@@ -43,7 +58,8 @@ class Learned:
         estimates = self._estimator.remember()
         stages = tuple([StageMemory(role, each.remember()) for role, each in self._auto()])
         drain = self._drain_rate.remember(now_ns)
-        return EngineMemory(bands, estimates, limits, drain, stages)
+        reserve = None if self._reserve is None else self._reserve.remember(now_ns)
+        return EngineMemory(bands, estimates, limits, drain, stages, reserve)
 
     def restore(self, memory: EngineMemory, now_ns: int) -> None:
         """Go on with what another engine had learnt, in bands and at endpoints that are known."""
@@ -64,6 +80,8 @@ class Learned:
         self._pool.limits_changed()
         if memory.drain is not None:
             self._drain_rate.restore(memory.drain, now_ns)
+        if memory.reserve is not None and self._reserve is not None:
+            self._reserve.restore(memory.reserve, now_ns)
 
     def _adaptive(self) -> Iterator[AdaptiveDetector]:
         for detectors in self._pool.detectors.values():

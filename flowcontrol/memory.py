@@ -52,6 +52,38 @@ class BandMemory:
 
 @final
 @dataclass(slots=True)
+class CountsMemory:
+    """Events by the second, each by the scales over which they are counted."""
+
+    bins: tuple[float, ...]
+    means: tuple[float, ...]
+    squares: tuple[float, ...]
+
+
+@final
+@dataclass(slots=True)
+class BandNeed:
+    """What the reserve knows of one band."""
+
+    priority: int
+    arrivals: CountsMemory
+    """Of that band and all above it."""
+    load: float
+    """What one request adds to the saturation of the pool."""
+
+
+@final
+@dataclass(slots=True)
+class ReserveMemory:
+    """How higher bands arrive, and how places get free."""
+
+    bands: tuple[BandNeed, ...]
+    departures: CountsMemory
+    fullness: float
+
+
+@final
+@dataclass(slots=True)
 class PlaceMemory:
     """The limits that `auto` has found at one place, for each of its endpoints."""
 
@@ -63,6 +95,8 @@ class PlaceMemory:
     tokens: float | None = None
     """None: no limit is known."""
     calm_tokens: float = 0.0
+    cache_per_token: float = 0.0
+    """Part of the cache that a token in flight takes, as measured; 0: it was not."""
     batch: float | None = None
     """What the engine was found to batch; None: it was not."""
     batch_for_ns: int = 0
@@ -91,3 +125,5 @@ class EngineMemory:
     """Of requests in flight, as `adaptive` found them: by endpoint, or of all by an empty text."""
     drain: Drain | None = None
     stages: tuple[StageMemory, ...] = ()
+    reserve: ReserveMemory | None = None
+    """None: nothing is kept free."""

@@ -223,6 +223,7 @@ class Place:
             is_starting=self._is_starting,
             tokens=tokens,
             calm_tokens=self._calm_tokens / count,
+            cache_per_token=self._cache.per_token,
             batch=None if self._batch.value == inf else self._batch.value / count,
             batch_for_ns=self._batch.for_ns,
         )
@@ -235,6 +236,7 @@ class Place:
         self._calm, self._calm_tokens = memory.calm * count, memory.calm_tokens * count
         self._is_starting = memory.is_starting
         self._tokens_start = memory.is_starting and memory.tokens is None
+        self._cache.per_token = memory.cache_per_token
         if memory.batch is not None:
             self._batch.resume(memory.batch * count, memory.batch_for_ns, now_ns)
         self._begin(now_ns)

@@ -37,6 +37,7 @@ from math import exp, expm1, log, log1p
 from typing import Final, final
 
 from flowcontrol.config import ControllerConfig
+from flowcontrol.memory import BandNeed, CountsMemory, ReserveMemory
 
 _SECOND_NS: Final = 1_000_000_000
 _MEMORY: Final = 64.0
@@ -96,6 +97,18 @@ class EventCounts:
         self._means[index] += (number - self._means[index]) / bins
         self._squares[index] += (number * number - self._squares[index]) / bins
 
+    def remember(self, now_ns: int) -> CountsMemory:
+        """Return what was counted until now."""
+        self.advance(now_ns)
+        return CountsMemory(tuple(self._bins), tuple(self._means), tuple(self._squares))
+
+    def resume(self, memory: CountsMemory, now_ns: int) -> None:
+        """Go on with what was counted before, if it was by these scales."""
+        self._begin(now_ns)
+        counted = (memory.bins, memory.means, memory.squares)
+        if {len(each) for each in counted} == {len(_SCALES)}:
+            self._bins, self._means, self._squares = [list(each) for each in counted]
+
     @property
     def per_second(self) -> float:
         """The mean rate."""
@@ -139,6 +152,26 @@ class Reserve:
         self._loads = {each: self._loads.get(each, 0.0) for each in priorities}
         self.ceilings = [1.0] * len(priorities)
         self._renewed_ns = None
+
+    def remember(self, now_ns: int) -> ReserveMemory | None:
+        """Return what was learnt; None: nothing yet. O(bands)."""
+        if not self._fullness:
+            return None
+        bands = [
+            BandNeed(priority, counts.remember(now_ns), self._loads[priority])
+            for priority, counts in self._above.items()
+        ]
+        return ReserveMemory(tuple(bands), self._departures.remember(now_ns), self._fullness)
+
+    def restore(self, memory: ReserveMemory, now_ns: int) -> None:
+        """Go on with what was learnt before, of the bands that are known. O(bands)."""
+        for band in memory.bands:
+            counts = self._above.get(band.priority)
+            if counts is not None:
+                counts.resume(band.arrivals, now_ns)
+                self._loads[band.priority] = band.load
+        self._departures.resume(memory.departures, now_ns)
+        self._fullness = memory.fullness
 
     def is_lower(self, rank: int) -> bool:
         """Whether a band has to leave something free for those above it."""

@@ -36,10 +36,13 @@ from flowcontrol.events import (
 )
 from flowcontrol.memory import (
     BandMemory,
+    BandNeed,
+    CountsMemory,
     Drain,
     EngineMemory,
     Estimate,
     PlaceMemory,
+    ReserveMemory,
     StageMemory,
 )
 from flowcontrol.replay.plain import plainly
@@ -52,6 +55,7 @@ CONFIG = ControllerConfig(
     ceilings=CeilingSettings(policy=Ceilings.HOLDBACK_BY_RANK),
     weights={"tenant": 2.5},
 )
+COUNTS = CountsMemory((8.0, 1.0), (2.5, 20.0), (9.0, 400.0))
 FACTS: list[Fact] = [
     Arrived(Request(7, "tenant", "chat", 100, ttl_ns=5, model="llama")),
     Left(7),
@@ -71,6 +75,7 @@ FACTS: list[Fact] = [
             (Estimate(None, "llama", 1, 20.0, 1, 10.0, 40.0),),
             {"10.0.0.1:8000": 8.0},
             stages=(StageMemory(Role.BOTH, {"": PlaceMemory(8.0, 6.0, tokens=900.0)}),),
+            reserve=ReserveMemory((BandNeed(10, COUNTS, 0.1),), COUNTS, 0.5),
         )
     ),
     SettlementLost(7),

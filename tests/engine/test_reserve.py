@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flowcontrol.config import BandSettings, Ceilings, CeilingSettings, Concurrency
+from flowcontrol.memory import CountsMemory
 from flowcontrol.reserve import EventCounts, Reserve, places
 from flowcontrol.simulation.distributions import Fixed, Lognormal
 from flowcontrol.simulation.workload import AtOnce, Independent, Poisson
@@ -130,6 +131,32 @@ class TestReserve:
 
         assert top == 1
         assert 0.85 < low < 0.95
+
+    def test_remembered(self) -> None:
+        """Another that goes on with it leaves as many free at once."""
+        reserve, config = self.make(), make_controller().config
+        memory = reserve.remember(self.now_ns)
+        assert memory is not None
+        other = Reserve(self.now_ns)
+        other.set_bands([10, 0, -1], config, self.now_ns)
+        other.restore(memory, self.now_ns)
+        for each in (reserve, other):
+            each.renew(1.0, 1.0, self.now_ns + SECOND)
+
+        assert other.ceilings[0] == 1
+        assert other.ceilings[-1] == pytest.approx(reserve.ceilings[1], abs=0.005)
+        assert reserve.ceilings[1] < 0.95
+
+    def test_remembered_otherwise(self) -> None:
+        """What counts by other scales is not taken for these."""
+        counts = EventCounts(0)
+        counts.resume(CountsMemory((1.0,), (5.0,), (25.0,)), SECOND)
+
+        assert counts.per_second == 0
+
+    def test_nothing_to_remember(self) -> None:
+        """A new one has learnt nothing."""
+        assert Reserve(0).remember(SECOND) is None
 
     def test_forgotten(self) -> None:
         """When nothing has come for some minutes nothing is held back."""
