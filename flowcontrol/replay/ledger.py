@@ -10,12 +10,12 @@ A ledger is lines, each a mapping with a few words as keys:
 Times are monotonic nanoseconds, as the engine has them. Turns without facts and without decisions
 are written, too: time alone can change what the engine knows. A reader who has every turn since the
 engine was made can decide everything again, identically. One who begins at a checkpoint knows who
-waits and who is in flight, but not how fast queues drained, what tenants owe each other and what an
-adaptive limit had learnt: it decides alike as soon as those are learnt again.
+waits, who is in flight and what outlives a restart (`memory`), but not where each is in flight, how
+fast prompts are read and what forecasts had learnt: it decides nearly all alike.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, NamedTuple, final
 
@@ -32,7 +32,7 @@ from flowcontrol.events import (
     ObjectivesChanged,
     Reconfigured,
 )
-from flowcontrol.memory import EngineMemory
+from flowcontrol.memory import BandMemory, EngineMemory
 from flowcontrol.replay.plain import plainly
 from flowcontrol.request import Request
 
@@ -90,6 +90,8 @@ class Checkpoint:
     objectives: ObjectivesChanged
     endpoints: EndpointsChanged
     live: tuple[LiveRequest, ...] = ()
+    memory: EngineMemory = field(default_factory=EngineMemory)
+    """What the engine had learnt."""
 
 
 @final
@@ -125,19 +127,24 @@ def take_checkpoint(controller: FlowController, now_ns: int) -> Checkpoint:
             LiveRequest(lease.request, lease.arrived_ns, lease.is_in_flight)
             for lease in controller.leases.values()
         ),
+        controller.learned.memory(now_ns),
     )
 
 
 def restore(checkpoint: Checkpoint, config: ControllerConfig) -> FlowController:
     """Return an engine in which what was live is live: exact for who waits since when.
 
-    Who was in flight is dispatched again, as far as the configuration allows.
+    Who was in flight is dispatched again, as far as the configuration allows, by the limits that
+    were found. What else was learnt comes after that, since then they have arrived a second time.
     """
     live = sorted(checkpoint.live, key=lambda each: (not each.is_in_flight, each.arrived_ns))
     first_ns = min((each.arrived_ns for each in live), default=checkpoint.now_ns)
+    memory = checkpoint.memory
     controller = FlowController(config, first_ns)
     controller.handle(checkpoint.objectives, first_ns)
     controller.handle(checkpoint.endpoints, first_ns)
+    limits = replace(memory, bands=(), drain=None, reserve=None)
+    controller.handle(MemoryRestored(limits), first_ns)
     now_ns = first_ns
     for each in live:
         if each.is_in_flight:
@@ -147,8 +154,28 @@ def restore(checkpoint: Checkpoint, config: ControllerConfig) -> FlowController:
         if not each.is_in_flight:
             now_ns = each.arrived_ns
             controller.handle(Arrived(each.request), now_ns)
-    controller.poll(max(now_ns, checkpoint.now_ns))
+    now_ns = max(now_ns, checkpoint.now_ns)
+    accounts = _still_owed(memory, controller, now_ns)
+    controller.handle(MemoryRestored(replace(memory, bands=accounts, stages=(), limits={})), now_ns)
+    controller.poll(now_ns)
     return controller
+
+
+def _still_owed(
+    memory: EngineMemory, controller: FlowController, now_ns: int
+) -> tuple[BandMemory, ...]:
+    """Return what accounts lack: those in flight were charged a second time."""
+    present = {band.priority: band.accounts for band in controller.learned.memory(now_ns).bands}
+    return tuple(
+        replace(
+            band,
+            accounts={
+                flow_id: cost - present.get(band.priority, {}).get(flow_id, 0.0)
+                for flow_id, cost in band.accounts.items()
+            },
+        )
+        for band in memory.bands
+    )
 
 
 def to_line(entry: Entry) -> dict[str, Any]:
@@ -235,7 +262,12 @@ def disguised(entry: Entry, disguise: Disguise) -> Entry:
                 replace(each, request=_disguised_request(each.request, disguise))
                 for each in entry.live
             )
-            return replace(entry, config=disguised_config(entry.config, disguise), live=live)
+            return replace(
+                entry,
+                config=disguised_config(entry.config, disguise),
+                live=live,
+                memory=_disguised_memory(entry.memory, disguise),
+            )
         case Header():
             return replace(entry, config=disguised_config(entry.config, disguise))
         case Gap():

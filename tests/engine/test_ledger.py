@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from flowcontrol.config import Role
+from flowcontrol.config import Auto, Fairness, Limits, Role
 from flowcontrol.errors import LedgerError
 from flowcontrol.events import (
     Arrived,
@@ -76,6 +76,7 @@ ENTRIES: list[Entry] = [
         ObjectivesChanged(OBJECTIVES),
         EndpointsChanged(ENDPOINTS, {ENDPOINTS[0]: Role.DECODE}),
         (LiveRequest(Request(8), 5, is_in_flight=True),),
+        MEMORY,
     ),
     Gap(12),
 ]
@@ -141,6 +142,38 @@ class TestCheckpoints:
         assert (again.in_flight, again.waiting) == (2, 3)
         assert recording.controller.next_wakeup_ns() == again.next_wakeup_ns()
         assert [d.request_id for d in again.poll(4 * SECOND)] == [4, 5, 6]
+
+    def test_restored_by_the_limits_that_were_found(self) -> None:
+        """All that was in flight is again, though a limit that finds itself begins with fewer."""
+        config = replace(small_config(), detectors=(Auto(),), limits=Limits())
+        recording = Recording(config)
+        known = EngineMemory(
+            stages=(StageMemory(Role.BOTH, {"": PlaceMemory(requests=20.0, calm=20.0)}),)
+        )
+        recording.turn(0, EndpointsChanged(ENDPOINTS), MemoryRestored(known))
+        arrivals = [Arrived(Request(number, f"tenant-{number}")) for number in range(50)]
+        recording.turn(1, *arrivals)
+        again = restore(take_checkpoint(recording.controller, 5), config)
+
+        assert recording.controller.in_flight == 40
+        assert (again.in_flight, again.waiting) == (40, 10)
+
+    def test_restored_accounts(self) -> None:
+        """Nobody is charged twice for what is in flight."""
+        small = small_config(2)
+        settings = replace(small.default_settings, fairness=Fairness.LEAST_ATTAINED_SERVICE)
+        recording = Recording(replace(small, default_settings=settings))
+        recording.turn(0, EndpointsChanged(ENDPOINTS))
+        for number, tenant in enumerate(("much", "much", "little", "little") * 2):
+            tokens = 1000 if tenant == "much" else 10
+            recording.turn(1, Arrived(Request(number, tenant, input_tokens=tokens)))
+        again = restore(take_checkpoint(recording.controller, 5), recording.config)
+        (before,), (after,) = (
+            each.learned.memory(5).bands for each in (recording.controller, again)
+        )
+
+        assert before.accounts["much"] > before.accounts["little"] > 0
+        assert after.accounts == pytest.approx(before.accounts)
 
     def test_nothing_live(self) -> None:
         """Bands and endpoints are known all the same."""

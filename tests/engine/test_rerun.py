@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from flowcontrol.config import Concurrency, ControllerConfig
+from flowcontrol.config import Concurrency, ControllerConfig, Picker
 from flowcontrol.controller import FlowController
 from flowcontrol.events import (
     Answered,
@@ -23,8 +23,12 @@ from flowcontrol.replay.comparison import OTHERS, Comparison, Figures, Pairs, by
 from flowcontrol.replay.ledger import Header, Turn, from_line, take_checkpoint, to_line
 from flowcontrol.replay.rerun import Rerun
 from flowcontrol.request import FlowKey, Outcome, Request
+from flowcontrol.simulation.plan import Plan
+from flowcontrol.simulation.pool import ServerSpec
+from flowcontrol.simulation.workload import Poisson
 from flowcontrol.simulation.world import World
 from flowcontrol.views.view import take_snapshot
+from tests.support.effects import SERVER, job, people
 from tests.support.recorded import (
     ENDPOINTS,
     MILLISECOND,
@@ -284,6 +288,31 @@ class TestFromACheckpoint:
         assert alike > 0.8 * comparison.pairs.counts.total()
         assert rerun.open_count == 0
         assert comparison.pairs.counts.total() > 1000
+
+    def test_what_was_learnt(self) -> None:
+        """Limits and a reserve that found themselves go on: by default, too, most is as it was."""
+        config = ControllerConfig(picker=Picker.LEAST_LOADED)
+        recording = Recording(config)
+        plan = Plan(
+            duration_ns=100 * SECOND,
+            servers=(ServerSpec(address="s0", config=SERVER),),
+            workloads=(people(Poisson(4), 2), job(600, 1000, 150, from_s=10)),
+            objectives=OBJECTIVES,
+            settlement_delay_ns=SECOND,
+            scrape_interval_ns=SECOND,
+        )
+        world = World(recording, plan, 1)
+        world.run_until(50 * SECOND)
+        before, checkpoint = (
+            len(recording.turns),
+            take_checkpoint(recording.controller, 50 * SECOND),
+        )
+        world.run_until(100 * SECOND)
+        rerun = Rerun.restored(checkpoint, config, has_own_config=False)
+        pairs = compared(recording.turns[before:], rerun).pairs
+
+        assert sum(pairs.undecided) < 0.02 * pairs.counts.total()
+        assert pairs.counts.total() > 300
 
 
 @pytest.mark.slow

@@ -156,7 +156,8 @@ def _exactness(again: Replay) -> list[str]:
     if again.approximate_from_ns is not None:
         lines.append(
             f"approximate from {again.at(again.approximate_from_ns)} on: begun at a checkpoint, "
-            "which knows who is live, but not what had been learnt (rates, accounts, limits)"
+            "which knows who is live and the limits, accounts and rates that had been learnt, but "
+            "not which endpoint each is at, how fast prompts are read and what forecasts had learnt"
         )
     return lines
 
