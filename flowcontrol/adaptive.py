@@ -361,7 +361,7 @@ class AdaptiveDetector(WithoutPace):
         if address is None:
             most *= len(self._endpoints)
         evidence = FirstTokens() if self._is_settled else Residences()
-        watched = _Watched(min(limit, most), evidence, in_flight, moved, now_ns)
+        watched = _Watched(max(1.0, min(limit, most)), evidence, in_flight, moved, now_ns)
         watched.limit_max = most
         watched.is_starting = like is None or like.is_starting
         return watched

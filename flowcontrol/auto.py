@@ -264,7 +264,9 @@ class AutoDetector:
     def _new_place(
         self, address: str, load: InFlight, endpoints: int, limit: float, now_ns: int
     ) -> Place:
-        return Place(load, endpoints, limit, moved=self._moved(address), peers=self, now_ns=now_ns)
+        return Place(
+            load, endpoints, max(1.0, limit), moved=self._moved(address), peers=self, now_ns=now_ns
+        )
 
     def _moved(self, address: str) -> Moved:
         def moved(what: str, before: float, after: float, reason: str, now_ns: int) -> None:

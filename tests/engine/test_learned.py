@@ -23,6 +23,7 @@ from flowcontrol.events import (
     EndpointsChanged,
     Left,
     MemoryRestored,
+    Reconfigured,
     Settled,
 )
 from flowcontrol.memory import EngineMemory, PlaceMemory, StageMemory
@@ -235,3 +236,22 @@ def test_nothing_learnt() -> None:
 
     assert memory == EngineMemory()
     assert moved(controller) == memory
+
+
+@pytest.mark.parametrize("detector", [Auto(), Adaptive()])
+def test_less_than_one_each(detector: Detector) -> None:
+    """Of one for all endpoints together each gets one, once they have limits of their own."""
+    off = ControllerConfig(detectors=(detector,), picker=Picker.OFF)
+    controller = FlowController(off, 0)
+    controller.handle(EndpointsChanged((A, B, "10.0.0.3:80")), 0)
+    stages = (StageMemory(Role.BOTH, {"": PlaceMemory(requests=0.1, calm=0.1)}),)
+    controller.handle(MemoryRestored(EngineMemory(limits={"": 1.0}, stages=stages)), 0)
+    controller.handle(Reconfigured(replace(off, picker=Picker.LEAST_LOADED)), 0)
+    first = arrive(controller, "a", 0)
+    controller.poll(0)
+    controller.handle(Settled(first, ttft_ns=MS), MS)
+    for _ in range(5):
+        arrive(controller, "a", MS)
+    controller.poll(MS)
+
+    assert controller.in_flight == 3
