@@ -1,7 +1,8 @@
 """Pure. What the engine has learnt, in plain values, for another process to go on with.
 
 Accounts of fairness, estimates of tokens, learnt limits, drain rates: losing them does no
-lasting harm, so what is kept is bounded, and a process that has none learns again.
+lasting harm, so what is kept is bounded, and a process that has none learns again. What was written
+elsewhere may be damaged, so it is checked before an engine goes on with it.
 """
 
 # interpreted: its dataclasses are read by their hints
@@ -14,6 +15,8 @@ from flowcontrol.config import Role
 
 KEPT_MAX = 1000
 """Accounts of each band, and estimates, that are kept."""
+_MOST = 1e15
+"""Tokens, bytes or ns: up to here a float is exact to a fraction of one."""
 
 
 @final
@@ -127,3 +130,36 @@ class EngineMemory:
     stages: tuple[StageMemory, ...] = ()
     reserve: ReserveMemory | None = None
     """None: nothing is kept free."""
+
+    def check(self) -> None:
+        """Refuse what no engine can have learnt: it may have been damaged where it was kept.
+
+        Raises:
+            ValueError: a number is below 0, absurdly large, or none.
+        """
+        for each in self.estimates:
+            _check(each.answers, each.output, each.prompts, each.prompt, each.bytes)
+            if each.prompts and not each.bytes:
+                message = f"{each.prompts} prompts of no bytes tell nothing"
+                raise ValueError(message)
+        for band in self.bands:
+            _check(*band.accounts.values())
+        for drain in (self.drain, *(band.drain for band in self.bands)):
+            if drain is not None:
+                _check(drain.requests, drain.time_ns)
+        _check(*self.limits.values())
+        for stage in self.stages:
+            for place in stage.places.values():
+                _check(place.requests, place.calm, place.tokens or 0, place.calm_tokens)
+                _check(place.cache_per_token, place.batch or 0, place.batch_for_ns)
+        if self.reserve is not None:
+            _check(self.reserve.fullness, *(band.load for band in self.reserve.bands))
+            for counts in (self.reserve.departures, *(b.arrivals for b in self.reserve.bands)):
+                _check(*counts.bins, *counts.means, *counts.squares)
+
+
+def _check(*numbers: float) -> None:
+    for number in numbers:
+        if not 0 <= number <= _MOST:
+            message = f"what was learnt must be from 0 to {_MOST:g}, got {number}"
+            raise ValueError(message)

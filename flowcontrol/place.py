@@ -232,7 +232,7 @@ class Place:
         """Go on with what a place like it had found."""
         count = self.endpoints
         self.requests_max = max(1.0, memory.requests * count)
-        self.tokens_max = inf if memory.tokens is None else memory.tokens * count
+        self.tokens_max = inf if memory.tokens is None else max(1.0, memory.tokens * count)
         self._calm, self._calm_tokens = memory.calm * count, memory.calm_tokens * count
         self._is_starting = memory.is_starting
         self._tokens_start = memory.is_starting and memory.tokens is None

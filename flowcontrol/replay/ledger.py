@@ -210,6 +210,8 @@ def from_line(line: Any) -> Entry:
             )
         ((word, plain),) = line.items()
         entry: Entry = plainly(_KINDS[word]).read(plain)
+        if isinstance(entry, Checkpoint):
+            entry.memory.check()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         message = f"must be a header, turn, checkpoint or gap ({error!r})"
         raise LedgerError(message) from error

@@ -363,7 +363,8 @@ class Service:
             return
         self._is_remembered = True
         try:
-            memory = plainly(EngineMemory).read(json.loads(text))
+            memory: EngineMemory = plainly(EngineMemory).read(json.loads(text))
+            memory.check()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             _log.warning("engine_memory_unreadable", problem=repr(error))
             return

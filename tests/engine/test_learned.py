@@ -2,9 +2,13 @@
 
 from dataclasses import replace
 from itertools import count
+from math import inf, nan
 
 import pytest
+from hypothesis import given, reject
+from hypothesis import strategies as st
 
+from flowcontrol.adaptive import AdaptiveDetector
 from flowcontrol.auto import AutoDetector
 from flowcontrol.config import (
     Adaptive,
@@ -22,11 +26,21 @@ from flowcontrol.events import (
     Arrived,
     EndpointsChanged,
     Left,
+    LoadObserved,
     MemoryRestored,
     Reconfigured,
     Settled,
 )
-from flowcontrol.memory import EngineMemory, PlaceMemory, StageMemory
+from flowcontrol.memory import (
+    BandMemory,
+    CountsMemory,
+    Drain,
+    EngineMemory,
+    Estimate,
+    PlaceMemory,
+    ReserveMemory,
+    StageMemory,
+)
 from flowcontrol.replay.plain import plainly
 from flowcontrol.request import Request
 
@@ -255,3 +269,108 @@ def test_less_than_one_each(detector: Detector) -> None:
     controller.poll(MS)
 
     assert controller.in_flight == 3
+
+
+NUMBERS = st.floats(0, 1e15)
+COUNTS = st.builds(lambda bins: {"bins": bins, "means": bins, "squares": bins}, st.lists(NUMBERS))
+WRITTEN = st.fixed_dictionaries(
+    {},
+    optional={
+        "bands": st.lists(
+            st.fixed_dictionaries(
+                {"priority": st.sampled_from([0, 10])},
+                optional={
+                    "accounts": st.dictionaries(st.sampled_from("ab"), NUMBERS),
+                    "drain": st.fixed_dictionaries({"requests": NUMBERS, "time_ns": NUMBERS}),
+                },
+            )
+        ),
+        "estimates": st.lists(
+            st.fixed_dictionaries(
+                {"flow_id": st.sampled_from(["a", None]), "model": st.just("m")},
+                optional=dict.fromkeys(("output", "prompt", "bytes"), NUMBERS)
+                | dict.fromkeys(("answers", "prompts"), st.integers(0, 10**15)),
+            )
+        ),
+        "limits": st.dictionaries(st.sampled_from([A, ""]), NUMBERS),
+        "stages": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "role": st.sampled_from(["both", "decode"]),
+                    "places": st.dictionaries(
+                        st.sampled_from([A, ""]),
+                        st.fixed_dictionaries(
+                            {"requests": NUMBERS, "calm": NUMBERS},
+                            optional=dict.fromkeys(
+                                ("tokens", "calm_tokens", "cache_per_token", "batch"), NUMBERS
+                            )
+                            | {
+                                "batch_for_ns": st.integers(0, 10**15),
+                                "is_starting": st.booleans(),
+                            },
+                        ),
+                    ),
+                }
+            )
+        ),
+        "reserve": st.fixed_dictionaries(
+            {
+                "bands": st.lists(
+                    st.fixed_dictionaries(
+                        {"priority": st.just(0), "arrivals": COUNTS, "load": NUMBERS}
+                    )
+                ),
+                "departures": COUNTS,
+                "fullness": NUMBERS,
+            }
+        ),
+    },
+)
+
+
+@given(WRITTEN, st.sampled_from([Auto(), Adaptive()]))
+def test_odd(written: object, detector: Detector) -> None:
+    """Whatever was kept and is not refused, the engine works with it, within its limits."""
+    memory: EngineMemory = plainly(EngineMemory).read(written)
+    try:
+        memory.check()
+    except ValueError:
+        reject()
+    controller = engine(detector=detector)
+    controller.handle(MemoryRestored(memory), 0)
+    for step in range(1, 40):
+        now_ns = step * 300 * MS
+        request_id = arrive(controller, "a", now_ns)
+        controller.handle(LoadObserved(A, waiting=0, running=1, kv_usage=0.5), now_ns)
+        controller.poll(now_ns)
+        controller.handle(Settled(request_id, input_tokens=9, output_tokens=9, ttft_ns=MS), now_ns)
+        controller.check_invariants()
+        if step % 3 == 0:
+            controller.handle(Left(request_id), now_ns)
+    (found,) = controller.pool.detectors[Role.BOTH]
+    assert isinstance(found, AutoDetector | AdaptiveDetector)
+
+    assert found.limit >= 2
+    assert controller.in_flight <= found.limit
+
+
+DAMAGED = (
+    EngineMemory(bands=(BandMemory(0, {"a": nan}),)),
+    EngineMemory(bands=(BandMemory(0, drain=Drain(1.0, -1.0)),)),
+    EngineMemory(estimates=(Estimate("a", "m", answers=-1),)),
+    EngineMemory(estimates=(Estimate("a", "m", prompts=1, prompt=5.0),)),
+    EngineMemory(limits={A: inf}),
+    EngineMemory(drain=Drain(inf, 1.0)),
+    EngineMemory(stages=(StageMemory(Role.BOTH, {A: replace(FOUND, requests=nan)}),)),
+    EngineMemory(stages=(StageMemory(Role.BOTH, {A: replace(FOUND, tokens=-1.0)}),)),
+    EngineMemory(stages=(StageMemory(Role.BOTH, {A: replace(FOUND, batch_for_ns=-1)}),)),
+    EngineMemory(reserve=ReserveMemory((), CountsMemory((nan,), (), ()), 0.5)),
+    EngineMemory(reserve=ReserveMemory((), CountsMemory((), (), ()), -0.5)),
+)
+
+
+@pytest.mark.parametrize("memory", DAMAGED)
+def test_damaged(memory: EngineMemory) -> None:
+    """What no engine can have learnt is refused."""
+    with pytest.raises(ValueError, match=r"what was learnt must be|tell nothing"):
+        memory.check()
