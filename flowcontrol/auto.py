@@ -97,17 +97,16 @@ knows their number and no more: they take their part of a measured cache, what w
 ours is there moves no limit, and beside some of ours it counts like ours.
 """
 
-from collections.abc import Mapping
 from math import inf
 from statistics import median
 from typing import Final, final
 
 from flowcontrol.blind import BlindLimit
-from flowcontrol.config import Auto
+from flowcontrol.config import Auto, Role
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
 from flowcontrol.keyedheap import KeyedHeap
-from flowcontrol.memory import PlaceMemory
+from flowcontrol.memory import StageMemory
 from flowcontrol.moves import LimitMove, LimitMoves
 from flowcontrol.picker import FULL
 from flowcontrol.place import Moved, Place
@@ -149,8 +148,10 @@ class AutoDetector:
         """Since the last settlement."""
         self._places: dict[str, Place] = {}
         """By address, or one for the stage where Envoy picks."""
-        self._kept: Mapping[str, PlaceMemory] = {}
+        self._kept: StageMemory | None = None
         """What another process had found, until there are endpoints."""
+        self._shortest_ns = self._edge = 0.0
+        """What it knew by departures, until those are all that tells anything."""
         self._blind: BlindLimit | None = None
         """While nothing but departures tells anything."""
         self._reading: KeyedHeap[str, int] = KeyedHeap()
@@ -211,30 +212,36 @@ class AutoDetector:
             self._places = {_STAGE: self._place_of_stage(now_ns)}
         for address in set(self._reading) - set(self._places):
             self._reading.discard(address)
-        if self._kept and self._places:
-            self._resume(now_ns)
+        self._resume(now_ns)
         if self._blind is not None:
             self._blind.watch(self._places, now_ns)
         self.revision += 1
 
-    def remember(self) -> Mapping[str, PlaceMemory]:
-        """Return the limits by endpoint; of all together by an empty text. O(endpoints)."""
-        if not self._places:
+    def remember(self, role: Role) -> StageMemory:
+        """Return what was found, as that of the endpoints of this role. O(endpoints)."""
+        if not self._places and self._kept is not None:
             return self._kept
-        blind = None if self._blind is None else self._blind.remember()
-        return {address: blind or place.remember() for address, place in self._places.items()}
+        if self._blind is not None:
+            return self._blind.remember(role)
+        places = {address: place.remember() for address, place in self._places.items()}
+        return StageMemory(role, places, self._shortest_ns, self._edge)
 
-    def restore(self, places: Mapping[str, PlaceMemory], now_ns: int) -> None:
-        """Go on with limits found before; endpoints that are not among them get the usual."""
-        self._kept = places
-        if places and self._places:
+    def restore(self, memory: StageMemory, now_ns: int) -> None:
+        """Go on with what was found before; endpoints that are not in it get the usual."""
+        self._kept = memory if memory.places else None
+        if self._places:
             self._resume(now_ns)
 
     def _resume(self, now_ns: int) -> None:
-        usual = sorted(self._kept.values(), key=lambda each: each.requests)[len(self._kept) // 2]
+        if self._kept is None:
+            return
+        kept = self._kept.places
+        usual = sorted(kept.values(), key=lambda each: each.requests)[len(kept) // 2]
         for address, place in self._places.items():
-            place.resume(self._kept.get(address, usual), now_ns)
-        self._kept, self._blind = {}, None
+            place.resume(kept.get(address, usual), now_ns)
+        self._blind = None
+        self._shortest_ns, self._edge = self._kept.shortest_ns, self._kept.edge
+        self._kept = None
         self.revision += 1
 
     def _place_at(self, address: str, now_ns: int) -> Place:
@@ -385,4 +392,6 @@ class AutoDetector:
         is_starting = all(place.is_starting for place in places)
         moved = self._moved(_STAGE)
         self._blind = BlindLimit(self._places, usual, moved, is_starting=is_starting, now_ns=now_ns)
+        self._blind.resume(self._shortest_ns, self._edge)
+        self._shortest_ns = self._edge = 0.0
         self.revision += 1

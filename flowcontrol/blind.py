@@ -31,8 +31,9 @@ from collections.abc import Mapping
 from math import exp, log, sqrt
 from typing import Final, final
 
+from flowcontrol.config import Role
 from flowcontrol.evidence import Residences
-from flowcontrol.memory import PlaceMemory
+from flowcontrol.memory import PlaceMemory, StageMemory
 from flowcontrol.place import Moved, Place, step_after
 
 _START: Final = 1.5
@@ -134,15 +135,20 @@ class _Cohort:
 class _Half:
     """What was in flight at some of the endpoints and how many left, with less [0] and more [1]."""
 
-    def __init__(self, endpoints: int, in_flight: int) -> None:
-        self.endpoints = endpoints
-        self.in_flight = in_flight
+    def __init__(self) -> None:
+        self.endpoints: list[int] = []
+        """At each place."""
+        self.in_flight = 0
         self.area = [0.0, 0.0]
         """Requests in flight x ns."""
         self.lasted_ns = [0, 0]
         self.left = [0, 0]
         self.settling = 0
         """Departures until those in flight were all sent with the present limit."""
+
+    def might(self, limit: float) -> int:
+        """Return how many may be in flight with that limit at each endpoint: whole requests."""
+        return sum([int(limit * count) for count in self.endpoints])
 
 
 @final
@@ -159,15 +165,14 @@ class _Comparison:
         """How often each has had more."""
         self._settle()
 
-    def limit_of(self, half: int) -> int:
-        """Return how many may be in flight at each endpoint of a half, a whole number."""
-        if half == self._has_more:
-            return max(int(self._limit) + 1, round(self._limit * _MORE))
-        return max(1, round(self._limit / _MORE))
+    def limit_of(self, half: int) -> float:
+        """Return how many may be in flight at each endpoint of a half; the other has another."""
+        less = max(1.0, self._limit / _MORE)
+        return max(int(less) + 1.0, self._limit * _MORE) if half == self._has_more else less
 
     def _settle(self) -> None:
         for number, half in enumerate(self._halves):
-            might = self.limit_of(number) * half.endpoints
+            might = half.might(self.limit_of(number))
             half.settling = 1 + min(half.in_flight, might)
 
     def _is_settled(self) -> bool:
@@ -224,7 +229,7 @@ class _Comparison:
     def is_reached(self) -> bool:
         """Whether, where more might be in flight, as many were."""
         most = self.limit_of(self._has_more)
-        might = [most * half.endpoints for half in self._halves]
+        might = [half.might(most) for half in self._halves]
         were = [half.area[1] / half.lasted_ns[1] for half in self._halves]
         return sum(were) >= _REACHED * sum(might)
 
@@ -272,9 +277,16 @@ class BlindLimit:
         """Leave the places with the same limit for each."""
         self._begin(now_ns)
 
-    def remember(self) -> PlaceMemory:
-        """Return what it has found for each endpoint."""
-        return PlaceMemory(requests=self._limit, calm=0.0, is_starting=self._is_starting)
+    def remember(self, role: Role) -> StageMemory:
+        """Return what it has found, as that of the endpoints of this role."""
+        each = PlaceMemory(requests=self._limit, calm=0.0, is_starting=self._is_starting)
+        shortest_ns = self._shortest.least_ns or 0.0
+        return StageMemory(role, dict.fromkeys(self._places, each), shortest_ns, self._edge)
+
+    def resume(self, shortest_ns: float, edge: float) -> None:
+        """Go on with what was found before; 0: nothing was."""
+        self._shortest.least_ns = shortest_ns or None
+        self._edge = edge
 
     def charged(self, address: str, request_id: int, now_ns: int) -> None:
         """Count a dispatch."""
@@ -310,10 +322,10 @@ class BlindLimit:
     def _compare(self, now_ns: int) -> None:
         """Ask what more in flight gains."""
         self._rises = self._undecided = self._many = 0
-        halves = [_Half(0, 0) for _ in set(self._half_of.values())]
+        halves = [_Half() for _ in set(self._half_of.values())]
         for address, place in self._places.items():
             half = halves[self._half_of[address]]
-            half.endpoints += place.endpoints
+            half.endpoints.append(place.endpoints)
             half.in_flight += place.load.requests
         self._comparison = _Comparison(halves, self._limit, now_ns)
         self._allow(self._comparison, now_ns)

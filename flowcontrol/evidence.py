@@ -124,14 +124,15 @@ class Residences:
     _FADING = 1.001
 
     def __init__(self) -> None:
-        self._least: float | None = None
+        self.least_ns: float | None = None
+        """How long the shortest of any cohort were in flight."""
         self._residences: list[int] = []
 
     def begin(self) -> None:
         """Let the least grow a little."""
         self._residences = []
-        if self._least is not None:
-            self._least *= self._FADING
+        if self.least_ns is not None:
+            self.least_ns *= self._FADING
 
     def released(self, in_flight_ns: int) -> bool:
         """Take in how long it was in flight."""
@@ -148,12 +149,12 @@ class Residences:
     def wait_ns(self) -> float:
         """Return by how much the shortest exceeded the least."""
         shortest = self._shortest()
-        self._least = shortest if self._least is None else min(self._least, shortest)
-        return shortest - self._least
+        self.least_ns = shortest if self.least_ns is None else min(self.least_ns, shortest)
+        return shortest - self.least_ns
 
     def learn_anew(self) -> None:
         """Take the shortest of this cohort for the least."""
-        self._least = self._shortest()
+        self.least_ns = self._shortest()
 
     def _shortest(self) -> float:
         place = int(self._SHORTEST * self.cohort)

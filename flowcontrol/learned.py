@@ -10,7 +10,7 @@ from flowcontrol.auto import AutoDetector
 from flowcontrol.bands import Bands
 from flowcontrol.config import Role
 from flowcontrol.estimates import TokenEstimator
-from flowcontrol.memory import KEPT_MAX, BandMemory, EngineMemory, StageMemory
+from flowcontrol.memory import KEPT_MAX, BandMemory, EngineMemory
 from flowcontrol.pool import Pool
 from flowcontrol.reserve import Reserve
 from flowcontrol.retry import DrainRate
@@ -56,7 +56,7 @@ class Learned:
             for band in self._bands
         )
         estimates = self._estimator.remember()
-        stages = tuple([StageMemory(role, each.remember()) for role, each in self._auto()])
+        stages = tuple([each.remember(role) for role, each in self._auto()])
         drain = self._drain_rate.remember(now_ns)
         reserve = None if self._reserve is None else self._reserve.remember(now_ns)
         return EngineMemory(bands, estimates, limits, drain, stages, reserve)
@@ -74,9 +74,10 @@ class Learned:
         self._estimator.restore(memory.estimates)
         for detector in self._adaptive():
             detector.restore(memory.limits, now_ns)
-        places = {stage.role: stage.places for stage in memory.stages}
+        stages = {stage.role: stage for stage in memory.stages}
         for role, found in self._auto():
-            found.restore(places.get(role, {}), now_ns)
+            if role in stages:
+                found.restore(stages[role], now_ns)
         self._pool.limits_changed()
         if memory.drain is not None:
             self._drain_rate.restore(memory.drain, now_ns)

@@ -114,6 +114,10 @@ class StageMemory:
     role: Role
     places: Mapping[str, PlaceMemory]
     """By endpoint, or of all together by an empty text."""
+    shortest_ns: float = 0.0
+    """How long the shortest are in flight, where departures alone tell; 0: not known."""
+    edge: float = 0.0
+    """Where departures told that more gains too little; 0: nowhere."""
 
 
 @final
@@ -149,6 +153,7 @@ class EngineMemory:
                 _check(drain.requests, drain.time_ns)
         _check(*self.limits.values())
         for stage in self.stages:
+            _check(stage.shortest_ns, stage.edge)
             for place in stage.places.values():
                 _check(place.requests, place.calm, place.tokens or 0, place.calm_tokens)
                 _check(place.cache_per_token, place.batch or 0, place.batch_for_ns)

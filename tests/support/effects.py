@@ -359,6 +359,8 @@ class Effect:
     """Of real over predicted waits of the people."""
     within: float | None
     """Share of their waits within what nine in ten were said to stay within."""
+    foretold: int
+    """How many of their waits were forecast."""
     waited: float
     """Share of them that found no place at once."""
     queued_s: float
@@ -446,6 +448,7 @@ def effect(case: Case, results: Results) -> Effect:
         results.jain(top),
         said.ratio if said else None,
         said.within if said else None,
+        said.predicted_count if said else 0,
         sum(each > 0 for each in waits) / max(1, len(waits)),
         waits[int(len(waits) * 0.99)] / SECOND if waits else 0.0,
     )
