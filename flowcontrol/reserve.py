@@ -98,9 +98,13 @@ class EventCounts:
         self._squares[index] += (number * number - self._squares[index]) / bins
 
     def remember(self, now_ns: int) -> CountsMemory:
-        """Return what was counted until now."""
-        self.advance(now_ns)
-        return CountsMemory(tuple(self._bins), tuple(self._means), tuple(self._squares))
+        """Return what was counted until now; to ask changes nothing: replay asks less often."""
+        copy = EventCounts(now_ns)
+        copy._next_ns, copy._now, copy._passed = self._next_ns, list(self._now), self._passed
+        copy._bins, copy._means = list(self._bins), list(self._means)
+        copy._squares = list(self._squares)
+        copy.advance(now_ns)
+        return CountsMemory(tuple(copy._bins), tuple(copy._means), tuple(copy._squares))
 
     def resume(self, memory: CountsMemory, now_ns: int) -> None:
         """Go on with what was counted before, if it was by these scales."""

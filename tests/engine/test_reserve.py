@@ -147,6 +147,17 @@ class TestReserve:
         assert other.ceilings[-1] == pytest.approx(reserve.ceilings[1], abs=0.005)
         assert reserve.ceilings[1] < 0.95
 
+    def test_asking_changes_nothing(self) -> None:
+        """Whether it was asked in a long silence or not, it goes on alike."""
+        asked, other = self.make(), self.make()
+        for second in range(0, 900, 10):
+            asked.remember(self.now_ns + second * SECOND)
+        for each in (asked, other):
+            each.arrived(10, self.now_ns + 900 * SECOND)
+        at_ns = self.now_ns + 905 * SECOND
+
+        assert asked.remember(at_ns) == other.remember(at_ns)
+
     def test_remembered_otherwise(self) -> None:
         """What counts by other scales is not taken for these."""
         counts = EventCounts(0)

@@ -136,6 +136,7 @@ class Recording:
         self._facts = []
         if self._is_looked_at and len(self.turns) % 7 == 0:
             take_snapshot(self.controller, now_ns, flows_max=10)
+            self.controller.learned.memory(now_ns)
             for request_id in list(self.controller.leases)[:3]:
                 explain(self.controller, request_id, now_ns)
         return decisions
