@@ -18,6 +18,14 @@ pytestmark = pytest.mark.e2e
 LIMIT = 4
 FIRST = 8
 """Where a limit begins that finds itself."""
+FINDING = {
+    "state": {"directory": "./state"},
+    "load": {"interval": "50ms"},
+    "saturation": {"detector": "auto"},
+}
+DAMAGED = (
+    '{"stages": [{"role": "both", "places": {"": {"requests": 64.0, "calm": 0.0, "tokens": NaN}}}]}'
+)
 LIMIT_FOUND = 'flowcontrol_detector_requests_limit{detector="auto",stage="both"}'
 EVENTS = [b'data: {"token": %d}\n\n' % number for number in range(20)]
 SETTLED_S = 5.0
@@ -132,12 +140,7 @@ async def test_kill_and_restart_without_a_store(start: Start) -> None:
 
 async def test_limits_go_on(start: Start) -> None:
     """A limit that found itself is where the next process begins, not where a new one would."""
-    settings = {
-        "state": {"directory": "./state"},
-        "load": {"interval": "50ms"},
-        "saturation": {"detector": "auto"},
-    }
-    gateway = await start(spec(settings))
+    gateway = await start(spec(FINDING))
     callers = [await gateway.call() for _ in range(FIRST)]
     calls = [await gateway.next_call() for _ in range(FIRST)]
     first = await _limit(gateway)
@@ -153,6 +156,21 @@ async def test_limits_go_on(start: Start) -> None:
 
     assert (first, found) == (FIRST, 64)
     assert await _limit(gateway) == found
+
+
+async def test_damaged_memory(start: Start) -> None:
+    """What no engine can have learnt is left out with a warning, and nothing ends."""
+    gateway = await start(spec(FINDING))
+    gateway.stack.service.send_signal(signal.SIGKILL)
+    await gateway.stack.service.exited()
+    (file,) = (gateway.stack.directory / "state").glob("*.sqlite")
+    with closing(connect(file)) as store:
+        store.execute("INSERT OR REPLACE INTO memory VALUES ('', ?)", (DAMAGED,))
+        store.commit()
+    await gateway.stack.start_service()
+
+    assert await _limit(gateway) == FIRST
+    assert "engine_memory_unreadable" in gateway.stack.service.log.read_text()
 
 
 async def _limit(gateway: Gateway) -> float:
