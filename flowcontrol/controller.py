@@ -266,7 +266,10 @@ class FlowController:
             self._end_waiting(late, self._expiry.outcome, now_ns)
         self._dispatch(now_ns)
         if self._newcomers:
+            ended_count = self._ended_count
             self._make_room(now_ns)
+            if self._ended_count != ended_count:  # who was first of its flow may have had no room
+                self._dispatch(now_ns)
         if self._drain_until_ns is not None and now_ns >= self._drain_until_ns:
             for lease in self._waiting():
                 self._end_waiting(lease, Outcome.EVICTED_DRAINED, now_ns, _ELSEWHERE_NS)

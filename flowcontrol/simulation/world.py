@@ -259,7 +259,7 @@ class World:
         if decision.outcome is Outcome.DISPATCHED:
             self._send(attempt, decision.endpoint)
             return
-        if decision.outcome is Outcome.RECLAIMED and attempt.address is not None:
+        if decision.outcome is Outcome.RECLAIMED:  # wherever it is, on its way to a server too
             if not self._abort(attempt):
                 return
             self._close(attempt)

@@ -15,6 +15,8 @@ from flowcontrol.config import (
     Concurrency,
     ControllerConfig,
     Fairness,
+    Limits,
+    Ordering,
     Picker,
     Reclaim,
     TokenPrices,
@@ -119,6 +121,19 @@ class TestPicking:
         freed = house.tell(Left(1))
 
         assert (waiting, places(elsewhere), places(freed)) == ([], [(3, B)], [(2, A)])
+
+    def test_behind_one_that_is_refused(self) -> None:
+        """Who stood behind a newcomer without room, for which the queue has none, goes at once."""
+        narrow = BandSettings(ordering=Ordering.EDF, limits=Limits(requests_max=1))
+        house = House(replace(config(), default_settings=narrow))
+        house.tell(house.arrived(A))
+        second, hurried = house.anybody(), Arrived(Request(9, "f", ttl_ns=1000, subset=(A,)))
+        decisions = house.tell(second, hurried)
+
+        assert [(d.request_id, d.outcome) for d in decisions] == [
+            (9, Outcome.REJECTED_CAPACITY),
+            (2, Outcome.DISPATCHED),
+        ]
 
     def test_strangers_are_ignored(self) -> None:
         """Addresses that are not in the pool are no places to go to."""

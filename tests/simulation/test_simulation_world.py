@@ -624,6 +624,15 @@ class TestReclaim:
             Settled(1, ttft_ns=10 * MILLISECOND, generation_ns=40 * MILLISECOND),
         )
 
+    def test_on_its_way(self) -> None:
+        """What still waits for a connection to its server ends as well, and the engine hears it."""
+        gone = EndpointGone(address="s0", from_ns=0, until_ns=SECOND, noticed_after_ns=100 * SECOND)
+        listening = Listening(Reclaiming())
+        results = run(make_plan(workload(rows(0, 50)), faults=(gone,)), listening)
+
+        assert told(listening, Left)[0] == (50, Left(1))
+        assert endings(results) == {Ending.REFUSED: 1, Ending.FAILED: 1}
+
     def test_too_late(self) -> None:
         """What has just ended cannot be reclaimed any more."""
         slow = DecisionsSlow(from_ns=50 * MILLISECOND, until_ns=SECOND, delay_ns=50 * MILLISECOND)

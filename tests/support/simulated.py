@@ -165,6 +165,7 @@ def _random_detectors(chance: Random) -> tuple[engine_config.Detector, ...]:
             waiting_max=chance.randint(1, 5), staleness=chance.choice(list(engine_config.Staleness))
         ),
         engine_config.Adaptive(limit_first=chance.randint(1, 8)),
+        engine_config.Auto(),
     ]
     if chance.random() < 0.4:
         return (counted,)
