@@ -202,6 +202,8 @@ class Pool:
         """Chooses where to send a request, while `picks`."""
         self._set_picker(picker)
         self.stages: dict[Role, Stage] = {}
+        self.is_empty = True
+        """Whether it has no endpoint, or none that answers, where prefill and decode run apart."""
         self.detectors: dict[Role, list[Detector]] = {}
         """Of each stage."""
         self.has_timer = False
@@ -227,11 +229,6 @@ class Pool:
         self._spares_readers = False
         self._saturation: float | None = None
         """The load of the pool; None when it has to be computed again."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the pool has no endpoint."""
-        return not self.endpoints
 
     def saturation(self) -> float:
         """Return the load of the pool; an empty one is full."""
@@ -268,7 +265,7 @@ class Pool:
         return None if next_ns is None else max(0, next_ns - now_ns)
 
     def _measure(self) -> float:
-        if not self.endpoints:
+        if self.is_empty:
             return FULL
         load = 0.0
         if self.picks:
@@ -320,6 +317,7 @@ class Pool:
                 before = self.detectors.get(role, ())
                 self.detectors[role] = self._make_detectors(stage, now_ns, before)
             stage.addresses = addresses
+        self.is_empty = not self.stages[wanted[-1]].addresses
         self._all = [
             d for role in wanted if self.stages[role].addresses for d in self.detectors[role]
         ]
@@ -457,7 +455,7 @@ class Pool:
     def serves(self, lease: Lease) -> bool:
         """Whether a request has something to wait for: an endpoint of its subset, or any pool."""
         subset = lease.request.subset
-        if subset is None or not self.picks or not self.endpoints:
+        if subset is None or not self.picks or self.is_empty:
             return True
         return any(address in self.picker for address in subset)
 

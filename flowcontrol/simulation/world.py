@@ -169,8 +169,8 @@ class World:
             slow_ns = now_ns + self._conditions.decision_delay_ns(now_ns)
             self._delivered_ns = max(self._delivered_ns, slow_ns)  # none overtakes another
         delay_ns = self._delivered_ns - now_ns
-        for decision in decisions:
-            attempt = self._attempts[decision.request_id]
+        attempts = [self._attempts[each.request_id] for each in decisions]
+        for decision, attempt in zip(decisions, attempts, strict=True):
             self.results.decided(decision, attempt, now_ns)
             if decision.outcome is Outcome.EVICTED_CANCELLED:
                 del self._attempts[decision.request_id]

@@ -600,10 +600,19 @@ class TestSeveral:
         gate.scrape("p")
         assert gate.fill() == 2
 
-    def test_no_one_decodes(self) -> None:
-        """A pool without one of the kinds has nowhere to send anything."""
-        gate = Gate(Concurrency(), pool=(Endpoint("p", Role.PREFILL),))
+    @pytest.mark.parametrize("picks", [True, False])
+    def test_no_one_decodes(self, picks: bool) -> None:  # noqa: FBT001 - both
+        """A pool in which nobody answers is as one without endpoints."""
+        gate = Gate(Concurrency(), picks=picks, pool=(Endpoint("p", Role.PREFILL),))
+        assert gate.pool.is_empty
         assert gate.pool.saturation() == FULL
+
+    @pytest.mark.parametrize("picks", [True, False])
+    def test_no_one_prefills(self, picks: bool) -> None:  # noqa: FBT001 - both
+        """Whoever decodes can read a prompt, too."""
+        gate = Gate(Concurrency(), picks=picks, pool=(Endpoint("d", Role.DECODE),))
+        assert not gate.pool.is_empty
+        assert gate.pool.saturation() == 0
 
     def test_same_settings_keep_the_detector(self) -> None:
         """Nothing is forgotten where nothing changed; what is new is added."""

@@ -45,7 +45,7 @@ from tests.support.simulated import (
     workload,
 )
 
-SEEDS = range(30)
+SEEDS = range(100)
 PICKED = Slots(2, is_picked=True)
 
 

@@ -624,6 +624,13 @@ class TestReclaim:
             Settled(1, ttft_ns=10 * MILLISECOND, generation_ns=40 * MILLISECOND),
         )
 
+    def test_at_once(self) -> None:
+        """What is dispatched and reclaimed in one turn may have failed in between."""
+        gone = EndpointGone(address="s0", from_ns=0, until_ns=SECOND, noticed_after_ns=1)
+        results = run(make_plan(workload(rows(50, 50)), faults=(gone,)), Reclaiming())
+
+        assert endings(results) == {Ending.FAILED: 2}
+
     def test_on_its_way(self) -> None:
         """What still waits for a connection to its server ends as well, and the engine hears it."""
         gone = EndpointGone(address="s0", from_ns=0, until_ns=SECOND, noticed_after_ns=100 * SECOND)

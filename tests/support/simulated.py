@@ -1,5 +1,6 @@
 """Small simulated worlds for the tests: plans to change, engines that listen, plans by chance."""
 
+from dataclasses import replace
 from random import Random
 
 from flowcontrol import config as engine_config
@@ -191,6 +192,8 @@ def random_plan(chance: Random) -> Plan:
         )
         for n in range(server_count)
     )
+    if specs[0].role is engine_config.Role.PREFILL:  # else nobody may ever answer what is for s0
+        specs = (replace(specs[0], role=engine_config.Role.DECODE), *specs[1:])
     return Plan(
         duration_ns=duration_ns,
         servers=specs,
