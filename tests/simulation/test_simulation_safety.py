@@ -13,7 +13,14 @@ import pytest
 
 from flowcontrol.config import BandSettings, Concurrency, Role
 from flowcontrol.controller import FlowController
-from flowcontrol.events import Decision, EndpointsChanged, Fact, Left
+from flowcontrol.events import (
+    Decision,
+    EndpointsChanged,
+    Fact,
+    Left,
+    MemoryRestored,
+    Reconfigured,
+)
 from flowcontrol.picker import EndpointPicker
 from flowcontrol.pool import Pool
 from flowcontrol.request import Outcome
@@ -90,6 +97,36 @@ class TestRandomWorlds:
             if not missing:
                 return
         pytest.fail(f"in no world: {missing}")
+
+
+class Changing(Listening):
+    """An engine whose configuration changes at any time, and that goes on with what it learnt."""
+
+    def __init__(self, chance: Random) -> None:
+        super().__init__(FlowController(random_config(chance), 0))
+        self.chance = chance
+
+    def poll(self, now_ns: int) -> list[Decision]:
+        """Change something first, now and then."""
+        assert isinstance(self.engine, FlowController)
+        if self.chance.random() < 0.01:
+            self.engine.handle(Reconfigured(random_config(self.chance)), now_ns)
+        if self.chance.random() < 0.005:
+            memory = self.engine.learned.memory(now_ns)
+            memory.check()
+            self.engine.handle(MemoryRestored(memory), now_ns)
+        return super().poll(now_ns)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_changes(seed: int) -> None:
+    """Whatever an operator changes meanwhile, and whatever is known from before, it is the same."""
+    chance = Random(seed)
+    plan = random_plan(chance)
+    results = World(Changing(chance), plan, seed, is_checked=True).finish()
+
+    for figures in results.tenants.values():
+        assert figures.call_count == sum(figures.endings.values())
 
 
 class Wrong(Listening):
