@@ -284,11 +284,11 @@ class ControllerLedger(RuleBasedStateMachine):
     @rule(count=st.integers(0, 3))
     def change_endpoints(self, count: int, roles: list[Role] | None = None) -> None:
         """Grow, shrink or empty the pool."""
-        was_empty = not self.endpoints
+        was_empty = self.is_empty
         self.endpoints = tuple(f"10.0.0.{index}:8000" for index in range(count))
         self.roles = dict(zip(self.endpoints, roles or [Role.BOTH] * 3, strict=False))
         self.controller.handle(EndpointsChanged(self.endpoints, self.roles), self.now_ns)
-        if was_empty == (not self.endpoints):
+        if was_empty == self.is_empty:
             return
         for entry in self.undecided():
             if entry.has_waited:
@@ -409,7 +409,7 @@ class ControllerLedger(RuleBasedStateMachine):
         empty_ttl_ns = self.config.no_endpoint_ttl_ns
         since_ns = entry.arrived_ns if entry.regime_changed_ns is None else entry.regime_changed_ns
         ends = []
-        if (current_ns := ttl_ns if self.endpoints else empty_ttl_ns) is not None:
+        if (current_ns := empty_ttl_ns if self.is_empty else ttl_ns) is not None:
             ends.append(since_ns + current_ns)
         if ttl_ns is not None and empty_ttl_ns is not None:
             ends.append(entry.arrived_ns + ttl_ns + empty_ttl_ns)
@@ -429,6 +429,11 @@ class ControllerLedger(RuleBasedStateMachine):
         """Return the endpoints that do this part of the work."""
         return [each for each in self.endpoints if self.roles[each] in (role, Role.BOTH)]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody answers: there is no endpoint, or none that decodes."""
+        return not self.stage(Role.DECODE)
+
     def total_in_flight(self) -> int:
         """Return what is in flight, but for what was sent to endpoints that have left."""
         loads = self.loads()
@@ -436,6 +441,8 @@ class ControllerLedger(RuleBasedStateMachine):
 
     def slots(self) -> int:
         """Return how many may be in flight at once, wherever they go."""
+        if self.is_empty:
+            return 0
         in_flight_max = in_flight_max_of(self.config)
         stages = [len(self.stage(role)) for role in (Role.PREFILL, Role.DECODE)]
         return in_flight_max * min([each for each in stages if each], default=0)
@@ -529,7 +536,7 @@ class ControllerLedger(RuleBasedStateMachine):
         if told:
             assert len(pending) <= reclaim.at_once_max, "too many at once"
             assert len(pending) <= must_end, "more than needed"
-        elif reclaim.is_enabled and self.endpoints and self.config.picker is Picker.OFF:
+        elif reclaim.is_enabled and not self.is_empty and self.config.picker is Picker.OFF:
             idle = not pending and must_end and self.may_end(top)
             assert not idle, "held up beside what may be ended"
         return [each for each in decisions if each.outcome is not Outcome.RECLAIMED]
@@ -563,7 +570,7 @@ class ControllerLedger(RuleBasedStateMachine):
             assert not waiting, "waits beside a free slot"
             assert not refused, "refused beside a free slot"
         for entry in refused:
-            assert entry.ended_as(Outcome.REJECTED_NO_ENDPOINTS) <= (not self.endpoints)
+            assert entry.ended_as(Outcome.REJECTED_NO_ENDPOINTS) <= self.is_empty
 
     def check_room(self, decisions: list[Decision], alive: list[Entry]) -> None:
         """What came and was not dispatched is judged again, one by one, as the rules say.
@@ -612,7 +619,7 @@ class ControllerLedger(RuleBasedStateMachine):
         for entry in alive:
             deadline_ns = self.deadline_ns(entry)
             if entry.ended_as(*EXPIRED):
-                expected = Outcome.EVICTED_TTL if self.endpoints else Outcome.EVICTED_NO_ENDPOINTS
+                expected = Outcome.EVICTED_NO_ENDPOINTS if self.is_empty else Outcome.EVICTED_TTL
                 assert entry.ended_as(expected)
                 assert deadline_ns == self.now_ns, "not evicted at its deadline"
             elif entry.decision is None:
