@@ -77,7 +77,7 @@ only where it is longer. Metrics tell it by how many run: if at three looks no f
 and others wait for twice as long as a first token usually takes, the engine batches no more. Then
 that is the limit, at every endpoint with as large a cache that has not run more. It is a setting
 of the engine, so it is tried again seldom (`belief`), by one endpoint in four at a time, and given
-up as soon as no more run than before; and so is, where settlements told of a queue, how many tokens
+up as soon as no more run than before; and so is, where settlements showed a queue, how many tokens
 did not wait.
 
 With a reserve (`reserve`) the limit is seldom reached, so that nothing is seen of a queue that
@@ -229,11 +229,10 @@ class AutoDetector:
     def restore(self, memory: StageMemory, now_ns: int) -> None:
         """Go on with what was found before; endpoints that are not in it get the usual."""
         self._kept = memory if memory.places else None
-        if self._places:
-            self._resume(now_ns)
+        self._resume(now_ns)
 
     def _resume(self, now_ns: int) -> None:
-        if self._kept is None:
+        if self._kept is None or not self._places:
             return
         kept = self._kept.places
         usual = sorted(kept.values(), key=lambda each: each.requests)[len(kept) // 2]
@@ -271,9 +270,7 @@ class AutoDetector:
     def _new_place(
         self, address: str, load: InFlight, endpoints: int, limit: float, now_ns: int
     ) -> Place:
-        return Place(
-            load, endpoints, max(1.0, limit), moved=self._moved(address), peers=self, now_ns=now_ns
-        )
+        return Place(load, endpoints, limit, moved=self._moved(address), peers=self, now_ns=now_ns)
 
     def _moved(self, address: str) -> Moved:
         def moved(what: str, before: float, after: float, reason: str, now_ns: int) -> None:

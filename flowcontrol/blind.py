@@ -166,7 +166,7 @@ class _Comparison:
         self._settle()
 
     def limit_of(self, half: int) -> float:
-        """Return how many may be in flight at each endpoint of a half; the other has another."""
+        """Return the limit at each endpoint of a half; in whole requests the two differ."""
         less = max(1.0, self._limit / _MORE)
         return max(int(less) + 1.0, self._limit * _MORE) if half == self._has_more else less
 

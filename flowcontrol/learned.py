@@ -10,8 +10,8 @@ from flowcontrol.auto import AutoDetector
 from flowcontrol.bands import Bands
 from flowcontrol.config import Role
 from flowcontrol.estimates import TokenEstimator
-from flowcontrol.memory import KEPT_MAX, BandMemory, EngineMemory
-from flowcontrol.pool import Pool
+from flowcontrol.memory import KEPT_MAX, BandMemory, EngineMemory, StageMemory
+from flowcontrol.pool import Detector, Pool
 from flowcontrol.reserve import Reserve
 from flowcontrol.retry import DrainRate
 
@@ -45,8 +45,12 @@ class Learned:
     def memory(self, now_ns: int) -> EngineMemory:
         """Return what is worth keeping."""
         limits: dict[str, float] = {}
-        for detector in self._adaptive():
-            limits.update(detector.remember())
+        stages: list[StageMemory] = []
+        for role, detector in self._detectors():
+            if isinstance(detector, AdaptiveDetector):
+                limits.update(detector.remember())
+            elif isinstance(detector, AutoDetector):
+                stages.append(detector.remember(role))
         bands = tuple(
             BandMemory(
                 band.priority,
@@ -56,10 +60,9 @@ class Learned:
             for band in self._bands
         )
         estimates = self._estimator.remember()
-        stages = tuple([each.remember(role) for role, each in self._auto()])
         drain = self._drain_rate.remember(now_ns)
         reserve = None if self._reserve is None else self._reserve.remember(now_ns)
-        return EngineMemory(bands, estimates, limits, drain, stages, reserve)
+        return EngineMemory(bands, estimates, limits, drain, tuple(stages), reserve)
 
     def restore(self, memory: EngineMemory, now_ns: int) -> None:
         """Go on with what another engine had learnt, in bands and at endpoints that are known."""
@@ -72,26 +75,19 @@ class Learned:
             if each.drain is not None:
                 band.drain_rate.restore(each.drain, now_ns)
         self._estimator.restore(memory.estimates)
-        for detector in self._adaptive():
-            detector.restore(memory.limits, now_ns)
         stages = {stage.role: stage for stage in memory.stages}
-        for role, found in self._auto():
-            if role in stages:
-                found.restore(stages[role], now_ns)
+        for role, detector in self._detectors():
+            if isinstance(detector, AdaptiveDetector):
+                detector.restore(memory.limits, now_ns)
+            elif isinstance(detector, AutoDetector) and role in stages:
+                detector.restore(stages[role], now_ns)
         self._pool.limits_changed()
         if memory.drain is not None:
             self._drain_rate.restore(memory.drain, now_ns)
         if memory.reserve is not None and self._reserve is not None:
             self._reserve.restore(memory.reserve, now_ns)
 
-    def _adaptive(self) -> Iterator[AdaptiveDetector]:
-        for detectors in self._pool.detectors.values():
-            for detector in detectors:
-                if isinstance(detector, AdaptiveDetector):
-                    yield detector
-
-    def _auto(self) -> Iterator[tuple[Role, AutoDetector]]:
+    def _detectors(self) -> Iterator[tuple[Role, Detector]]:
         for role, detectors in self._pool.detectors.items():
             for detector in detectors:
-                if isinstance(detector, AutoDetector):
-                    yield role, detector
+                yield role, detector

@@ -139,7 +139,7 @@ class Place:
     ) -> None:
         self.load = load
         self.endpoints = endpoints
-        self.requests_max = requests_max
+        self.requests_max = max(1.0, requests_max)
         self.tokens_max = inf
         self.is_held = False
         """Whether prompts that were sent there have to be read first."""

@@ -153,13 +153,15 @@ def limits_table(runs: Runs) -> list[str]:
             share = other["people"] / fixed["people"]
             shares[how].append(share)
             line += f" {share:6.1%}{_passes(share, least=least)}"
-            line += _beside_people(runs, name, came, fixed) if how == "auto" else ""
+            line += _job_and_in_flight(runs, name, came, fixed) if how == "auto" else ""
         lines.append(line)
     means = [f"{sum(each) / max(1, len(each)):6.1%}" for each in shares.values()]
     return [*lines, f"  {'mean':55} {means[0]}{'':30}{'  '.join(means[1:])}"]
 
 
-def _beside_people(runs: Runs, name: str, came: Mapping[str, Any], fixed: Mapping[str, Any]) -> str:
+def _job_and_in_flight(
+    runs: Runs, name: str, came: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> str:
     """Return the columns of the job's end, and of what was in flight."""
     job = came.get("job_s", 0) / fixed["job_s"] if "job_s" in fixed else 0.0
     line = f" {job:6.2f}x{_passes(job, most=JOB)}" if job else f"{'':9}"

@@ -159,14 +159,20 @@ def found(controller: FlowController) -> dict[str, PlaceMemory]:
     return dict(stage.places)
 
 
+def detector_of(controller: FlowController) -> AutoDetector:
+    """Return that of its one stage."""
+    (detector,) = controller.pool.detectors[Role.BOTH]
+    assert isinstance(detector, AutoDetector)
+    return detector
+
+
 class TestAuto:
     """Limits that found themselves, the edge of the batch, and whether the start is over."""
 
     def test_by_endpoint(self) -> None:
         """Each has its own again; who was not known has what is usual."""
         controller = restored({A: FOUND, B: ELSEWHERE}, Picker.LEAST_LOADED, A, B, "new:80")
-        (detector,) = controller.pool.detectors[Role.BOTH]
-        assert isinstance(detector, AutoDetector)
+        detector = detector_of(controller)
 
         assert found(controller) == {A: FOUND, B: ELSEWHERE, "new:80": ELSEWHERE}
         assert [detector.limit_of(each) for each in (A, B)] == [20, 40]
@@ -192,8 +198,7 @@ class TestAuto:
         """Limits are of one endpoint, however many there are and whoever picks among them."""
         kept = {A: FOUND} if picker is Picker.OFF else {"": FOUND}
         controller = restored(kept, picker, A, B)
-        (detector,) = controller.pool.detectors[Role.BOTH]
-        assert isinstance(detector, AutoDetector)
+        detector = detector_of(controller)
 
         assert detector.limit == 40
         assert detector.tokens_limit == 18_000
