@@ -115,7 +115,7 @@ async def _serve(settings: "Settings", config: Path) -> int:
 def check_config(config: Path) -> None:
     """Say everything that is wrong with a configuration file; exit 2 if anything is.
 
-    What is allowed and may not be meant is printed as a warning, on standard error.
+    Settings that are valid but probably unintended are warnings, on standard error.
     """
     from flowcontrol_server.config.advice import advice
     from flowcontrol_server.config.difference import settings_hash
@@ -160,7 +160,7 @@ def classify(config: Path, header: tuple[str, ...], metadata: tuple[str, ...], b
 def diff_config(before: Path, after: Path) -> None:
     """Show in which settings two configuration files differ; exit 1 if they do.
 
-    What a running service cannot change by itself is marked.
+    Settings that need a restart are marked.
     """
     from flowcontrol_server.config.difference import differences
 
@@ -191,8 +191,11 @@ def diff_config(before: Path, after: Path) -> None:
     "--ext-proc",
     help="Where Envoy finds the service. Left out: listen.extProc, or if off listen.grpc.",
 )
-@click.option("--tls-ca", help="PEM file on Envoy's machine: the authorities it trusts at tls.")
-@click.option("--tls-certificate", help="PEM file Envoy shows there, for tls.clientCa.")
+@click.option(
+    "--tls-ca",
+    help="PEM file on Envoy's machine: the authorities that sign the service's certificate.",
+)
+@click.option("--tls-certificate", help="PEM file of Envoy's own certificate, for tls.clientCa.")
 @click.option("--tls-key", help="PEM file with the key of --tls-certificate.")
 @click.option(
     "--buffer-limit",
@@ -383,7 +386,9 @@ def simulate(
     "--address", default="127.0.0.1:9003", show_default=True, help="listen.grpc of the service."
 )
 @click.option(
-    "--token", envvar="FLOWCONTROL_ADMIN_TOKEN", help="Admin token; better in the variable."
+    "--token",
+    envvar="FLOWCONTROL_ADMIN_TOKEN",
+    help="Admin token; in FLOWCONTROL_ADMIN_TOKEN other users do not see it.",
 )
 def top(address: str, token: str | None) -> None:
     """Show a running service in the terminal: bands, tenants, endpoints, decisions."""

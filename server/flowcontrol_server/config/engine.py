@@ -262,7 +262,7 @@ class ReclaimSection(Section):
     """before-first-byte: only those that have not begun to answer, which get a clean 429; any-time:
     also those that have, which are cut off."""
     at_once: CountFrom1 = _ENGINE.reclaim.at_once_max
-    """Ended and not gone yet, at most."""
+    """Requests that are ended and still in flight, at most."""
     patience: Duration = written_duration(_ENGINE.reclaim.patience_ns)
     """After this long an ended request that is still there is no longer waited for."""
 

@@ -226,6 +226,7 @@ def _no_password() -> str:
 
 def _reason(error: OSError) -> str:
     if isinstance(error, ssl.SSLError):
-        is_pair = error.reason != "KEY_VALUES_MISMATCH"
-        return "one is not what it should be" if is_pair else "the key is another certificate's"
+        if error.reason == "KEY_VALUES_MISMATCH":
+            return "the key does not match the certificate"
+        return "one is not a PEM file of its kind"
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)

@@ -102,7 +102,7 @@ class ReferenceCollector(Collector):
             ("requests", snapshot.waiting, snapshot.limits.requests_max),
             ("bytes", snapshot.waiting_bytes, snapshot.limits.bytes_max),
         ):
-            text = f"Used share of a band's limit of {unit} that is used, where it has one."
+            text = f"Part of a band's limit of {unit} that is used, where it has one."
             family = GaugeMetricFamily(
                 f"{PREFIX}capacity_utilization_{unit}", text, labels=["priority", "inference_pool"]
             )

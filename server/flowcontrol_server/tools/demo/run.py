@@ -33,7 +33,7 @@ Try next{hint}:
     -H 'content-type: application/json' -H 'x-llm-d-inference-objective: chat' \\
     -H 'x-llm-d-inference-fairness-id: me' \\
     -d '{{"model":"llama","stream":true,"messages":[{{"role":"user","content":"hello"}}]}}'
-  export {variable}={token}    # shown by calls that change something
+  export {variable}={token}    # for calls that change something
   {grpcurl} -plaintext {host}:{grpc} flowcontrol.v1.FlowControl/GetSnapshot
   dashboard: http://{host}:{http}/    metrics: http://{host}:{http}/metrics    Envoy: http://{host}:{admin}"""
 
