@@ -1,4 +1,4 @@
-"""An incident to look at: steady chat, two tenants of an API, and a burst of batch work.
+"""An incident to look at: steady chat, three tenants of an API, and a burst of batch work.
 
 `python -m tests.support.incident FOLDER` plays it and saves pictures of the dashboard.
 """

@@ -1,4 +1,4 @@
-"""What pages quote from the code: `python -m tests.readme --write` renews them."""
+"""What pages quote from the code: `python -m tests.support.readme --write` renews them."""
 
 import re
 import sys
