@@ -86,7 +86,7 @@ def _load(settings: Settings) -> Iterator[str]:
     if settings.scraping is None:
         yield (
             "load is not set: a model server that is down is noticed only by requests that fail "
-            "there; set `load: {}` to scrape metrics pages"
+            "there; set `load: {}`, or `load: {engine: ollama}` where there is no metrics page"
         )
 
 

@@ -49,7 +49,7 @@ class CallContext:
     body_refusals: int = 0
     """Parked requests refused because too much of bodies was held."""
     is_closing: bool = False
-    """At the direct door requests in flight are let go, and none become so."""
+    """At the direct door: streams end once they are answered, and new connections are refused."""
     chance: random.Random = field(default_factory=random.Random)
     """Spreads retries, keeps no secret."""
     callbacks: contextvars.Context = field(default_factory=contextvars.copy_context)
