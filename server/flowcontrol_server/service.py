@@ -366,7 +366,7 @@ class Service:
             memory: EngineMemory = plainly(EngineMemory).read(json.loads(text))
             memory.check()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            _log.warning("engine_memory_unreadable", problem=repr(error))
+            _log.warning("learnt_state_unreadable", problem=repr(error))
             return
         self._restored = MemoryRestored(memory)
         if self._is_open:

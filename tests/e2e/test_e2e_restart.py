@@ -162,7 +162,7 @@ async def test_limits_go_on(start: Start) -> None:
 async def test_damaged_memory(start: Start) -> None:
     """What no engine can have learnt is left out with a warning, and nothing ends."""
     gateway = await start(spec(FINDING))
-    gateway.expected_complaints = {"engine_memory_unreadable", "endpoint_scrape_failed"}
+    gateway.expected_complaints = {"learnt_state_unreadable", "endpoint_scrape_failed"}
     gateway.stack.service.send_signal(signal.SIGKILL)
     await gateway.stack.service.exited()
     (file,) = (gateway.stack.directory / "state").glob("*.sqlite")
@@ -172,7 +172,7 @@ async def test_damaged_memory(start: Start) -> None:
     await gateway.stack.start_service()
 
     assert await _limit(gateway) == FIRST
-    assert "engine_memory_unreadable" in gateway.stack.service.log.read_text()
+    assert "learnt_state_unreadable" in gateway.stack.service.log.read_text()
 
 
 async def _limit(gateway: Gateway) -> float:

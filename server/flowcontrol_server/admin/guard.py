@@ -29,7 +29,7 @@ _READING = ("Get", "Watch", "List", "Explain")
 _PUBLIC_PATHS = frozenset({"/metrics", "/healthz", "/readyz"})
 _LOOPBACK = frozenset({ip_address("127.0.0.1"), ip_address("::1")})
 _SAFE_METHODS = frozenset({"GET", "HEAD"})
-_HOW = f"with the admin token ({TOKEN_VARIABLE} or admin.tokenFile) as authorization: Bearer"
+_HOW = f"the admin token ({TOKEN_VARIABLE} or admin.tokenFile) as authorization: Bearer"
 _FORWARDED = frozenset(
     ("forwarded", "via", "x-forwarded-for", "x-forwarded-client-cert", "x-envoy-external-address")
 )
@@ -72,8 +72,8 @@ class Guard:
             return None if self._secret.matches(authorization) else "invalid admin token"
         if is_local and self._trusts_loopback and not changes:
             return None
-        what = "changing anything" if changes else "asking from here"
-        return f"{what} must be {_HOW}, or with a client certificate of admin.clients"
+        what = "a call that changes something" if changes else "this call"
+        return f"{what} needs {_HOW}, or a client certificate named in admin.clients"
 
     # gRPC
 

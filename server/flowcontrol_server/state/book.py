@@ -224,7 +224,7 @@ class LeaseBook:
         try:
             return await self._memory()
         except Exception as error:  # noqa: BLE001 - whatever it is, leases matter more
-            _log.error("engine_memory_not_written", exc_info=error)
+            _log.error("learnt_state_not_written", exc_info=error)
             return None
 
     def _drop_old(self) -> None:

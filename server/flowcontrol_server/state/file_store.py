@@ -63,7 +63,8 @@ class FileStore:
         is_said = False
         while not await self._do(self._take):
             if not is_said:
-                _log.warning("state_file_in_use", file=str(self.path))
+                problem = "waiting until the process that uses it ends"
+                _log.warning("state_file_in_use", file=str(self.path), problem=problem)
                 is_said = True
             await asyncio.sleep(CLAIM_AGAIN_S)
         return await self._do(self._open)
