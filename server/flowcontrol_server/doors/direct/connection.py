@@ -208,7 +208,7 @@ class Line(asyncio.Protocol):
         self._flush_soon()
 
     def end_with_status(self) -> None:
-        """Let requests in flight go, take no more, and hang up when none is left."""
+        """End the streams of requests in flight, take no more, and half-close when none is left."""
         for call in list(self._calls.values()):
             call.let_go()
         self._connection.end_drain()

@@ -86,13 +86,13 @@ class DirectDoor:
             line.move_calls()
 
     async def close(self, grace_s: float, echo_grace_s: float = 0.0) -> None:
-        """Take no more connections, end requests in flight politely, and hang up.
+        """Take no more connections, end the streams of requests in flight with OK, and half-close.
 
         A stream that breaks off makes Envoy break off the response; one that ends with OK after its
         answer leaves the response alone.
 
         Args:
-            grace_s: how long clients may take to hang up on their side; then they are cut off.
+            grace_s: how long clients may take to close their side; then they are cut off.
             echo_grace_s: how much longer bodies that pass through here may take.
         """
         self._context.is_closing = True
