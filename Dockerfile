@@ -12,7 +12,7 @@ COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY protos protos
 COPY flowcontrol flowcontrol
 COPY server server
-# Compiled: a quarter less CPU a request (docs/operations.md).
+# Compiled: a third of the CPU a request (docs/operations.md).
 RUN FLOWCONTROL_COMPILE=1 pip wheel --no-cache-dir --no-build-isolation --no-deps --wheel-dir /wheel .
 RUN python -m venv /opt/flowcontrol \
     && /opt/flowcontrol/bin/pip install --no-cache-dir -c constraints.txt "$(echo /wheel/*.whl)[kubernetes]"
