@@ -14,7 +14,7 @@ TWICE := --reruns 1 --max-suite-reruns 8 --rerun-show-tracebacks
 .PHONY: help demo quick test lint types unit e2e kubernetes fuzz compiled coverage bench faults effect format docs site wheel release-check containers clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The environment is rebuilt when a dependency or a .proto file changes. A demo needs a part of it.
 INSTALLED := setup.sh pyproject.toml constraints.txt hatch_build.py $(wildcard protos/flowcontrol/v1/*.proto)
