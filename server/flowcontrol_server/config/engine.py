@@ -225,13 +225,14 @@ class CeilingSection(Section):
     policy: Literal["reserve", "static", "priority-holdback", "soft-reflective"] = written(
         _ENGINE.ceilings.policy.value
     )
-    """reserve: as much is left free as higher bands need, by how they arrive, to find a place but
-    for waitTarget, and time to have their prompts read; static: each band up to maxCeiling;
+    """reserve: leaves free what higher bands need, by how they arrive, so that at most waitTarget
+    of their requests find no place, and time to read their prompts; static: each band up to
+    maxCeiling;
     priority-holdback: the lower the band, the less, down to minCeiling; soft-reflective: lower
     bands fade out as the pool fills."""
     domain: Literal["rank", "value"] = "rank"
-    """priority-holdback: in even steps by a band's rank, or in proportion to its priority, which
-    no other band's coming or going changes but at the ends."""
+    """priority-holdback: rank: in even steps by a band's rank; value: in proportion to its
+    priority, so that bands that come and go between the highest and the lowest change nothing."""
     max_ceiling: Part = _ENGINE.ceilings.ceiling_max
     """Saturation at which the highest band is gated, and with static every band."""
     min_ceiling: Share = _ENGINE.ceilings.ceiling_min
@@ -280,11 +281,11 @@ class TokenPriceSection(Section):
     """What a token costs; only the ratios matter."""
 
     input: Positive = _ENGINE.prices.input
-    """Of the prompt."""
+    """Price of a token of the prompt."""
     cached_input: From0 = _ENGINE.prices.cached_input
-    """Of the prompt, where the model server had it in its prefix cache."""
+    """The same, where the model server had it in its prefix cache."""
     output: From0 = _ENGINE.prices.output
-    """Of the answer."""
+    """Price of a token of the answer."""
 
 
 class FlowControl(Section):
@@ -306,8 +307,8 @@ class FlowControl(Section):
     ceilings: CeilingSection = CeilingSection()
     """Which part of the pool each band may fill."""
     weights: Mapping[str, Positive] = Field(default={})
-    """Of tenants by their fairness id, above 0: with weighted-tokens one of weight 2 gets twice as
-    much as one of weight 1, which everybody has who is not named."""
+    """Of tenants by their fairness id, above 0; 1 for those not named. With weighted-tokens a
+    tenant of weight 2 gets twice as much as one of weight 1."""
     token_prices: TokenPriceSection = TokenPriceSection()
     """What a token costs; only the ratios matter."""
     attained_half_life: Duration = written_duration(_ENGINE.attained_half_life_ns)

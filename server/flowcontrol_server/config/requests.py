@@ -285,8 +285,8 @@ class Settlement(Section):
     """Whether Envoy is to report every finished request (`envoy-config`): status, time to first
     token, generation time, bytes, endpoint. Needs Envoy 1.37."""
     token_usage: bool = Field(default=True, strict=True)
-    """And its token usage, which Envoy reads from responses. It holds a JSON response that is no
-    stream until it is whole; one beyond its buffer limit becomes a 500."""
+    """Whether Envoy also reports token usage, which it reads from responses. It holds a JSON
+    response that is no stream until it is whole; one beyond its buffer limit becomes a 500."""
     lost_after: Duration = written("60s")
     """A request that ended this long ago and was never reported counts as lost: what it took stays
     an estimate."""

@@ -115,8 +115,8 @@ class Metrics(Section):
     """What /metrics says."""
 
     reference_names: bool = Field(default=False, strict=True)
-    """Also say what there is under the names of llm-d-router's flow control,
-    llm_d_epp_flow_control_*, for dashboards and KEDA triggers that ask for them."""
+    """Also export metrics under the names of llm-d-router's flow control,
+    llm_d_epp_flow_control_*, for dashboards and KEDA triggers that use them."""
 
 
 class Traces(Section):

@@ -56,7 +56,7 @@ class ApiObjectives(Section):
     """Objectives put and deleted by the gRPC API, flowcontrol.v1, with the admin token."""
 
     file: Annotated[PathBeside | None, Given] = left_out()
-    """Where they are kept across restarts, as manifests; in memory alone if unset."""
+    """Where objectives set by the API are kept, as manifests; in memory alone if unset."""
 
     @field_validator("file")
     @classmethod
@@ -221,7 +221,7 @@ class Load(Section):
     """Where the page is, if not at the endpoint's own port: a refused connection there then does
     not count against it. Triton's is 8002."""
     path: Annotated[str | None, BeforeValidator(_http_path)] = left_out()
-    """Of the page; /metrics if unset."""
+    """Path of the metrics page; /metrics if unset."""
     token_file: Annotated[FileBeside | None, Given] = left_out()
     """File with the key of metrics pages that want one, sent as `Authorization: Bearer`; read
     again for each request, so it can be renewed in place. Over `http` anyone on the network path
