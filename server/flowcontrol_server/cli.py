@@ -246,7 +246,7 @@ def envoy_config(  # noqa: PLR0913 - click's options
     if not heap:
         _fail(f"--max-heap must be a size such as 4Gi, got {max_heap!r}")
     if not tls_ca and (tls_certificate or tls_key):
-        _fail("--tls-certificate and --tls-key need --tls-ca: the authorities Envoy trusts at tls")
+        _fail("--tls-certificate and --tls-key need --tls-ca: who signs the service's certificate")
     try:
         from flowcontrol_server.tools.envoy.config import (
             EnvoyOptions,

@@ -326,7 +326,7 @@ class TestRefused:
 
         result = run("envoy-config", "--config", str(config), option, "x.pem")
 
-        rule = "--tls-certificate and --tls-key need --tls-ca: the authorities Envoy trusts at tls"
+        rule = "--tls-certificate and --tls-key need --tls-ca: who signs the service's certificate"
         assert result.stderr == f"{rule}\n"
         assert result.exit_code == 2
 

@@ -80,7 +80,7 @@ function bandColour(priority) {
 
 function room(view, isFull) {
   if (view.endpoints.length === 0) return "The pool is empty: everything waits.";
-  if (isFull) return "Full: who waits goes as others end.";
+  if (isFull) return "Full: a waiting request goes when another ends.";
   const gated = view.bands.filter(band => view.saturation >= band.ceiling).map(band => band.priority);
   return gated.length === 0 ? "There is room for everybody." : `There is room, but not for ${gated.length === 1 ? "band" : "bands"} ${gated.join(", ")}.`;
 }

@@ -141,7 +141,7 @@ def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
     is_tls = settings.tls.certificate is not None
     if is_tls != (options.tls is not None):
         rule = (
-            "needs --tls-ca: the authorities Envoy trusts there"
+            "needs --tls-ca: who signs the service's certificate"
             if is_tls
             else "is needed for --tls-ca"
         )
