@@ -34,9 +34,9 @@ CONFIG_OPTION = click.option(
 
 
 class _Commands(click.Group):
-    """Says what the system refused in one line, as any other mistake; but for what runs for long.
+    """Reports an error of the operating system in one line, as any other error.
 
-    There it is a bug, reported with its traceback.
+    Not for commands that run for long: there it is a bug, reported with its traceback.
     """
 
     def invoke(self, context: click.Context) -> object:

@@ -1,4 +1,4 @@
-"""Pure. What is allowed in a configuration and may not be meant: `check-config` says it.
+"""Pure. What is valid in a configuration and probably unintended: `check-config` warns of it.
 
 Each line names the setting, what follows from it, and what to do.
 """

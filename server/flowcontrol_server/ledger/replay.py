@@ -194,7 +194,7 @@ _COLUMNS = (
 
 def _compared(comparison: Comparison) -> list[str]:
     """Return a table, recorded and candidate side by side, and who fared differently."""
-    lines = ["", "each: recorded > again", _row([column.title for column in _COLUMNS])]
+    lines = ["", "each cell: recorded > replayed", _row([column.title for column in _COLUMNS])]
     before, after = by_priority(comparison.recorded), by_priority(comparison.candidate)
     for priority in sorted(before.keys() | after.keys(), reverse=True):
         mine, other = before.get(priority, Figures()), after.get(priority, Figures())
@@ -213,7 +213,9 @@ def _compared(comparison: Comparison) -> list[str]:
     ]
     only_again, only_recorded = comparison.pairs.undecided
     if only_again or only_recorded:
-        lines.append(f"decided only as recorded: {only_recorded}; only again: {only_again}")
+        lines.append(
+            f"decided only in the recording: {only_recorded}; only in the replay: {only_again}"
+        )
     return lines
 
 
