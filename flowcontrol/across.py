@@ -92,7 +92,7 @@ class Across:
             self._promotions.put(lease, due_ns, lease.request.subset)
 
     def removed(self, lease: Lease, band: Band) -> None:
-        """Let go of a request that waits no longer."""
+        """Drop a request that no longer waits."""
         self._promotions.discard(lease)
         if not band.waiting and self._credits.get(band, 0.0) > 0:
             self._credits[band] = 0.0

@@ -268,7 +268,7 @@ class AdaptiveDetector(WithoutPace):
             watched.released(lease, now_ns)
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
-        """Need no metrics."""
+        """Ignored: metrics are not used."""
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
         """Take in what a request really took; with the first, each endpoint gets its own limit."""
@@ -339,7 +339,7 @@ class AdaptiveDetector(WithoutPace):
     def inherit(self, before: "AdaptiveDetector", now_ns: int) -> None:
         """Take over what another knows, that went by other settings."""
         self.moves = before.moves
-        self._endpoints = before._endpoints  # noqa: SLF001 - one of us
+        self._endpoints = before._endpoints  # noqa: SLF001 - same class
         self._is_settled, self._settled_ns = before._is_settled, before._settled_ns  # noqa: SLF001 - as above
         self._watched = {
             address: self._watch(address, watched.limit, now_ns, like=watched)

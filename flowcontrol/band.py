@@ -40,7 +40,7 @@ class Band:
         self.drain_rate = DrainRate(now_ns)
         self.shares = Shares(now_ns)
         self.calibration = Calibration()
-        """Of what waits here are said to be."""
+        """Of the waits that are forecast here."""
         self.flows: dict[str, Flow] = {}
         self.waiting = 0
         self.bound: dict[Subset, int] = {}
@@ -115,9 +115,9 @@ class Band:
         return next(longest.newest_first())
 
     def ahead(self, lease: Lease, place: int) -> Ahead:
-        """Return about what goes before an admitted request, so many of its own flow with it.
+        """Return about what goes before an admitted request, `place` of its own flow included.
 
-        For one that came last, with global-strict. O(log waiting).
+        With global-strict, of a request that came last. O(log waiting).
         """
         mine = lease.flow.capacity.requests
         others = self.capacity.requests - mine
@@ -128,10 +128,10 @@ class Band:
         return Ahead(place + others, self._overtaking(place, others, turns))
 
     def _overtaking(self, place: int, others: int, turns: float) -> float:
-        """Return which part of what is dispatched comes later and goes before so many turns.
+        """Return which part of the dispatches are of requests that come later and overtake.
 
-        No other flow has more turns than that; but for one that got little service before, where
-        that is what counts.
+        Bounded, as no other flow has more than `turns` turns; with least-attained-service not: a
+        flow that got little before has more.
         """
         overtaking = self.backlogs.overtaking(turns)
         if self.settings.fairness is Fairness.LEAST_ATTAINED_SERVICE:
@@ -167,7 +167,7 @@ class Band:
         self.shares.dispatched(flow.key.flow_id, lease.cost, now_ns)
 
     def complete(self, lease: Lease) -> None:
-        """Let go of a request that was in flight."""
+        """Count the end of a request that was in flight."""
         lease.flow.in_flight -= 1
         self.in_flight -= 1
         self._forget(lease.flow)

@@ -267,7 +267,7 @@ class BlindLimit:
         self.watch(places, now_ns)
 
     def watch(self, places: Mapping[str, Place], now_ns: int) -> None:
-        """Begin anew with these places."""
+        """Begin again with these places."""
         self._places = places
         self._endpoints = sum([place.endpoints for place in places.values()])
         self._half_of = {address: number % 2 for number, address in enumerate(sorted(places))}

@@ -65,7 +65,7 @@ class Ceilings(Enum):
 
     @property
     def is_holdback(self) -> bool:
-        """Whether it is one of those with a lowest ceiling."""
+        """Whether it is one of the policies that use `ceiling_min`."""
         return self in (Ceilings.HOLDBACK_BY_RANK, Ceilings.HOLDBACK_BY_VALUE)
 
 
@@ -218,7 +218,7 @@ class Reclaim:
     is_only_before_first_byte: bool = True
     """Leave alone whatever has begun to answer."""
     at_once_max: int = 2
-    """Ended without having come back yet, at least 1."""
+    """Requests that are ended and still in flight, at most; at least 1."""
     patience_ns: int = 10_000_000_000
     """After this long an ended request that never left counts as lost, above 0."""
 

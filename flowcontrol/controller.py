@@ -397,7 +397,7 @@ class FlowController:
             band = self.bands.by_priority[lease.flow.key.priority]
             self._expiry.appoint(lease, band)
             if lease.deadline_ns is not None and lease.deadline_ns <= now_ns:
-                self._end_waiting(lease, self._expiry.outcome, now_ns)  # it came: now or never
+                self._end_waiting(lease, self._expiry.outcome, now_ns)  # it came too late to wait
                 continue
             if lease.request.subset is not None and not self.pool.serves(lease):
                 self._end_waiting(lease, Outcome.REJECTED_NO_ENDPOINTS, now_ns)
@@ -526,7 +526,7 @@ class FlowController:
         return self._expected(lease, band, band.ahead_now(lease), now_ns)
 
     def forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
-        """Return what a request can expect that stands behind so much of its band; O(bands)."""
+        """Return what a request can expect with so much of its band ahead of it; O(bands)."""
         above = self.bands.waiting_above(band)
         if self.pool.is_empty:
             return Forecast(above + ahead.requests + ahead.tied, None)
@@ -540,7 +540,7 @@ class FlowController:
         return band.calibration.apply(forecast(above, ahead, rates, now_ns, held_ns))
 
     def _expected(self, lease: Lease, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
-        """Say nothing of when an endpoint has room that most requests do not wait for."""
+        """Forecast, but no time where only some endpoints will do: the rates are of all."""
         expected = self.forecast(band, ahead, now_ns)
         is_bound = lease.request.subset is not None and self.pool.picks
         return Forecast(expected.position, None) if is_bound else expected

@@ -185,8 +185,8 @@ class LeasesRecovered:
     age_max_ns: int = 600_000_000_000
     """Since its dispatch, after which a lease is taken to be over."""
     count_running_within_ns: int = 0
-    """For how long from now the first report of an endpoint that works on more requests than are
-    known to be in flight there adds the difference."""
+    """For how long from now an endpoint's first report counts: requests that it works on beyond
+    those known to be in flight there are added."""
 
 
 @final

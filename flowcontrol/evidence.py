@@ -144,7 +144,7 @@ class Residences:
         return over > self._SHORTEST * wanted and full_ns >= self._shortest()
 
     def settled(self, lease: Lease, settled: Settled, *, is_member: bool) -> None:
-        """Return none."""
+        """Ignored: departures alone are counted."""
 
     def wait_ns(self) -> float:
         """Return by how much the shortest exceeded the least."""

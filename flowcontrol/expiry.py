@@ -52,7 +52,7 @@ class Expiry:
             self._deadlines.put(lease, lease.deadline_ns)
 
     def remove(self, lease: Lease) -> None:
-        """Let go of a request that waits no longer."""
+        """Drop the deadline of a request that no longer waits."""
         self._deadlines.discard(lease)
 
     def first_due(self, now_ns: int) -> Lease | None:

@@ -42,7 +42,7 @@ class FairnessPolicy(Protocol):
         """Notice that another request may now stand at the head of a flow."""
 
     def leave(self, flow: Flow) -> None:
-        """Let go of a flow of which nothing waits any more."""
+        """Drop a flow of which nothing waits any more."""
 
     def pick(self, has_room: HasRoom) -> Flow | None:
         """Return the flow that is next, of those whose heads have room; None if none has."""
@@ -117,10 +117,10 @@ class RoundRobin:
             self.leave(flow)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
-        """Keep no account."""
+        """Ignored: this policy keeps no account."""
 
     def accounts(self) -> Mapping[str, float]:
-        """Keep no account."""
+        """Return none: this policy keeps no account."""
         return {}
 
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:  # noqa: ARG002 - nor here
@@ -137,7 +137,7 @@ class RoundRobin:
         return []
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
-        """Depend on no setting."""
+        """Ignored: this policy has no settings."""
 
 
 @final
@@ -163,7 +163,7 @@ class GlobalStrict:
         self._lines.put(flow, flow.order_of(head), head.request.subset)
 
     def leave(self, flow: Flow) -> None:
-        """Let go of the flow."""
+        """Drop the flow."""
         self._lines.discard(flow)
 
     def pick(self, has_room: HasRoom) -> Flow | None:
@@ -172,17 +172,17 @@ class GlobalStrict:
         return None if first is None else first[1]
 
     def served(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - the order is all
-        """Move the flow to where its new head belongs, or let go of it."""
+        """Move the flow to where its new head belongs, or drop it."""
         if flow.waiting:
             self.head_moved(flow)
         else:
             self.leave(flow)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
-        """Keep no account."""
+        """Ignored: this policy keeps no account."""
 
     def accounts(self) -> Mapping[str, float]:
-        """Keep no account."""
+        """Return none: this policy keeps no account."""
         return {}
 
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:  # noqa: ARG002 - see served
@@ -194,7 +194,7 @@ class GlobalStrict:
         return []
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
-        """Depend on no setting."""
+        """Ignored: this policy has no settings."""
 
 
 @final
@@ -314,5 +314,5 @@ def make_fairness(settings: BandSettings, config: ControllerConfig, now_ns: int)
 
 
 def _everywhere(_subset: Subset) -> bool:
-    """Say that there is room: for who asks in what order all stand."""
+    """Say that there is room: for questions about the order alone."""
     return True

@@ -103,9 +103,9 @@ class Flow:
     """The requests of one tenant at one priority: those that wait, in order, and those in flight.
 
     Those that wait are linked in the order in which they were handed over, newcomers last, so that
-    one that leaves is found without a search. O(1) with fcfs, else O(log waiting). With fcfs, too,
-    from a request on that came before those that wait here (it waited at another replica), until
-    nothing waits.
+    one that leaves is found without a search. O(1) with fcfs, else O(log waiting). With fcfs it is
+    O(log waiting) once a request has come that is older than those that wait here (it waited at
+    another replica), until nothing waits.
     """
 
     __slots__ = (
@@ -154,7 +154,7 @@ class Flow:
         return self._oldest
 
     def newest_first(self) -> Iterator[Lease]:
-        """Iterate what has been admitted, who gives up its place first coming first."""
+        """Iterate admitted requests, the first to be displaced first."""
         lease = self._newest_admitted
         while lease is not None:
             yield lease

@@ -84,7 +84,7 @@ class Ahead(NamedTuple):
 
     requests: int
     overtaking: float = 0.0
-    """Which part of what is dispatched comes later and goes before."""
+    """Part of the dispatches that are of requests that come later and overtake."""
     tied: int = 0
     """Requests that go before because their flows, with equal accounts, came first. Part of the
     position alone: intervals are learnt from forecasts at admission, which do not look for them."""

@@ -29,8 +29,8 @@ LIGHT: Final = 0.1
 """Below this load it is sent what it has cached whatever the mean: it has room."""
 
 _NO_ROOM: Final = 2 * FULL
-"""In the order an endpoint with room stands at its load; one that reads a prompt, at FULL and its
-load; and the others here."""
+"""Order of an endpoint that may be sent nothing. Any other is ordered by its load, and by FULL plus
+its load while it reads a prompt."""
 
 
 @final

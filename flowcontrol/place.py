@@ -209,7 +209,7 @@ class Place:
 
     def like(self, other: "Place") -> None:
         """Begin with what another of the same stage knows."""
-        self._is_starting = other._is_starting  # noqa: SLF001 - one of us
+        self._is_starting = other._is_starting  # noqa: SLF001 - same class
         self._tokens_start = other._tokens_start  # noqa: SLF001 - as above
         self.tokens_max = other.tokens_max * self.endpoints / other.endpoints
 
@@ -280,7 +280,7 @@ class Place:
         if self.ran_most > other.edge:
             return
         limit = other.edge * self.endpoints
-        self._batch.resume(limit, other._batch.for_ns, now_ns)  # noqa: SLF001 - one of us
+        self._batch.resume(limit, other._batch.for_ns, now_ns)  # noqa: SLF001 - same class
         if self.requests_max > limit:
             self._end_start()
             self._ran = limit

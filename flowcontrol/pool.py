@@ -89,7 +89,7 @@ class Detector(Protocol):
     has_timer: bool
     """Whether time alone can change its answers."""
     revision: int
-    """Changes whenever an endpoint's load may have changed of which it did not hear just now."""
+    """Changes whenever an endpoint's load may have changed other than by the call just made."""
 
     def saturation(self) -> float:
         """Return the load of the stage."""
@@ -101,7 +101,7 @@ class Detector(Protocol):
         """Whether an endpoint must be sent nothing for the moment, whatever its load is."""
 
     def reads(self, address: str) -> bool:
-        """Whether an endpoint should better be sent nothing for the moment."""
+        """Whether an endpoint is to be picked only where all others read a prompt, too."""
 
     def reading_ns(self, lease: Lease) -> float:
         """Return the time of all endpoints together that a prompt takes; 0: it is not known."""
@@ -129,18 +129,18 @@ class Detector(Protocol):
 
 
 class WithoutPace:
-    """What a detector says that knows of no prompt how long it takes to be read."""
+    """The answers of a detector that does not know how long prompts take to be read."""
 
     def holds(self, address: str) -> bool:  # noqa: ARG002 - at no time
-        """Not hold back by anything but the load."""
+        """No: only the load holds requests back."""
         return False
 
     def reads(self, address: str) -> bool:  # noqa: ARG002 - it is not known
-        """Prefer no endpoint by anything but the load."""
+        """No: only the load makes a difference between endpoints."""
         return False
 
     def reading_ns(self, lease: Lease) -> float:  # noqa: ARG002 - it is not known
-        """Know no speed of prompts."""
+        """Return 0: it is not known."""
         return 0.0
 
 
@@ -196,14 +196,14 @@ class Pool:
         self.total = InFlight()
         """In flight, but for what was sent to endpoints that have left."""
         self.loads: dict[str, InFlight] = {}
-        """At each endpoint, and while there is any at those that have left."""
+        """In flight at each endpoint, also at those that have left until it has ended."""
         self.endpoints: tuple[Endpoint, ...] = ()
         self.picker = EndpointPicker()
         """Chooses where to send a request, while `picks`."""
         self._set_picker(picker)
         self.stages: dict[Role, Stage] = {}
         self.is_empty = True
-        """Whether it has no endpoint, or none that answers, where prefill and decode run apart."""
+        """Whether it has no endpoint, or none that decodes, where prefill and decode run apart."""
         self.detectors: dict[Role, list[Detector]] = {}
         """Of each stage."""
         self.has_timer = False
@@ -223,7 +223,7 @@ class Pool:
         self._asked: list[Detector] = []
         """Those that say how full the pool is; with a picker, of the stage that is not picked."""
         self._detectors_of: dict[str, list[Detector]] = {}
-        """By endpoint, those of its stage: where it is in both, of that for which one is picked."""
+        """By endpoint, those of its stage; of the stage that is picked for, where it is in both."""
         self._pick_stage = Stage(self, Role.BOTH, ())
         self._revision = 0
         self._spares_readers = False

@@ -73,7 +73,7 @@ class Demand:
 
 @final
 class Reclaimer:
-    """Knows who may be ended, and who has been told. O(log in flight) a request."""
+    """Keeps the requests that may be ended, and those being ended. O(log in flight) a request."""
 
     def __init__(self, settings: Reclaim) -> None:
         self._settings = settings
@@ -85,7 +85,7 @@ class Reclaimer:
         self._dispatch_count = 0
 
     def reconfigure(self, settings: Reclaim, leases: Iterable[Lease]) -> None:
-        """Go by other settings; O(requests)."""
+        """Apply other settings; O(requests)."""
         self._settings = settings
         self._candidates = Lines()
         if not settings.is_enabled:
@@ -117,12 +117,12 @@ class Reclaimer:
             self._candidates.discard(lease)
 
     def left(self, lease: Lease) -> None:
-        """Let go of a request."""
+        """Drop a request that has ended."""
         self._candidates.discard(lease)
         self._told.pop(lease, None)
 
     def give_up(self, now_ns: int) -> None:
-        """Wait no longer for those who should have left by now."""
+        """Stop waiting for requests that should have left by now."""
         for lease, given_up_ns in list(self._told.items()):
             if given_up_ns <= now_ns:
                 del self._told[lease]

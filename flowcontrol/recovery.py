@@ -1,8 +1,9 @@
 """Pure. Requests in flight that another process dispatched: a predecessor, or the leader before.
 
 Each holds its slot until the access log reports its end, or its endpoint reports fewer requests
-than are held there, or it is older than a bound. Requests that no book knows are found by the first
-report of an endpoint: what it works on beyond what is known to be in flight there is counted, too.
+than are held there, or it is older than a bound. Requests that no store recorded are found
+by the first report of an endpoint: what it works on beyond what is known to be in flight there is
+counted, too.
 
 What was dispatched just now may not have reached its endpoint, and what has ended there is in
 flight here a moment longer. So of what is missing from a report, that is taken off which has been

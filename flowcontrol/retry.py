@@ -68,7 +68,7 @@ class DrainRate:
         self._is_known = False
         """Whether something that waited was dispatched; until then everything counts."""
         self._left_ns = 0
-        """Part of a second that something waited when last nothing did: it fades with the rest."""
+        """Time below a second that was not faded yet when nothing waited any more."""
         self._promised_ns = now_ns
 
     def began(self, now_ns: int) -> None:

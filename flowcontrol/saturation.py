@@ -64,16 +64,16 @@ class ConcurrencyDetector(WithoutPace):
         self._tokens_max = endpoints * self._tokens_each
 
     def charged(self, lease: Lease, now_ns: int) -> None:
-        """Need no account of its own."""
+        """Ignored: the stage counts what is in flight."""
 
     def released(self, lease: Lease, now_ns: int) -> None:
-        """Need no account of its own."""
+        """Ignored: the stage counts what is in flight."""
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
         """Ignored: this detector only counts."""
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
-        """Need no account of its own."""
+        """Ignored: the stage counts what is in flight."""
 
     def advance(self, now_ns: int) -> list[str]:  # noqa: ARG002 - at no time
         """Time has no effect."""
@@ -161,7 +161,7 @@ class UtilizationDetector(WithoutPace):
         pending = reading.pending + reading.spread * self._share
         return reading.base + pending / self.settings.waiting_max
 
-    def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - silence begins with a word
+    def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - staleness counts from a scrape
         """Keep the readings of those that stay; who is new has not been heard of."""
         addresses = self._stage.addresses
         self._readings = {
@@ -207,7 +207,7 @@ class UtilizationDetector(WithoutPace):
         self._silent_at.put(load.address, now_ns + settings.stale_after_ns)
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
-        """Not be about single requests."""
+        """Ignored: single requests tell nothing of an endpoint's load."""
 
     def advance(self, now_ns: int) -> list[str]:
         """Let readings become stale, and stale ones fade where that is the setting."""
@@ -237,7 +237,7 @@ class UtilizationDetector(WithoutPace):
 
     def inherit(self, before: "UtilizationDetector") -> None:
         """Take over what another knows, that went by other settings; it may have several heirs."""
-        readings, silent_at = before._readings, before._silent_at  # noqa: SLF001 - one of us
+        readings, silent_at = before._readings, before._silent_at  # noqa: SLF001 - same class
         self._readings = {address: reading.copy() for address, reading in readings.items()}
         self._silent_at = silent_at.copy()
         self._dispatched = before._dispatched  # noqa: SLF001 - as above

@@ -20,7 +20,7 @@ Counts = TypeVar("Counts")
 
 
 def make_room(counted: dict[Name, Counts], is_declared: Callable[[Name], bool]) -> None:
-    """Forget, before a new name is counted, the first that is declared no more, where it is full.
+    """Make room for a new name, where there is none: drop the first that is declared no more.
 
     O(names), and only for a new one.
     """
@@ -39,7 +39,7 @@ class Tally:
     def __init__(self) -> None:
         self.completed = 0
         self.forecasts = Histogram(FORECAST_BOUNDS)
-        """Real waits over predicted ones, a ratio of 1 as a second."""
+        """Real waits over predicted ones; a ratio of 1 is counted as 1 s."""
         self._waits: dict[Outcome, Histogram] = {}
         """Of all that were decided, by outcome."""
 
