@@ -160,11 +160,11 @@ def classify(config: Path, header: tuple[str, ...], metadata: tuple[str, ...], b
 def diff_config(before: Path, after: Path) -> None:
     """Show in which settings two configuration files differ; exit 1 if they do.
 
-    Settings that need a restart are marked.
+    Settings that need a restart are marked. The files that they name need not be on this machine.
     """
     from flowcontrol_server.config.difference import differences
 
-    changes = differences(_load(before), _load(after))
+    changes = differences(_load(before, is_elsewhere=True), _load(after, is_elsewhere=True))
     for change in changes:
         click.echo(change)
     raise SystemExit(int(bool(changes)))
@@ -235,10 +235,13 @@ def envoy_config(  # noqa: PLR0913 - click's options
     max_heap: str,
     original_dst: bool,
 ) -> None:
-    """Write an Envoy configuration that fits this service's configuration."""
+    """Write an Envoy configuration that fits this service's configuration.
+
+    Of the files that it names only listen.secretFile must be on this machine.
+    """
     from flowcontrol_server.common.units import parse_quantity
 
-    settings = _load(config)
+    settings = _load(config, is_elsewhere=True)
     size = parse_quantity(buffer_limit)
     if not size or size > _BUFFER_LIMIT_MAX:
         _fail(f"--buffer-limit must be a size below 4Gi such as 32Mi, got {buffer_limit!r}")
@@ -477,13 +480,13 @@ def _address(option: str, text: str) -> "Address":
         _fail(f"{option} {error.message()}, got {text!r}")
 
 
-def _load(config: Path) -> "Settings":
+def _load(config: Path, *, is_elsewhere: bool = False) -> "Settings":
     from flowcontrol_server.common.yamlfile import naming
     from flowcontrol_server.config.settings import load_settings
 
     try:
         with naming(config):
-            settings = load_settings(config)
+            settings = load_settings(config, is_elsewhere=is_elsewhere)
     except ConfigError as error:
         _fail(*error.problems)
     return settings

@@ -284,6 +284,41 @@ class TestServe:
         assert done.returncode == 2
 
 
+class TestElsewhere:
+    """A configuration is read on another machine than the service's: a ConfigMap on a desk."""
+
+    FILES = """
+tls: {certificate: /nowhere/tls.crt, key: /nowhere/tls.key}
+admin: {tokenFile: /nowhere/token}
+load: {tokenFile: /nowhere/key}
+kubernetes: {kubeconfig: /nowhere/kubeconfig}
+state: {directory: /nowhere/state}
+ledger: {file: /nowhere/ledger}
+"""
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [("envoy-config", "--tls-ca", "/nowhere/ca.crt", "--config"), ("diff-config", "{}")],
+    )
+    def test_files_of_the_service(self, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        """What only the service reads need not be here."""
+        config = configuration(tmp_path, [1, 2, 3, 4], self.FILES)
+
+        result = run(*(each.format(config) for each in arguments), str(config))
+
+        assert (result.stderr, result.exit_code) == ("", 0)
+
+    def test_check_config(self, tmp_path: Path) -> None:
+        """A check is one of the machine as well."""
+        config = configuration(tmp_path, [1, 2, 3, 4], self.FILES)
+
+        result = run("check-config", str(config))
+
+        assert result.exit_code == 2
+        for name in ("tls", "load.tokenFile", "kubernetes.kubeconfig", "state.directory", "ledger"):
+            assert f"{config}: {name}" in result.stderr
+
+
 class TestRefused:
     """What a command cannot make use of."""
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flowcontrol.replay.ledger import BEGINNING
 from flowcontrol_server.common.parts import stranger_among
@@ -33,8 +33,8 @@ class LedgerSection(Section):
 
     @field_validator("file")
     @classmethod
-    def _in_a_folder(cls, value: Path) -> Path:
-        return expect(value, "must be a file in an existing folder", can_be_a_file)
+    def _in_a_folder(cls, value: Path, info: ValidationInfo) -> Path:
+        return expect(value, "must be a file in an existing folder", can_be_a_file, info)
 
     @model_validator(mode="after")
     def _writes_over_ledgers_alone(self) -> Self:

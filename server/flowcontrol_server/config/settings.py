@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -23,7 +24,14 @@ from pydantic_core import ErrorDetails
 from flowcontrol.config import ControllerConfig, Utilization
 from flowcontrol.errors import ConfigError
 from flowcontrol_server.common.addresses import Address, DirectAddress, HostPort, parse_address
-from flowcontrol_server.common.sections import PathBeside, Section, broken, switched_off, written
+from flowcontrol_server.common.sections import (
+    PathBeside,
+    Section,
+    broken,
+    is_read_elsewhere,
+    switched_off,
+    written,
+)
 from flowcontrol_server.common.yamlfile import read_mapping
 from flowcontrol_server.config.admin import Admin
 from flowcontrol_server.config.engine import EngineSection
@@ -237,8 +245,8 @@ class Settings(ServiceEngine, _Surroundings):
         return self
 
     @model_validator(mode="after")
-    def _guarded(self) -> Self:
-        complaint = self.admin.complaint()
+    def _guarded(self, info: ValidationInfo) -> Self:
+        complaint = None if is_read_elsewhere(info) else self.admin.complaint()
         if complaint is not None:
             raise broken(complaint)
         return self
@@ -249,15 +257,21 @@ class Settings(ServiceEngine, _Surroundings):
         return self.flow_control.longest_wait_ns
 
 
-def load_settings(path: Path) -> Settings:
+def load_settings(path: Path, *, is_elsewhere: bool = False) -> Settings:
     """Read a configuration file.
+
+    Args:
+        path: of the file.
+        is_elsewhere: this is not the service's machine: files and folders that only the service
+            reads need not be here.
 
     Raises:
         ConfigError: naming every mistake in it, each with its path in the file.
     """
     content = read_mapping(path)
     try:
-        settings = Settings.model_validate(content, context={"directory": path.parent})
+        context = {"directory": path.parent, "is_elsewhere": is_elsewhere}
+        settings = Settings.model_validate(content, context=context)
     except ValidationError as error:
         raise ConfigError(problems_of(error, Settings)) from error
     settings._folder = path.parent.absolute()  # noqa: SLF001 - its own maker

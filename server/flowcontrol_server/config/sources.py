@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from flowcontrol.config import Role
 from flowcontrol_server.common.addresses import Address, HostPort
@@ -60,9 +60,9 @@ class ApiObjectives(Section):
 
     @field_validator("file")
     @classmethod
-    def _in_a_folder(cls, value: Path | None) -> Path | None:
+    def _in_a_folder(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         rule = "must be a file in an existing folder"
-        return value and expect(value, rule, can_be_a_file)
+        return value and expect(value, rule, can_be_a_file, info)
 
 
 class Objectives(Section):
@@ -76,8 +76,8 @@ class Objectives(Section):
 
     @field_validator("directory")
     @classmethod
-    def _is_a_folder(cls, value: Path | None) -> Path | None:
-        return value and expect(value, "must be a folder", Path.is_dir)
+    def _is_a_folder(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        return value and expect(value, "must be a folder", Path.is_dir, info)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -251,5 +251,5 @@ class Kubernetes(Section):
 
     @field_validator("kubeconfig")
     @classmethod
-    def _is_a_kubeconfig(cls, value: Path | None) -> Path | None:
-        return value and expect(value, "must be a kubeconfig file", Path.is_file)
+    def _is_a_kubeconfig(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        return value and expect(value, "must be a kubeconfig file", Path.is_file, info)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from flowcontrol_server.common.sections import (
     Duration,
@@ -102,8 +102,8 @@ class State(Section):
 
     @field_validator("directory")
     @classmethod
-    def _is_a_folder(cls, value: Path | None) -> Path | None:
-        return value and expect(value, "must be a folder", Path.is_dir)
+    def _is_a_folder(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        return value and expect(value, "must be a folder", Path.is_dir, info)
 
     @model_validator(mode="after")
     def _one_store(self) -> Self:

@@ -19,9 +19,9 @@ from typing import NamedTuple, Self, final
 
 import grpc
 import structlog
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from flowcontrol_server.common.sections import PathBeside, Section, broken
+from flowcontrol_server.common.sections import PathBeside, Section, broken, is_read_elsewhere
 
 _log = structlog.get_logger()
 _Stamp = tuple[int, int, int]
@@ -43,7 +43,7 @@ class Tls(Section):
     neither side: for a network you trust. Needs the extra kubernetes."""
 
     @model_validator(mode="after")
-    def _can_be_used(self) -> Self:
+    def _can_be_used(self, info: ValidationInfo) -> Self:
         if (self.certificate is None) != (self.key is None):
             rule = "must have both certificate and key, or neither"
             raise broken(rule)
@@ -53,6 +53,8 @@ class Tls(Section):
         if self.self_signed and self.certificate is not None:
             rule = "must have no certificate, key and clientCa where selfSigned is true"
             raise broken(rule)
+        if is_read_elsewhere(info):
+            return self
         try:
             self.certificates()
         except OSError as error:
