@@ -29,7 +29,7 @@ def one(name: str, kind: str) -> Document:
 def _settings() -> Settings:
     """What the ConfigMap says."""
     text = one("flowcontrol.yaml", "ConfigMap")["data"]["flowcontrol.yaml"]
-    return Settings.model_validate(yaml.safe_load(text))
+    return Settings.model_validate(yaml.safe_load(text), context={"is_elsewhere": True})
 
 
 @pytest.fixture(name="container")
@@ -76,7 +76,7 @@ class TestFlowcontrol:
         assert account == pod["serviceAccountName"] == binding["subjects"][0]["name"]
         assert labels.items() >= deployment["selector"]["matchLabels"].items()
         assert labels.items() >= service["selector"].items()
-        configuration, tls = pod["volumes"]
+        configuration, tls, _state = pod["volumes"]
         config_map = one("flowcontrol.yaml", "ConfigMap")["metadata"]["name"]
         assert configuration["configMap"]["name"] == config_map
         assert tls["secret"]["optional"], "it starts without TLS, too"
@@ -98,7 +98,7 @@ class TestFlowcontrol:
     def test_configuration(self, settings: Settings, container: Document) -> None:
         """The configuration is good, mounted whole where it is read, and outlives its drain."""
         pod = one("flowcontrol.yaml", "Deployment")["spec"]["template"]["spec"]
-        mount, tls = container["volumeMounts"]
+        mount, tls, _state = container["volumeMounts"]
         text = one("flowcontrol.yaml", "ConfigMap")["data"]["flowcontrol.yaml"]
 
         assert settings.objectives.kubernetes is not None
@@ -108,6 +108,16 @@ class TestFlowcontrol:
         assert text.count(f"{tls['mountPath']}/") == 3, "the files of the commented section tls"
         grace_ns = pod["terminationGracePeriodSeconds"] * 10**9
         assert grace_ns > settings.flow_control.drain_budget
+
+    def test_state(self, settings: Settings, container: Document) -> None:
+        """The folder for state is a volume of the pod, with a bound, that can be written."""
+        pod = one("flowcontrol.yaml", "Deployment")["spec"]["template"]["spec"]
+        mounts = {each["mountPath"]: each for each in container["volumeMounts"]}
+        mount = mounts[str(settings.state.directory)]
+        volumes = {each["name"]: each for each in pod["volumes"]}
+
+        assert "readOnly" not in mount
+        assert volumes[mount["name"]]["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Mi"}
 
     def test_network_policy(self, settings: Settings) -> None:
         """Of other pods Envoy's reach its port, Prometheus's the metrics, and nobody else."""

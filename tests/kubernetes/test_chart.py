@@ -86,7 +86,7 @@ def of(documents: list[Json], kind: str, name: str | None = None) -> Json:
 def settings(documents: list[Json], name: str) -> Settings:
     """The configuration in a ConfigMap, as the service reads it."""
     text = of(documents, "ConfigMap", name)["data"]["flowcontrol.yaml"]
-    return Settings.model_validate(yaml.safe_load(text))
+    return Settings.model_validate(yaml.safe_load(text), context={"is_elsewhere": True})
 
 
 class TestChart:
@@ -118,6 +118,7 @@ class TestChart:
             ({"pools": [{"name": "Llama"}]}, "pools"),
             ({"admin": {"token": "short"}}, "token"),
             ({"gateway": {"provider": "nginx"}}, "provider"),
+            ({"stateVolume": {"sizeLimit": "64"}}, "sizeLimit"),
             ({"gateway": {"provider": "envoy-gateway"}}, "needs httpRoute.create"),
             ({"inferencePool": {"create": True}}, "matchLabels must be set"),
         ],
@@ -265,6 +266,69 @@ class TestChart:
         assert config["state"] == {"valkey": {"url": "valkey://valkey:6379/0"}}
         assert config["objectives"] == {"api": {}}
         assert ["coordination.k8s.io"] in groups
+
+
+class TestState:
+    """What outlives a container that is started again in its pod."""
+
+    def test_by_default(self) -> None:
+        """What is learnt lies in a volume of the pod, with a bound, that can be written."""
+        documents = rendered(PLAIN)
+        directory = settings(documents, "fc-flowcontrol-llama").state.directory
+        pod = of(documents, "Deployment")["spec"]["template"]["spec"]
+        (mount,) = (
+            each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "state"
+        )
+        (volume,) = (each for each in pod["volumes"] if each["name"] == "state")
+
+        assert mount == {"name": "state", "mountPath": str(directory)}
+        assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Mi"}
+
+    def test_as_in_the_plain_manifests(self) -> None:
+        """They keep the same, in the same way."""
+        path = CHART.parents[2] / "envoy" / "kubernetes" / "flowcontrol.yaml"
+        plain = [each for each in yaml.safe_load_all(path.read_text()) if each]
+        chart = rendered(PLAIN)
+
+        ours, theirs = (
+            of(one, "Deployment")["spec"]["template"]["spec"]["volumes"] for one in (plain, chart)
+        )
+        named = settings(plain, "flowcontrol"), settings(chart, "fc-flowcontrol-llama")
+
+        assert [each for each in ours if each["name"] == "state"] == [
+            each for each in theirs if each["name"] == "state"
+        ]
+        assert named[0].state == named[1].state
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"stateVolume": {"enabled": False}},
+            {"config": {"state": {"valkey": {"url": "valkey://valkey:6379/0"}}}},
+            {"config": {"state": {"directory": "/data"}}},
+            {"config": {"availability": {"election": "kubernetes"}}},
+            {"pools": [{"name": "llama", "config": {"state": {"directory": "/data"}}}]},
+        ],
+        ids=["disabled", "valkey", "directory", "election", "pool"],
+    )
+    def test_other_settings(self, values: Json) -> None:
+        """A store that is configured is the only one; where a leader is elected there is none."""
+        documents = rendered(values)
+        state = settings(documents, "fc-flowcontrol-llama").state
+        pod = of(documents, "Deployment")["spec"]["template"]["spec"]
+
+        assert state.directory in {None, Path("/data")}
+        assert "state" not in {each["name"] for each in pod["volumes"]}
+
+    def test_settings_beside_it(self) -> None:
+        """What else is said of state holds, and the volume is there."""
+        documents = rendered(
+            {"config": {"state": {"leaseAgeMax": "5m"}, "availability": {"election": "off"}}}
+        )
+        state = settings(documents, "fc-flowcontrol-llama").state
+
+        assert state.directory is not None
+        assert state.lease_age_max == 300_000_000_000
 
 
 class TestApplied:

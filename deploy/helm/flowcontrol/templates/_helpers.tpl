@@ -46,6 +46,18 @@ flowcontrol/pool: {{ .pool.name }}
 {{- toYaml $own }}
 {{- end }}
 
+{{/*
+Whether a pool's pods keep their state in a volume of their own: the configuration names no store,
+and no leader is elected, who could not read another pod's. Of: root, pool.
+*/}}
+{{- define "flowcontrol.keepsState" -}}
+{{- $given := mergeOverwrite (deepCopy .root.Values.config) (deepCopy (.pool.config | default dict)) }}
+{{- $state := $given.state | default dict }}
+{{- $election := dig "availability" "election" "off" $given | toString }}
+{{- $isElected := not (has $election (list "off" "false")) }}
+{{- if and .root.Values.stateVolume.enabled (not $isElected) (not (hasKey $state "directory")) (not (hasKey $state "valkey")) }}yes{{ end }}
+{{- end }}
+
 {{/* The configuration file of a pool. Of: root, pool. */}}
 {{- define "flowcontrol.config" -}}
 {{- $ports := .root.Values.ports }}
@@ -65,6 +77,9 @@ flowcontrol/pool: {{ .pool.name }}
 {{- end }}
 {{- if or .root.Values.admin.existingSecret .root.Values.admin.token }}
 {{- $_ := set $base.admin "tokenFile" "/etc/flowcontrol-admin/token" }}
+{{- end }}
+{{- if include "flowcontrol.keepsState" . }}
+{{- $_ := set $base "state" (dict "directory" "/var/lib/flowcontrol-state") }}
 {{- end }}
 {{- toYaml (mergeOverwrite $base $given) }}
 {{- end }}
