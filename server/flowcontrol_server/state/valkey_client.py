@@ -14,6 +14,8 @@ from flowcontrol_server.state.store import FencedError, StateError
 _PORT = 6379
 _SENTINEL_PORT = 26_379
 _FENCED = "FENCED"
+_READ_ONLY = "READONLY"
+"""Of a script, before Redis 7, in the middle of an error of no class of its own."""
 
 
 @final
@@ -32,6 +34,7 @@ class ValkeyClient:
         try:
             import valkey.asyncio as valkey  # noqa: PLC0415 - an extra
             from valkey.exceptions import (  # noqa: PLC0415 - likewise
+                ReadOnlyError,
                 ValkeyClusterException,
                 ValkeyError,
             )
@@ -39,6 +42,8 @@ class ValkeyClient:
             raise FlowControlError(missing(error, "valkey")) from error
         self._errors = (ValkeyError, ValkeyClusterException, OSError, TimeoutError)
         self._prefix = f"flowcontrol:{{{pool}}}:"
+        self._read_only = ReadOnlyError
+        self._is_cluster = settings.is_cluster
         self._client, self._sentinels = _connect(valkey, settings)
 
     def key(self, name: str) -> str:
@@ -59,6 +64,8 @@ class ValkeyClient:
             answer = await self._client.eval(script, len(keys), *map(self.key, keys), *arguments)
         except self._errors as error:
             _heed_cancellation(task, cancelled_before)
+            if isinstance(error, self._read_only) or _READ_ONLY in str(error):
+                await self._connect_anew()
             if _FENCED in str(error):
                 message = "state.valkey: a later leader has taken over"
                 raise FencedError(message) from error
@@ -66,6 +73,16 @@ class ValkeyClient:
             raise StateError(message) from error
         _heed_cancellation(task, cancelled_before)
         return answer
+
+    async def _connect_anew(self) -> None:
+        """Close idle connections: the server is no primary any more, its name may be another's.
+
+        A server that is demoted keeps its connections open and refuses every write. A cluster says
+        itself where the primary is.
+        """
+        if not self._is_cluster:
+            with suppress(*self._errors):
+                await self._client.connection_pool.disconnect(inuse_connections=False)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -74,6 +74,28 @@ async def test_cluster_that_cannot_be_reached() -> None:
             await client.run("return 1", [])
 
 
+async def test_demoted(tmp_path: Path) -> None:
+    """A primary that becomes a replica keeps its connections: what its name leads to is asked."""
+    with running(tmp_path) as group:
+        names = ("one", "other")
+        first, second = (group.start(n, "--unixsocket", str(tmp_path / f"{n}.sock")) for n in names)
+        name = tmp_path / "primary.sock"
+        name.symlink_to("one.sock")
+        client = ValkeyClient(Valkey(url=f"unix://{name}"), "llama")
+        lock = ValkeyLock(client, "one", LEASE_MS)
+        try:
+            await elected(lock)
+            group.ask(first, "replicaof", "127.0.0.1", str(second.port))
+            name.unlink()
+            name.symlink_to("other.sock")
+
+            with pytest.raises(StateError, match="read only replica"):
+                await lock.acquire()
+            await elected(lock)
+        finally:
+            await client.close()
+
+
 class TestTls:
     """valkeys://: the server shows a certificate, and asks for ours."""
 
