@@ -1,8 +1,9 @@
 """The sections of the configuration file about state kept outside the process, and the leader."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -19,6 +20,8 @@ from flowcontrol_server.common.sections import (
 from flowcontrol_server.config.sources import Given, left_out
 
 _SCHEMES = ("valkey", "valkeys", "redis", "rediss", "unix")
+TLS_SCHEMES = ("valkeys", "rediss")
+_DATABASE = re.compile("/?|/[0-9]{1,5}")
 LEASE_MIN_NS = 1_000_000_000
 
 
@@ -56,16 +59,19 @@ class Valkey(Section):
             is_one = parts.scheme in _SCHEMES and bool(
                 parts.path if parts.scheme == "unix" else parts.hostname
             )
-            has_password = parts.password is not None
             _ = parts.port
         except ValueError:
-            is_one, has_password = False, False
+            is_one = False
         if not is_one:
-            rule = f"must be a URL with one of {', '.join(_SCHEMES)} as its scheme"
+            begins = value.partition("/")[0]  # no more of it: it may hold a password
+            rule = (
+                f"must be a URL with one of {', '.join(_SCHEMES)} as its scheme, got one that "
+                f"begins with {begins!r}"
+            )
             raise broken(rule)
-        if has_password:
-            rule = "must not hold a password, which belongs in passwordFile, got one"
-            raise broken(rule)
+        surplus = _surplus(parts)
+        if surplus:
+            raise broken(surplus)
         return value
 
     @model_validator(mode="after")
@@ -76,7 +82,38 @@ class Valkey(Section):
         if self.sentinel is not None and self.is_cluster:
             rule = "must have one of sentinel and cluster"
             raise broken(rule)
+        parts = urlsplit(self.url)
+        if (self.ca or self.certificate) and parts.scheme not in TLS_SCHEMES:
+            rule = f"must have a url with {' or '.join(TLS_SCHEMES)} for ca, certificate and key"
+            raise broken(rule)
+        if parts.scheme == "unix" and (self.sentinel or self.is_cluster):
+            rule = "must have a url with a host for sentinel and cluster"
+            raise broken(rule)
+        if self.is_cluster and self.database:
+            rule = f"must have no database in url for cluster, got {self.database}"
+            raise broken(rule)
         return self
+
+    @property
+    def database(self) -> int:
+        """The number of the database."""
+        parts = urlsplit(self.url)
+        return 0 if parts.scheme == "unix" else int(parts.path.strip("/") or 0)
+
+
+def _surplus(parts: SplitResult) -> str:
+    """Return the rule that a URL breaks by what nobody would read; empty where it breaks none."""
+    if parts.password is not None:
+        return "must not hold a password, which belongs in passwordFile, got one"
+    if parts.username is not None:
+        return f"must not hold a user, who belongs in user, got {parts.username!r}"
+    if parts.query or parts.fragment:
+        return "must not hold options behind ? or #, got some"
+    if parts.scheme == "unix":
+        return f"must be unix:///PATH, got the host {parts.netloc!r}" if parts.netloc else ""
+    if not _DATABASE.fullmatch(parts.path):
+        return f"must have the number of a database as its path, or none, got {parts.path!r}"
+    return ""
 
 
 class State(Section):

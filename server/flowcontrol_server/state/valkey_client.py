@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from flowcontrol.errors import FlowControlError
 from flowcontrol_server.common.extras import missing
-from flowcontrol_server.config.state import Valkey
+from flowcontrol_server.config.state import TLS_SCHEMES, Valkey
 from flowcontrol_server.state.store import FencedError, StateError
 
 _PORT = 6379
@@ -115,7 +115,7 @@ def _connect(valkey: Any, settings: Valkey) -> tuple[Any, tuple[Any, ...]]:
     if url.scheme == "unix":
         return valkey.Valkey(unix_socket_path=url.path, **common), ()
     tls: dict[str, Any] = {}
-    if url.scheme in {"valkeys", "rediss"}:
+    if url.scheme in TLS_SCHEMES:
         tls = {
             "ssl": True,
             "ssl_ca_certs": settings.ca and str(settings.ca),
@@ -125,7 +125,7 @@ def _connect(valkey: Any, settings: Valkey) -> tuple[Any, tuple[Any, ...]]:
     common |= tls
     if settings.is_cluster:
         return valkey.ValkeyCluster(host=url.hostname, port=url.port or _PORT, **common), ()
-    common["db"] = int(url.path.strip("/") or 0)
+    common["db"] = settings.database
     if settings.sentinel is None:
         return valkey.Valkey(host=url.hostname, port=url.port or _PORT, **common), ()
     sentinel = valkey.Sentinel(
