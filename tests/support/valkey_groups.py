@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, final
@@ -28,9 +28,12 @@ class Group:
     Args:
         directory: gets a folder for each, and the certificates.
         has_tls: whether they have TLS.
+        names: in their certificates; those of this machine if empty.
     """
 
-    def __init__(self, directory: Path, *, has_tls: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, has_tls: bool = False, names: Sequence[str] = ()
+    ) -> None:
         self.directory = directory
         self.files = {
             "ca": directory / "ca.pem",
@@ -44,7 +47,7 @@ class Group:
             authority = Authority()
             (directory / "ca.pem").write_bytes(authority.pem)
             for name in ("server", "client"):
-                certificate, key = authority.issue()
+                certificate, key = authority.issue(*names)
                 (directory / f"{name}.pem").write_bytes(certificate)
                 (directory / f"{name}.key").write_bytes(key)
 
@@ -85,9 +88,11 @@ class Group:
 
 
 @contextmanager
-def running(directory: Path, *, has_tls: bool = False) -> Iterator[Group]:
+def running(
+    directory: Path, *, has_tls: bool = False, names: Sequence[str] = ()
+) -> Iterator[Group]:
     """A group that is stopped at the end."""
-    group = Group(directory, has_tls=has_tls)
+    group = Group(directory, has_tls=has_tls, names=names)
     try:
         yield group
     finally:

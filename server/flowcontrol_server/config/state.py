@@ -31,6 +31,7 @@ class Valkey(Section):
     url: str = Field(min_length=1)
     """valkey://HOST:PORT/DATABASE, or valkeys:// for TLS, or unix:///PATH; redis:// and rediss://
     mean the same. With Sentinel the host is any of the sentinels; with a cluster any of its nodes.
+    A certificate must be for the host, but for nodes that a sentinel names and those of a cluster.
     """
     user: str | None = Field(default=None, min_length=1)
     """User name, where the server has access control lists."""

@@ -127,17 +127,27 @@ def _connect(valkey: Any, settings: Valkey) -> tuple[Any, tuple[Any, ...]]:
         return valkey.ValkeyCluster(host=url.hostname, port=url.port or _PORT, **common), ()
     common["db"] = settings.database
     if settings.sentinel is None:
-        return valkey.Valkey(host=url.hostname, port=url.port or _PORT, **common), ()
+        one = common | _with_its_name(tls)
+        return valkey.Valkey(host=url.hostname, port=url.port or _PORT, **one), ()
     sentinel = valkey.Sentinel(
         [(url.hostname, url.port or _SENTINEL_PORT)],
         sentinel_kwargs={
             "socket_timeout": timeout_s,
             "socket_connect_timeout": timeout_s,
-            **tls,
+            **_with_its_name(tls),
         },
         **common,
     )
     return sentinel.master_for(settings.sentinel), tuple(sentinel.sentinels)
+
+
+def _with_its_name(tls: dict[str, Any]) -> dict[str, Any]:
+    """Return the same for a host that the settings name: its certificate must be for that name.
+
+    valkey-py asks for no name by default. The nodes that a sentinel or a cluster names are known by
+    addresses, which their certificates seldom have.
+    """
+    return {**tls, "ssl_check_hostname": True} if tls else {}
 
 
 @final

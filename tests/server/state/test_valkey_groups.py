@@ -122,6 +122,14 @@ class TestTls:
                 with pytest.raises(StateError, match=rf"state\.valkey: .*{problem}"):
                     await client.run("return 1", [])
 
+    async def test_of_another_host(self, tmp_path: Path) -> None:
+        """An authority that is trusted signs for many: the certificate must be for the host."""
+        with running(tmp_path, has_tls=True, names=("other.example",)) as group:
+            server = group.start("one")
+            async with connected(server.port, "valkeys", **group.files) as client:
+                with pytest.raises(StateError, match=r"not valid for '127\.0\.0\.1'"):
+                    await client.run("return 1", [])
+
 
 @pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "tls"])
 class TestGroups:
