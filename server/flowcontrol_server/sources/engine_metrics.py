@@ -76,6 +76,8 @@ _LABEL = (
 _NEXT_LABEL = re.compile(_LABEL)
 _REST = re.compile(rb"(?>(?:\{((?>(?:%b)*))[ \t]*+\})?)[ \t]++(?P<value>\S{1,64}+)(?!\S)" % _LABEL)
 """What follows the name: labels, perhaps, and the value."""
+_COUNT = re.compile("[0-9]{1,10}")
+"""In a label. A number with hundreds of digits can be no float."""
 
 
 def read_load(page: bytes, engine: Engine | None = None) -> EngineLoad | None:
@@ -224,7 +226,7 @@ def _blocks(samples: list[_Sample] | None) -> float | None:
     tokens = 0.0
     for sample in samples or ():
         sizes = [sample.labels.get(name, "") for name in ("num_gpu_blocks", "block_size")]
-        if not all(size.isdecimal() for size in sizes):
+        if not all(map(_COUNT.fullmatch, sizes)):
             return None
         tokens += int(sizes[0]) * int(sizes[1])
     return tokens or None

@@ -57,7 +57,7 @@ class ScrapeResult(Enum):
     UNRESOLVED = "unresolved"
     """The host name could not be resolved."""
     LOCAL = "local"
-    """The connection could not be opened on our side: no file descriptor, no route."""
+    """A fault on our side: no file descriptor, no route, no thread."""
     TIMEOUT = "timeout"
     STATUS = "status"
     """An HTTP status other than 200."""
@@ -213,6 +213,8 @@ class Scraper:
             return _Attempt(ScrapeResult.TIMEOUT, "no whole response in time")
         except (aiohttp.ClientError, ValueError) as error:
             return _Attempt(ScrapeResult.BROKEN, str(error) or type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the endpoint is asked again
+            return _Attempt(ScrapeResult.LOCAL, f"a fault on our side: {error!r}")
 
     async def _read(self, address: str, url: str) -> _Attempt:
         """Fetch the page and read it."""

@@ -62,6 +62,7 @@ class TestEngines:
             ('{block_size="16",num_gpu_blocks="None"} 1', None),
             ('{num_gpu_blocks="100"} 1', None),
             ('{block_size="-16",num_gpu_blocks="100"} 1', None),
+            (f'{{block_size="16",num_gpu_blocks="{"9" * 400}"}} 1', None),
         ],
     )
     def test_blocks_of_vllm(self, info: str, tokens: int | None) -> None:

@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -406,6 +407,24 @@ class TestOwnFaults:
 
             assert changes == []
             assert scraper.results[ScrapeResult.REFUSED] == 0
+
+    async def test_no_thread(self) -> None:
+        """A page for which there is no thread is asked for again: the next one is read."""
+
+        async def large(_request: web.Request) -> web.Response:
+            return web.Response(body=PAGE.rjust(200_000, b"\n"))
+
+        none, one = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        none.shutdown()
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(none)
+        async with endpoint(large) as address, asking(address) as (scraper, told, changes):
+            await eventually(lambda: scraper.results[ScrapeResult.LOCAL] >= 2)
+            assert "a fault on our side: RuntimeError" in scraper.seen[address].problem
+            loop.set_default_executor(one)
+            await told.until(lambda fact: fact.waiting == 3)
+
+            assert changes == []
 
     async def test_untrusted_certificate(self, tmp_path: Path) -> None:
         """An endpoint whose certificate is not trusted answers: it stays up."""
