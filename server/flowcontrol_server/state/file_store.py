@@ -116,14 +116,23 @@ class FileStore:
 
     def _read(self) -> Contents:
         if self._database is None:
-            self._database = sqlite3.connect(
-                self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-            )
-            self._database.executescript(_SCHEMA)
+            self._database = self._connected()
         leases = dict(self._database.execute("SELECT ticket, record FROM leases"))
         memory = self._database.execute("SELECT value FROM memory").fetchone()
         records = {ticket: json.loads(record) for ticket, record in leases.items()}
         return Contents(records_of(records), memory and memory[0])
+
+    def _connected(self) -> sqlite3.Connection:
+        """Open the file and make its tables; closed again where that fails, to be tried anew."""
+        database = sqlite3.connect(
+            self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+        )
+        try:
+            database.executescript(_SCHEMA)
+        except BaseException:
+            database.close()
+            raise
+        return database
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
         """Begin a new file where the old one is damaged; it is kept to be looked at."""

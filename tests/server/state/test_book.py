@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import final
 
@@ -244,6 +244,18 @@ class TestFile:
         assert contents.leases == []
         assert again.leases == [record(1)]
         assert (tmp_path / "llama.damaged").exists() == bool(damage)
+
+    async def test_a_file_that_cannot_be_begun(self, tmp_path: Path) -> None:
+        """Tables that could not be made, as on a full disk, are made at the next try."""
+        store = FileStore(tmp_path, "llama")
+        with closing(sqlite3.connect(tmp_path / "llama.sqlite")) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            with pytest.raises(StateError, match="locked"):
+                await store.open(1)
+        contents = await store.open(1)
+        await store.close()
+
+        assert contents.leases == []
 
     async def test_a_record_of_another_version(self, tmp_path: Path) -> None:
         """It is skipped."""
