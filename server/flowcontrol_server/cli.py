@@ -399,9 +399,21 @@ def top(address: str, token: str | None) -> None:
         from flowcontrol_server.tools.top import run
     except ModuleNotFoundError as error:
         _fail(missing(error, "top"))
+    secret = _secret(token)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         _fail("top needs a terminal; a script can ask flowcontrol.v1.FlowControl/GetSnapshot")
-    run(str(_address("--address", address)), token)
+    run(str(_address("--address", address)), secret)
+
+
+def _secret(token: str | None) -> str | None:
+    """Return the admin token as the service reads its own; None if there is none."""
+    from flowcontrol_server.common.secret_file import OWN_LENGTHS, checked
+
+    text = (token or "").strip()
+    try:
+        return checked(text, OWN_LENGTHS) if text else None
+    except ValueError as error:
+        _fail(f"--token {error}")
 
 
 @main.command()

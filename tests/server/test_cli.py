@@ -354,6 +354,23 @@ class TestRefused:
         assert result.stderr == f"{option} {rule}, got {value!r}\n"
         assert result.exit_code == 2
 
+    @pytest.mark.parametrize(
+        "token", ["short", "one-line-of-two\nthe-other-line", "sésame-ouvre-toi"]
+    )
+    def test_token(self, token: str) -> None:
+        """A token that no service has and no header can carry is named, and not shown."""
+        result = run("top", "--token", token)
+
+        rule = "--token must hold 16 to 1024 visible ASCII characters"
+        assert result.stderr == f"{rule}, got {len(token)} characters\n"
+        assert result.exit_code == 2
+
+    def test_token_from_a_file(self) -> None:
+        """What an editor leaves at the end of a line does not count."""
+        result = run("top", "--token", "open-sesame-open-sesame\r\n")
+
+        assert result.stderr.startswith("top needs a terminal")
+
     @pytest.mark.parametrize("option", ["--tls-certificate", "--tls-key"])
     def test_half_of_tls(self, tmp_path: Path, option: str) -> None:
         """What Envoy would show where nobody asked for TLS is not passed over."""
