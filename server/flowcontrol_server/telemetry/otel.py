@@ -127,9 +127,11 @@ class RequestTraces:
 
 
 def _exporter() -> SpanExporter:
-    protocol = os.environ.get(
-        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
-    )
+    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    protocol = next(filter(None, map(os.environ.get, names)), "grpc")
+    if protocol not in {"grpc", "http/protobuf"}:
+        message = f"the protocol must be grpc or http/protobuf, got {protocol!r}"
+        raise ValueError(message)
     if protocol == "http/protobuf":
         from opentelemetry.exporter.otlp.proto.http import (  # noqa: PLC0415 - one of two
             trace_exporter as over_http,

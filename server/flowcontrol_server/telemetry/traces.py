@@ -1,5 +1,6 @@
 """Traces, where the configuration turns them on and the extra is installed."""
 
+import os
 from typing import TYPE_CHECKING
 
 from flowcontrol.errors import FlowControlError
@@ -24,4 +25,8 @@ def open_traces(settings: Traces, pool: str) -> "RequestTraces | None":
         return RequestTraces(pool)
     except ModuleNotFoundError as error:
         message = f"traces.exporter: {missing(error, 'otel')}"
+        raise FlowControlError(message) from error
+    except Exception as error:  # whatever the SDK raises for what it reads there
+        given = ", ".join(sorted(name for name in os.environ if name.startswith("OTEL_")))
+        message = f"traces.exporter: cannot begin with {given or 'no OTEL_* variable'}: {error}"
         raise FlowControlError(message) from error

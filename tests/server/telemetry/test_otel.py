@@ -8,11 +8,14 @@ import structlog
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from structlog.testing import capture_logs
 
+from flowcontrol.errors import FlowControlError
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
+from flowcontrol_server.config.settings import Traces
 from flowcontrol_server.requests.classify import classify
 from flowcontrol_server.requests.gate import Parked, trace_of
 from flowcontrol_server.telemetry.otel import SPAN, RequestTraces
+from flowcontrol_server.telemetry.traces import open_traces
 from tests.support.otlp import Collector, over_grpc, over_http, plain
 
 MILLISECOND = 1_000_000
@@ -161,6 +164,39 @@ class TestTraces:
             await reported(Collector(), (parked(), decision(Outcome.DISPATCHED)))
 
         assert {line["event"] for line in logs} == {"traces_not_exported"}
+
+
+class TestEnvironment:
+    """What the environment asks for and cannot be had."""
+
+    @pytest.mark.parametrize(
+        ("name", "value", "reason"),
+        [
+            ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s", "could not convert string to float: '10s'"),
+            ("OTEL_EXPORTER_OTLP_COMPRESSION", "zip", 'Invalid value "zip"'),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json", "must be grpc or http/protobuf"),
+        ],
+    )
+    def test_refused(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
+    ) -> None:
+        """One line says why, and which variables are set; their values may be secret."""
+        monkeypatch.setenv(name, value)
+
+        with pytest.raises(FlowControlError) as refused:
+            open_traces(Traces(exporter="otlp"), "llama")
+
+        rule = f"traces.exporter: cannot begin with OTEL_BSP_SCHEDULE_DELAY, {name}: "
+        assert str(refused.value).startswith(rule)
+        assert reason in str(refused.value)
+
+    def test_empty(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A variable without a value is one that is not set."""
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
+
+        with pytest.raises(FlowControlError, match="got 'http/json'"):
+            open_traces(Traces(exporter="otlp"), "llama")
 
 
 class TestTraceOf:
