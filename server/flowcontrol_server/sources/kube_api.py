@@ -280,20 +280,31 @@ async def _load_kubeconfig(settings: Kubernetes) -> tuple[Any, str | None]:
     except (
         config.ConfigException,
         ConfigError,
+        AssertionError,
         OSError,
         TypeError,
         ValueError,
         LookupError,
     ) as error:
-        message = f"kubernetes: no usable credentials: {error}"
+        reason = str(error) or "a value in the kubeconfig has the wrong type"
+        message = f"kubernetes: no usable credentials: {reason}"
         raise FlowControlError(message) from error
     return _client(configuration), namespace
 
 
 def _client(configuration: Any) -> Any:
+    """Return a client.
+
+    Raises:
+        FlowControlError: its certificates cannot be used.
+    """
     from kubernetes_asyncio import client  # noqa: PLC0415 - an extra, and slow
 
-    made = client.ApiClient(configuration)
+    try:
+        made = client.ApiClient(configuration)
+    except OSError as error:
+        message = f"kubernetes: no usable credentials: certificates: {error}"
+        raise FlowControlError(message) from error
     made.user_agent = f"{MANAGER}/{version('flowcontrol')}"
     return made
 

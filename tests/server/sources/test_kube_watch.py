@@ -22,6 +22,11 @@ PATH = "/apis/llm-d.ai/v1alpha2/namespaces/models/inferenceobjectives"
 FAST = (0.01, 0.05)
 EXEC_VERSION = "client.authentication.k8s.io/v1"
 """Waits after failures, so that no test takes long."""
+WHOLE = """
+{apiVersion: v1, kind: Config, current-context: a,
+contexts: [{name: a, context: {cluster: a, user: a}}], users: [{name: a, user: {token: x}}],
+clusters: [{name: a, cluster: {server: https://127.0.0.1:1}}]}
+"""
 Names = tuple[str, ...]
 
 
@@ -522,6 +527,8 @@ class TestCredentials:
             (kubeconfig_for("http://127.0.0.1:1"), "nobody"),
             ("[", None),
             ("a: &a [*a]", None),
+            (WHOLE.replace("server:", "certificate-authority-data: eA==, server:"), None),
+            (WHOLE.replace("server: https://127.0.0.1:1", "server: 5"), None),
         ],
     )
     async def test_no_use(self, tmp_path: Path, text: str, context: str | None) -> None:
