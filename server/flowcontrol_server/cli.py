@@ -6,7 +6,7 @@ import sys
 from errno import EPIPE
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import click
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flowcontrol_server.config.settings import Address, Settings
     from flowcontrol_server.tools.envoy.config import EnvoyOptions
 
+Opened = TypeVar("Opened")
 USAGE_ERROR = 2
 _NAMES = re.compile(r"([a-z0-9.-]+)/([a-z0-9.-]+)/([a-z0-9.-]+)")
 _BUFFER_LIMIT_MAX = 2**32 - 1
@@ -258,8 +259,8 @@ def envoy_config(  # noqa: PLR0913 - click's options
         )
 
         options = EnvoyOptions(
-            listen=_address("--listen", listen),
-            admin=_address_or_socket("--admin", admin),
+            listen=_opened("--listen", _address("--listen", listen)),
+            admin=_opened("--admin", _address_or_socket("--admin", admin)),
             ext_proc=_address("--ext-proc", ext_proc) if ext_proc else None,
             tls=EnvoyTls(tls_ca, tls_certificate, tls_key) if tls_ca else None,
             buffer_limit_bytes=size,
@@ -468,6 +469,15 @@ def shadow(ledger: Path, config: Path, listen: str) -> None:
     except FlowControlError as error:
         _fail(str(error))
     click.echo("\n".join(lines))
+
+
+def _opened(option: str, address: Opened) -> Opened:
+    """Return what Envoy is to listen on: it looks up no name for that, and would not start."""
+    from flowcontrol_server.config.settings import Address
+
+    if isinstance(address, Address) and not address.is_ip:
+        _fail(f"{option} must have an IP address, such as 127.0.0.1, got {str(address)!r}")
+    return address
 
 
 def _address_or_socket(option: str, text: str) -> "Address | Path | None":

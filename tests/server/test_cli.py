@@ -338,6 +338,8 @@ class TestRefused:
         [
             ("--max-heap", "much", "must be a size such as 4Gi"),
             ("--admin", "unix:admin", "must be unix: and an absolute path of at most 107 bytes"),
+            ("--admin", "localhost:9901", "must have an IP address, such as 127.0.0.1"),
+            ("--listen", "localhost:8080", "must have an IP address, such as 127.0.0.1"),
             (
                 "--envoy-gateway",
                 "models",
