@@ -251,6 +251,8 @@ def envoy_config(  # noqa: PLR0913 - click's options
         _fail(f"--max-heap must be a size such as 4Gi, got {max_heap!r}")
     if not tls_ca and (tls_certificate or tls_key):
         _fail("--tls-certificate and --tls-key need --tls-ca: who signs the service's certificate")
+    if route and envoy_gateway is None:
+        _fail("--route needs --envoy-gateway: a whole configuration has a route of its own")
     try:
         from flowcontrol_server.tools.envoy.config import (
             EnvoyOptions,

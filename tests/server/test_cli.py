@@ -367,6 +367,16 @@ class TestRefused:
         assert result.stderr == f"{rule}, got {len(token)} characters\n"
         assert result.exit_code == 2
 
+    def test_route_alone(self, tmp_path: Path) -> None:
+        """A route that nothing is written for is not passed over."""
+        config = configuration(tmp_path, [1, 2, 3, 4])
+
+        result = run("envoy-config", "--config", str(config), "--route", "llama")
+
+        rule = "--route needs --envoy-gateway: a whole configuration has a route of its own"
+        assert result.stderr == f"{rule}\n"
+        assert result.exit_code == 2
+
     def test_token_from_a_file(self) -> None:
         """What an editor leaves at the end of a line does not count."""
         result = run("top", "--token", "open-sesame-open-sesame\r\n")

@@ -1,6 +1,7 @@
 """The manifests of Envoy Gateway."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,22 @@ class TestManifests:
         assert caught.value.problems == [
             "--envoy-gateway needs --ext-proc: name and port of flowcontrol's Service"
         ]
+
+    @pytest.mark.parametrize("host", ["flowcontrol.models.svc", "10.0.0.5", "::1"])
+    def test_service_by_its_name_alone(self, host: str) -> None:
+        """A reference of Kubernetes is to an object: a domain name or an address is none."""
+        with pytest.raises(ConfigError) as caught:
+            made(settings_with(), EnvoyOptions(ext_proc=Address(host, 9002)))
+
+        (problem,) = caught.value.problems
+        assert problem.startswith("--ext-proc must name a Service of namespace models with ")
+
+    def test_route(self) -> None:
+        """Left out, it is the pool's name, which need not be one of Kubernetes."""
+        with pytest.raises(ConfigError) as caught:
+            manifests(settings_with(), OPTIONS, replace(NAMES, route="Llama 3"))
+
+        assert caught.value.problems == ["--route must be the name of an HTTPRoute, got 'Llama 3'"]
 
 
 class TestTranslated:

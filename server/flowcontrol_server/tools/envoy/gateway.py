@@ -4,6 +4,7 @@ What Envoy Gateway has fields for is said in its policies, the rest in one patch
 the messages of the bootstrap. Needs Envoy Gateway 1.9 with extensionApis.enableEnvoyPatchPolicy.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -49,6 +50,8 @@ _DRAIN: Final = "600s"
 _MANAGER: Final = (
     "$..filters[?(@.name == 'envoy.filters.network.http_connection_manager')].typed_config"
 )
+_SERVICE: Final = re.compile("[a-z]([a-z0-9-]*[a-z0-9])?")
+_ROUTE: Final = re.compile("[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 _ROUTER: Final = "$..http_filters[?(@.name == 'envoy.filters.http.router')]"
 _HEADER: Final = """\
 # Envoy Gateway 1.9 in front of flowcontrol, for pool {pool!r}.
@@ -95,6 +98,14 @@ def manifests(settings: Settings, options: EnvoyOptions, names: GatewayNames) ->
         rule = "--envoy-gateway needs --ext-proc: name and port of flowcontrol's Service"
         raise ConfigError([rule])
     address = options.ext_proc
+    if not _SERVICE.fullmatch(address.host):
+        rule = (
+            f"--ext-proc must name a Service of namespace {names.namespace} with "
+            f"--envoy-gateway, such as flowcontrol:9002, got {str(address)!r}"
+        )
+        raise ConfigError([rule])
+    if not _ROUTE.fullmatch(names.route):
+        raise ConfigError([f"--route must be the name of an HTTPRoute, got {names.route!r}"])
     documents = (
         _envoy_proxy(names),
         _client_traffic(settings, options, names),
