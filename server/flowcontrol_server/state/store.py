@@ -1,9 +1,10 @@
 """What a store holds, and what is asked of one."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 from flowcontrol.errors import FlowControlError
+from flowcontrol_server.common.sections import QUANTITY_MAX
 
 
 class StateError(FlowControlError):
@@ -75,11 +76,16 @@ def to_plain(record: LeaseRecord) -> list[object]:
 def from_plain(ticket: str, plain: object) -> LeaseRecord | None:
     """Read a record; None where it is none: another version's, or damaged."""
     match plain:
-        case [None | str() as endpoint, int(priority), str(flow_id), tokens, since_s] if isinstance(
-            tokens, int | float
-        ) and isinstance(since_s, int | float):
+        case [None | str() as endpoint, int(priority), str(flow_id), tokens, since_s] if _is_number(
+            tokens
+        ) and _is_number(since_s):
             return LeaseRecord(ticket, endpoint, priority, flow_id, float(tokens), float(since_s))
     return None
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether it is one to count with: a NaN that is added to a sum stays in it for good."""
+    return isinstance(value, int | float) and 0 <= value <= QUANTITY_MAX
 
 
 def records_of(plain: Mapping[str, object]) -> list[LeaseRecord]:

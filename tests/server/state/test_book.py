@@ -17,6 +17,13 @@ from tests.support.told import eventually
 
 NOW_S = 1_000_000.0
 AGE_MAX_S = 600.0
+OTHER_RECORDS = (
+    '["more", 1]',
+    '["10.0.0.1:80", 10, "tenant", NaN, 999900.0]',
+    '["10.0.0.1:80", 10, "tenant", -1.5, 999900.0]',
+    f'["10.0.0.1:80", 10, "tenant", 1{"0" * 400}, 999900.0]',
+    '["10.0.0.1:80", 10, "tenant", 1.5, Infinity]',
+)
 
 
 def record(number: int, age_s: float = 0.0) -> LeaseRecord:
@@ -258,13 +265,14 @@ class TestFile:
         assert contents.leases == []
 
     async def test_a_record_of_another_version(self, tmp_path: Path) -> None:
-        """It is skipped."""
+        """It is skipped, and so is a damaged one."""
         store = FileStore(tmp_path, "llama")
         await store.open(1)
         await store.write(Batch([record(1)], (), is_whole=False))
         await store.close()
         with sqlite3.connect(tmp_path / "llama.sqlite") as database:
-            database.execute("INSERT INTO leases VALUES ('cd.1', '[\"more\", 1]')")
+            for number, text in enumerate(OTHER_RECORDS):
+                database.execute("INSERT INTO leases VALUES (?, ?)", (f"cd.{number}", text))
         database.close()
         store = FileStore(tmp_path, "llama")
         contents = await store.open(1)
