@@ -145,7 +145,7 @@ class Saturation(Section):
         )
 
 
-_ONE, _SEVERAL = "(one)", "(several)"
+TAGS = _ONE, _SEVERAL = ("(one)", "(several)")
 """Tags of pydantic's; left out where an error says where it is."""
 
 OneOrSeveral = Annotated[

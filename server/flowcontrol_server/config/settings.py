@@ -34,7 +34,7 @@ from flowcontrol_server.common.sections import (
 )
 from flowcontrol_server.common.yamlfile import read_mapping
 from flowcontrol_server.config.admin import Admin
-from flowcontrol_server.config.engine import EngineSection
+from flowcontrol_server.config.engine import TAGS, EngineSection
 from flowcontrol_server.config.ledger import LedgerSection
 from flowcontrol_server.config.requests import Requests, Settlement
 from flowcontrol_server.config.sources import (
@@ -333,8 +333,9 @@ def _hint(error: ErrorDetails, names: Sequence[str]) -> str:
     """Return what an unknown setting may have been meant to be."""
     if error["type"] != "extra_forbidden":
         return ""
-    *above, key = (str(part) for part in error["loc"] if isinstance(part, str) and part[0] != "(")
-    prefix = "".join(f"{part}." for part in above)
+    *above, last = error["loc"]
+    prefix = "".join(f"{part}." for part in above if isinstance(part, str) and part not in TAGS)
+    key = str(last)
     beside = [n.removeprefix(prefix) for n in names if n.rpartition(".")[0] == prefix[:-1]]
     near = get_close_matches(key, beside, 1)
     elsewhere = [n for n in names if n.rpartition(".")[2].lower() == key.lower()]
@@ -371,9 +372,9 @@ _RULES = {
 
 def _say(error: ErrorDetails) -> str:
     """Put one of pydantic's errors as where, rule, value."""
-    # Whether one or several are given, in parentheses, is not a place in the file.
+    # Whether one or several are given is not a place in the file.
     loc = error["loc"][:-2] if error["loc"][-1:] == ("[key]",) else error["loc"]
-    places = [part for part in loc if not str(part).startswith("(")]
+    places = ("''" if part == "" else part for part in loc if part not in TAGS)
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in places)
     where = str(error["loc"][-1]) if error["type"] == "invalid_key" else "".join(parts).lstrip(".")
     if error["type"] == "missing":
