@@ -67,11 +67,16 @@ def _pattern(value: object) -> object:
 
 
 def _match(value: object) -> object:
-    """Reject values that the fact can never have, as YAML reads them."""
+    """Reject values that the fact can never have, as YAML reads them, and a fact named twice."""
+    named: set[Fact] = set()
     for name, pattern in value.items() if isinstance(value, Mapping) else ():
         fact = parse_fact(name) if isinstance(name, str) else None
         if fact is None:
             continue
+        if fact in named:  # in other letters, where YAML sees another key
+            rule = f"must name each fact once, {name} comes again"
+            raise broken(rule)
+        named.add(fact)
         is_text = fact.header or fact.namespace == BODY_NAMESPACE
         if fact == _STREAM:
             if as_text(pattern) not in {"true", "false", "*"}:
