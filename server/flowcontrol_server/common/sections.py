@@ -67,6 +67,13 @@ def switched_off(value: object) -> object:
     return "off" if value is False else value
 
 
+def _not_empty(value: object) -> object:
+    if value == "":  # pathlib's for it is the folder itself
+        rule = "must not be empty"
+        raise broken(rule)
+    return value
+
+
 def _beside(value: Path, info: ValidationInfo) -> Path:
     directory: Path = (info.context or {}).get("directory", Path())
     return (directory / value).absolute()  # one spelling, wherever one stands: one hash
@@ -100,7 +107,7 @@ def _is_a_file(value: Path, info: ValidationInfo) -> Path:
     return expect(value, "must be a file", Path.is_file, info)
 
 
-PathBeside = Annotated[Path, AfterValidator(_beside)]
+PathBeside = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_beside)]
 """Starts at the file it stands in, unless it is absolute."""
 FileBeside = Annotated[PathBeside, AfterValidator(_is_a_file)]
 """The same, of a file that is there."""
