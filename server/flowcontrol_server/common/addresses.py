@@ -86,6 +86,8 @@ def _as_written(address: Address | Path | None) -> str:
 
 
 HostPort = Annotated[Address, BeforeValidator(parse_address), PlainSerializer(str)]
+AddressText = Annotated[str, BeforeValidator(lambda value: str(parse_address(value)))]
+"""The same as text, in the one spelling that sources use."""
 DirectAddress = Annotated[
     Address | Path | None, BeforeValidator(parse_address_or_socket), PlainSerializer(_as_written)
 ]

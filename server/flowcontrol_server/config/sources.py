@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from flowcontrol.config import Role
-from flowcontrol_server.common.addresses import Address, HostPort
+from flowcontrol_server.common.addresses import Address, AddressText, HostPort
 from flowcontrol_server.common.sections import (
     CountFrom1,
     Duration,
@@ -155,7 +155,7 @@ class Endpoints(Section):
 
     static: Annotated[tuple[HostPort, ...] | None, Given] = left_out()
     """Addresses as host:port. An empty list is an empty pool: everything waits."""
-    roles: Mapping[str, Literal["prefill", "decode"]] = Field(default={})
+    roles: Mapping[AddressText, Literal["prefill", "decode"]] = Field(default={})
     """Where prefill and decode run apart, what an endpoint does, such as {10.0.0.5:8000: prefill}.
     Those not named do both. The fuller kind counts."""
     dns: Annotated[Dns | None, Given] = left_out()

@@ -25,6 +25,7 @@ from flowcontrol.config import (
     Limits,
     Ordering,
     Picker,
+    Role,
 )
 from flowcontrol_server.cli import main
 from flowcontrol_server.config.difference import settings_hash
@@ -211,6 +212,14 @@ class TestGoodConfig:
         config.write_text(MINIMAL.replace('["127.0.0.1:8000"]', "[]"))
 
         assert load_settings(config).endpoints.static == ()
+
+    def test_roles_in_any_spelling(self, config: Path) -> None:
+        """The role of an endpoint is found however its address is written."""
+        given = 'endpoints: {static: ["[FD00:0::5]:80"], roles: {"[fd00::0:5]:080": prefill}}'
+        lines = [line for line in MINIMAL.splitlines() if not line.startswith("endpoints")]
+        config.write_text("\n".join([*lines, given]))
+
+        assert load_settings(config).endpoints.role_of() == {"[fd00::5]:80": Role.PREFILL}
 
     def test_longest_patience(self, config: Path) -> None:
         """Budgets that together just fit into Envoy's hour are accepted."""
