@@ -25,6 +25,8 @@ _JSON_LINES: Final = "application/x-ndjson"
 _JSON: Final = re.compile(r"(?i)application/json\s*(;|$)")
 _TELLING: Final = re.compile(rb'"usage"|"error|_count"|^error:', re.MULTILINE)
 """In everything that counts or fails."""
+_BLANK_LINES: Final = (b"\n\n", b"\n\r\n", b"\r\r")
+"""At the end of an event."""
 _TYPE: Final = re.compile(rb'"type"\s*:\s*"([\w.]+)"')
 _EARLY: Final = frozenset(kind.encode() for kind in usage.EARLY_EVENTS)
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
@@ -50,6 +52,7 @@ class ResponseReader:
         "_form",
         "_has_number",
         "_is_passing",
+        "_is_return_last",
         "_is_whole",
         "_json",
         "_rest",
@@ -64,6 +67,8 @@ class ResponseReader:
         """Of a line that has not ended; of an object, its last bytes."""
         self._json = b""
         """Of an event whose JSON has several lines."""
+        self._is_return_last = False
+        """The last line ended in CR: an LF to come belongs to that, and is no line of its own."""
         self._counts: dict[str, int] = {}
         self._error: int | None = None
         self._has_number = False
@@ -134,7 +139,11 @@ class ResponseReader:
         if len(rest) > _EVENT_BYTES_MAX:
             rest.clear()
             self._json = b""
-        if self._first_ns is not None and not self._json and not _TELLING.search(whole):
+        if whole:
+            whole = whole.removeprefix(b"\n") if self._is_return_last else whole
+            self._is_return_last = whole.endswith(b"\r")
+        is_apart = not self._json and (self._form == _LINES or whole.endswith(_BLANK_LINES))
+        if self._first_ns is not None and is_apart and not _TELLING.search(whole):
             return
         for line in whole.splitlines():
             self._read_line(line, now_ns)
@@ -162,7 +171,7 @@ class ResponseReader:
                 self._first_ns = now_ns
         if is_error:
             self._read({"error": _object(line) or "error"})
-        elif self._json or not self._read(_object(line)):
+        elif (self._json or not self._read(_object(line))) and self._form == _STREAM:
             self._json = (self._json + line + b"\n")[: _EVENT_BYTES_MAX + 1]
 
     def _read_event(self) -> None:

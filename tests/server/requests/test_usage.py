@@ -71,6 +71,17 @@ class TestUsage:
 
         assert read_of(*(line + end for line in lines)) == USAGE
 
+    @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+    def test_event_of_several_lines_in_two_chunks(self, read_of: Reader, end: bytes) -> None:
+        """Nothing of it is lost wherever it is cut, behind other events as well."""
+        first = b'data: {"choices": [{"delta": {"content": "x"}}]}' + end * 2
+        lines = [b"data: {", b'data:  "choices": [],', b'data:  "usage": {"prompt_tokens": 11,']
+        lines += [b'data:   "completion_tokens": 7}', b"data: }", b"", b""]
+        event = end.join(lines)
+
+        for at in range(len(event)):
+            assert read_of(first, event[:at], event[at:]) == USAGE, event[:at]
+
     def test_only_the_usage(self, read_of: Reader) -> None:
         """Numbers of the same name elsewhere are no usage: of a tool's arguments, of a vendor."""
         arguments = b'{"output_tokens": 123, "usage": {"completion_tokens": 777}}'
@@ -103,6 +114,13 @@ class TestUsage:
         lines += b'{"done":true,"prompt_eval_count":11,"eval_count":7}\n'
 
         assert read_of(lines, kind=b"application/x-ndjson") == USAGE
+
+    def test_ollama_behind_a_line_too_long(self, read_of: Reader) -> None:
+        """What is left of a line that was dropped does not spoil the next."""
+        chunks = [b'{"response":"' + b"x" * 70_000, b'"}\n']
+        chunks += [b'{"done":true,"prompt_eval_count":11,"eval_count":7}\n']
+
+        assert read_of(*chunks, kind=b"application/x-ndjson") == USAGE
 
 
 ERRORS = {

@@ -201,14 +201,18 @@ function envoy_on_response(handle)
   local state = { handle = handle, is_lines = is_lines, depth = 0, keys = {} }
   -- The pieces of a line that has not ended yet. Joined once: to join them with every chunk takes
   -- 1 ms for a line of 64 KiB, and a chunk may be a single byte.
-  local pieces, size = {}, 0
+  local pieces, size, is_return_last = {}, 0, false
   for chunk in handle:bodyChunks() do
     state.began = state.began or handle:timestamp()
     local text = chunk:getBytes(0, chunk:length())
     local whole, rest = text:match("^(.*[\r\n])(.*)$")
     if whole then
       pieces[#pieces + 1] = whole
-      for line in table.concat(pieces):gsub("\r\n", "\n"):gmatch("([^\r\n]*)[\r\n]") do
+      whole = table.concat(pieces)
+      -- An LF behind a CR that ended the last line is no line of its own.
+      if is_return_last and whole:byte(1) == 10 then whole = whole:sub(2) end
+      is_return_last = whole:byte(-1) == 13
+      for line in whole:gsub("\r\n", "\n"):gmatch("([^\r\n]*)[\r\n]") do
         read(state, line)
       end
       pieces, size, text = {}, 0, rest
