@@ -22,7 +22,7 @@ _TAIL_BYTES: Final = 16_384
 _STREAM, _LINES, _OBJECT, _UNREAD = range(4)
 _EVENTS: Final = "text/event-stream"
 _JSON_LINES: Final = "application/x-ndjson"
-_JSON: Final = re.compile(r"(?i)application/json\s*(;|$)")
+_JSON: Final = re.compile(r"application/json\s*(;|$)")
 _TELLING: Final = re.compile(rb'"usage"|"error|_count"|^error:', re.MULTILINE)
 """In everything that counts or fails."""
 _BLANK_LINES: Final = (b"\n\n", b"\n\r\n", b"\r\r")
@@ -30,6 +30,9 @@ _BLANK_LINES: Final = (b"\n\n", b"\n\r\n", b"\r\r")
 _TYPE: Final = re.compile(rb'"type"\s*:\s*"([\w.]+)"')
 _EARLY: Final = frozenset(kind.encode() for kind in usage.EARLY_EVENTS)
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_COUNTS: Final = re.compile(
+    rb'"(%s)"\s*:\s*([0-9]{1,15})(?![\w.])' % "|".join(usage.OUTERMOST).encode()
+)
 _US_NS: Final = 1_000
 _STATUS_DIGITS: Final = 3
 
@@ -180,13 +183,13 @@ class ResponseReader:
             self._read(_object(text))
 
     def _read_object(self) -> None:
-        text = bytes(self._rest[-_TAIL_BYTES:])
+        text = bytes(self._rest[-_TAIL_BYTES:]).lstrip()
         self._rest.clear()
         said = _object(text)
         if said is None:
+            said = {name.decode(): int(count) for name, count in _COUNTS.findall(text)}
             found = list(_USAGE.finditer(text))
-            said = None if not found else _object(text[found[-1].end() :], is_open=True)
-            said = None if said is None else {"usage": said}
+            said["usage"] = _object(text[found[-1].end() :], is_open=True) if found else None
         self._read(said)
 
     def _read(self, said: dict[str, Any] | None) -> bool:
@@ -201,8 +204,8 @@ class ResponseReader:
 
 
 def _form_of(headers: Mapping[str, str]) -> int:
-    kind = headers.get("content-type", "")
-    if headers.get("content-encoding", "identity") != "identity":
+    kind = headers.get("content-type", "").lower()
+    if headers.get("content-encoding", "identity").lower() != "identity":
         return _UNREAD
     if kind.startswith(_EVENTS):
         return _STREAM

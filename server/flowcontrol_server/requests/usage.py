@@ -56,14 +56,15 @@ _ERROR_STATUSES: Final = range(400, 600)
 _MESSAGE: Final = "message"
 _WORDS: Final = tuple((re.compile(word), status) for word, status in ERROR_WORDS)
 _PATHS: Final = tuple((name, path) for name, path in FIELDS if path[0] == "usage")
-_OUTERMOST: Final = tuple((name, path[0]) for name, path in FIELDS if path[0] != "usage")
+OUTERMOST: Final = {path[0]: name for name, path in FIELDS if path[0] != "usage"}
+"""Our names by the keys of numbers that stand beside the usage."""
 _DIGITS_MAX: Final = 15
 
 
 def read_counts(said: Mapping[str, Any]) -> dict[str, int]:
     """Return the numbers of tokens in a response or an event, by our names."""
     found: dict[str, int] = {}
-    for name, key in _OUTERMOST:
+    for key, name in OUTERMOST.items():
         _note(found, name, said.get(key))
     _read_usage(found, said, is_begin=False)
     for wrapper in WRAPPERS:

@@ -115,6 +115,35 @@ class TestObject:
         assert counts(read(*parts)) == (11, None, 7)
 
     @pytest.mark.parametrize(
+        ("answer", "expected"),
+        [
+            ({"embeddings": [[0.123] * 3_000], "prompt_eval_count": 11}, (11, None, None)),
+            ({"context": [1] * 9_000, "prompt_eval_count": 11, "eval_count": 7}, (11, None, 7)),
+            ({"response": '"eval_count": 9' + "x" * 20_000, "eval_count": 7}, (None, None, 7)),
+            ({"response": "x" * 20_000, "eval_count": 7.5}, (None, None, None)),
+        ],
+    )
+    def test_ollama(self, answer: dict[str, Any], expected: tuple[int | None, ...]) -> None:
+        """Its counts stand behind a long answer, and beside no usage."""
+        assert counts(read(json.dumps(answer).encode())) == expected
+
+    def test_spaces_before_it(self) -> None:
+        """Some servers send spaces while the client waits."""
+        entry = read(b"  ", b"\n ", b'{"error": {"message": "full", "code": 503}}')
+
+        assert entry.status == 503
+
+    @pytest.mark.parametrize(
+        ("kind", "body"),
+        [("Application/JSON", b"%s"), ("Text/Event-Stream; charset=UTF-8", b"data: %s\n\n")],
+    )
+    def test_type_in_any_letters(self, kind: str, body: bytes) -> None:
+        """The type of the content is what it is in capitals, too, as is identity."""
+        headers = {"content-type": kind, "content-encoding": "Identity"}
+
+        assert counts(read(body % json.dumps(USAGE).encode(), headers=headers)) == (11, None, 7)
+
+    @pytest.mark.parametrize(
         "body", [b"", b"[1]", b"{oops", b"\xff" * 99, b"{" * 20_000, b'"usage": {"a"' * 9_000]
     )
     def test_unreadable(self, body: bytes) -> None:

@@ -48,8 +48,9 @@ class TestUsage:
         assert read_of(b'"usage": {"prompt_tokens"', b" " * 70_000, b": 1}\n") == {}
 
     def test_other_responses(self, read_of: Reader) -> None:
-        """What is no stream of events is not read."""
+        """What is no stream of events is not read; what is one may say so in any letters."""
         assert read_of(LAST, kind=b"text/plain") == {}
+        assert read_of(LAST, kind=b"Text/Event-Stream;charset=UTF-8") == USAGE
 
     @pytest.mark.parametrize("number", [b"11.0", b'"11"', b"1.1e1", b" 11 "])
     def test_numbers(self, read_of: Reader, number: bytes) -> None:

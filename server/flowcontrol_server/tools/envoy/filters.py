@@ -195,7 +195,7 @@ local function read(state, line)
 end
 
 function envoy_on_response(handle)
-  local kind = handle:headers():get("content-type") or ""
+  local kind = (handle:headers():get("content-type") or ""):lower()
   local is_lines = kind:find("^application/x%-ndjson") ~= nil
   if not is_lines and not kind:find("^text/event%-stream") then return end
   local state = { handle = handle, is_lines = is_lines, depth = 0, keys = {} }
