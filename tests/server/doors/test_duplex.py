@@ -7,7 +7,7 @@ from flowcontrol_server.common import envoy_messages
 from flowcontrol_server.doors.http2 import frames
 from flowcontrol_server.doors.http2.grpc_framing import framed
 from flowcontrol_server.doors.http2.limits import Http2Limits
-from tests.support.direct import Raw, data, fields_of, house
+from tests.support.direct import RESPONSE_MESSAGE, Raw, data, fields_of, house
 from tests.support.direct import headers_message as plain_headers
 from tests.support.duplex import Echo, begun, cut, part
 from tests.support.gates import POOL, TIMEOUT_S
@@ -58,6 +58,25 @@ class TestWindows:
         assert echo.request == body
         assert echo.messages == ["request_headers", "request_body"]
         assert echo.request_ends == 1
+
+    async def test_a_response_right_behind_the_headers(self) -> None:
+        """Where Envoy itself responds in the same moment, all of its response passes."""
+        body = b"r" * 50_000
+        async with house(has_pool=False) as home:
+            raw = await home.connect()
+            raw.say(begun() + data(1, framed(RESPONSE_MESSAGE)))
+            raw.say(cut(1, part(body, is_request=False)))
+            echo = Echo()
+            allowed = 0
+            while not allowed or echo.response != body:
+                frame = await raw.hear()
+                if (frame.kind, frame.stream_id) == (frames.DATA, 1):
+                    echo.take(frame.payload)
+                if (frame.kind, frame.stream_id) == (frames.WINDOW_UPDATE, 1):
+                    allowed += frames.read_word(frame.payload)
+            raw.say(frames.rst_stream(1, 0))
+
+        assert echo.messages[0] == "response_headers"
 
     async def test_back_pressure(self) -> None:
         """What Envoy does not take back it may not send more of."""

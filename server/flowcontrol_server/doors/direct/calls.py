@@ -302,8 +302,19 @@ class ProcessCall(Call):
             elif was_parked:
                 self._wire.pause(self.stream_id, is_paused=True)
                 self._account()
+        elif was_parked and said.kind is MessageKind.RESPONSE_HEADERS:
+            self._give_up(reply)
         else:
             self._receive_message(said, reply)
+
+    def _give_up(self, reply: Request | Reply | None) -> None:
+        """Let pass what Envoy itself responds to a request that waits, or is to be parked soon."""
+        assert reply is not None, "what passes is acknowledged"
+        assert not isinstance(reply, Request), "headers ask for a decision"
+        self._leave()
+        self._wire.pause(self.stream_id, is_paused=False)
+        self._account()
+        self._say(reply)
 
     def _receive_message(self, said: Message, reply: Request | Reply | None) -> None:
         if isinstance(reply, Request):
@@ -315,14 +326,7 @@ class ProcessCall(Call):
             else:
                 self._park(reply, said)
             return
-        parked = self._parked
-        if parked is not None and parked.decision is None:
-            if said.kind is MessageKind.RESPONSE_HEADERS:
-                self._leave()  # Envoy itself responds
-                self._wire.pause(self.stream_id, is_paused=False)
-                self._account()
-        else:
-            self._note_response(said)
+        self._note_response(said)
         if reply is not None:
             self._say(reply)
 
