@@ -21,6 +21,9 @@ from flowcontrol_server.config.settings import Settings, load_settings
 
 FOLLOW_AGAIN_S = 5.0
 """After a fault in following the file, until it is followed again; SIGHUP is heeded meanwhile."""
+READ_AGAIN_S = 30.0
+"""How often a file with a mistake is read again: what the mistake is about may be another file, a
+secret say, whose folder is not watched."""
 _RELOADS_PENDING_MAX = 2
 """One that reads, and one that reads what has changed since."""
 _log = structlog.get_logger()
@@ -72,6 +75,7 @@ class Configuration:
 
         # Not the loop's own handler: once that is removed, the signal ends the process.
         before = signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(hang_up))
+        again = in_background(self._read_again(), "configuration_not_read")
         try:
             while True:
                 try:
@@ -80,13 +84,21 @@ class Configuration:
                     self._reject([f"cannot be followed: {error!r}"], error)
                 await asyncio.sleep(FOLLOW_AGAIN_S)
         finally:
+            again.cancel()
             signal.signal(signal.SIGHUP, before)
+
+    async def _read_again(self) -> None:
+        """Read the file now and then while a mistake stands; until cancelled."""
+        while True:
+            await asyncio.sleep(READ_AGAIN_S)
+            if self.problems:
+                await self.read()
 
     async def _look(self) -> None:
         """Read the file if it is another than was read last, or a mistake stands.
 
         The folder may hold more: with a log in it that every request writes to, reading each time
-        cost 80 us a request. What a mistake is about may be another file, there or not there.
+        cost 80 us a request. What a mistake is about may be another file in it.
         """
         if self.problems or self._stamp() != self._read_stamp:
             await self.read()

@@ -285,6 +285,22 @@ class TestRejections:
         assert isinstance(rejected["exc_info"], TypeError)
         assert changed["event"] == "configuration_changed"
 
+    async def test_a_mistake_about_another_folder(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was missing there comes, and the file counts as it is."""
+        monkeypatch.setattr("flowcontrol_server.config.reload.READ_AGAIN_S", 0.1)
+        elsewhere = path.parent / "secrets"
+        elsewhere.mkdir()
+        async with followed(path) as (configuration, told):
+            write(path, endpoints={"file": "secrets/endpoints.yaml"})
+            await eventually(lambda: configuration.problems)
+            (elsewhere / "endpoints.yaml").write_text("[]")
+            await told.until(lambda settings: settings.endpoints.file is not None)
+
+        assert (configuration.reload_count, configuration.rejection_count) == (1, 1)
+        assert configuration.problems == ()
+
     async def test_said_once(self, path: Path) -> None:
         """The same mistake is said once, however often the file is looked at."""
         with capture_logs() as lines:
