@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.client import fetch
 from tests.e2e.conftest import Start
-from tests.e2e.gateway import Gateway
+from tests.e2e.gateway import Gateway, unique
 from tests.e2e.harness import Spec
 
 pytestmark = pytest.mark.e2e
@@ -140,6 +140,15 @@ class TestRules:
         by_body, _, _ = await fate(gateway, {"user": name})
 
         assert by_header["flow_id"] == by_body["flow_id"] == name
+
+    async def test_bytes_that_are_not_utf_8(self, gateway: Gateway) -> None:
+        """In a claim or in x-request-id, both of which Envoy passes on as text, they do no harm."""
+        caller = await gateway.call(name=f"{unique()}\xff", headers={"x-org": "acme\xff"})
+        call = await gateway.next_call()
+        await call.respond()
+        await caller.reply()
+
+        assert (await gateway.decided(call.name))["flow_id"] == "acme\xff"
 
     @pytest.mark.parametrize(
         "body",

@@ -38,7 +38,7 @@ from flowcontrol_server.requests.replies import (
     Refuse,
 )
 from flowcontrol_server.requests.rules import Metadata
-from flowcontrol_server.requests.splice import BodyPart, body_of, echoes
+from flowcontrol_server.requests.splice import BodyPart, body_of, echoes, trailers_of
 from flowcontrol_server.requests.tickets import TICKETS, Tickets
 from flowcontrol_server.requests.wire import Opening, UnexpectedError, header_text
 
@@ -91,6 +91,11 @@ _LONG_SIZE: Final = len(str(UNSENT_BYTES_MAX))
 _CLIENT_ID: Final = "x-request-id"
 _NO_HEADERS: Final[dict[str, str]] = {}
 _NO_METADATA: Final[Metadata] = {}
+_TRAILERS: Final = {
+    True: Message(MessageKind.REQUEST_TRAILERS, _NO_HEADERS),
+    False: Message(MessageKind.RESPONSE_TRAILERS, _NO_HEADERS),
+}
+"""By whether they are the request's. What they hold is not read."""
 _DUPLEX: Final[int] = ProcessingMode.FULL_DUPLEX_STREAMED
 _NO_BODIES: Final[int] = ProcessingMode.NONE
 _AWAITS_ANSWER: Final = ProcessingMode(
@@ -146,7 +151,12 @@ def decode(data: bytes) -> Message | BodyPart:
     try:
         said = Opening(data)
     except (UnexpectedError, UnicodeDecodeError):
-        return _decode_any(data)
+        is_of_request = trailers_of(data)
+        return _decode_any(data) if is_of_request is None else _TRAILERS[is_of_request]
+    if said.is_response:
+        metadata = _NO_METADATA if said.metadata is None else said.metadata
+        kind = MessageKind.RESPONSE_HEADERS
+        return Message(kind, said.headers, metadata, is_end=said.is_end)
     return _opening(said.headers, said.attributes, said.metadata, said.modes, is_end=said.is_end)
 
 

@@ -4,7 +4,8 @@ A body that Envoy streams to us (FULL_DUPLEX_STREAMED) must be sent back. To dec
 to encode it again would copy every byte several times; here the fields around the bytes are read
 and written by hand. What is not written as protobuf's own encoders write it goes to the codec.
 
-    ProcessingRequest   request_body = 4, response_body = 5
+    ProcessingRequest   request_body = 4, response_body = 5, request_trailers = 6,
+                        response_trailers = 7
       HttpBody            body = 1, end_of_stream = 2
     ProcessingResponse  request_body = 3, response_body = 4
       BodyResponse        response = 1
@@ -20,6 +21,7 @@ CHUNK_BYTES_MAX: Final = 62_000
 """Of one answer: gateways refuse messages beyond 64 KiB."""
 _LENGTH_DELIMITED: Final = 2
 _REQUEST_TAG, _RESPONSE_TAG = 0x22, 0x2A
+_REQUEST_TRAILERS_TAG, _RESPONSE_TRAILERS_TAG = 0x32, 0x3A
 _BODY_TAG, _END_TAG = 0x0A, 0x10
 _FIRST_AFTER: Final = 8
 """The least field number behind those of the oneof."""
@@ -68,6 +70,20 @@ def body_of(message: bytes) -> BodyPart | None:
     if position != end:
         return None
     return BodyPart(message[0] == _REQUEST_TAG, body, is_end)
+
+
+def trailers_of(message: bytes) -> bool | None:
+    """Whether it is the request's trailers that a ProcessingRequest carries, not the response's.
+
+    None if it carries none, or is not written as expected. Text around them need not be UTF-8.
+    """
+    if not message or message[0] not in {_REQUEST_TRAILERS_TAG, _RESPONSE_TRAILERS_TAG}:
+        return None
+    size, begin = _varint(message, 1)
+    end = begin + size
+    if size < 0 or end > len(message) or not _is_without_more(message, end):
+        return None
+    return message[0] == _REQUEST_TRAILERS_TAG
 
 
 class NoBodyError(Exception):

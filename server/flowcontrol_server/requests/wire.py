@@ -4,8 +4,8 @@ Each field that is asked of such an object costs as much as to find it here. Wha
 protobuf's own encoders write it, or is more than Envoy sends for a request, is left to protobuf: it
 reads all there is, and says what is malformed.
 
-    ProcessingRequest   request_headers = 2, metadata_context = 8, attributes = 9,
-                        observability_mode = 10, protocol_config = 11
+    ProcessingRequest   request_headers = 2, response_headers = 3, metadata_context = 8,
+                        attributes = 9, observability_mode = 10, protocol_config = 11
       HttpHeaders         headers = 1, end_of_stream = 3
         HeaderMap           headers = 1
           HeaderValue         key = 1, value = 2, raw_value = 3
@@ -39,6 +39,8 @@ _ATTRIBUTES: Final = 0x4A
 _CONFIG: Final = 0x5A
 _CUSTOM_TAGS: Final = 0xB2
 """Tags of fields that say how long they are, of the numbers 1, 2, 3, 4, 8, 9, 11, and 22."""
+_HEADERS: Final = frozenset((_SECOND, _THIRD))
+"""Of a ProcessingRequest."""
 _FIRST_NUMBER: Final = 0x08
 _SECOND_NUMBER: Final = 0x10
 _THIRD_NUMBER: Final = 0x18
@@ -191,7 +193,7 @@ class FieldReader:
         tag = self.varint(end)
         value: Any = None
         if tag == _THIRD:
-            value = self.text(end)
+            value = header_text(self.raw(end))  # it may be what a client sent in a header
         elif tag == _DOUBLE:
             if end - self.at != _DOUBLE_BYTES:
                 raise UnexpectedError
@@ -225,7 +227,7 @@ class FieldReader:
 
 @final
 class Opening:
-    """The first message of a conversation: a ProcessingRequest with the headers of a request.
+    """A ProcessingRequest with headers: of a request, which opens a conversation, or a response.
 
     Args:
         data: the message.
@@ -235,11 +237,12 @@ class Opening:
         UnicodeDecodeError: nor are its names.
     """
 
-    __slots__ = ("attributes", "headers", "is_end", "metadata", "modes")
+    __slots__ = ("attributes", "headers", "is_end", "is_response", "metadata", "modes")
 
     def __init__(self, data: bytes) -> None:
         self.headers: dict[str, str] = {}
         self.is_end = False
+        self.is_response = False
         self.metadata: dict[str, dict[str, Any]] | None = None
         self.attributes: dict[str, dict[str, Any]] = {}
         self.modes: tuple[int, int] | None = None
@@ -247,8 +250,9 @@ class Opening:
         is_headers = False
         while wire.at < end:
             tag = wire.varint(end)
-            if tag == _SECOND and not is_headers:
+            if tag in _HEADERS and not is_headers:
                 is_headers = True
+                self.is_response = tag == _THIRD
                 self._read_headers(wire, wire.end_of(end))
             elif tag == _METADATA and self.metadata is None:
                 self.metadata = _metadata(wire, wire.end_of(end))

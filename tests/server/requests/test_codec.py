@@ -331,6 +331,27 @@ class TestDecode:
         assert isinstance(message, Message)
         assert (message.headers, message.is_end) == ({":status": "204"}, True)
 
+    @pytest.mark.parametrize(
+        "kind", ["request_headers", "request_trailers", "response_headers", "response_trailers"]
+    )
+    def test_text_that_is_not_utf_8(self, kind: str) -> None:
+        """Envoy's attributes and metadata hold what clients send in headers, byte by byte."""
+        said: dict[str, Any] = {kind: HttpHeaders() if kind.endswith("headers") else HttpTrailers()}
+        text = Struct(fields={"request.id": Value(string_value="a-b")})
+        request_ = ProcessingRequest(
+            **said,
+            attributes={"envoy.filters.http.ext_proc": text},
+            metadata_context=Metadata(filter_metadata={"claims": text}),
+        )
+        message = codec.decode(bytes(request_).replace(b"a-b", b"a\xffb"))
+
+        assert isinstance(message, Message)
+        assert message.kind is MessageKind(kind)
+        if kind.endswith("headers"):
+            assert message.metadata == {"claims": {"request.id": "a\xffb"}}
+        if kind == "request_headers":
+            assert message.headers["x-request-id"] == "a\xffb"
+
     def test_nothing_asked(self) -> None:
         """A message that carries no request is malformed."""
         with pytest.raises(MalformedMessageError, match=r"^a ProcessingRequest without a request$"):
