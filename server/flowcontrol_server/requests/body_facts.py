@@ -66,6 +66,8 @@ def _scalar(token: bytes) -> Any:
         value = json.loads(token)
         if isinstance(value, bool):
             return "1" if value else "0"
+        if isinstance(value, str):
+            value.encode()  # JSON can hold half of a pair of surrogates, which is no text
         return float(value) if isinstance(value, int) else value
     except (ValueError, OverflowError):
         return None

@@ -50,6 +50,13 @@ class TestFacts:
         assert body_facts(b'{"max_tokens": 51') == {}
         assert body_facts(b'{"model": "a", "max_tokens": 51') == {"model": "a"}
 
+    @pytest.mark.parametrize("half", ["\\ud83d", "\\ude00", "a\\uDFFFb"])
+    def test_half_a_character(self, half: str) -> None:
+        """JSON can say it, and nothing that a tenant is shown by can: it is left out."""
+        body = f'{{"user": "{half}", "model": "llama", "service_tier": "\\ud83d\\ude00"}}'
+
+        assert body_facts(body.encode()) == {"model": "llama", "service_tier": "😀"}
+
     def test_behind_a_long_prompt(self) -> None:
         """Fields beyond what is read are unknown."""
         body = written({"prompt": "x" * READ_BYTES_MAX, "model": "llama"})
