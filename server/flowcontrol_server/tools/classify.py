@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from flowcontrol.errors import ConfigError
@@ -67,7 +68,8 @@ def body_metadata(body: str) -> dict[str, Any]:
     """Return what Envoy makes of a body: some of its fields, texts and numbers."""
     try:
         content = json.loads(body)
-    except ValueError:
+        json.dumps(content, ensure_ascii=False).encode()  # half a pair of surrogates is no text
+    except (ValueError, RecursionError):
         return {BODY_UNREAD: "1"}
     found: dict[str, Any] = {}
     for name in BODY_FIELDS if isinstance(content, dict) else ():
@@ -75,7 +77,8 @@ def body_metadata(body: str) -> dict[str, Any]:
         if isinstance(value, bool):
             value = str(int(value))
         if isinstance(value, str | int | float):
-            found[name] = float(value) if name in _NUMBERS else str(value)
+            with suppress(ValueError, OverflowError):  # a text that is no number is left out
+                found[name] = float(value) if name in _NUMBERS else str(value)
     return found
 
 

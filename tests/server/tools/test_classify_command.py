@@ -87,12 +87,20 @@ class TestClassify:
         line = "path: GET /v1/models, exempt: passes without queueing (requests.exemptPaths)"
         assert result.stdout.splitlines() == [line]
 
-    def test_unread_body(self, config: Path, tmp_path: Path) -> None:
-        """A body that is no JSON, from a file."""
+    @pytest.mark.parametrize("body", ["{", '{"model": "\\ud800"}', "[" * 100_000])
+    def test_unread_body(self, config: Path, tmp_path: Path, body: str) -> None:
+        """A body that is no JSON to Envoy, from a file."""
         path = tmp_path / "body"
-        path.write_text("{")
+        path.write_text(body)
         result = classify(config, "--body", f"@{path}")
         assert "body: Envoy cannot read it, no rule on the body matches" in result.stdout
+
+    @pytest.mark.parametrize("number", ['"many"', "1" + "0" * 400])
+    def test_no_number(self, config: Path, number: str) -> None:
+        """What is no number, or beyond all, is unknown, as it is to Envoy."""
+        result = classify(config, "--body", f'{{"model": "m", "max_tokens": {number}}}')
+        assert result.exit_code == 0
+        assert result.stdout.splitlines()[-1] == "model: m"
 
     @pytest.mark.parametrize(
         ("arguments", "problem"),
