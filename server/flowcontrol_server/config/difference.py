@@ -63,7 +63,7 @@ def _beside(node: Any, folder: str) -> Any:
         return {key: _beside(value, folder) for key, value in node.items()}
     if isinstance(node, list):
         return [_beside(value, folder) for value in node]
-    return f"{node}/".removeprefix(folder).rstrip("/") if isinstance(node, str) else node
+    return f"{node}/".removeprefix(folder).removesuffix("/") if isinstance(node, str) else node
 
 
 def _leaves(node: Any, where: str) -> Iterator[tuple[str, str]]:

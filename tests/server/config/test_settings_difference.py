@@ -69,6 +69,13 @@ class TestDifferences:
 
         assert len(hashes) == 1
 
+    def test_a_slash_at_the_end(self, tmp_path: Path) -> None:
+        """It makes another path of a request, and so another configuration."""
+        paths = ("/x", "/x/", "/x//", "/")
+        hashes = {settings_hash(settings(tmp_path, requests={"exemptPaths": [p]})) for p in paths}
+
+        assert len(hashes) == len(paths)
+
     @pytest.mark.parametrize(
         ("changes", "expected"),
         [
