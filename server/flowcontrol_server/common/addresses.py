@@ -70,7 +70,7 @@ def _is_host(text: str) -> bool:
 
 def parse_address_or_socket(value: object) -> Address | Path | None:
     """Read host:port, unix:/path or off (None), or raise what pydantic reports as a rule."""
-    if value in {False, "off"}:
+    if value is False or value == "off":
         return None
     if not isinstance(value, str) or not value.startswith("unix:"):
         return parse_address(value)

@@ -358,6 +358,7 @@ _RULES = {
     "int_from_float": "must be a whole number",
     "finite_number": "must be a whole number",
     "string_type": "must be text",
+    "string_unicode": "must be text",
     "path_type": "must be text",
     "string_too_short": "must not be empty",
     "tuple_type": "must be a list",
