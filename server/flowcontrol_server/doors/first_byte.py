@@ -7,7 +7,6 @@ verify nothing, and never for a port whose TLS is to keep clients out.
 
 import asyncio
 import contextlib
-import errno
 import socket
 import ssl
 from collections.abc import Callable
@@ -17,9 +16,10 @@ from flowcontrol_server.common.listening import naming
 
 _HANDSHAKE: Final = b"\x16"
 _BACKLOG: Final = 1_024
-_SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_SCARCE_S: Final = 1.0
-"""How long to accept nothing where the system has nothing left for another connection."""
+PAUSE_S: Final = 1.0
+"""How long to accept nothing after an error: where the system has nothing left for another
+connection, or where Linux reports here what befell one on the way, or that a firewall forbids it.
+None of them may end the service."""
 UNDECIDED_MAX: Final = 256
 """Connections that have said nothing yet, or are in their handshake. One more ends the oldest of
 those that have said nothing, so that silent ones do not shut out others."""
@@ -98,12 +98,10 @@ class EitherPort:
                 connection, _address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:
-                if error.errno not in _SCARCE:
-                    raise
+            except OSError:
                 self._loop.remove_reader(listening)
                 self._retries[listening] = self._loop.call_later(
-                    _SCARCE_S, self._accept_again, listening
+                    PAUSE_S, self._accept_again, listening
                 )
                 return
             self._take(connection)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -111,6 +112,26 @@ class TestEitherPort:
             assert await asyncio.wait_for(silent[1][0].readexactly(7), TIMEOUT_S) == b"plain:P"
             for _, writer in silent:
                 writer.transport.abort()
+
+    @pytest.mark.parametrize("number", [errno.EMFILE, errno.EPERM, errno.EPROTO])
+    async def test_error(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        """What goes wrong with a connection before it is accepted ends nothing else."""
+        faults: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, fault: faults.append(fault))
+        errors = [OSError(number, "planted")]
+        accept = socket.socket.accept
+
+        def failing(listening: socket.socket) -> tuple[socket.socket, object]:
+            if errors:
+                raise errors.pop()
+            return accept(listening)
+
+        monkeypatch.setattr(socket.socket, "accept", failing)
+        monkeypatch.setattr("flowcontrol_server.doors.first_byte.PAUSE_S", 0.05)
+        async with either() as port:
+            assert await echoed(port, b"PRI") == b"plain:PRI"
+
+        assert (errors, faults) == ([], [])
 
     async def test_one_address_in_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of a host's addresses all are opened, or none."""
