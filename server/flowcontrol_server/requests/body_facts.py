@@ -12,6 +12,7 @@ skipped, not parsed.
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any, Final
@@ -34,7 +35,8 @@ def body_facts(body: bytes) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     pair: list[bytes] = []
     depth = 0
-    for match in islice(_TOKEN.finditer(body, 0, READ_BYTES_MAX), _TOKENS_MAX):
+    begin = len(BOM_UTF8) if body.startswith(BOM_UTF8) else 0  # Envoy, too, reads what is behind it
+    for match in islice(_TOKEN.finditer(body, begin, READ_BYTES_MAX), _TOKENS_MAX):
         token = match.group()
         if token == b'"' or (depth == 0 and token != b"{"):
             break  # cut off, or no object

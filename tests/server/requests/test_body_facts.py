@@ -41,6 +41,10 @@ class TestFacts:
         """The outermost fields, however they are written; no others."""
         assert body_facts(written(CHAT, **how)) == FOUND
 
+    def test_byte_order_mark(self) -> None:
+        """Model servers read what is behind one, and so must rules."""
+        assert body_facts(b"\xef\xbb\xbf" + written(CHAT)) == FOUND
+
     def test_every_beginning(self) -> None:
         """What is cut off is left out; a number that may go on is no number."""
         body = written(CHAT)
