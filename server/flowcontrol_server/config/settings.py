@@ -374,7 +374,8 @@ _RULES = {
 def _say(error: ErrorDetails) -> str:
     """Put one of pydantic's errors as where, rule, value."""
     # Whether one or several are given is not a place in the file.
-    loc = error["loc"][:-2] if error["loc"][-1:] == ("[key]",) else error["loc"]
+    is_key = error["loc"][-1:] == ("[key]",)
+    loc = error["loc"][:-2] if is_key else error["loc"]
     places = ("''" if part == "" else part for part in loc if part not in TAGS)
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in places)
     where = str(error["loc"][-1]) if error["type"] == "invalid_key" else "".join(parts).lstrip(".")
@@ -383,6 +384,8 @@ def _say(error: ErrorDetails) -> str:
     if error["type"] in {"extra_forbidden", "invalid_key"}:
         return f"{where} is not a known setting"
     rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+    if is_key and error["type"] == "string_type":
+        rule = "must have keys that are text, in quotes"
     value = error["input"]
     is_said = isinstance(value, dict | BaseModel) or ", got " in rule
     shown = "" if is_said else f", got {_shortened(repr(value))}"
