@@ -180,7 +180,7 @@ class AutoDetector:
         shared = self._places.get(_STAGE)
         if shared is None:
             return self._stage.pool().requests / self.limit
-        return FULL if shared.is_held else shared.saturation()
+        return FULL if shared.pace.is_held else shared.saturation()
 
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint."""
@@ -190,12 +190,12 @@ class AutoDetector:
     def holds(self, address: str) -> bool:
         """Whether the prompts that an endpoint was sent last have to be read first."""
         own = self._places.get(address)
-        return own is not None and own.is_held
+        return own is not None and own.pace.is_held
 
     def reads(self, address: str) -> bool:
         """Whether an endpoint still reads a prompt."""
         own = self._places.get(address)
-        return own is not None and own.is_reading
+        return own is not None and own.pace.is_reading
 
     def reading_ns(self, lease: Lease) -> float:
         """Return the time of all endpoints together that a prompt takes; 0: it is not known."""
@@ -315,8 +315,8 @@ class AutoDetector:
         place.charged(lease, now_ns)
         if self._blind is not None:
             self._blind.charged(address, lease.request.request_id, now_ns)
-        if place.is_reading:
-            self._reading.put(address, place.next_read_ns)
+        if place.pace.is_reading:
+            self._reading.put(address, place.pace.next_ns)
 
     def released(self, lease: Lease, now_ns: int) -> None:
         """Count the departure; many without a settlement mean that there is none to come."""
@@ -354,10 +354,10 @@ class AutoDetector:
         changed: list[str] = []
         while (first := self._reading.first()) is not None and first[0] <= now_ns:
             address = first[1]
-            place = self._places[address]
-            place.read(now_ns)
-            if place.is_reading:
-                self._reading.put(address, place.next_read_ns)
+            pace = self._places[address].pace
+            pace.read(now_ns)
+            if pace.is_reading:
+                self._reading.put(address, pace.next_ns)
             else:
                 self._reading.discard(address)
             changed.append(address)

@@ -13,9 +13,10 @@ from flowcontrol.cache import CacheUse
 from flowcontrol.events import LoadObserved, Settled
 from flowcontrol.flow import Lease
 from flowcontrol.memory import PlaceMemory
+from flowcontrol.pace import PromptPace
 from flowcontrol.pool import InFlight
 from flowcontrol.prefill import FirstTokenTimes
-from flowcontrol.window import MoveWindow
+from flowcontrol.window import STANDING, MoveWindow
 
 _FEW, _AIM, _MANY = 0.045, 0.08, 0.115
 """Shares that wait inside: below, at, and above what is wanted."""
@@ -72,10 +73,6 @@ _FADING, _FADING_HEARD = 1.002, 1.0005
 waits, so that those times tell the speed of prompts alone."""
 _FRESH_NS: Final = 10_000_000_000
 """Metrics that old are none."""
-_STANDING: Final = 0.7
-"""Fewer than that at an endpoint, on average, are no queue."""
-_DEVIATIONS: Final = 3.0
-"""Nor are so many more than usual, in standard deviations of a number that comes by chance."""
 _PLAIN: Final = 0.3
 """A share that needs no further look."""
 _LONG: Final = 1.0
@@ -85,8 +82,6 @@ _SLOWER: Final = 4.0
 """Once a token takes so many times the least, a quarter more in flight gives little more output."""
 _OUTPUT_MIN: Final = 8
 """Tokens of an answer that tells how long one takes."""
-_BACKLOG: Final = 0.25
-"""Work on prompts that may stand before the next one, in usual times to first token."""
 
 Moved = Callable[[str, float, float, str, int], None]
 """Takes a move of a limit: which, from, to, why and when."""
@@ -141,17 +136,10 @@ class Place:
         self.endpoints = endpoints
         self.requests_max = max(1.0, requests_max)
         self.tokens_max = inf
-        self.is_held = False
-        """Whether prompts that were sent there have to be read first."""
-        self.is_reading = False
-        """Whether any of them still is."""
-        self._held_until_ns = self._reading_until_ns = now_ns
-        """When either is over."""
-        self._read_ns = now_ns
-        """When all are expected to be read, by their lengths alone."""
         self._is_starting = True
         self._tokens_start = True
         self._first_tokens = FirstTokenTimes()
+        self.pace = PromptPace(self._first_tokens, now_ns)
         self._moved = moved
         self._peers = peers
         self.kv_capacity = 0
@@ -301,7 +289,7 @@ class Place:
         window.all += 1
         self._cache.sent(lease)
         window.steps += max(1.0, lease.tokens.output)
-        self._hold(lease, now_ns)
+        self.pace.sent(self.token_ns * lease.tokens.input, now_ns)
         if window.top < self.load.requests and window.top < _REACHED * int(self.requests_max):
             window.top = self.load.requests  # it fills an empty place: a burst, which is no queue
             if not window.dispatched:
@@ -313,35 +301,10 @@ class Place:
             window.joined += 1
             window.members[lease.request.request_id] = now_ns
 
-    def _hold(self, lease: Lease, now_ns: int) -> None:
-        """Let the next prompt wait until most of those sent before are read.
-
-        The last of them is read in the step after the one under way, and that takes some time, too.
-        """
-        times = self._first_tokens
-        if not times.token_ns:
-            return
-        if self._read_ns < now_ns:
-            self._read_ns = now_ns
-        self._read_ns += round(self.token_ns * lease.tokens.input)
-        self._held_until_ns = self._read_ns - round(_BACKLOG * times.usual_ns)
-        self._reading_until_ns = self._read_ns + round(times.least_ns)
-        self.read(now_ns)
-
-    def read(self, now_ns: int) -> None:
-        """Let prompts be read until now."""
-        self.is_held = self._held_until_ns > now_ns
-        self.is_reading = self._reading_until_ns > now_ns
-
     @property
     def token_ns(self) -> float:
         """Time that its endpoints together take for one more token of a prompt; 0: not known."""
         return self._first_tokens.token_ns / self.endpoints
-
-    @property
-    def next_read_ns(self) -> int:
-        """When the next prompt may be sent, or else when all are read."""
-        return self._held_until_ns if self.is_held else self._reading_until_ns
 
     def released(self, now_ns: int) -> None:
         """Count a departure."""
@@ -423,36 +386,17 @@ class Place:
         wanted = _REACHED_START * int(self.requests_max) * window.scrapes / self.endpoints
         return self._is_starting and not window.waiting and window.running >= wanted
 
-    def _rate(self) -> float:
-        """Return how many were dispatched to each endpoint, 1/ns."""
-        window = self._window
-        lasted_ns = window.looked_ns - window.began_ns
-        return window.all / self.endpoints / lasted_ns if lasted_ns > 0 else 0.0
-
-    def _usual(self) -> float:
-        """Return how many wait no longer than they must, at an endpoint.
-
-        That is as long as a prompt takes; and for the end of the step under way, of which each runs
-        for as many as its answer has tokens: those that run, over that number, wait for that.
-        """
-        window = self._window
-        return max(
-            self._rate() * self._first_tokens.usual_ns,
-            window.running_most * window.all / max(1.0, window.steps),
-        )
-
     def _is_batch_full(self) -> bool:
         """Whether as many run as the engine batches, and more than must wait for one of them."""
-        window, rate, usual = self._window, self._rate(), self._usual()
+        window, usual_ns = self._window, self._first_tokens.usual_ns
+        usual = window.usual(usual_ns)
         running = window.running_most * self.endpoints
         if window.most <= running or window.running_least < _FULL_BATCH * window.running_most:
             return False
         if _FULL_BATCH * self._batch.value <= running <= self._batch.value:
             return window.waiting_least > 0  # as many as were found before, and no more
         over = window.waiting_least - usual
-        return over >= max(_STANDING, sqrt(usual)) and (
-            over > _FULL_WAIT * rate * self._first_tokens.usual_ns
-        )
+        return over >= max(STANDING, sqrt(usual)) and (over > _FULL_WAIT * window.rate * usual_ns)
 
     def _scraped_share(self, seen: int) -> float:
         """Return the share that waits inside, but for those that wait no longer than they must.
@@ -460,13 +404,8 @@ class Place:
         Args:
             seen: waiting, at all looks together.
         """
-        window = self._window
-        usual = self._usual() * window.scrapes
-        waiting = max(0.0, seen - usual)
-        inside = seen + window.running
-        share = _SCRAPED * waiting / inside if inside else 0.0
-        by_chance = max(_STANDING * window.scrapes / self.endpoints, _DEVIATIONS * sqrt(usual))
-        is_queue = waiting >= by_chance
+        queued, is_queue = self._window.queued(seen, self._first_tokens.usual_ns)
+        share = _SCRAPED * queued
         return share if is_queue else min(share, _AIM)
 
     def _learn_cache(self, usage: float, capacity: int | None, inside: int) -> None:

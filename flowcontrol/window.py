@@ -1,8 +1,14 @@
 """Pure. What is seen of a place between two moves of its limits: evidence for `place`."""
 
-from typing import final
+from math import sqrt
+from typing import Final, final
 
 from flowcontrol.pool import InFlight
+
+STANDING: Final = 0.7
+"""Fewer that wait at an endpoint, on average, are no queue."""
+_DEVIATIONS: Final = 3.0
+"""Nor are so many more than usual, in standard deviations of a number that comes by chance."""
 
 
 @final
@@ -83,6 +89,37 @@ class MoveWindow:
         """How many were in flight, on average."""
         lasted_ns = self.looked_ns - self.counted_ns
         return self.area / lasted_ns if lasted_ns > 0 else float(self.in_flight)
+
+    @property
+    def rate(self) -> float:
+        """How many were dispatched to each endpoint, 1/ns."""
+        lasted_ns = self.looked_ns - self.began_ns
+        return self.all / self._endpoints / lasted_ns if lasted_ns > 0 else 0.0
+
+    def usual(self, first_token_ns: float) -> float:
+        """Return how many wait no longer than they must, at an endpoint.
+
+        That is as long as a prompt takes; and for the end of the step under way, of which each runs
+        for as many as its answer has tokens: those that run, over that number, wait for that.
+
+        Args:
+            first_token_ns: the usual time to first token; 0 while it is not known.
+        """
+        for_step = self.running_most * self.all / max(1.0, self.steps)
+        return max(self.rate * first_token_ns, for_step)
+
+    def queued(self, seen: int, first_token_ns: float) -> tuple[float, bool]:
+        """Return which share waits inside longer than it must, and whether that is a queue.
+
+        Args:
+            seen: waiting, at all looks together.
+            first_token_ns: the usual time to first token; 0 while it is not known.
+        """
+        usual = self.usual(first_token_ns) * self.scrapes
+        waiting = max(0.0, seen - usual)
+        inside = seen + self.running
+        by_chance = max(STANDING * self.scrapes / self._endpoints, _DEVIATIONS * sqrt(usual))
+        return (waiting / inside if inside else 0.0), waiting >= by_chance
 
     @property
     def is_long(self) -> bool:
