@@ -4,8 +4,8 @@ Behind a gateway that streams bodies through its endpoint picker this stands in 
 log: status, time to the first token, tokens, an error inside a response of 200, and which endpoint
 served it. Nothing here delays or changes a response, and what cannot be read is passed over.
 
-A stream is read event by event; an event of more than 64 KiB is skipped. Of a response that is one
-JSON object the last 16 KiB are kept: engines write the usage behind the answer.
+A stream is read event by event. Of a line of more than 64 KiB, as of a response that is one JSON
+object, the last 16 KiB are searched for counts: engines write them behind the answer.
 """
 
 import json
@@ -54,6 +54,7 @@ class ResponseReader:
         "_first_ns",
         "_form",
         "_has_number",
+        "_is_cut",
         "_is_passing",
         "_is_return_last",
         "_is_whole",
@@ -72,6 +73,8 @@ class ResponseReader:
         """Of an event whose JSON has several lines."""
         self._is_return_last = False
         """The last line ended in CR: an LF to come belongs to that, and is no line of its own."""
+        self._is_cut = False
+        """The line that has not ended is longer than is read: this is its end so far."""
         self._counts: dict[str, int] = {}
         self._error: int | None = None
         self._has_number = False
@@ -139,23 +142,28 @@ class ResponseReader:
         end = len(rest) - len(body) + begin if begin else 0
         whole = bytes(rest if is_end else rest[:end])
         del rest[: len(whole)]
-        if len(rest) > _EVENT_BYTES_MAX:
-            rest.clear()
-            self._json = b""
+        is_cut = self._is_cut
         if whole:
+            self._is_cut = False
             whole = whole.removeprefix(b"\n") if self._is_return_last else whole
             self._is_return_last = whole.endswith(b"\r")
+        if len(rest) > _EVENT_BYTES_MAX:
+            del rest[:-_TAIL_BYTES]
+            self._is_cut = True
         is_apart = not self._json and (self._form == _LINES or whole.endswith(_BLANK_LINES))
         if self._first_ns is not None and is_apart and not _TELLING.search(whole):
             return
         for line in whole.splitlines():
-            self._read_line(line, now_ns)
+            self._read_line(line, now_ns, is_cut)
+            is_cut = False
         if is_end:
             self._read_event()
 
-    def _read_line(self, line: bytes, now_ns: int) -> None:
-        if not line or len(line) > _EVENT_BYTES_MAX:
+    def _read_line(self, line: bytes, now_ns: int, is_cut: bool) -> None:  # noqa: FBT001 - per line
+        is_cut = is_cut or len(line) > _EVENT_BYTES_MAX
+        if not line or is_cut:
             self._read_event()
+            self._read(_said_at_end(line[-_TAIL_BYTES:]))
             return
         is_error = False
         if self._form == _STREAM:
@@ -186,11 +194,7 @@ class ResponseReader:
         text = bytes(self._rest[-_TAIL_BYTES:]).lstrip()
         self._rest.clear()
         said = _object(text)
-        if said is None:
-            said = {name.decode(): int(count) for name, count in _COUNTS.findall(text)}
-            found = list(_USAGE.finditer(text))
-            said["usage"] = _object(text[found[-1].end() :], is_open=True) if found else None
-        self._read(said)
+        self._read(_said_at_end(text) if said is None else said)
 
     def _read(self, said: dict[str, Any] | None) -> bool:
         """Note what an object says; False if it is none."""
@@ -212,6 +216,14 @@ def _form_of(headers: Mapping[str, str]) -> int:
     if kind.startswith(_JSON_LINES):
         return _LINES
     return _OBJECT if _JSON.match(kind) else _UNREAD
+
+
+def _said_at_end(text: bytes) -> dict[str, Any]:
+    """Return the counts in the end of an object whose beginning is not known."""
+    said: dict[str, Any] = {name.decode(): int(count) for name, count in _COUNTS.findall(text)}
+    found = list(_USAGE.finditer(text))
+    said["usage"] = _object(text[found[-1].end() :], is_open=True) if found else None
+    return said
 
 
 def _object(text: bytes, *, is_open: bool = False) -> dict[str, Any] | None:

@@ -43,9 +43,29 @@ class TestUsage:
         }
 
     def test_a_line_too_long(self, read_of: Reader) -> None:
-        """A line that does not end within 64 KiB is dropped; the next one counts."""
+        """Of a line of more than 64 KiB the end is read; the next one counts."""
         assert read_of(b"x" * 70_000, b"\n", LAST) == USAGE
         assert read_of(b'"usage": {"prompt_tokens"', b" " * 70_000, b": 1}\n") == {}
+
+    @pytest.mark.parametrize("size", [1_000, 50_000, 66_000, 200_000])
+    def test_responses_that_repeat_long_instructions(self, read_of: Reader, size: int) -> None:
+        """The last event of OpenAI's responses holds all of the response, the usage at its end."""
+        usage = b'"usage":{"input_tokens":11,"input_tokens_details":{"cached_tokens":3},'
+        usage += b'"output_tokens":7},"metadata":{"output_tokens":"9"},"error":"no error here"'
+        event = b'data: {"type":"response.completed","response":{"instructions":"%s",%s}}'
+        event %= rb"\"usage\": {\"input_tokens\": 99}" * 4_000, usage
+        text = LAST + event + b"\n\ndata: [DONE]\n\n"
+        chunks = [text[at : at + size] for at in range(0, len(text), size)]
+
+        assert read_of(*chunks) == USAGE | {"cached_tokens": 3}
+        assert read_of(event) == USAGE | {"cached_tokens": 3}
+
+    def test_first_of_two_lines_too_long(self, read_of: Reader) -> None:
+        """What stands in one line is not taken for the end of the next."""
+        lines = LAST.rstrip() + b" " * 10_000 + b"\n" + b"x" * 70_000 + b"\n"
+
+        assert read_of(lines[:10_000], lines[10_000:80_000], lines[80_000:]) == USAGE
+        assert read_of(b"x" * 70_000 + b'"usage":{"prompt_tokens":', b"\n", b"11}\n") == {}
 
     def test_other_responses(self, read_of: Reader) -> None:
         """What is no stream of events is not read; what is one may say so in any letters."""
@@ -115,6 +135,24 @@ class TestUsage:
         lines += b'{"done":true,"prompt_eval_count":11,"eval_count":7}\n'
 
         assert read_of(lines, kind=b"application/x-ndjson") == USAGE
+
+    @pytest.mark.parametrize("size", [1_000, 100_000])
+    @pytest.mark.parametrize(
+        ("end", "expected"),
+        [
+            (b'"prompt_eval_count": 11,"eval_count":7}', USAGE),
+            (b'"prompt_eval_count":11.5,"eval_count":"7"}', {}),
+            (b'"prompt_eval_count":1234567890123456,"eval_count":7', {"output_tokens": 7}),
+        ],
+    )
+    def test_ollama_with_a_long_context(
+        self, read_of: Reader, size: int, end: bytes, expected: dict[str, float]
+    ) -> None:
+        """Its last line holds the tokens of all before, and the counts behind them."""
+        text = b'{"done":true,"context":[' + b"12345," * 20_000 + b"1]," + end + b"\n"
+        chunks = (text[at : at + size] for at in range(0, len(text), size))
+
+        assert read_of(*chunks, kind=b"application/x-ndjson") == expected
 
     def test_ollama_behind_a_line_too_long(self, read_of: Reader) -> None:
         """What is left of a line that was dropped does not spoil the next."""

@@ -166,8 +166,24 @@ local function note_first(state, line, at)
   if late > 0 then set(state, "first_token_late_ms", late) end
 end
 
-local function read(state, line)
-  if line == "" or #line > 65536 then
+-- Of a line too long to be read, its end: engines write the counts behind the answer.
+local function read_end(state, text)
+  for key, count in text:gmatch('"([%l_]+)"%s*:%s*(%d+)%f[^%w_.]') do
+    if ollama[key] and #count < 16 then set(state, ollama[key], tonumber(count)) end
+  end
+  local at
+  for begin in text:gmatch('"usage"%s*:%s*(){') do at = begin end
+  local found = at and text:match("^%b{}", at)
+  if found then
+    state.depth, state.keys = 1, { "usage" }
+    scan(state, found, 1)
+  end
+end
+
+local function read(state, line, is_cut)
+  is_cut = is_cut or #line > 65536
+  if line == "" or is_cut then
+    if is_cut then read_end(state, line:sub(-16384)) end
     state.depth, state.is_error = 0, false
     return
   end
@@ -201,7 +217,7 @@ function envoy_on_response(handle)
   local state = { handle = handle, is_lines = is_lines, depth = 0, keys = {} }
   -- The pieces of a line that has not ended yet. Joined once: to join them with every chunk takes
   -- 1 ms for a line of 64 KiB, and a chunk may be a single byte.
-  local pieces, size, is_return_last = {}, 0, false
+  local pieces, size, is_return_last, is_cut = {}, 0, false, false
   for chunk in handle:bodyChunks() do
     state.began = state.began or handle:timestamp()
     local text = chunk:getBytes(0, chunk:length())
@@ -213,15 +229,19 @@ function envoy_on_response(handle)
       if is_return_last and whole:byte(1) == 10 then whole = whole:sub(2) end
       is_return_last = whole:byte(-1) == 13
       for line in whole:gsub("\r\n", "\n"):gmatch("([^\r\n]*)[\r\n]") do
-        read(state, line)
+        read(state, line, is_cut)
+        is_cut = false
       end
       pieces, size, text = {}, 0, rest
     end
     pieces[#pieces + 1] = text
     size = size + #text
-    if size > 65536 then pieces, size = {}, 0 end
+    if size > 65536 then
+      pieces = { table.concat(pieces):sub(-16384) }
+      size, is_cut = #pieces[1], true
+    end
   end
-  if size > 0 then read(state, table.concat(pieces)) end
+  if size > 0 then read(state, table.concat(pieces), is_cut) end
 end
 """.lstrip()
 """A script for Envoy: token usage, errors, and when the first token came, from streams of events
