@@ -119,14 +119,14 @@ class FileStore:
             self._database = self._connected()
         leases = dict(self._database.execute("SELECT ticket, record FROM leases"))
         memory = self._database.execute("SELECT value FROM memory").fetchone()
-        records = {ticket: json.loads(record) for ticket, record in leases.items()}
-        return Contents(records_of(records), memory and memory[0])
+        return Contents(records_of(leases), memory and memory[0])
 
     def _connected(self) -> sqlite3.Connection:
         """Open the file and make its tables; closed again where that fails, to be tried anew."""
         database = sqlite3.connect(
             self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
         )
+        database.text_factory = _text
         try:
             database.executescript(_SCHEMA)
         except BaseException:
@@ -174,6 +174,11 @@ class FileStore:
         if self._claim is not None:
             self._claim.close()
             self._claim = None
+
+
+def _text(raw: bytes) -> str:
+    """Return a text; one damaged record must not keep the others from being read."""
+    return raw.decode(errors="replace")
 
 
 def _rows(records: Sequence[LeaseRecord]) -> list[tuple[str, str]]:

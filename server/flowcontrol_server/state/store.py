@@ -1,10 +1,15 @@
 """What a store holds, and what is asked of one."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeGuard
 
+import structlog
+
 from flowcontrol.errors import FlowControlError
 from flowcontrol_server.common.sections import QUANTITY_MAX
+
+_log = structlog.get_logger()
 
 
 class StateError(FlowControlError):
@@ -88,7 +93,17 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and 0 <= value <= QUANTITY_MAX
 
 
-def records_of(plain: Mapping[str, object]) -> list[LeaseRecord]:
-    """Return every record that can be read, the oldest first."""
-    read = (from_plain(ticket, each) for ticket, each in plain.items())
-    return sorted((each for each in read if each is not None), key=lambda each: each.since_s)
+def records_of(texts: Mapping[str, str]) -> list[LeaseRecord]:
+    """Return every record that can be read, the oldest first; what cannot is said in one line."""
+    read = [(ticket, _read(ticket, text)) for ticket, text in texts.items()]
+    skipped = [ticket for ticket, record in read if record is None]
+    if skipped:
+        _log.warning("state_records_skipped", count=len(skipped), first=skipped[0])
+    return sorted((each for _, each in read if each is not None), key=lambda each: each.since_s)
+
+
+def _read(ticket: str, text: str) -> LeaseRecord | None:
+    try:
+        return from_plain(ticket, json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None

@@ -109,6 +109,7 @@ def _connect(valkey: Any, settings: Valkey) -> tuple[Any, tuple[Any, ...]]:
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
         "decode_responses": True,
+        "encoding_errors": "replace",  # one damaged record must not hide the others
     }
     if settings.user or settings.password_file:
         common["credential_provider"] = _Credentials(settings.user, settings.password_file)

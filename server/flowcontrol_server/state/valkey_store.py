@@ -3,7 +3,7 @@
 import json
 from typing import Final, final
 
-from flowcontrol_server.state.store import Batch, Contents, StateError, records_of, to_plain
+from flowcontrol_server.state.store import Batch, Contents, records_of, to_plain
 from flowcontrol_server.state.valkey_client import ValkeyClient
 
 CHUNK: Final = 1000
@@ -48,12 +48,7 @@ class ValkeyStore:
         """Take the store and return what it holds."""
         leases, memory = await self._client.run(_OPEN, _KEYS, str(token))
         self._token = str(token)
-        pairs = zip(leases[::2], leases[1::2], strict=True)
-        try:
-            return Contents(records_of({name: json.loads(text) for name, text in pairs}), memory)
-        except ValueError as error:
-            message = f"state.valkey: {self._client.key('leases')} must hold JSON: {error}"
-            raise StateError(message) from error
+        return Contents(records_of(dict(zip(leases[::2], leases[1::2], strict=True))), memory)
 
     async def write(self, batch: Batch) -> None:
         """Write changes, `CHUNK` at a time."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import final
 
 import pytest
+import structlog
 
 from flowcontrol.events import RecoveredLease
 from flowcontrol_server.state.book import LeaseBook
@@ -19,6 +20,10 @@ NOW_S = 1_000_000.0
 AGE_MAX_S = 600.0
 OTHER_RECORDS = (
     '["more", 1]',
+    "no JSON",
+    "",
+    "[" * 100_000,
+    b"\x00\x01",
     '["10.0.0.1:80", 10, "tenant", NaN, 999900.0]',
     '["10.0.0.1:80", 10, "tenant", -1.5, 999900.0]',
     f'["10.0.0.1:80", 10, "tenant", 1{"0" * 400}, 999900.0]',
@@ -273,12 +278,16 @@ class TestFile:
         with sqlite3.connect(tmp_path / "llama.sqlite") as database:
             for number, text in enumerate(OTHER_RECORDS):
                 database.execute("INSERT INTO leases VALUES (?, ?)", (f"cd.{number}", text))
+            database.execute("INSERT INTO leases VALUES ('cd', CAST(X'5BFF5D' AS TEXT))")
         database.close()
         store = FileStore(tmp_path, "llama")
-        contents = await store.open(1)
+        with structlog.testing.capture_logs() as lines:
+            contents = await store.open(1)
         await store.close()
 
         assert contents.leases == [record(1)]
+        skipped = len(OTHER_RECORDS) + 1
+        assert [each["count"] for each in lines if "skipped" in each["event"]] == [skipped]
 
 
 async def test_what_was_learnt_cannot_be_had() -> None:

@@ -71,6 +71,17 @@ class TestStore:
         ]
         assert after.memory == "{}"
 
+    async def test_a_damaged_record(self, client: ValkeyClient) -> None:
+        """It is skipped, whatever it is, and the others are read."""
+        store = ValkeyStore(client)
+        await store.open(1)
+        await store.write(Batch([record(1)], (), is_whole=False))
+        script = r"return redis.call('HSET', KEYS[1], 'cd', 'no JSON', 'ef', '[\255]')"
+        await client.run(script, ["leases"])
+        after = await ValkeyStore(client).open(2)
+
+        assert list(after.leases) == [record(1)]
+
     async def test_whole(self, client: ValkeyClient) -> None:
         """A whole batch replaces all there was."""
         store = ValkeyStore(client)
