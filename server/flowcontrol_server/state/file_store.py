@@ -118,8 +118,7 @@ class FileStore:
         if self._database is None:
             self._database = self._connected()
         leases = dict(self._database.execute("SELECT ticket, record FROM leases"))
-        memory = self._database.execute("SELECT value FROM memory").fetchone()
-        return Contents(records_of(leases), memory and memory[0])
+        return Contents(records_of(leases), _memory(self._database))
 
     def _connected(self) -> sqlite3.Connection:
         """Open the file and make its tables; closed again where that fails, to be tried anew."""
@@ -146,26 +145,32 @@ class FileStore:
         _log.error("state_file_damaged", file=str(damaged), problem=str(error))
 
     def _write(self, batch: Batch) -> None:
-        database = self._database
-        if database is None:
+        if self._claim is None:
             message = "the file is not open"
             raise sqlite3.ProgrammingError(message)
-        database.execute("BEGIN IMMEDIATE")
+        if self._database is None:
+            self._database = self._connected()
         try:
-            if batch.is_whole:
-                database.execute("DELETE FROM leases")
-            else:
-                database.executemany(
-                    "DELETE FROM leases WHERE ticket = ?", [(each,) for each in batch.removed]
-                )
-            database.executemany("INSERT OR REPLACE INTO leases VALUES (?, ?)", _rows(batch.put))
-            if batch.memory is not None:
-                database.execute("INSERT OR REPLACE INTO memory VALUES ('', ?)", (batch.memory,))
-            database.execute("COMMIT")
-        except BaseException:
-            if database.in_transaction:
-                database.execute("ROLLBACK")
-            raise
+            _put(self._database, batch)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL or not batch.is_whole:
+                raise
+            self._begin_anew(self._database, batch)
+
+    def _begin_anew(self, database: sqlite3.Connection, batch: Batch) -> None:
+        """Write a whole batch into a new file: there is no room for it in the old one.
+
+        A log that has filled the volume is never shorter again: to bring what it holds into the
+        file takes room as well.
+        """
+        memory = _memory(database) if batch.memory is None else batch.memory
+        database.close()
+        self._database = None
+        for suffix in ("", "-wal", "-shm"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        self._database = self._connected()
+        _put(self._database, batch._replace(memory=memory))
+        _log.warning("state_file_begun_anew", file=str(self.path), problem="no room for its log")
 
     def _close(self) -> None:
         if self._database is not None:
@@ -174,6 +179,32 @@ class FileStore:
         if self._claim is not None:
             self._claim.close()
             self._claim = None
+
+
+def _put(database: sqlite3.Connection, batch: Batch) -> None:
+    """Write a batch in one transaction."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        if batch.is_whole:
+            database.execute("DELETE FROM leases")
+        else:
+            database.executemany(
+                "DELETE FROM leases WHERE ticket = ?", [(each,) for each in batch.removed]
+            )
+        database.executemany("INSERT OR REPLACE INTO leases VALUES (?, ?)", _rows(batch.put))
+        if batch.memory is not None:
+            database.execute("INSERT OR REPLACE INTO memory VALUES ('', ?)", (batch.memory,))
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+
+
+def _memory(database: sqlite3.Connection) -> str | None:
+    """Return what the engine had learnt."""
+    found = database.execute("SELECT value FROM memory").fetchone()
+    return None if found is None else str(found[0])
 
 
 def _text(raw: bytes) -> str:

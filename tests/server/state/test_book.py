@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import pytest
 import structlog
@@ -268,6 +268,32 @@ class TestFile:
         await store.close()
 
         assert contents.leases == []
+
+    async def test_a_full_volume(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where there is no room beside the old file, a whole batch is written into a new one."""
+        connect = sqlite3.connect
+        limits = iter([8])
+
+        def bounded(*args: Any, **options: Any) -> sqlite3.Connection:
+            """Leave the first file room for a few pages."""
+            database: sqlite3.Connection = connect(*args, **options)
+            database.execute(f"PRAGMA max_page_count = {next(limits, 1000)}")
+            return database
+
+        monkeypatch.setattr(sqlite3, "connect", bounded)
+        many = [record(number) for number in range(500)]
+        store = FileStore(tmp_path, "llama")
+        await store.open(1)
+        await store.write(Batch([record(1)], (), is_whole=False, memory="{}"))
+        with pytest.raises(StateError, match="full"):
+            await store.write(Batch(many, (), is_whole=False))
+        before = await store.open(1)
+        await store.write(Batch(many, (), is_whole=True))
+        after = await store.open(1)
+        await store.close()
+
+        assert before == Contents([record(1)], "{}")
+        assert (len(after.leases), after.memory) == (500, "{}")
 
     async def test_a_record_of_another_version(self, tmp_path: Path) -> None:
         """It is skipped, and so is a damaged one."""
