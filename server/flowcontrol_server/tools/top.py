@@ -63,6 +63,7 @@ class Top(App[None]):
         Binding("u", "undispatched", "All / refused and evicted"),
         Binding("p", "pause", "Pause / go on"),
         Binding("q", "quit", "Quit"),
+        Binding("ctrl+c", "quit", show=False, priority=True),  # also while an id is typed
     ]
 
     def __init__(self, source: SnapshotSource) -> None:

@@ -288,9 +288,11 @@ class TestTop:
             source.snapshots.put_nowait(snapshot())
             await until(pilot, lambda: "saturation" in str(summary.render()))
 
-    async def test_q_quits(self, source: Told) -> None:
-        """At once."""
+    @pytest.mark.parametrize("keys", [["q"], ["ctrl+c"], ["e", "1", "ctrl+c"]], ids=" ".join)
+    async def test_it_ends(self, source: Told, keys: list[str]) -> None:
+        """At once, also while an id is typed."""
         top = Top(source)
         async with top.run_test() as pilot:
-            await pilot.press("q")
+            await pilot.press(*keys)
+            await until(pilot, lambda: top.return_code is not None)
         assert top.return_code == 0
