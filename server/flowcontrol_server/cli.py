@@ -17,6 +17,8 @@ from flowcontrol_server.common.plain_text import plain
 from flowcontrol_server.common.signals import exit_at_stop_signals
 
 if TYPE_CHECKING:
+    import grpc
+
     from flowcontrol_server.config.settings import Address, Settings
     from flowcontrol_server.tools.envoy.config import EnvoyOptions
 
@@ -25,6 +27,8 @@ USAGE_ERROR = 2
 _NAMES = re.compile(r"([a-z0-9.-]+)/([a-z0-9.-]+)/([a-z0-9.-]+)")
 _BUFFER_LIMIT_MAX = 2**32 - 1
 """Envoy keeps it in 32 bits."""
+_NEED_CA = "--tls-certificate and --tls-key need --tls-ca: who signs the service's certificate"
+_PEM = click.Path(path_type=Path, dir_okay=False)
 CONFIG_OPTION = click.option(
     "--config",
     "config",
@@ -250,7 +254,7 @@ def envoy_config(  # noqa: PLR0913 - click's options
     if not heap:
         _fail(f"--max-heap must be a size such as 4Gi, got {max_heap!r}")
     if not tls_ca and (tls_certificate or tls_key):
-        _fail("--tls-certificate and --tls-key need --tls-ca: who signs the service's certificate")
+        _fail(_NEED_CA)
     if route and envoy_gateway is None:
         _fail("--route needs --envoy-gateway: a whole configuration has a route of its own")
     try:
@@ -396,16 +400,48 @@ def simulate(
     envvar="FLOWCONTROL_ADMIN_TOKEN",
     help="Admin token; in FLOWCONTROL_ADMIN_TOKEN other users do not see it.",
 )
-def top(address: str, token: str | None) -> None:
+@click.option(
+    "--tls-ca",
+    type=_PEM,
+    help="PEM file with the authorities that sign the service's certificate; else plain text.",
+)
+@click.option("--tls-certificate", type=_PEM, help="PEM file to show to it, for tls.clientCa.")
+@click.option("--tls-key", type=_PEM, help="PEM file with the key of --tls-certificate.")
+def top(
+    address: str,
+    token: str | None,
+    tls_ca: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+) -> None:
     """Show a running service in the terminal: bands, tenants, endpoints, decisions."""
     try:
         from flowcontrol_server.tools.top import run
     except ModuleNotFoundError as error:
         _fail(missing(error, "top"))
     secret = _secret(token)
+    credentials = _credentials(tls_ca, tls_certificate, tls_key)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         _fail("top needs a terminal; a script can ask flowcontrol.v1.FlowControl/GetSnapshot")
-    run(str(_address("--address", address)), secret)
+    run(str(_address("--address", address)), secret, credentials)
+
+
+def _credentials(
+    ca: Path | None, certificate: Path | None, key: Path | None
+) -> "grpc.ChannelCredentials | None":
+    """Return what a client speaks TLS with; None for plain text."""
+    from flowcontrol_server.doors.tls import client_credentials, reason_of
+
+    if ca is None:
+        if certificate or key:
+            _fail(_NEED_CA)
+        return None
+    if (certificate is None) != (key is None):
+        _fail("--tls-certificate and --tls-key need each other")
+    try:
+        return client_credentials(ca, certificate, key)
+    except OSError as error:
+        _fail(f"--tls-ca, --tls-certificate and --tls-key: {reason_of(error)}")
 
 
 def _secret(token: str | None) -> str | None:

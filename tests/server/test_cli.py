@@ -18,6 +18,7 @@ from flowcontrol_server.cli import main
 from flowcontrol_server.common.extras import install
 from flowcontrol_server.config.settings import load_settings
 from flowcontrol_server.service import Service
+from tests.support.certificates import Authority
 from tests.support.ports import free_ports
 from tests.support.served import configuration, lines_until, serving
 
@@ -392,6 +393,38 @@ class TestRefused:
 
         rule = "--tls-certificate and --tls-key need --tls-ca: who signs the service's certificate"
         assert result.stderr == f"{rule}\n"
+        assert result.exit_code == 2
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"certificate": "pair.pem"}, "--tls-certificate and --tls-key need --tls-ca: "),
+            (
+                {"ca": "ca.pem", "key": "pair.pem"},
+                "--tls-certificate and --tls-key need each other",
+            ),
+            ({"ca": "none.pem"}, "none.pem: No such file or directory\n"),
+            ({"ca": "empty.pem"}, "one is not a PEM file of its kind\n"),
+            ({"ca": "ca.pem", "certificate": "ca.pem", "key": "pair.pem"}, "does not match"),
+            ({"ca": "ca.pem"}, "top needs a terminal"),
+            (
+                {"ca": "ca.pem", "certificate": "pair.pem", "key": "pair.pem"},
+                "top needs a terminal",
+            ),
+        ],
+        ids=str,
+    )
+    def test_tls_of_top(self, tmp_path: Path, options: dict[str, str], words: str) -> None:
+        """Files that are of no use are named before the screen is taken."""
+        authority = Authority()
+        (tmp_path / "ca.pem").write_bytes(authority.pem)
+        (tmp_path / "pair.pem").write_bytes(b"".join(authority.issue()))
+        (tmp_path / "empty.pem").write_bytes(b"")
+
+        given = [(f"--tls-{name}", str(tmp_path / file)) for name, file in options.items()]
+        result = run("top", *(word for pair in given for word in pair))
+
+        assert words in result.stderr
         assert result.exit_code == 2
 
     @pytest.mark.slow

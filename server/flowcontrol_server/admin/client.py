@@ -34,10 +34,19 @@ class AdminSource:
     Args:
         address: host:port of its gRPC.
         token: shown as `authorization: Bearer ...`, if there is one.
+        credentials: for TLS; None: plain text.
     """
 
-    def __init__(self, address: str, token: str | None = None) -> None:
-        self._channel = grpc.aio.insecure_channel(address)
+    def __init__(
+        self,
+        address: str,
+        token: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
     async def watch(self) -> AsyncIterator[api.Snapshot]:

@@ -58,7 +58,7 @@ class Tls(Section):
         try:
             self.certificates()
         except OSError as error:
-            rule = f"must name PEM files that belong together: {_reason(error)}"
+            rule = f"must name PEM files that belong together: {reason_of(error)}"
             raise broken(rule) from error
         return self
 
@@ -168,7 +168,7 @@ class Certificates:
         if stamps != self._refused:
             self._refused = stamps
             path = str(self._files.certificate)
-            _log.error("certificate_not_reloaded", certificate=path, error=_reason(error))
+            _log.error("certificate_not_reloaded", certificate=path, error=reason_of(error))
 
 
 class _ContextPerConnection(ssl.SSLContext):
@@ -191,6 +191,38 @@ class _ContextPerConnection(ssl.SSLContext):
     ) -> ssl.SSLObject:
         """Begin a connection."""
         return self.fresh().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
+
+
+def client_credentials(
+    ca: Path, certificate: Path | None, key: Path | None
+) -> grpc.ChannelCredentials:
+    """Return what a client opens a channel to such a door with.
+
+    Args:
+        ca: PEM file with the authorities that sign the door's certificate.
+        certificate: PEM file of the client's own, its key in `key`; None: it shows none.
+        key: of the certificate.
+
+    Raises:
+        OSError: a file cannot be read, or they do not belong together.
+    """
+    authorities = ca.read_bytes()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # grpc itself passes over what is no PEM
+    context.load_verify_locations(ca)
+    if certificate is None or key is None:
+        return grpc.ssl_channel_credentials(authorities)
+    shown, its_key = certificate.read_bytes(), key.read_bytes()
+    context.load_cert_chain(certificate, key, _no_password)
+    return grpc.ssl_channel_credentials(authorities, its_key, shown)
+
+
+def reason_of(error: OSError) -> str:
+    """Return why files of TLS are of no use, in words."""
+    if isinstance(error, ssl.SSLError):
+        if error.reason == "KEY_VALUES_MISMATCH":
+            return "the key does not match the certificate"
+        return "one is not a PEM file of its kind"
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def server_context(*, is_mutual: bool) -> ssl.SSLContext:
@@ -224,11 +256,3 @@ def _load(files: _Files) -> _Loaded:
 def _no_password() -> str:
     message = "the key must not have a password"
     raise OSError(message)
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        if error.reason == "KEY_VALUES_MISMATCH":
-            return "the key does not match the certificate"
-        return "one is not a PEM file of its kind"
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error)

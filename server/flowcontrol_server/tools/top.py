@@ -397,11 +397,11 @@ def _outcome_style(outcome: str) -> str:
     return {"dispatched": "green", "evicted": "yellow"}.get(outcome.partition("-")[0], "red")
 
 
-def run(address: str, token: str | None) -> None:
+def run(address: str, token: str | None, credentials: grpc.ChannelCredentials | None) -> None:
     """Show a service until q is pressed; a gRPC channel needs the loop it is used in."""
 
     async def show() -> None:
         """Connect and show."""
-        await Top(AdminSource(address, token)).run_async()
+        await Top(AdminSource(address, token, credentials)).run_async()
 
     asyncio.run(show())

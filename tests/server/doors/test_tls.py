@@ -12,7 +12,8 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from flowcontrol_server.doors.tls import Certificates, Tls
+from flowcontrol_server.admin.client import AdminSource
+from flowcontrol_server.doors.tls import Certificates, Tls, client_credentials
 from tests.fuzz.door import HELLO as GREETING
 from tests.support.certificates import Authority, visit, write_all_at_once, write_pair
 
@@ -113,6 +114,23 @@ class TestGrpc:
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await hello(port, authority.channel_credentials())
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+    @pytest.mark.parametrize("is_mutual", [False, True])
+    async def test_our_own_client(self, directory: Path, *, is_mutual: bool) -> None:
+        """`flowcontrol top` comes in with the same files; without them nobody answers."""
+        names = ("ca.pem", "certificate.pem", "key.pem")
+        ca, certificate, key = (directory / name for name in names)
+        shown = client_credentials(ca, *((certificate, key) if is_mutual else (None, None)))
+        codes = []
+        async with echoing(certificates(directory, is_mutual=is_mutual)) as port:
+            for credentials in (shown, None):
+                source = AdminSource(f"localhost:{port}", None, credentials)
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await source.decisions()
+                codes.append(refused.value.code())
+                await source.close()
+
+        assert codes == [grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE]
 
     async def test_mutual(self, directory: Path, authority: Authority) -> None:
         """With clientCa a client shows a certificate of that authority, or is turned away."""
