@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from flowcontrol.config import ControllerConfig, Utilization
 from flowcontrol.errors import ConfigError
 from flowcontrol_server.common.addresses import Address, DirectAddress, HostPort, parse_address
+from flowcontrol_server.common.kubernetes_names import is_name
 from flowcontrol_server.common.sections import (
     PathBeside,
     Section,
@@ -226,6 +227,23 @@ class Settings(ServiceEngine, _Surroundings):
             raise broken(rule)
         if election == "kubernetes" and self.availability.lease_duration % 1_000_000_000:
             rule = "availability.leaseDuration must be whole seconds with kubernetes"
+            raise broken(rule)
+        return self
+
+    @model_validator(mode="after")
+    def _pool_can_be_asked_for(self) -> Self:
+        pods = self.endpoints.kubernetes
+        if pods is not None and not pods.selector and not is_name(self.pool):
+            rule = (
+                "pool must be a name that an InferencePool can have where endpoints.kubernetes "
+                f"has no selector, got {self.pool!r}"
+            )
+            raise broken(rule)
+        if self.availability.election == "kubernetes" and not is_name(f"flowcontrol-{self.pool}"):
+            rule = (
+                "pool must leave flowcontrol-POOL a name that a Lease can have where "
+                f"availability.election is kubernetes, got {self.pool!r}"
+            )
             raise broken(rule)
         return self
 

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from flowcontrol.config import Role
 from flowcontrol_server.common.addresses import Address, AddressText, HostPort
+from flowcontrol_server.common.kubernetes_names import is_label, is_namespace
 from flowcontrol_server.common.sections import (
     CountFrom1,
     Duration,
@@ -23,7 +24,6 @@ from flowcontrol_server.common.sections import (
     written,
 )
 
-_LABEL_LENGTH_MAX = 63
 _PORTS_MAX = 8
 """As many target ports as an InferencePool may have."""
 
@@ -142,6 +142,15 @@ class KubernetesEndpoints(Section):
     ports: Annotated[tuple[Port, ...], Field(max_length=_PORTS_MAX)] = ()
     """Ports of each pod, in place of an InferencePool's; with selector."""
 
+    @field_validator("selector")
+    @classmethod
+    def _can_be_labels(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        strangers = {key: each for key, each in value.items() if not is_label(key, each)}
+        if strangers:
+            rule = f"must have labels that a pod can have, got {strangers!r}"
+            raise broken(rule)
+        return value
+
     @model_validator(mode="after")
     def _both_or_neither(self) -> Self:
         if bool(self.selector) != bool(self.ports):
@@ -242,12 +251,20 @@ class Load(Section):
 class Kubernetes(Section):
     """How to reach the Kubernetes API, for objectives and endpoints."""
 
-    namespace: Annotated[str, Field(min_length=1, max_length=_LABEL_LENGTH_MAX)] | None = None
+    namespace: str | None = None
     """Of the pool; the pod's own, or the kubeconfig's, if unset."""
     kubeconfig: Annotated[PathBeside | None, Given] = left_out()
     """If unset: the pod's service account, or else ~/.kube/config."""
-    context: Annotated[str | None, Given] = left_out()
+    context: Annotated[str | None, Field(min_length=1), Given] = left_out()
     """Of the kubeconfig; its current one if unset."""
+
+    @field_validator("namespace")
+    @classmethod
+    def _can_be_a_namespace(cls, value: str | None) -> str | None:
+        if value is not None and not is_namespace(value):
+            rule = "must be the name of a namespace: at most 63 of a-z, 0-9 and, inside, -"
+            raise broken(rule)
+        return value
 
     @field_validator("kubeconfig")
     @classmethod

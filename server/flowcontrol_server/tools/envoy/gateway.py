@@ -15,6 +15,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager i
 
 from flowcontrol.errors import ConfigError
 from flowcontrol_server.common.addresses import Address
+from flowcontrol_server.common.kubernetes_names import is_name
 from flowcontrol_server.config.engine import ENVOY_PATIENCE_MAX_NS
 from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.requests.codec import (
@@ -51,7 +52,6 @@ _MANAGER: Final = (
     "$..filters[?(@.name == 'envoy.filters.network.http_connection_manager')].typed_config"
 )
 _SERVICE: Final = re.compile("[a-z]([a-z0-9-]*[a-z0-9])?")
-_ROUTE: Final = re.compile("[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 _ROUTER: Final = "$..http_filters[?(@.name == 'envoy.filters.http.router')]"
 _HEADER: Final = """\
 # Envoy Gateway 1.9 in front of flowcontrol, for pool {pool!r}.
@@ -104,7 +104,7 @@ def manifests(settings: Settings, options: EnvoyOptions, names: GatewayNames) ->
             f"--envoy-gateway, such as flowcontrol:9002, got {str(address)!r}"
         )
         raise ConfigError([rule])
-    if not _ROUTE.fullmatch(names.route):
+    if not is_name(names.route):
         raise ConfigError([f"--route must be the name of an HTTPRoute, got {names.route!r}"])
     documents = (
         _envoy_proxy(names),

@@ -1,0 +1,36 @@
+"""Pure. Names that Kubernetes can have, by the rules of its API server and no stricter."""
+
+import re
+from typing import Final
+
+_LENGTH_MAX: Final = 253
+_PART_LENGTH_MAX: Final = 63
+"""Of a namespace, and of a label's name and value."""
+_PART: Final = "[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
+_NAMESPACE: Final = re.compile(_PART)
+_NAME: Final = re.compile(rf"{_PART}(?:\.{_PART})*")
+_LABEL: Final = re.compile("[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?")
+
+
+def is_namespace(text: str) -> bool:
+    """Whether a namespace can be called so."""
+    return len(text) <= _PART_LENGTH_MAX and _NAMESPACE.fullmatch(text) is not None
+
+
+def is_name(text: str) -> bool:
+    """Whether an object, such as an InferencePool or a Lease, can be called so."""
+    return len(text) <= _LENGTH_MAX and _NAME.fullmatch(text) is not None
+
+
+def is_label(key: str, value: str) -> bool:
+    """Whether an object can have this label."""
+    prefix, slash, name = key.rpartition("/")
+    return (
+        (not slash or is_name(prefix))
+        and _is_label_text(name)
+        and (not value or _is_label_text(value))
+    )
+
+
+def _is_label_text(text: str) -> bool:
+    return len(text) <= _PART_LENGTH_MAX and _LABEL.fullmatch(text) is not None
