@@ -57,10 +57,7 @@ class Valkey(Section):
     def _is_a_url(cls, value: str) -> str:
         try:
             parts = urlsplit(value)
-            is_one = parts.scheme in _SCHEMES and bool(
-                parts.path if parts.scheme == "unix" else parts.hostname
-            )
-            _ = parts.port
+            is_one = parts.scheme == "unix" or bool(parts.scheme in _SCHEMES and parts.hostname)
         except ValueError:
             is_one = False
         if not is_one:
@@ -70,9 +67,11 @@ class Valkey(Section):
                 f"begins with {begins!r}"
             )
             raise broken(rule)
-        surplus = _surplus(parts)
-        if surplus:
-            raise broken(surplus)
+        rule = _surplus(parts) or _missing(parts)
+        if not value.isprintable():  # urlsplit passes over some of these
+            rule = "must hold printable characters alone, got another"
+        if rule:
+            raise broken(rule)
         return value
 
     @model_validator(mode="after")
@@ -100,6 +99,22 @@ class Valkey(Section):
         """The number of the database."""
         parts = urlsplit(self.url)
         return 0 if parts.scheme == "unix" else int(parts.path.strip("/") or 0)
+
+
+def _has_port(parts: SplitResult) -> bool:
+    """Whether the port is one that a server can have, or left out."""
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
+
+
+def _missing(parts: SplitResult) -> str:
+    """Return the rule that a URL breaks by what is not there; empty where it breaks none."""
+    if parts.scheme == "unix":
+        is_path = parts.path.startswith("/")
+        return "" if is_path else f"must be unix:///PATH, got the path {parts.path!r}"
+    return "" if _has_port(parts) else "must have a port from 1 to 65535, or none, got another"
 
 
 def _surplus(parts: SplitResult) -> str:
