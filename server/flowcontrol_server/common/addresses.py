@@ -8,7 +8,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from flowcontrol_server.common.sections import broken
+from flowcontrol_server.common.sections import broken, can_be_a_path
 
 _SOCKET_PATH_BYTES_MAX = 107
 """Linux's sun_path, without the byte that ends it."""
@@ -75,7 +75,8 @@ def parse_address_or_socket(value: object) -> Address | Path | None:
     if not isinstance(value, str) or not value.startswith("unix:"):
         return parse_address(value)
     path = value.removeprefix("unix:")
-    if not path.startswith("/") or len(path.encode()) > _SOCKET_PATH_BYTES_MAX:
+    is_one = path.startswith("/") and can_be_a_path(path)
+    if not is_one or len(path.encode()) > _SOCKET_PATH_BYTES_MAX:
         rule = f"must be unix: and an absolute path of at most {_SOCKET_PATH_BYTES_MAX} bytes"
         raise broken(rule)
     return Path(path)

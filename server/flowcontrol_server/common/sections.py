@@ -67,9 +67,17 @@ def switched_off(value: object) -> object:
     return "off" if value is False else value
 
 
-def _not_empty(value: object) -> object:
+def can_be_a_path(text: str) -> bool:
+    """Whether the system can be asked for a path that is called so."""
+    return not any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _path(value: object) -> object:
     if value == "":  # pathlib's for it is the folder itself
         rule = "must not be empty"
+        raise broken(rule)
+    if isinstance(value, str) and not can_be_a_path(value):
+        rule = "must be a path without a NUL or half a character"
         raise broken(rule)
     return value
 
@@ -107,7 +115,7 @@ def _is_a_file(value: Path, info: ValidationInfo) -> Path:
     return expect(value, "must be a file", Path.is_file, info)
 
 
-PathBeside = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_beside)]
+PathBeside = Annotated[Path, BeforeValidator(_path), AfterValidator(_beside)]
 """Starts at the file it stands in, unless it is absolute."""
 FileBeside = Annotated[PathBeside, AfterValidator(_is_a_file)]
 """The same, of a file that is there."""
