@@ -3,8 +3,10 @@
 Every model field carries its meaning as a docstring; the README's reference is generated from them.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
@@ -364,6 +366,7 @@ def _hint(error: ErrorDetails, names: Sequence[str]) -> str:
 
 _SHOWN_MAX = 120
 """Characters of a wrong value that are said."""
+_EXPONENT = re.compile(r"-?([0-9]{1,9}\.?[0-9]{0,9}|\.[0-9]{1,9})[eE][+-]?[0-9]{1,2}")
 _RULES = {
     "literal_error": "must be {expected}",
     "bool_type": "must be true or false",
@@ -407,7 +410,14 @@ def _say(error: ErrorDetails) -> str:
     value = error["input"]
     is_said = isinstance(value, dict | BaseModel) or ", got " in rule
     shown = "" if is_said else f", got {_shortened(repr(value))}"
-    return f"{where} {rule}{shown}".strip()
+    return f"{where} {rule}{shown}{_in_digits(rule, value)}".strip()
+
+
+def _in_digits(rule: str, value: object) -> str:
+    """Return how to write a number that YAML 1.1 takes for text, such as 1e3."""
+    if "number" not in rule or not isinstance(value, str) or not _EXPONENT.fullmatch(value):
+        return ""
+    return f": YAML takes that for text, write {Decimal(value):f}"
 
 
 def _shortened(text: str) -> str:
