@@ -69,6 +69,7 @@ TENANTS_RULE = (
     "workloads[0].tenants must be names, names with shares, or count with zipf, such as "
     "{count: 50, zipf: 1.1}"
 )
+REQUESTS_RULE = "workloads must ask for at most 5,000,000 requests in all, got some"
 TRACED = """\
 apiVersion: flowcontrol/v1alpha1
 kind: Scenario
@@ -224,6 +225,49 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"faults": [{"metricsLie": {"from": "1s", "until": "2s", "kvUsage": 2}}]},
         ["faults[0].metricsLie.kvUsage must be a number from 0 to 1, got 2"],
+    ),
+    (
+        people(tenants={"count": 10**9}),
+        ["workloads[0].tenants must have a count of at most 100000, got 1000000000"],
+    ),
+    ({"servers": [{"count": 10**9}]}, ["servers[0].count must be <= 10000, got 1000000000"]),
+    (
+        people(arrivals={"atOnce": {"count": "1T"}}),
+        [f"{REQUESTS_RULE} 1,000,000,000,000"],
+    ),
+    (
+        people(arrivals={"closedLoop": {"users": 5_000_001}}),
+        [f"{REQUESTS_RULE} 5,000,001"],
+    ),
+    (
+        {"duration": "300s"}
+        | people(
+            arrivals={
+                "poisson": {
+                    "perSecond": 20_000,
+                    "bursts": [
+                        {"from": "100s", "until": "200s", "times": 3},
+                        {"from": "150s", "until": "10m", "times": 2},
+                    ],
+                    "onOff": {"on": "10s", "off": "10s"},
+                }
+            }
+        ),
+        [f"{REQUESTS_RULE} 7,500,000"],
+    ),
+    (
+        {"duration": "8760h", "servers": [{"count": 2}, {"name": "more", "count": 2}]},
+        [f"{REQUESTS_RULE} 31,536,000"],
+    ),
+    (
+        {"duration": "8760h", "servers": [{"count": 4}]}
+        | people(arrivals={"poisson": {"perSecond": 0.1}}),
+        [
+            (
+                "scrape must be off, or take place at most 100,000,000 times in all, "
+                "got 126,144,000 of 4 servers"
+            ),
+        ],
     ),
 ]
 

@@ -32,6 +32,7 @@ from flowcontrol_server.common.sections import (
 from flowcontrol_server.common.units import format_duration, parse_duration, parse_quantity
 
 _DEFAULT = ModelServerConfig()
+_SERVERS_MAX = 10_000
 
 
 def demand(is_so: bool, rule: str) -> None:  # noqa: FBT001 - an assertion
@@ -117,7 +118,7 @@ class Servers(Section):
 
     name: str = Field(default="server", min_length=1)
     """They are called by it and a number: server-0, server-1."""
-    count: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1, le=_SERVERS_MAX)
     """How many."""
     role: Literal["both", "prefill", "decode"] = "both"
     """What they do; prefill and decode: requests pass one of each, one after the other."""

@@ -27,6 +27,11 @@ from flowcontrol_server.tools.simulate.workloads import WorkloadSection
 EXTENDS_MAX = 8
 """Files that may extend one another; more are a circle."""
 
+_REQUESTS_MAX = 5_000_000
+"""Some 500 bytes of memory each, and 200 us."""
+_SCRAPES_MAX = 100_000_000
+"""Some 15 us each: half an hour; three servers a second for a year."""
+
 
 def _on_or_off(value: object) -> object:
     """Read what YAML makes of a bare on or off."""
@@ -117,6 +122,21 @@ class Scenario(EngineSection, _Head):
                     f"workloads[{index}].servers must name servers such as {names[0]}, got {name!r}"
                 )
                 demand(name in names, rule)
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> Self:
+        requests = sum(each.expected(self.duration) for each in self.workloads)
+        rule = f"must ask for at most {_REQUESTS_MAX:,} requests in all, got some {requests:,.0f}"
+        demand(requests <= _REQUESTS_MAX, f"workloads {rule}")
+        if self.scrape is not None:
+            count = sum(each.count for each in self.servers)
+            scrapes = count * self.duration // self.scrape.every
+            rule = (
+                f"scrape must be off, or take place at most {_SCRAPES_MAX:,} times in all, "
+                f"got {scrapes:,} of {count} servers"
+            )
+            demand(scrapes <= _SCRAPES_MAX, rule)
         return self
 
     def controller_config(self) -> ControllerConfig:

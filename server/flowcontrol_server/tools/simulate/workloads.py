@@ -1,5 +1,7 @@
 """The workloads of a scenario file: who asks, when, for how much, and how patiently."""
 
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -36,6 +38,9 @@ from flowcontrol_server.tools.simulate.parts import (
     Whole,
     demand,
 )
+
+_SECOND_NS = 1_000_000_000
+_TENANTS_MAX = 100_000
 
 
 def _plain(value: object) -> object:
@@ -189,6 +194,20 @@ class PoissonSection(Section):
             return Poisson(self.per_second, windows)
         return Poisson(self.per_second, windows, self.on_off.on, self.on_off.off)
 
+    def expected(self, span_ns: tuple[int, int]) -> float:
+        """Return how many come in a time, about."""
+        begin, end = span_ns
+        moments = {each for burst in self.bursts for each in (burst.from_, burst.until)}
+        edges = [begin, *sorted(each for each in moments if begin < each < end), end]
+        area = sum((b - a) * self._times(a) for a, b in pairwise(edges))
+        turn = self.on_off
+        part = 1.0 if turn is None else turn.on / (turn.on + turn.off)
+        return self.per_second * part * area / _SECOND_NS
+
+    def _times(self, moment_ns: int) -> float:
+        bursts = (each for each in self.bursts if each.from_ <= moment_ns < each.until)
+        return prod(each.times for each in bursts)
+
 
 class AtOnceSection(Section):
     """A job that is dropped in one piece."""
@@ -199,6 +218,10 @@ class AtOnceSection(Section):
     def arrivals(self, trace: Path | None) -> Arrivals:  # noqa: ARG002 - as the others
         """Return what it means."""
         return AtOnce(self.count)
+
+    def expected(self, span_ns: tuple[int, int]) -> float:  # noqa: ARG002 - as the others
+        """Return how many come."""
+        return self.count
 
 
 class ClosedLoopSection(Section):
@@ -214,6 +237,10 @@ class ClosedLoopSection(Section):
     def arrivals(self, trace: Path | None) -> Arrivals:  # noqa: ARG002 - as the others
         """Return what it means."""
         return ClosedLoop(self.users, self.think.distribution(), self.ramp)
+
+    def expected(self, span_ns: tuple[int, int]) -> float:  # noqa: ARG002 - as the others
+        """Return how many come at least: each asks once."""
+        return self.users
 
 
 class TraceSection(Section):
@@ -241,6 +268,10 @@ class TraceSection(Section):
         scale = self.per_second / rate if self.per_second and rate else 1.0
         scaled = [row._replace(at_ns=round(row.at_ns / scale)) for row in rows[: self.limit]]
         return Replayed(tuple(scaled))
+
+    def expected(self, span_ns: tuple[int, int]) -> float:  # noqa: ARG002 - as the others
+        """Return nothing: what a file holds has its own size."""
+        return 0
 
 
 class ArrivalsSection(OneOf):
@@ -277,6 +308,7 @@ def _tenants(value: object) -> object:
         return value
     count, zipf = value["count"], value.get("zipf", 0)
     demand(value.keys() <= {"count", "zipf"} and type(count) is int and count >= 1, rule)
+    demand(count <= _TENANTS_MAX, f"must have a count of at most {_TENANTS_MAX}, got {count}")
     demand(type(zipf) in (int, float) and zipf >= 0, rule)
     return {f"tenant-{n}": (n + 1) ** -float(zipf) for n in range(count)}
 
@@ -333,6 +365,12 @@ class WorkloadSection(Section):
             "must have prompt and output, or lengthsFrom, or arrivals.trace",
         )
         return self
+
+    def expected(self, duration_ns: int) -> float:
+        """Return how many of its requests come, about."""
+        end = duration_ns if self.until is None else min(self.until, duration_ns)
+        expected: float = self.arrivals.chosen.expected((self.from_, max(self.from_, end)))
+        return expected
 
     def workload(self, trace: Path | None) -> Workload:
         """Return what it means.
