@@ -99,26 +99,44 @@ def verdict(
     if is_body_unread(headers, metadata.get(BODY_NAMESPACE, {})):
         yield "body: Envoy cannot read it, no rule on the body matches"
     yield f"objective: {facts.objective or 'none'} ({origin.objective})"
-    yield f"priority: {_priority(settings, facts.objective)}"
+    priority, why = _priority(settings, facts.objective)
+    yield f"priority: {why if priority is None else f'{priority} ({why})'}"
     yield f"flow id: {facts.flow_id} ({origin.flow_id})"
-    ttl_ns = facts.ttl_ns or settings.flow_control.request_ttl
-    ttl_origin = f"header {TTL_HEADER}" if facts.ttl_ns else "flowControl.requestTTL"
-    yield f"may wait: {duration(ttl_ns)} ({ttl_origin}, or the band's)"
+    yield f"may wait: {_may_wait(settings, priority, facts.ttl_ns)}"
     if facts.model:
         yield f"model: {facts.model}"
     if facts.output_tokens_max is not None:
         yield f"output tokens at most: {facts.output_tokens_max}"
 
 
-def _priority(settings: Settings, objective: str | None) -> str:
+def _may_wait(settings: Settings, priority: int | None, header_ns: int | None) -> str:
+    """Return the longest wait and what sets it: the header can only shorten the band's."""
+    bands = [band.request_ttl for band in settings.flow_control.bands]
+    ttl_ns, origin, unless = settings.flow_control.request_ttl, "flowControl.requestTTL", ""
+    if priority is not None:
+        templates = settings.controller_config().templates
+        of_it = (n for n, each in enumerate(templates) if each.matches(priority))
+        number = next(of_it, None)
+        own_ns = None if number is None else bands[number]
+        if own_ns is not None:
+            ttl_ns, origin = own_ns, f"flowControl.bands[{number}].requestTTL"
+    elif any(bands):
+        unless = ", unless its band's requestTTL is another"
+    if header_ns is not None and header_ns < ttl_ns:
+        ttl_ns, origin = header_ns, f"header {TTL_HEADER}"
+    return f"{duration(ttl_ns)} ({origin}{unless})"
+
+
+def _priority(settings: Settings, objective: str | None) -> tuple[int | None, str]:
+    """Return the priority, None where this machine cannot know it, and where it comes from."""
     if objective is None:
-        return "0 (no objective)"
+        return 0, "no objective"
     directory = settings.objectives.directory
     if directory is None:
-        return "as its InferenceObjective declares, 0 without one"
+        return None, "as its InferenceObjective declares, 0 without one"
     folder = ObjectiveFolder(directory, settings.pool)
     folder.survey()
     priority = folder.known.get(objective)
     if priority is None:
-        return f"0 (no manifest in {directory} declares {objective!r})"
-    return f"{priority} (declared in {directory})"
+        return 0, f"no manifest in {directory} declares {objective!r}"
+    return priority, f"declared in {directory}"

@@ -20,6 +20,8 @@ requests:
   - {match: {"metadata:jwt:claims:plan": "gold-*"}, objective: gold}
   - {flowIdFrom: "metadata:jwt:claims:org"}
 """
+BANDS = "[{match: {minPriority: 5}, requestTTL: 9s}, {match: {maxPriority: -1}, requestTTL: 30m}]"
+WITH_BANDS = CONFIG.replace("requestTTL: 60s", f"requestTTL: 60s, bands: {BANDS}")
 MANIFEST = """
 apiVersion: llm-d.ai/v1alpha2
 kind: InferenceObjective
@@ -55,7 +57,7 @@ class TestClassify:
             "objective: batch (requests.rules[0])",
             f"priority: -1 (declared in {config.parent / 'objectives'})",
             "flow id: acme (requests.rules[2])",
-            "may wait: 1 min 0 s (flowControl.requestTTL, or the band's)",
+            "may wait: 1 min 0 s (flowControl.requestTTL)",
             "model: m",
             "output tokens at most: 50",
         ]
@@ -73,13 +75,45 @@ class TestClassify:
             "objective: chat (header x-llm-d-inference-objective)",
             f"priority: 0 (no manifest in {config.parent / 'objectives'} declares 'chat')",
             "flow id: bob (header x-llm-d-inference-fairness-id)",
-            "may wait: 5.0 s (header x-llm-d-inference-ttl, or the band's)",
+            "may wait: 5.0 s (header x-llm-d-inference-ttl)",
         ]
 
     def test_pattern(self, config: Path) -> None:
         """A claim that begins as the rule says."""
         result = classify(config, "--metadata", "jwt:claims:plan=gold-2")
         assert "objective: gold (requests.rules[1])" in result.stdout
+
+    @pytest.mark.parametrize(
+        ("objective", "ttl", "expected"),
+        [
+            ("batch", None, "30 min 0 s (flowControl.bands[1].requestTTL)"),
+            ("batch", "90s", "1 min 30 s (header x-llm-d-inference-ttl)"),
+            ("batch", "2h", "30 min 0 s (flowControl.bands[1].requestTTL)"),
+            ("chat", None, "1 min 0 s (flowControl.requestTTL)"),
+            ("chat", "2h", "1 min 0 s (flowControl.requestTTL)"),
+        ],
+    )
+    def test_wait(self, config: Path, objective: str, ttl: str | None, expected: str) -> None:
+        """What sets it: the band, the queue, or a header that shortens it."""
+        config.write_text(WITH_BANDS)
+        headers = {"x-llm-d-inference-objective": objective, "x-llm-d-inference-ttl": ttl}
+        given = [f"{name}: {value}" for name, value in headers.items() if value]
+        result = classify(config, *(word for each in given for word in ("--header", each)))
+
+        assert f"may wait: {expected}" in result.stdout.splitlines()
+
+    def test_wait_in_a_band_that_is_not_known(self, config: Path) -> None:
+        """Where objectives come from elsewhere, the band may have the last word."""
+        config.write_text(WITH_BANDS.replace("{directory: objectives}", "{api: {}}"))
+        result = classify(config, "--header", "x-llm-d-inference-objective: batch")
+
+        wait = (
+            "may wait: 1 min 0 s (flowControl.requestTTL, unless its band's requestTTL is another)"
+        )
+        assert wait in result.stdout.splitlines()
+        config.write_text(CONFIG.replace("{directory: objectives}", "{api: {}}"))
+        result = classify(config, "--header", "x-llm-d-inference-objective: batch")
+        assert "may wait: 1 min 0 s (flowControl.requestTTL)" in result.stdout.splitlines()
 
     def test_exempt(self, config: Path) -> None:
         """A path that passes ungated."""
