@@ -3,7 +3,12 @@
 Older parts are renamed and the oldest is overwritten, so every file among them must be one of ours.
 """
 
+from itertools import takewhile
 from pathlib import Path
+from typing import Final
+
+SMALL_MAX: Final = 100
+"""Parts that may be kept beyond those that are set, for restarts that leave small ones."""
 
 
 def stranger_among(path: Path, files_max: int, beginning: bytes) -> Path | None:
@@ -19,9 +24,50 @@ def stranger_among(path: Path, files_max: int, beginning: bytes) -> Path | None:
     """
     for number in range(files_max):
         part = part_path(path, number)
-        if part.exists() and not (part.is_file() and _begins_with(part, beginning)):
+        if part.exists() and not _is_part(part, beginning):
             return part
     return None
+
+
+def make_room(path: Path, files_max: int, bytes_max: int, beginning: bytes) -> None:
+    """Give every part the number after its own, and delete the oldest; nothing is called `path`.
+
+    As many are kept as may be, with the one to come; and older ones while all would have room in
+    them. So a restart that leaves a small part pushes none out.
+
+    Args:
+        path: of the newest part.
+        files_max: parts kept whatever their size.
+        bytes_max: of a part.
+        beginning: of every part; a file beyond `files_max` that begins otherwise is left alone.
+
+    Raises:
+        OSError: one cannot be read or renamed.
+    """
+    last = files_max - 1
+    while last < files_max - 1 + SMALL_MAX and _may_take(part_path(path, last + 1), beginning):
+        last += 1
+    row = (part_path(path, number) for number in range(last + 1))
+    parts = list(takewhile(Path.exists, row))
+    room = (files_max - 1) * bytes_max
+    kept = 0
+    for number, part in enumerate(parts[:last], 1):
+        room -= part.stat().st_size
+        if number >= files_max and room < 0:
+            break
+        kept = number
+    for part in reversed(parts[max(kept, 1) :]):
+        part.unlink()
+    for number in range(kept, 0, -1):
+        part_path(path, number - 1).replace(part_path(path, number))
+
+
+def _may_take(part: Path, beginning: bytes) -> bool:
+    return not part.exists() or _is_part(part, beginning)
+
+
+def _is_part(part: Path, beginning: bytes) -> bool:
+    return part.is_file() and _begins_with(part, beginning)
 
 
 def part_path(path: Path, number: int) -> Path:

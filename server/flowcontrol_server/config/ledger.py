@@ -27,7 +27,8 @@ class LedgerSection(Section):
     max_bytes: SizeFrom1 = written("64Mi")
     """Size of a part, some 400 bytes a request; then the next begins."""
     files: int = Field(default=4, ge=1, le=1000, strict=True)
-    """Parts kept. Only a ledger with its first part can be decided again exactly."""
+    """Parts kept, and as many more as have room in these: each start begins a part, and a small one
+    pushes none out. Only a ledger with its first part can be decided again exactly."""
     hide_flow_ids: bool = Field(default=False, strict=True)
     """Write hashes in place of tenants' ids, with another salt in each run."""
 

@@ -18,6 +18,7 @@ import structlog
 from flowcontrol.config import ControllerConfig
 from flowcontrol.errors import LedgerError
 from flowcontrol.replay.ledger import (
+    BEGINNING,
     Checkpoint,
     Entry,
     Header,
@@ -27,7 +28,7 @@ from flowcontrol.replay.ledger import (
     from_line,
     to_line,
 )
-from flowcontrol_server.common.parts import part_path
+from flowcontrol_server.common.parts import make_room, part_path
 from flowcontrol_server.ledger.recording import TurnFeed
 
 _LINGER_S = 0.1
@@ -168,10 +169,7 @@ class LedgerWriter:
 
         Not before it holds something, or each try that fails would push a good part out.
         """
-        for number in range(self._files_max - 1, 0, -1):
-            older = part_path(self._path, number - 1)
-            if older.exists():
-                older.replace(part_path(self._path, number))
+        make_room(self._path, self._files_max, self._bytes_max, BEGINNING)
         self._new_path.replace(self._path)
         self._heading = ""
         self._part += 1

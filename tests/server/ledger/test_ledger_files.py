@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from flowcontrol.errors import LedgerError
 from flowcontrol.replay.ledger import BEGINNING
 from flowcontrol_server.cli import main
-from flowcontrol_server.common.parts import stranger_among
+from flowcontrol_server.common.parts import SMALL_MAX, make_room, part_path, stranger_among
 from flowcontrol_server.ledger.claim import LedgerLock
 
 CONFIG = """\
@@ -71,6 +71,67 @@ class TestStrangers:
         os.mkfifo(tmp_path / "ledger")
 
         assert stranger_among(tmp_path / "ledger", 3, BEGINNING) == tmp_path / "ledger"
+
+
+class TestRoom:
+    """Which parts are kept when another comes: 3 of 100 bytes, or as many small ones as fit."""
+
+    @pytest.mark.parametrize(
+        ("sizes", "kept"),
+        [
+            ([], []),
+            ([99], [99]),
+            ([100, 100], [100, 100]),
+            ([100, 100, 100], [100, 100]),
+            ([150, 150, 150], [150, 150]),
+            ([20, 20, 100], [20, 20, 100]),
+            ([20, 20, 20, 100], [20, 20, 20, 100]),
+            ([100, 20, 20, 20, 100], [100, 20, 20, 20]),
+            ([20, 100, 20, 20, 20, 100, 100], [20, 100, 20, 20, 20]),
+        ],
+    )
+    def test_restarts_push_nothing_out(
+        self, tmp_path: Path, sizes: list[int], kept: list[int]
+    ) -> None:
+        """Small parts leave room for older ones; together they are never more than 3 full ones."""
+        path = tmp_path / "ledger"
+        for number, size in enumerate(sizes):
+            part_path(path, number).write_bytes(BEGINNING.ljust(size))
+        make_room(path, 3, 100, BEGINNING)
+        path.write_bytes(BEGINNING)
+        names = sorted(tmp_path.iterdir(), key=lambda each: (len(each.name), each.name))
+
+        assert [each.name for each in names][1:] == [f"ledger.{n + 1}" for n in range(len(kept))]
+        assert [each.stat().st_size for each in names][1:] == kept
+
+    def test_only_the_newest(self, tmp_path: Path) -> None:
+        """With one part the next replaces it."""
+        path = tmp_path / "ledger"
+        path.write_bytes(BEGINNING)
+        make_room(path, 1, 100, BEGINNING)
+
+        assert [each.name for each in tmp_path.iterdir()] == ["ledger"]
+
+    def test_not_without_end(self, tmp_path: Path) -> None:
+        """A service that cannot start leaves so many and no more."""
+        path = tmp_path / "ledger"
+        for _ in range(3 + SMALL_MAX + 5):
+            make_room(path, 3, 10_000, BEGINNING)
+            path.write_bytes(BEGINNING)
+
+        assert len(list(tmp_path.iterdir())) == 3 + SMALL_MAX
+
+    def test_a_stranger_ends_the_row(self, tmp_path: Path) -> None:
+        """Another's file beyond the parts that are set is left where it is."""
+        path = tmp_path / "ledger"
+        (tmp_path / "ledger.4").write_text("precious\n")
+        for _ in range(9):
+            make_room(path, 3, 10_000, BEGINNING)
+            path.write_bytes(BEGINNING)
+
+        names = ["ledger", "ledger.1", "ledger.2", "ledger.3", "ledger.4"]
+        assert sorted(each.name for each in tmp_path.iterdir()) == names
+        assert (tmp_path / "ledger.4").read_text() == "precious\n"
 
 
 class TestClaim:
