@@ -3,6 +3,8 @@
 import json
 from typing import Final, final
 
+import structlog
+
 from flowcontrol_server.state.store import Batch, Contents, records_of, to_plain
 from flowcontrol_server.state.valkey_client import ValkeyClient
 
@@ -12,8 +14,14 @@ _OPEN = """
 local fence = tonumber(redis.call('GET', KEYS[1]) or '0')
 if fence > tonumber(ARGV[1]) then return redis.error_reply('FENCED') end
 redis.call('SET', KEYS[1], ARGV[1])
-return {redis.call('HGETALL', KEYS[2]), redis.call('GET', KEYS[3])}
+local memory = redis.pcall('INFO', 'memory')
+local evicts = ''
+if type(memory) == 'string' and not memory:find('maxmemory:0%s') then
+  evicts = memory:match('maxmemory_policy:(%S+)') or ''
+end
+return {redis.call('HGETALL', KEYS[2]), redis.call('GET', KEYS[3]), evicts}
 """
+"""INFO may be forbidden; of CONFIG no script may ask."""
 _WRITE = """
 local fence = redis.call('GET', KEYS[1])
 if fence and tonumber(fence) > tonumber(ARGV[1]) then return redis.error_reply('FENCED') end
@@ -26,7 +34,9 @@ for i = 5, 4 + 2 * puts, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) 
 for i = 5 + 2 * puts, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end
 return 'OK'
 """
+_NO_EVICTION: Final = "noeviction"
 _KEYS: Final = ["fence", "leases", "memory"]
+_log = structlog.get_logger()
 
 
 @final
@@ -46,8 +56,11 @@ class ValkeyStore:
 
     async def open(self, token: int) -> Contents:
         """Take the store and return what it holds."""
-        leases, memory = await self._client.run(_OPEN, _KEYS, str(token))
+        leases, memory, policy = await self._client.run(_OPEN, _KEYS, str(token))
         self._token = str(token)
+        if policy not in {"", _NO_EVICTION}:
+            problem = f"maxmemory-policy must be {_NO_EVICTION}: full, it drops what it should keep"
+            _log.warning("valkey_evicts_keys", policy=policy, problem=problem)
         return Contents(records_of(dict(zip(leases[::2], leases[1::2], strict=True))), memory)
 
     async def write(self, batch: Batch) -> None:

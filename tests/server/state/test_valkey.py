@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from flowcontrol_server.config.state import Valkey
 from flowcontrol_server.state.store import Batch, FencedError, LeaseRecord, StateError
@@ -18,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(BINARY is None, reason="needs redis-server or valkey-server"),
 ]
 LEASE_MS = 200
+EVICTS = ("--maxmemory", "99mb", "--maxmemory-policy", "volatile-lru")
 
 
 @pytest.fixture(name="client")
@@ -81,6 +83,31 @@ class TestStore:
         after = await ValkeyStore(client).open(2)
 
         assert list(after.leases) == [record(1)]
+
+    @pytest.mark.parametrize(
+        ("options", "policies"),
+        [
+            (EVICTS, ["volatile-lru"]),
+            (("--maxmemory", "99mb"), []),
+            (("--maxmemory-policy", "volatile-lru"), []),
+            ((*EVICTS, "--user", "default", "on", "nopass", "~*", "+@all", "-info"), []),
+        ],
+        ids=" ".join,
+    )
+    async def test_a_server_that_evicts(
+        self, tmp_path: Path, options: tuple[str, ...], policies: list[str]
+    ) -> None:
+        """It is said at the start, where the server limits its memory and says how."""
+        server = ValkeyServer(tmp_path, *options)
+        server.start()
+        client = client_of(server)
+        with structlog.testing.capture_logs() as lines:
+            await ValkeyStore(client).open(1)
+        await client.close()
+        server.stop()
+
+        warned = [each["policy"] for each in lines if each["event"] == "valkey_evicts_keys"]
+        assert warned == policies
 
     async def test_whole(self, client: ValkeyClient) -> None:
         """A whole batch replaces all there was."""
