@@ -65,7 +65,8 @@ class TestOldAndOdd:
     async def test_websocket(self, start: Start, picker: str) -> None:
         """Where it is on, it is gated, and holds its slot until the connection is closed."""
         gateway = await start(Spec(requests={"websockets": True}, picker=picker))
-        caller = await gateway.call("/v1/realtime", method="GET", headers=WEBSOCKET, body=None)
+        headers = WEBSOCKET | {"content-type": "application/json"}  # as of a client's every request
+        caller = await gateway.call("/v1/realtime", method="GET", headers=headers, body=None)
         serving = await gateway.next_call()
         await serving.upgrade("websocket")
         status = await caller.head()

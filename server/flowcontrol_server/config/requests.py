@@ -184,7 +184,8 @@ class Requests(Section):
     proxy in front of this one sets them; where this service sets one of them, its value counts."""
     websockets: bool = Field(default=False, strict=True)
     """Whether Envoy accepts WebSocket upgrades (`envoy-config`). A connection then queues like a
-    request and holds one slot until it closes. false: Envoy answers 403."""
+    request and holds one slot until it closes. false: Envoy answers 403. Envoy Gateway accepts them
+    in any case; true keeps one that names JSON as its content type from being held there."""
     input_tokens_from: FactName | None = None
     """The fact that says how many tokens the prompt has, where something in front knows; else the
     announced size is divided by 4."""

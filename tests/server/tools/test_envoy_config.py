@@ -36,6 +36,7 @@ pytestmark = pytest.mark.slow
 
 SERVERS = "model_servers"
 _READERS = ("match_delegate", "json_to_metadata")
+_WEBSOCKET = "'exact': 'websocket'"
 
 
 def settings_with(*static: str, picker: str = "off", **sections: Any) -> Settings:
@@ -716,6 +717,18 @@ class TestReaders:
         requests = {"rules": [rule], "readBodiesUpTo": "64Ki"}
 
         assert self.filters(generated(settings_with(requests=requests)))[0] == "match_delegate"
+
+    @pytest.mark.parametrize("size", ["64Ki", "unlimited"])
+    def test_websockets(self, size: str) -> None:
+        """Where they are let through, none is held for a body that it has not."""
+        off, on = (
+            generated(settings_with(requests={"readBodiesUpTo": size, "websockets": websockets}))
+            for websockets in (False, True)
+        )
+
+        assert _WEBSOCKET not in str(the_only(off, "http_filters")[0])
+        assert _WEBSOCKET in str(the_only(on, "http_filters")[0])
+        assert self.filters(on)[0] == "match_delegate"
 
     @given(st.integers(1, 10**12), st.integers(0, 10**12))
     def test_greater(self, limit: int, size: int) -> None:

@@ -296,13 +296,17 @@ def with_readers(
     reads_usage = settings.is_reported and settings.settlement.token_usage
     filters = [*gate, _stream_reader(), last] if reads_usage else [*gate, last]
     # Before ext_proc, which is to know what the body says.
+    passes_by = _passes_by(settings, bytes_max, buffer_limit_bytes)
     if reads_requests and bytes_max is not None:
         if reads_usage:
             filters.insert(0, _body_reader(reads_requests=False, reads_usage=True))
         reader = _body_reader(reads_requests=True, reads_usage=False)
-        filters.insert(0, _skipped_beyond(bytes_max, buffer_limit_bytes, reader))
-    elif reads_requests or reads_usage:
-        filters.insert(0, _body_reader(reads_requests=reads_requests, reads_usage=reads_usage))
+        filters.insert(0, _skipped_by_any(passes_by, reader))
+    elif reads_requests:
+        reader = _body_reader(reads_requests=True, reads_usage=reads_usage)
+        filters.insert(0, _skipped_by_any(passes_by, reader))
+    elif reads_usage:
+        filters.insert(0, _body_reader(reads_requests=False, reads_usage=True))
     return filters
 
 
@@ -388,18 +392,45 @@ def _body_reader(*, reads_requests: bool, reads_usage: bool) -> hcm.HttpFilter:
     )
 
 
-def _skipped_beyond(
-    bytes_max: int, buffer_limit_bytes: int | None, reader: hcm.HttpFilter
+def _passes_by(
+    settings: Settings, bytes_max: int | None, buffer_limit_bytes: int | None
+) -> list[xds.MatcherMatcherListPredicate]:
+    """Return what holds for requests whose bodies are not read, and not held."""
+    predicates = []
+    if bytes_max is not None:
+        predicates.append(_announces_between(bytes_max, buffer_limit_bytes))
+    if settings.requests.websockets:
+        # It has no body, and would be held until it ends: that is when its connection closes.
+        is_websocket = xds.StringMatcher(exact="websocket", ignore_case=True)
+        upgrades = has_header("upgrade", is_websocket)
+        # No POST evades the rules on its body that way.
+        predicates.append(_all_of(upgrades, has_header(":method", xds.StringMatcher(exact="GET"))))
+    return predicates
+
+
+def _skipped_by_any(
+    predicates: list[xds.MatcherMatcherListPredicate], reader: hcm.HttpFilter
 ) -> hcm.HttpFilter:
-    """Return a filter that requests of a greater announced size pass by, up to what is held."""
+    if len(predicates) > 1:
+        any_holds = xds.MatcherMatcherListPredicatePredicateList(predicate=predicates)
+        predicates = [xds.MatcherMatcherListPredicate(or_matcher=any_holds)]
+    return skipped(predicates[0], reader) if predicates else reader
+
+
+def _announces_between(
+    bytes_max: int, buffer_limit_bytes: int | None
+) -> xds.MatcherMatcherListPredicate:
+    """Return what holds for a greater announced size, up to what is held."""
     predicate = _announces_more_than(bytes_max)
-    if buffer_limit_bytes is not None:
-        is_held = xds.MatcherMatcherListPredicate(
-            not_matcher=_announces_more_than(buffer_limit_bytes)
-        )
-        both_hold = xds.MatcherMatcherListPredicatePredicateList(predicate=[predicate, is_held])
-        predicate = xds.MatcherMatcherListPredicate(and_matcher=both_hold)
-    return skipped(predicate, reader)
+    if buffer_limit_bytes is None:
+        return predicate
+    is_held = xds.MatcherMatcherListPredicate(not_matcher=_announces_more_than(buffer_limit_bytes))
+    return _all_of(predicate, is_held)
+
+
+def _all_of(*predicates: xds.MatcherMatcherListPredicate) -> xds.MatcherMatcherListPredicate:
+    all_hold = xds.MatcherMatcherListPredicatePredicateList(predicate=[*predicates])
+    return xds.MatcherMatcherListPredicate(and_matcher=all_hold)
 
 
 def skipped(predicate: xds.MatcherMatcherListPredicate, skips: hcm.HttpFilter) -> hcm.HttpFilter:
