@@ -104,6 +104,12 @@ def ai_gateway_buffered(configuration: dict[str, Any]) -> None:
     unverified_tls(configuration)
 
 
+def streaming(configuration: dict[str, Any], request: str, response: str) -> None:
+    """A filter of somebody's own that treats the two bodies differently."""
+    modes = DUPLEX | {"request_body_mode": request, "response_body_mode": response}
+    _wire(configuration, processing_mode=modes, message_timeout="30s")
+
+
 def _cluster(configuration: dict[str, Any], name: str) -> dict[str, Any]:
     clusters = configuration["static_resources"]["clusters"]
     (cluster,) = [each for each in clusters if each["name"] == name]

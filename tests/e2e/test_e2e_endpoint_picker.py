@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.e2e.gateway_shapes import (
     istio,
     istio_with_override,
     kgateway,
+    streaming,
 )
 from tests.e2e.harness import Spec, eventually
 
@@ -327,6 +329,33 @@ async def test_buffered(start: Start) -> None:
 
     assert first + await caller.rest() == b"".join(EVENTS[:10])
     assert call.body == pattern(100_000)
+
+
+@pytest.mark.parametrize(
+    ("request_", "response"),
+    [("FULL_DUPLEX_STREAMED", "STREAMED"), ("STREAMED", "FULL_DUPLEX_STREAMED")],
+)
+async def test_one_body_to_be_sent_back(start: Start, request_: str, response: str) -> None:
+    """Where Envoy waits for one body alone, the other passes as well, and is read."""
+    shape = partial(streaming, request=request_, response=response)
+    gateway = await start(picking(shape, settlement={"accessLog": False}))
+    before = await _counts(gateway)
+    _, occupying = await gateway.occupy()
+    caller = await gateway.call(body=pattern(300_000))
+    await gateway.until(waiting=1)
+    await occupying.respond()
+    call = await gateway.next_call()
+    await call.stream(*EVENTS, USAGE)
+    await caller.head()
+    first = await caller.piece()
+    await call.end()
+    rest = await caller.rest()
+    await gateway.until(in_flight=0)
+    after = await _counts(gateway)
+
+    assert call.body == pattern(300_000)
+    assert first + rest == b"".join([*EVENTS, USAGE])
+    assert [b - a for a, b in zip(before, after, strict=True)] == [11, 7, 2, 0]
 
 
 def with_large_buffers(configuration: dict[str, Any]) -> None:

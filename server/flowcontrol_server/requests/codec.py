@@ -231,6 +231,7 @@ def _opening(
         None if modes is None else _mode(modes),
         is_end=is_end,
         attempt=_further_attempt(attributes, known),
+        kept=None if modes is None else _kept(modes),
     )
 
 
@@ -250,6 +251,14 @@ def _mode(modes: tuple[int, int]) -> Mode:
     if _DUPLEX in {of_request, of_response}:
         return Mode.DUPLEX
     return Mode.ANSWERS if of_request == of_response == _NO_BODIES else Mode.BUFFERED
+
+
+def _kept(modes: tuple[int, int]) -> MessageKind | None:
+    """Return the body that Envoy does not wait to get back while it waits for the other."""
+    of_request, of_response = modes
+    if (of_request == _DUPLEX) is (of_response == _DUPLEX):
+        return None
+    return MessageKind.RESPONSE_BODY if of_request == _DUPLEX else MessageKind.REQUEST_BODY
 
 
 def _read_attributes(attributes: dict[str, dict[str, Any]], headers: dict[str, str]) -> str:

@@ -12,7 +12,8 @@ DUPLEX (FULL_DUPLEX_STREAMED, as gateways wire endpoint pickers). Envoy sends bo
 and waits for them to be sent back. Parts that come while the request is parked are held, and sent
 back behind the answer to the headers; all others are sent back at once. The end of a body is sent
 back once, and what comes behind it is ignored (envoyproxy/envoy#46237). Nothing follows an
-ImmediateResponse.
+ImmediateResponse. Where only one of the bodies is to be sent back, parts of the other are
+acknowledged.
 
 Messages and answers are plain slots classes, built once and read once: frozen ones take four times
 as long to make.
@@ -109,6 +110,8 @@ class Message:
     """Whether no body follows these headers."""
     attempt: FurtherAttempt | None = None
     """None where Envoy has not tried to send the request yet."""
+    kept: MessageKind | None = None
+    """The body that Envoy does not wait to get back in a duplex conversation, if there is one."""
 
     def __init__(  # noqa: PLR0913 - its fields; a dataclass's own is interpreted
         self,
@@ -120,6 +123,7 @@ class Message:
         *,
         is_end: bool = False,
         attempt: FurtherAttempt | None = None,
+        kept: MessageKind | None = None,
     ) -> None:
         self.kind = kind
         self.headers = headers
@@ -128,6 +132,7 @@ class Message:
         self.mode = mode
         self.is_end = is_end
         self.attempt = attempt
+        self.kept = kept
 
 
 @final
@@ -244,6 +249,7 @@ class Exchange:
         "_is_end_held",
         "_is_request_ended",
         "_is_response_ended",
+        "_kept",
         "_owed",
         "held_bytes",
         "mode",
@@ -270,6 +276,8 @@ class Exchange:
         self._is_request_ended = False
         """The end of the request's body has come."""
         self._is_response_ended = False
+        self._kept: MessageKind | None = None
+        """The body whose parts are acknowledged."""
 
     def receive(self, said: Message | BodyPart) -> Request | Reply | None:
         """Take what Envoy says; return the answer, or the request whose decision will be it.
@@ -363,7 +371,7 @@ class Exchange:
     def _begin(self, message: Message) -> Request | Reply:
         if message.mode is not None:
             self._has_asked = True
-            self.mode = message.mode
+            self.mode, self._kept = message.mode, message.kept
         self.phase = _PARKED
         self._is_request_ended = message.is_end
         self._has_only_asked = message.is_end and not self._has_asked
@@ -390,9 +398,10 @@ class Exchange:
             self.mode, move = _DUPLEX, _HOLD  # no other conversation sends a body so early
         if part.is_request and part.is_end and not self._has_asked:
             self._has_only_asked = True
-        if move is _ACK:
+        is_kept = kind is self._kept
+        if move is _ACK or (is_kept and move is _ECHO):
             return Acknowledge(kind)
-        if self.mode is Mode.BUFFERED:
+        if self.mode is Mode.BUFFERED or is_kept:
             self._owe(kind)
             return None
         if self._has_ended(part):

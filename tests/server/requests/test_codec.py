@@ -322,6 +322,28 @@ class TestDecode:
 
         assert (read.mode, read.is_end) == (expected, True)
 
+    @pytest.mark.parametrize(
+        ("request_", "response", "expected"),
+        [
+            ("STREAMED", "STREAMED", None),
+            ("FULL_DUPLEX_STREAMED", "FULL_DUPLEX_STREAMED", None),
+            ("FULL_DUPLEX_STREAMED", "STREAMED", MessageKind.RESPONSE_BODY),
+            ("BUFFERED_PARTIAL", "FULL_DUPLEX_STREAMED", MessageKind.REQUEST_BODY),
+        ],
+    )
+    def test_one_body_to_be_sent_back(
+        self, request_: str, response: str, expected: MessageKind | None
+    ) -> None:
+        """Where Envoy waits for one body alone, the other is named."""
+        config = ProtocolConfiguration(
+            request_body_mode=ProcessingModeBodySendMode[request_],
+            response_body_mode=ProcessingModeBodySendMode[response],
+        )
+        headers = HttpHeaders(end_of_stream=True)
+        read = decode(bytes(ProcessingRequest(request_headers=headers, protocol_config=config)))
+
+        assert read.kept is expected
+
     def test_response_headers(self) -> None:
         """Status and content type of the response, and whether a body follows."""
         headers = HeaderMap(headers=[HeaderValue(key=":status", raw_value=b"204")])

@@ -147,6 +147,20 @@ class TestReceive:
         assert exchange.mode is Mode.DUPLEX
         assert exchange.decide(DISPATCHED) == [DISPATCHED, PART]
 
+    @pytest.mark.parametrize("kept", [MessageKind.REQUEST_BODY, MessageKind.RESPONSE_BODY])
+    def test_one_body_to_be_sent_back(self, kept: MessageKind) -> None:
+        """Parts of the other are acknowledged: those of a parked request behind its answer."""
+        exchange = Exchange(Intake())
+        kind = MessageKind.REQUEST_HEADERS
+        exchange.receive(Message(kind, HEADERS, mode=Mode.DUPLEX, kept=kept))
+        exchange.receive(PART)
+        of_request = [*exchange.decide(DISPATCHED)[1:], exchange.receive(PART)]
+        passed = Acknowledge(kept)
+
+        is_request = kept is MessageKind.REQUEST_BODY
+        assert of_request == ([passed, passed] if is_request else [PART, PART])
+        assert exchange.receive(ANSWER_PART) == (ANSWER_PART if is_request else passed)
+
     def test_half_close_behind_a_body(self) -> None:
         """A client that never said so and has sent all of a body still waits for the answer."""
         told, untold = exchange_in(Phase.PARKED, Mode.DUPLEX), exchange_in(Phase.PARKED, None)

@@ -298,6 +298,7 @@ class ProcessCall(Call):
         elif isinstance(said, BodyPart):
             if reply is not None:
                 assert not isinstance(reply, Request), "headers ask for a decision"
+                self._note_response(said)
                 self._say(reply)
             elif was_parked:
                 self._wire.pause(self.stream_id, is_paused=True)
