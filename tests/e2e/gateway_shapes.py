@@ -105,7 +105,7 @@ def ai_gateway_buffered(configuration: dict[str, Any]) -> None:
 
 
 def streaming(configuration: dict[str, Any], request: str, response: str) -> None:
-    """A filter of somebody's own that treats the two bodies differently."""
+    """A filter of somebody's own, with any mode for each body."""
     modes = DUPLEX | {"request_body_mode": request, "response_body_mode": response}
     _wire(configuration, processing_mode=modes, message_timeout="30s")
 

@@ -331,6 +331,25 @@ async def test_buffered(start: Start) -> None:
     assert call.body == pattern(100_000)
 
 
+def _impatient(configuration: dict[str, Any], mode: str) -> None:
+    streaming(configuration, mode, mode)
+    (listener,) = configuration["static_resources"]["listeners"]
+    (manager,) = listener["filter_chains"][0]["filters"]
+    manager["typed_config"]["stream_idle_timeout"] = "0.5s"
+
+
+@pytest.mark.parametrize("mode", ["NONE", "BUFFERED", "FULL_DUPLEX_STREAMED"])
+async def test_envoy_gives_up(start: Start, mode: str) -> None:
+    """A request that waits longer than Envoy lets it gets Envoy's own answer, and leaves."""
+    shape = partial(_impatient, mode=mode)
+    patient = {"noEndpointTTL": "60s"}
+    gateway = await start(picking(shape, is_pool_empty=True, flow_control=patient))
+    reply = await (await gateway.call(body=pattern(100), name="given-up")).reply()
+
+    assert (reply.status, reply.body) == (504, b"stream timeout")
+    assert await gateway.outcomes("given-up") == ["evicted-cancelled"]
+
+
 @pytest.mark.parametrize(
     ("request_", "response"),
     [("FULL_DUPLEX_STREAMED", "STREAMED"), ("STREAMED", "FULL_DUPLEX_STREAMED")],

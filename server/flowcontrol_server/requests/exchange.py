@@ -182,11 +182,11 @@ MOVES: Final[Mapping[tuple[Mode, Phase], Sequence[Move | str]]] = {
     # By the kinds of messages: those of the request (headers, body, trailers), of the response.
     # A text says why the message must not come.
     (Mode.ANSWERS, Phase.OPENING): (_PARK, _OPENS, _OPENS, _OPENS, _OPENS, _OPENS),
-    (Mode.ANSWERS, Phase.PARKED): (_TWICE, _BODIES, _BODIES, _BODIES, _BODIES, _BODIES),
+    (Mode.ANSWERS, Phase.PARKED): (_TWICE, _BODIES, _BODIES, _GIVE_UP, _BODIES, _BODIES),
     (Mode.ANSWERS, Phase.GOING): (_TWICE, _ACK, _ACK, _ACK, _ACK, _ACK),
     (Mode.ANSWERS, Phase.OVER): (_OVER, _OVER, _OVER, _OVER, _OVER, _OVER),
     (Mode.BUFFERED, Phase.OPENING): (_PARK, _OPENS, _OPENS, _OPENS, _OPENS, _OPENS),
-    (Mode.BUFFERED, Phase.PARKED): (_TWICE, _HOLD, _HOLD, _BODIES, _BODIES, _BODIES),
+    (Mode.BUFFERED, Phase.PARKED): (_TWICE, _HOLD, _HOLD, _GIVE_UP, _BODIES, _BODIES),
     (Mode.BUFFERED, Phase.GOING): (_TWICE, _ACK, _ACK, _ACK, _ACK, _ACK),
     (Mode.BUFFERED, Phase.OVER): (_OVER, _OVER, _OVER, _OVER, _OVER, _OVER),
     (Mode.DUPLEX, Phase.OPENING): (_PARK, _OPENS, _OPENS, _OPENS, _OPENS, _OPENS),
