@@ -13,6 +13,7 @@ from flowcontrol_server.requests.dialects import Dialect
 from flowcontrol_server.requests.exchange import (
     Exchange,
     Message,
+    Mode,
     Parting,
     Phase,
     ProtocolError,
@@ -26,6 +27,8 @@ _Context = grpc.aio.ServicerContext[bytes, bytes]
 _Reading = asyncio.Future[Message | BodyPart | None]
 HELD_BYTES_MAX: Final = 65_536
 """Of the body of a parked request, beyond which no more is read until it is decided."""
+BODY_S: Final = 0.005
+"""How long a request waits to be parked for what comes of its body with its headers."""
 
 
 @final
@@ -76,13 +79,14 @@ class ExtProcDoor:
                 if not shared.may_decide():
                     await self._pass_on(exchange, None, context)
                     return
+                request, reading = await self._with_body(exchange, reply, first, context)
                 parked = shared.gate.park(
-                    reply, first.headers, first.began, exchange.origin, first.attempt
+                    request, first.headers, first.began, exchange.origin, first.attempt
                 )
                 if shared.trace_fields:
                     said = dict(context.invocation_metadata() or ())
                     parked.trace = trace_of(shared.trace_fields, said, first.headers)
-                await self._hold(exchange, parked, context)
+                await self._hold(exchange, parked, context, reading)
             else:
                 await self._say(exchange, reply, context)
                 if exchange.phase is Phase.GOING:
@@ -90,13 +94,30 @@ class ExtProcDoor:
         except (ProtocolError, MalformedMessageError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
+    async def _with_body(
+        self, exchange: Exchange, request: Request, said: Message, context: _Context
+    ) -> tuple[Request, _Reading]:
+        """Return a request with what has come of its body, and the reading of the next message."""
+        reading = self._reading(context)
+        if exchange.mode is not Mode.DUPLEX or said.is_end:
+            return request, reading
+        try:
+            await asyncio.wait((reading,), timeout=BODY_S)
+        except asyncio.CancelledError:
+            reading.cancel()
+            raise
+        part = reading.result() if reading.done() else None
+        if not isinstance(part, BodyPart):
+            return request, reading
+        exchange.receive(part)
+        return exchange.with_body(request, said), self._reading(context)
+
     async def _hold(  # noqa: C901 - one conversation, told once
-        self, exchange: Exchange, parked: Parked, context: _Context
+        self, exchange: Exchange, parked: Parked, context: _Context, reading: _Reading
     ) -> None:
         """Answer a parked request, and keep its slot until its stream ends."""
         shared, moving, deciding = self._shared, self._moving, parked.future()
         # Read on while parked: with Envoy's graceful close the end of a request shows only there.
-        reading = self._reading(context)
         is_full = False
         try:
             while not (deciding.done() or moving.done()):

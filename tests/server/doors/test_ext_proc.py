@@ -1,4 +1,7 @@
-"""The grpcio door where another replica decides; test_e2e_grpcio.py has the rest."""
+"""The grpcio door: bodies that pass through it, and where another replica decides.
+
+test_e2e_grpcio.py has the rest.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,6 +11,7 @@ import grpc
 
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
+from flowcontrol_server.common import envoy_messages
 from flowcontrol_server.doors.call_context import STANDBY, CallContext
 from flowcontrol_server.doors.ext_proc import ExtProcDoor
 from flowcontrol_server.requests.gate import FlowGate, Parked
@@ -31,6 +35,39 @@ async def opened(
         await server.stop(None)
 
 
+async def _waiting(gate: FlowGate, count: int) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await gate.snapshot()).waiting != count:
+            pass
+
+
+async def test_facts() -> None:
+    """What a body says is known of its request when it is parked, as at the direct door."""
+    body = b'{"model": "llama", "max_tokens": 512, "messages": []}'
+    message = envoy_messages.ProcessingRequest(request_body={"body": body, "end_of_stream": True})
+    async with opened() as (_, gate, channel):
+        stream = Stream(channel)
+        await stream.say(announcing())
+        await stream.say(message.SerializeToString())
+        await _waiting(gate, 1)
+        parked = gate.live(1)
+        stream.call.cancel()
+        await _waiting(gate, 0)
+
+    assert parked is not None
+    assert (parked.request.model, parked.request.output_tokens_max) == ("llama", 512)
+
+
+async def test_no_body_comes() -> None:
+    """A request whose body is late is parked without it, and leaves with its client."""
+    async with opened() as (_, gate, channel):
+        stream = Stream(channel)
+        await stream.say(announcing())
+        await _waiting(gate, 1)
+        stream.call.cancel()
+        await _waiting(gate, 0)
+
+
 async def test_standby() -> None:
     """A client whose bodies pass through is refused; another request goes to the next replica."""
     async with opened(is_leader=False) as (_, _, channel):
@@ -51,9 +88,7 @@ async def test_stands_down() -> None:
         duplex, other = Stream(channel), Stream(channel)
         await duplex.say(announcing())
         await other.say(announcing("NONE"))
-        async with asyncio.timeout(TIMEOUT_S):
-            while (await gate.snapshot()).waiting != 2:
-                pass
+        await _waiting(gate, 2)
         door.move_calls()
         response = await duplex.hear()
 
