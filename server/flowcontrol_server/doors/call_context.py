@@ -45,7 +45,7 @@ class CallContext:
     limits: Http2Limits = field(default_factory=Http2Limits)
     """What a client of the direct door may ask for."""
     unseen_ns: int = 10_000_000_000
-    """At the direct door: how long a request keeps its slot whose response no message tells of."""
+    """How long a request keeps its slot whose response no message tells of."""
     body_refusals: int = 0
     """Parked requests refused because too much of bodies was held."""
     is_closing: bool = False

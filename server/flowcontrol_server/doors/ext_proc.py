@@ -58,6 +58,7 @@ class ExtProcDoor:
         """
         if not self._closing.done():
             self._closing.set_result(None)
+        self._shared.gate.release_unseen()
 
     def move_calls(self) -> None:
         """End all streams so that another replica takes them up; requests in flight go on."""
@@ -118,7 +119,7 @@ class ExtProcDoor:
         """Answer a parked request, and keep its slot until its stream ends."""
         shared, moving, deciding = self._shared, self._moving, parked.future()
         # Read on while parked: with Envoy's graceful close the end of a request shows only there.
-        is_full = False
+        is_full = is_unseen = False
         try:
             while not (deciding.done() or moving.done()):
                 parts = (deciding, reading, moving)
@@ -156,9 +157,12 @@ class ExtProcDoor:
             for each in exchange.decide(decided):
                 await self._say(exchange, each, context)
             await self._converse(exchange, parked, context, reading)
+            is_unseen = exchange.is_unseen and not self._closing.done()
         finally:
             reading.cancel()
-            if parked.left_ns is None:
+            if is_unseen:
+                shared.gate.leave_later(parked, shared.unseen_ns)
+            elif parked.left_ns is None:
                 shared.gate.leave(parked)
 
     async def _pass_on(self, exchange: Exchange, parked: Parked | None, context: _Context) -> None:

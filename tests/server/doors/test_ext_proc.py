@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
+import pytest
 
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
@@ -16,7 +17,8 @@ from flowcontrol_server.doors.call_context import STANDBY, CallContext
 from flowcontrol_server.doors.ext_proc import ExtProcDoor
 from flowcontrol_server.requests.gate import FlowGate, Parked
 from tests.support.direct import Stream, announcing, grpcio
-from tests.support.gates import TIMEOUT_S, running_gate
+from tests.support.gates import POOL, TIMEOUT_S, running_gate
+from tests.support.gateway_clients import NginxGatewayFabric
 
 
 @asynccontextmanager
@@ -66,6 +68,25 @@ async def test_no_body_comes() -> None:
         await _waiting(gate, 1)
         stream.call.cancel()
         await _waiting(gate, 0)
+
+
+@pytest.mark.parametrize("body", [b"{}", None])
+async def test_response_that_is_not_seen(body: bytes | None) -> None:
+    """Its slot is kept for the time that is set, or until the door closes."""
+    ended: list[tuple[Parked, Decision]] = []
+    async with opened(ended=ended) as (door, gate, channel):
+        gate.post(POOL)
+        asking = NginxGatewayFabric(channel)
+        await asking.ask(body)
+        await asking.pick()
+        kept = (await gate.snapshot()).in_flight
+        door.close()
+        async with asyncio.timeout(TIMEOUT_S):
+            while (await gate.snapshot()).in_flight:
+                pass
+
+    assert kept == 1
+    assert [decision.outcome for _, decision in ended] == [Outcome.DISPATCHED]
 
 
 async def test_standby() -> None:
