@@ -14,6 +14,10 @@ from flowcontrol_server.requests.request_log import RequestLog
 from flowcontrol_server.telemetry.log_sink import STANDARD_ERROR, Sink
 
 WRITE_WITHIN_S: Final = 0.02
+_TRACEBACKS: Final = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
+"""Without what variables hold: a request's headers, credentials, tokens."""
 
 
 def configure(level: str) -> None:
@@ -26,7 +30,7 @@ def configure(level: str) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks,
+            _TRACEBACKS,
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),

@@ -227,3 +227,20 @@ class TestConfigure:
         (exception,) = json.loads(captured)["exception"]
         assert exception["exc_type"] == "AssertionError"
         assert exception["exc_value"] == "a request was lost"
+
+    def test_variables_stay_out_of_tracebacks(self, capfd: pytest.CaptureFixture[str]) -> None:
+        """A traceback names lines; what variables held there, such as a key, is not written."""
+        logs.configure("error")
+
+        def read(headers: dict[str, str]) -> None:
+            """Fail with a request in hand."""
+            headers.pop(":path")
+
+        try:
+            read({"authorization": "Bearer key-of-a-client"})
+        except KeyError:
+            structlog.get_logger().exception("callback_failed")
+
+        captured = capfd.readouterr().err
+        assert "key-of-a-client" not in captured
+        assert '"name": "read"' in captured
