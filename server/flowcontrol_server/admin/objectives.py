@@ -8,6 +8,7 @@ import grpc
 
 from flowcontrol.errors import NotRunningError
 from flowcontrol.v1 import flowcontrol_pb2 as api
+from flowcontrol_server.common.plain_text import plain
 from flowcontrol_server.requests.gate import FlowGate
 from flowcontrol_server.sources.objective_store import ObjectiveStore
 
@@ -63,7 +64,8 @@ class ObjectiveMethods:
             ],
             writable=self._objectives.store() is not None,
             problems=[
-                api.SourceProblem(source=source, about=about, problem=problem)
+                # a file's name may be no UTF-8
+                api.SourceProblem(source=source, about=plain(about), problem=plain(problem))
                 for source, about, problem in self._objectives.problems()
             ],
         )

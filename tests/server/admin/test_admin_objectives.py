@@ -157,6 +157,18 @@ class TestChanges:
 class TestElsewhere:
     """Where they come from somewhere else."""
 
+    async def test_a_file_name_that_is_no_text(self) -> None:
+        """It is listed as far as it can be shown: one such file does not hide all the others."""
+        odd = "objectives.directory", "\udcff.yaml", "/objectives/\udcff.yaml:1: is not YAML"
+        access = ObjectiveAccess(lambda: None, lambda: [odd, PROBLEM])
+        async with served(access, None) as service:
+            reply = await service.stub.ListObjectives(api.ListObjectivesRequest())
+
+        first, second = reply.problems
+        assert first.about == r"\udcff.yaml"
+        assert first.problem == r"/objectives/\udcff.yaml:1: is not YAML"
+        assert second.about == "bad.yaml"
+
     async def test_not_writable(self) -> None:
         """They are listed, and must be changed there."""
         async with served(FROM_ELSEWHERE, None) as service:
