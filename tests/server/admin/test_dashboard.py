@@ -93,6 +93,17 @@ async def stage(directory: Path, width: int = 1440) -> AsyncIterator[Stage]:
         assert sorted(statuses) == [200, 200, 200, 200, 429]
 
 
+@asynccontextmanager
+async def quiet(directory: Path) -> AsyncIterator[tuple[Running, Page]]:
+    """A service that nobody has asked anything, and a browser; both gone at the end."""
+    (directory / "service").mkdir()
+    async with (
+        running(directory / "service", SETTINGS, {"chat": 10}) as service,
+        browser(directory / "profile") as page,
+    ):
+        yield service, page
+
+
 async def text(page: Page, selector: str) -> str:
     """What an element says."""
     said = await page.run(f"document.querySelector({selector!r}).innerText")
@@ -185,3 +196,24 @@ async def test_a_lost_service_is_said(tmp_path: Path) -> None:
         assert await service.stopped() == 0
         await page.until("document.getElementById('state').textContent === 'disconnected'")
         assert await page.run("document.body.classList.contains('lost')")
+
+
+async def test_tenants_that_look_alike(tmp_path: Path) -> None:
+    """One named by a control character and one by its escape: two rows, gone when they are."""
+    rows = "document.querySelectorAll('#flow-rows tr').length"
+    async with quiet(tmp_path) as (service, page):
+        streams, release = Streams(service.grpc), asyncio.Event()
+        await page.open(service.http)
+        asking = [
+            asyncio.create_task(streams.ask(flow_id, until=release))
+            for flow_id in ("a\x9b", r"a\x9b")
+        ]
+        await page.until(f"{rows} === 2")
+        for _ in range(2):
+            now = await text(page, "#clock")
+            await page.until(f"document.getElementById('clock').textContent !== {now!r}")
+        assert await page.run(rows) == 2
+        release.set()
+        assert await asyncio.gather(*asking) == [200, 200]
+        await streams.close()
+        await page.until(f"{rows} === 0")

@@ -43,11 +43,15 @@ function meter(holder, part, { tick = null, kind = "", label = "" } = {}) {
   return holder;
 }
 
-// Rows are kept by key, so that focus and selection survive an update.
+// Rows are kept by key, so that focus and selection survive an update. Two that look alike, such as
+// a tenant with a control character and one with its escape, are two rows.
 function rows(body, items, keyOf, create, update) {
   const old = new Map([...body.children].map(row => [row.dataset.key, row]));
+  const taken = new Set();
   items.forEach((item, index) => {
-    const key = String(keyOf(item));
+    let key = String(keyOf(item));
+    while (taken.has(key)) key += "'";
+    taken.add(key);
     let row = old.get(key);
     old.delete(key);
     if (!row) { row = create(item); row.dataset.key = key; }
