@@ -217,3 +217,15 @@ async def test_tenants_that_look_alike(tmp_path: Path) -> None:
         assert await asyncio.gather(*asking) == [200, 200]
         await streams.close()
         await page.until(f"{rows} === 0")
+
+
+async def test_a_question_that_nobody_answers(tmp_path: Path) -> None:
+    """Whoever asks about a request while the service is gone is told so."""
+    async with quiet(tmp_path) as (service, page):
+        await page.open(service.http)
+        await page.until("document.getElementById('state')?.textContent === 'serving'")
+        assert await service.stopped() == 0
+        await page.run("document.getElementById('ask-id').value = '1'")
+        await page.run("document.getElementById('ask').requestSubmit()")
+        await page.until("document.getElementById('explained').open")
+        assert await text(page, "#explained-sentences") == "The service does not answer."

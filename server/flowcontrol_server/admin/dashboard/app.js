@@ -282,9 +282,17 @@ function show(view) {
 
 // Explain
 
+async function ask(id) {
+  try {
+    const answer = await fetch(`/api/explain?request=${encodeURIComponent(id)}`);
+    return await answer.json();
+  } catch {
+    return { sentences: ["The service does not answer."] };
+  }
+}
+
 async function explain(id) {
-  const answer = await fetch(`/api/explain?request=${encodeURIComponent(id)}`);
-  const said = await answer.json();
+  const said = await ask(id);
   put("explained-title", `Request ${said.request_id ?? id}`);
   const state = said.state ?? "not known";
   pill($("explained-state"), state, { waiting: "warn", "in flight": "good" }[state] ?? "");
