@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from aiohttp import ClientSession
 
+from flowcontrol_server.admin.pages import WATCHERS_PER_PEER_MAX
 from tests.support.browser import CHROMIUM, Page, browser
 from tests.support.streams import Running, Streams, running
 
@@ -217,6 +219,18 @@ async def test_tenants_that_look_alike(tmp_path: Path) -> None:
         assert await asyncio.gather(*asking) == [200, 200]
         await streams.close()
         await page.until(f"{rows} === 0")
+
+
+async def test_a_refused_page_tries_again(tmp_path: Path) -> None:
+    """One dashboard too many begins to show figures when another has been closed."""
+    async with quiet(tmp_path) as (service, page), ClientSession() as session:
+        events = f"{service.http}/api/events"
+        others = [await session.get(events) for _ in range(WATCHERS_PER_PEER_MAX)]
+        await page.open(service.http)
+        await page.until("document.getElementById('state')?.textContent === 'disconnected'")
+        for other in others:
+            other.close()
+        await page.until("document.getElementById('state').textContent === 'serving'")
 
 
 async def test_a_question_that_nobody_answers(tmp_path: Path) -> None:

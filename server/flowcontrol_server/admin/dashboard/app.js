@@ -1,7 +1,7 @@
 // Shows what /api/events says, once a second. Whatever a client sent is set as text, never as markup.
 import { chart, spark } from "./chart.js";
 
-const KEPT = 300, SHOWN = 100, MOVES = 40, BAND_COLOURS = 6;
+const KEPT = 300, SHOWN = 100, MOVES = 40, BAND_COLOURS = 6, AGAIN_MS = 5000;
 const $ = id => document.getElementById(id);
 let history = [], decisions = [], latest = null, isPaused = false;
 
@@ -348,6 +348,10 @@ function wire() {
     put("pause", isPaused ? "Go on" : "Pause");
     showDecisions();
   });
+  follow();
+}
+
+function follow() {
   const events = new EventSource("/api/events");
   events.addEventListener("history", event => { history = JSON.parse(event.data); });
   events.addEventListener("view", event => {
@@ -356,7 +360,12 @@ function wire() {
     document.body.classList.remove("lost");
     show(view);
   });
-  events.addEventListener("error", () => { document.body.classList.add("lost"); pill($("state"), "disconnected", "bad"); });
+  events.addEventListener("error", () => {
+    document.body.classList.add("lost");
+    pill($("state"), "disconnected", "bad");
+    // A browser tries again by itself only where nobody answered, not after an answer that says no.
+    if (events.readyState === EventSource.CLOSED) setTimeout(follow, AGAIN_MS);
+  });
 }
 
 wire();
