@@ -243,3 +243,18 @@ async def test_a_question_that_nobody_answers(tmp_path: Path) -> None:
         await page.run("document.getElementById('ask').requestSubmit()")
         await page.until("document.getElementById('explained').open")
         assert await text(page, "#explained-sentences") == "The service does not answer."
+
+
+async def test_decisions_after_a_restart(tmp_path: Path) -> None:
+    """The first request of the new process is shown, though an earlier one had its number."""
+    cells = "[...document.querySelectorAll('#decision-rows tr')].map(row => row.children[3])"
+    async with quiet(tmp_path) as (service, page), ClientSession() as session:
+        await page.open(service.http)
+        for tenant in ("before", "after"):
+            if tenant == "after":
+                assert await service.stopped() == 0
+                await service.start(session)
+            streams = Streams(service.grpc)
+            assert await streams.ask(tenant) == 200
+            await streams.close()
+            await page.until(f"{cells}.map(cell => cell.innerText).join() === '{tenant}'")

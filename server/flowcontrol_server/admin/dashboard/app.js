@@ -243,7 +243,8 @@ function showEndpoints(view) {
   ].join(" "));
 }
 
-const keyOfDecision = each => each.request_id + each.outcome;
+// By its time, too: a service that was started again begins anew with its numbers.
+const keyOfDecision = each => `${each.request_id} ${each.outcome} ${each.time}`;
 const kindOf = outcome => outcome === "dispatched" ? "good" : ["evicted-cancelled", "evicted-moved"].includes(outcome) ? "" : outcome.startsWith("evicted") ? "warn" : "bad";
 
 function showDecisions() {
@@ -353,7 +354,7 @@ function wire() {
 
 function follow() {
   const events = new EventSource("/api/events");
-  events.addEventListener("history", event => { history = JSON.parse(event.data); });
+  events.addEventListener("history", event => { history = JSON.parse(event.data); decisions = []; });
   events.addEventListener("view", event => {
     const { sample, ...view } = JSON.parse(event.data);
     if (sample && history.at(-1)?.time !== sample.time) history = [...history, sample].slice(-900);
