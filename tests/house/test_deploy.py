@@ -162,6 +162,37 @@ class TestQueries:
 
         run([promtool, "check", "rules", path.name], tmp_path)
 
+    def test_limits_of_who_decides(self, promtool: str, tmp_path: Path) -> None:
+        """A standby has a limit that nothing is held to; two that decide have one each."""
+        (query,) = (text for text in expressions() if "detector_requests_limit" in text)
+        limit = 'flowcontrol_detector_requests_limit{stage="both", detector="auto", instance="%s"}'
+        deciding = 'flowcontrol_deciding{instance="%s"}'
+        series = [(limit % "a", "13x20"), (limit % "b", "8x20")]
+        series += [(deciding % "a", "1x20"), (deciding % "b", "0x10 1x10")]
+        tests = {
+            "rule_files": ["rules.yaml"],
+            "tests": [
+                {
+                    "interval": "1m",
+                    "input_series": [{"series": name, "values": values} for name, values in series],
+                    "promql_expr_test": [
+                        {
+                            "expr": _with_values(query),
+                            "eval_time": at,
+                            "exp_samples": [
+                                {"labels": '{detector="auto", stage="both"}', "value": value}
+                            ],
+                        }
+                        for at, value in (("5m", 13), ("15m", 21))
+                    ],
+                }
+            ],
+        }
+        (tmp_path / "rules.yaml").write_text("groups: []")
+        (tmp_path / "test.yaml").write_text(yaml.safe_dump(tests))
+
+        run([promtool, "test", "rules", "test.yaml"], tmp_path)
+
 
 def _with_values(text: str) -> str:
     return text.replace("$__rate_interval", "5m").replace("$instance", ".*")
