@@ -69,7 +69,8 @@ class PoolView:
         for endpoint in snapshot.endpoints:
             if endpoint.in_flight is None:
                 is_whole = all(each.address in said for each in snapshot.endpoints)
-                return sum(said.values()) - snapshot.in_flight if is_whole else None
+                ours = snapshot.in_flight + snapshot.recovered
+                return sum(said.values()) - ours if is_whole else None
             if endpoint.address in said:
                 ours += endpoint.in_flight
         return sum(said.values()) - ours

@@ -1,5 +1,7 @@
 """What was last said of the endpoints."""
 
+from dataclasses import replace
+
 import pytest
 
 from flowcontrol.events import EndpointsChanged, Left, LoadObserved
@@ -78,6 +80,13 @@ class TestDrift:
         assert view.drift(snapshot(9, a=None, b=None), 0) is None
         view.notice(LoadObserved(B, waiting=1, running=1, kv_usage=0.5), 0)
         assert view.drift(snapshot(9, a=None, b=None), 0) == -4
+
+    def test_recovered(self, view: PoolView) -> None:
+        """What another process has dispatched holds a slot here, and has not passed by the gate."""
+        view.notice(LoadObserved(A, waiting=0, running=3, kv_usage=0.5), 0)
+        view.notice(LoadObserved(B, waiting=1, running=2, kv_usage=0.5), 0)
+
+        assert view.drift(replace(snapshot(1, a=None, b=None), recovered=5), 0) == 0
 
     def test_silence(self, view: PoolView) -> None:
         """Nothing said, or long ago, is no drift."""
