@@ -192,6 +192,48 @@ async def test_what_is_wrong_now(tmp_path: Path) -> None:
     assert before <= {"endpoint-down", "load"}
 
 
+async def test_a_standby_does_not_say_what_passes_by_the_gate(tmp_path: Path) -> None:
+    """It has dispatched nothing: all that model servers work on would seem to have passed by it."""
+    page = model_application("demo", ModelServerConfig())
+    async with (
+        api_server(tmp_path) as (_, kubeconfig),  # which has no leases: nobody is elected
+        TestServer(page, host="127.0.0.1") as model_server,
+        ClientSession() as session,
+    ):
+        ports = free_ports(2)
+        settings = {
+            "apiVersion": "flowcontrol/v1alpha1",
+            "kind": "FlowControlConfig",
+            "pool": "llama",
+            "listen": {
+                "extProc": "off",
+                "grpc": f"127.0.0.1:{ports[0]}",
+                "http": f"127.0.0.1:{ports[1]}",
+            },
+            "objectives": {"api": {}},
+            "endpoints": {"static": [f"127.0.0.1:{model_server.port}"]},
+            "load": {},
+            "availability": {"election": "kubernetes"},
+            "kubernetes": {"kubeconfig": str(kubeconfig)},
+        }
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        service = Running(tmp_path, ports, {}, ("-m", "flowcontrol_server"))
+        starting = asyncio.create_task(service.start(session))
+        said = ""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while "\nflowcontrol_engine_requests{" not in said:
+                    await asyncio.sleep(0.01)
+                    if await status(session, service.http, "healthz") == 200:
+                        said = await metrics(session, service.http)
+        finally:
+            starting.cancel()
+            assert await service.stopped() == 0
+
+    assert "\nflowcontrol_deciding 0.0\n" in said
+    assert "flowcontrol_in_flight_drift_requests" not in said
+
+
 async def test_lost_ledger_turns(tmp_path: Path) -> None:
     """They are a problem while the ledger cannot be written, and for a while after."""
     code = (

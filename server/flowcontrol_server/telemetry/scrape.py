@@ -68,6 +68,7 @@ class Scrape:
         snapshot = await self._gate.snapshot()
         settings = self._configuration.settings
         feed = self._feed.snapshot()
+        is_deciding = self._continuity.may_decide()
         collectors: list[Collector] = [
             SnapshotCollector(
                 snapshot,
@@ -76,13 +77,16 @@ class Scrape:
                 self._loop_lag.snapshot(),
             ),
             SettlementCollector(
-                self._log_join, self._gate.pool_view, snapshot, time.monotonic_ns()
+                self._log_join,
+                self._gate.pool_view,
+                snapshot if is_deciding else None,
+                time.monotonic_ns(),
             ),
             SourceCollector(feed, self._configuration, time.monotonic()),
             StatusCollector(self._status),
             StateCollector(
                 snapshot.recovered,
-                is_deciding=self._continuity.may_decide(),
+                is_deciding=is_deciding,
                 book=self._continuity.counts(),
                 election=self._continuity.election_counts(),
             ),

@@ -19,10 +19,18 @@ from flowcontrol_server.telemetry.metrics import buckets_of
 
 @final
 class SettlementCollector(Collector):
-    """Turns the accounts into metric families; labels are priorities, kinds and endpoints."""
+    """Turns the accounts into metric families; labels are priorities, kinds and endpoints.
+
+    Args:
+        log_join: has the accounts.
+        pool_view: what endpoints say of themselves.
+        snapshot: of the engine; None on a replica that does not decide, and so cannot say what
+            passes by the gate.
+        now_ns: the time.
+    """
 
     def __init__(
-        self, log_join: LogJoin, pool_view: PoolView, snapshot: Snapshot, now_ns: int
+        self, log_join: LogJoin, pool_view: PoolView, snapshot: Snapshot | None, now_ns: int
     ) -> None:
         self._log_join = log_join
         self._pool_view = pool_view
@@ -125,10 +133,12 @@ class SettlementCollector(Collector):
             for result, count in zip(("success", "failure"), counts, strict=True):
                 answers.add_metric([address, result], count)
         yield from (engine, answers)
-        drift = self._pool_view.drift(self._snapshot, self._now_ns)
+        snapshot = self._snapshot
+        drift = None if snapshot is None else self._pool_view.drift(snapshot, self._now_ns)
         if drift is not None:
             yield GaugeMetricFamily(
                 "flowcontrol_in_flight_drift_requests",
-                "Requests that endpoints report, minus those in flight there by our count.",
+                "Requests that endpoints report, minus those in flight there by our count; "
+                "absent on a standby.",
                 drift,
             )

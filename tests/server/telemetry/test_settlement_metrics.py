@@ -82,10 +82,12 @@ flowcontrol_in_flight_drift_requests 3.0
 """
 
 
-def samples(settlement: LogJoin, view: PoolView, now_ns: int) -> str:
+def samples(
+    settlement: LogJoin, view: PoolView, now_ns: int, snapshot: Snapshot | None = SNAPSHOT
+) -> str:
     """The lines that carry values."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(SettlementCollector(settlement, view, SNAPSHOT, now_ns))
+    registry.register(SettlementCollector(settlement, view, snapshot, now_ns))
     lines = generate_latest(registry).decode().splitlines()
     return "\n".join([*(line for line in lines if line[:1] != "#"), ""])
 
@@ -127,3 +129,13 @@ class TestCollect:
         settlement.take(good, NOW_NS)
 
         assert samples(settlement, view, 10) == FULL
+
+    def test_standby(self) -> None:
+        """What the leader has dispatched has not passed by the gate."""
+        view = PoolView()
+        view.notice(EndpointsChanged((A,)), 0)
+        view.notice(LoadObserved(A, waiting=1, running=8, kv_usage=0.5), 0)
+        said = samples(LogJoin(10, lambda _id: None, lambda _settled: None), view, 10, None)
+
+        assert 'flowcontrol_engine_requests{endpoint="10.0.0.1:80"} 9.0' in said
+        assert "drift" not in said
