@@ -400,7 +400,7 @@ class FlowGate:
         """Return a live request: by our id, else by the client's, the latest; O(live) for that."""
         own = own_id(request_id)
         known = None if own is None else self._parked.get(own)
-        if known is not None:
+        if known is not None or not request_id:  # many requests have no id of their client's
             return known
         theirs = (p for p in self._parked.values() if p.client_request_id == request_id)
         return max(theirs, key=lambda parked: parked.request_id, default=None)

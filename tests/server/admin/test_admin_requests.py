@@ -208,8 +208,9 @@ class TestExplain:
 
     @pytest.mark.parametrize("request_id", ["", "999", "nobody's", "9" * 40])
     async def test_not_known(self, request_id: str) -> None:
-        """NOT_FOUND, and it says what was asked."""
+        """NOT_FOUND, and it says what was asked; no id is not that of one without."""
         async with house() as it:
+            await outcome(it.park("a", "chat"))
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await it.explain(request_id)
 
