@@ -12,7 +12,7 @@ import os
 import time
 from importlib.metadata import version
 from threading import Thread
-from typing import final
+from typing import Final, final
 
 import structlog
 from opentelemetry.propagate import get_global_textmap
@@ -38,6 +38,7 @@ _OPERATIONS = {
     "/v1/embeddings": "embeddings",
 }
 """Paths to gen_ai.operation.name, as OpenTelemetry's conventions for generative AI have it."""
+_SDK: Final = logging.getLogger("opentelemetry")
 _log = structlog.get_logger()
 
 
@@ -58,7 +59,8 @@ class RequestTraces:
         self._propagator = get_global_textmap()
         self._pool = pool
         self._complaints = _Complaints()
-        logging.getLogger("opentelemetry").addHandler(self._complaints)
+        _SDK.addHandler(self._complaints)
+        _SDK.propagate = False  # else the log has each twice
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -98,7 +100,8 @@ class RequestTraces:
         flushing = Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
         flushing.start()
         await asyncio.to_thread(flushing.join, _FLUSH_S)
-        logging.getLogger("opentelemetry").removeHandler(self._complaints)
+        _SDK.propagate = True
+        _SDK.removeHandler(self._complaints)
 
     def _attributes(self, parked: Parked, decision: Decision) -> dict[str, AttributeValue]:
         attributes: dict[str, AttributeValue] = {
@@ -152,4 +155,5 @@ class _Complaints(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Pass one complaint on."""
         if record.levelno >= logging.WARNING:
-            _log.warning("traces_not_exported", error=record.getMessage())
+            error = record.getMessage()
+            _log.warning("traces_not_exported", error=error, exc_info=record.exc_info)

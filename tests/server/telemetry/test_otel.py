@@ -1,5 +1,6 @@
 """Spans as a collector receives them, over the real exporters."""
 
+import logging
 import time
 from typing import Any
 
@@ -164,6 +165,22 @@ class TestTraces:
             await reported(Collector(), (parked(), decision(Outcome.DISPATCHED)))
 
         assert {line["event"] for line in logs} == {"traces_not_exported"}
+
+    async def test_complaints_are_said_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        """What the SDK logs is one line of ours, with its traceback, and no second one."""
+        logger = logging.getLogger("opentelemetry.sdk.trace.export")
+        traces = RequestTraces("llama")
+        with capture_logs() as logs:
+            logger.warning("failed to export")
+            logger.error("failed to export", exc_info=ValueError("of what was sent"))
+        said = list(caplog.records)
+        await traces.close()
+        logger.warning("later")
+
+        assert [line["error"] for line in logs] == ["failed to export"] * 2
+        assert "of what was sent" in str(logs[1]["exc_info"])
+        assert said == []
+        assert [record.getMessage() for record in caplog.records] == ["later"]
 
 
 class TestEnvironment:
