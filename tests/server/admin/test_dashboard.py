@@ -1,10 +1,10 @@
 """The dashboard in a real browser, in front of a real service; skipped without chromium."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from aiohttp import ClientSession
@@ -96,11 +96,13 @@ async def stage(directory: Path, width: int = 1440) -> AsyncIterator[Stage]:
 
 
 @asynccontextmanager
-async def quiet(directory: Path) -> AsyncIterator[tuple[Running, Page]]:
+async def quiet(
+    directory: Path, settings: Mapping[str, Any] = SETTINGS
+) -> AsyncIterator[tuple[Running, Page]]:
     """A service that nobody has asked anything, and a browser; both gone at the end."""
     (directory / "service").mkdir()
     async with (
-        running(directory / "service", SETTINGS, {"chat": 10}) as service,
+        running(directory / "service", settings, {"chat": 10, "batch": -1}) as service,
         browser(directory / "profile") as page,
     ):
         yield service, page
@@ -258,3 +260,27 @@ async def test_decisions_after_a_restart(tmp_path: Path) -> None:
             assert await streams.ask(tenant) == 200
             await streams.close()
             await page.until(f"{cells}.map(cell => cell.innerText).join() === '{tenant}'")
+
+
+async def test_more_tenants_than_are_shown(tmp_path: Path) -> None:
+    """Those of each band are shown, and how many there are."""
+    bands = "[...document.querySelectorAll('#flow-rows tr')].map(row => row.children[1].innerText)"
+    async with quiet(tmp_path, {"endpoints": {"static": []}}) as (service, page):
+        streams = Streams(service.grpc)
+        await page.open(service.http)
+        asking = [
+            asyncio.create_task(streams.ask(f"tenant-{number}", objective=objective))
+            for objective in ("chat", "", "batch")
+            for number in range(31)
+        ]
+        await page.until("document.getElementById('waiting')?.textContent === '93'")
+        await page.until(f"{bands}.length === 60")
+        shown = await page.run(bands)
+        note = await text(page, "#flow-note")
+        for each in asking:
+            each.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        await streams.close()
+
+    assert shown == ["10"] * 20 + ["0"] * 20 + ["-1"] * 20
+    assert note.startswith("93 tenants with requests, here the 60 who wait most in each band.")

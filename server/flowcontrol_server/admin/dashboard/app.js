@@ -1,7 +1,7 @@
 // Shows what /api/events says, once a second. Whatever a client sent is set as text, never as markup.
 import { chart, spark } from "./chart.js";
 
-const KEPT = 300, SHOWN = 100, MOVES = 40, BAND_COLOURS = 6, AGAIN_MS = 5000;
+const KEPT = 300, SHOWN = 100, MOVES = 40, BAND_COLOURS = 6, FLOWS = 60, AGAIN_MS = 5000;
 const $ = id => document.getElementById(id);
 let history = [], decisions = [], latest = null, isPaused = false;
 
@@ -165,8 +165,10 @@ function expected(band) {
 }
 
 function showFlows(view) {
-  const flows = view.bands.flatMap(band => band.flows.map(flow => ({ ...flow, priority: band.priority })));
-  rows($("flow-rows"), flows.slice(0, 60), flow => `${flow.priority}/${flow.flow_id}`, () => {
+  const busy = view.bands.filter(band => band.flows.length > 0);
+  const most = Math.ceil(FLOWS / Math.max(1, busy.length));  // of each, so that no band hides another
+  const flows = busy.flatMap(band => band.flows.slice(0, most).map(flow => ({ ...flow, priority: band.priority })));
+  rows($("flow-rows"), flows, flow => `${flow.priority}/${flow.flow_id}`, () => {
     const row = cells(make("tr"), "name", "number", "", "number", "number", "number");
     metered(row.children[2]);
     return row;
@@ -181,7 +183,7 @@ function showFlows(view) {
     [flow.waiting, flow.in_flight, duration(flow.oldest_wait)].forEach((text, index) => set(numbers[index], text));
   });
   const all = view.bands.reduce((sum, band) => sum + band.flow_count, 0);
-  put("flow-note", all === 0 ? "No tenant has requests here." : `${all} tenants with requests. Share is of what their band was served lately, the tick is the fair share by weight; amber waits with less.`);
+  put("flow-note", all === 0 ? "No tenant has requests here." : `${all} tenants with requests${flows.length < all ? `, here the ${flows.length} who wait most in each band` : ""}. Share is of what their band was served lately, the tick is the fair share by weight; amber waits with less.`);
 }
 
 // What is wrong, since when, and what runs.
