@@ -59,6 +59,7 @@ e2e: $(VENV)/ready  ## Only the tests on a real Envoy
 	$(BIN)/pytest -m e2e $(TWICE) --durations 15 $(ARGS)
 
 kubernetes: $(VENV)/ready  ## Only the tests on a real Kubernetes API server; needs Go, and minutes to build it once
+	@$(BIN)/python -m tests.support.control_plane
 	$(BIN)/pytest -m kubernetes $(TWICE) --durations 15 $(ARGS)
 
 fuzz: $(VENV)/ready  ## Every parser of what others wrote against odd input, a minute each

@@ -85,3 +85,13 @@ class TestClean:
 
         assert len(ignored) > 10
         assert ignored - set(said.split()) == set()
+
+
+def test_a_control_plane_is_built_before_the_tests() -> None:
+    """A test has 15 minutes, in which a busy machine does not build an API server."""
+    command = ("make", "--dry-run", "kubernetes")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+
+    *_, before, run = done.stdout.splitlines()
+    assert before.endswith("-m tests.support.control_plane")
+    assert "pytest -m kubernetes" in run
