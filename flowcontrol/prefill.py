@@ -59,8 +59,8 @@ class FirstTokenTimes:
             return None
         known = settled.input_tokens
         prompt = lease.tokens.input if known is None else float(known)
-        prompt -= settled.cached_tokens or 0
-        length = round(_CLASSES * log2(prompt if prompt > 1 else 1.0))
+        prompt = max(1.0, prompt - (settled.cached_tokens or 0))
+        length = round(_CLASSES * log2(prompt))
         before = self._least.get(length)
         count = self._counts[length] = self._counts.get(length, 0) + 1
         is_less = before is None or ttft_ns < before

@@ -13,9 +13,10 @@ BASE_NS, TOKEN_NS = 15_000_000, 40_000
 FLOW = Flow(FlowKey(0, "a"), Ordering.FCFS, Limits())
 
 
-def _learn(times: FirstTokenTimes, prompt: int, ttft_ns: int) -> float | None:
+def _learn(times: FirstTokenTimes, prompt: int, ttft_ns: int, cached: int = 0) -> float | None:
     lease = Lease(Request(1), FLOW, 1, 0, Tokens(prompt, 10), 1.0)
-    return times.learn(lease, Settled(1, input_tokens=prompt, ttft_ns=ttft_ns))
+    settled = Settled(1, input_tokens=prompt, cached_tokens=cached, ttft_ns=ttft_ns)
+    return times.learn(lease, settled)
 
 
 class TestSpeed:
@@ -44,5 +45,14 @@ class TestSpeed:
         times = FirstTokenTimes()
         for _ in range(8):
             _learn(times, 500, BASE_NS)
+
+        assert times.token_ns == 0
+
+    @pytest.mark.parametrize(("prompt", "cached"), [(0, 0), (500, 500), (5, 9)])
+    def test_nothing_to_read(self, prompt: int, cached: int) -> None:
+        """Prompts that were empty, or all in the cache, tell none."""
+        times = FirstTokenTimes()
+        for _ in range(8):
+            _learn(times, prompt, BASE_NS, cached)
 
         assert times.token_ns == 0
