@@ -109,6 +109,10 @@ class Across:
                     return lease
         return None
 
+    def is_due(self, now_ns: int, has_room: HasRoom) -> bool:
+        """Whether a request that has room is to be promoted now."""
+        return self._promoted(now_ns, has_room) is not None
+
     def next_promotion_ns(self, has_room: HasRoom) -> int | None:
         """Return when the next request becomes due, or became, of those that have room."""
         first = self._promotions.first(has_room)

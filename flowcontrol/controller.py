@@ -268,8 +268,11 @@ class FlowController:
         if self._newcomers:
             ended_count = self._ended_count
             self._make_room(now_ns)
-            if self._ended_count != ended_count:  # who was first of its flow may have had no room
-                self._dispatch(now_ns)
+            is_promoted = self._across.is_active and self._across.is_due(
+                now_ns, self.pool.has_room_in
+            )
+            if self._ended_count != ended_count or is_promoted:
+                self._dispatch(now_ns)  # who was first of its flow may have had no room
         if self._drain_until_ns is not None and now_ns >= self._drain_until_ns:
             for lease in self._waiting():
                 self._end_waiting(lease, Outcome.EVICTED_DRAINED, now_ns, _ELSEWHERE_NS)

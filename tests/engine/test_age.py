@@ -1,8 +1,17 @@
 """Requests that waited at another replica before."""
 
-from flowcontrol.config import BandSettings, Concurrency, ControllerConfig, Fairness, Ordering
+from flowcontrol.config import (
+    BandSettings,
+    BandTemplate,
+    Ceilings,
+    CeilingSettings,
+    Concurrency,
+    ControllerConfig,
+    Fairness,
+    Ordering,
+)
 from flowcontrol.controller import FlowController
-from flowcontrol.events import Arrived, Decision, EndpointsChanged, Left
+from flowcontrol.events import Arrived, Decision, EndpointsChanged, Left, ObjectivesChanged
 from flowcontrol.replay.ledger import restore, take_checkpoint
 from flowcontrol.request import Outcome, Request
 
@@ -111,3 +120,28 @@ def test_checkpoint() -> None:
 
     assert again.leases[2].arrived_ns == 11 * SECOND
     assert again.leases[2].deadline_ns == 71 * SECOND
+
+
+def test_promoted_at_once() -> None:
+    """One that has waited for so long goes in the turn that takes it in, though its band is gated.
+
+    Else the engine would ask to be woken at a time that has passed.
+    """
+    band = BandSettings(promote_after_ns=5 * SECOND)
+    controller = FlowController(
+        ControllerConfig(
+            templates=(BandTemplate(priority_max=-1, settings=band),),
+            detectors=(Concurrency(requests_max=2),),
+            ceilings=CeilingSettings(policy=Ceilings.HOLDBACK_BY_RANK, ceiling_min=0.5),
+        ),
+        0,
+    )
+    controller.handle(EndpointsChanged(("10.0.0.5:8000",)), 0)
+    controller.handle(ObjectivesChanged({"batch": -1}), 0)
+    arrive(controller, 60, (0, 0))
+    request = Request(1, objective="batch", arrived_ns=54 * SECOND)
+    controller.handle(Arrived(request), 60 * SECOND)
+
+    (decision,) = controller.poll(60 * SECOND)
+
+    assert decision.outcome is Outcome.DISPATCHED
