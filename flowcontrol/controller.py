@@ -112,8 +112,8 @@ class FlowController:
             self._settle(fact, now_ns)
         elif isinstance(fact, Answered):
             if (lease := self._leases.get(fact.request_id)) is not None:
-                self._reclaimer.answered(lease)
                 self.pool.moved(lease, fact.endpoint, now_ns)
+                self._reclaimer.answered(lease)
         elif isinstance(fact, LoadObserved):
             self._turn_count += 1
             self.pool.observed(fact, now_ns)

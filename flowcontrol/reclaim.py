@@ -111,10 +111,11 @@ class Reclaimer:
             self._candidates.put(lease, order, _slot(lease))
 
     def answered(self, lease: Lease) -> None:
-        """Note that a request's first byte has been seen."""
+        """Note that a request's first byte has been seen, from the endpoint its lease names now."""
         lease.has_answered = True
-        if self._settings.is_only_before_first_byte:
-            self._candidates.discard(lease)
+        self._candidates.discard(lease)
+        if self._settings.is_enabled and lease.is_reclaimable and not lease.is_reclaimed:
+            self._take_up(lease)
 
     def left(self, lease: Lease) -> None:
         """Drop a request that has ended."""

@@ -23,6 +23,7 @@ from flowcontrol.config import (
 )
 from flowcontrol.controller import FlowController
 from flowcontrol.events import (
+    Answered,
     Arrived,
     Decision,
     DrainBegan,
@@ -326,6 +327,19 @@ class TestReclaim:
         house.tell(house.arrived(A, objective="low"), house.arrived(B, objective="low"))
         (told,) = house.tell(house.arrived(A, objective="high"))
 
+        assert (told.request_id, told.outcome) == (1, Outcome.RECLAIMED)
+
+    def test_where_it_is_served(self) -> None:
+        """One that was sent to A, and is served by B, leaves no place at A."""
+        reclaim = Reclaim(is_enabled=True, is_only_before_first_byte=False)
+        house = House(replace(config(), reclaim=reclaim))
+        house.tell(ObjectivesChanged({"high": 10, "low": -1}))
+        house.tell(house.arrived(A, objective="low"))
+        house.tell(Answered(1, B))
+        house.tell(house.arrived(A, objective="high"))
+
+        assert house.tell(house.arrived(A, objective="high")) == []
+        (told,) = house.tell(house.arrived(B, objective="high"))
         assert (told.request_id, told.outcome) == (1, Outcome.RECLAIMED)
 
     def test_as_many_as_can_go(self) -> None:
