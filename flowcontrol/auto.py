@@ -182,6 +182,11 @@ class AutoDetector:
             return self._stage.pool().requests / self.limit
         return FULL if shared.pace.is_held else shared.saturation()
 
+    def unheld(self) -> float:
+        """Return the same, whether or not prompts have to be read first."""
+        shared = self._places.get(_STAGE)
+        return self.saturation() if shared is None else shared.saturation()
+
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint."""
         own = self._places.get(address)

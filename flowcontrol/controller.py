@@ -465,7 +465,7 @@ class FlowController:
     def _reclaim(self, now_ns: int) -> None:
         """End sheddable requests in flight, for better ones that a full pool holds up."""
         self._reclaimer.give_up(now_ns)
-        saturation = self.pool.saturation()
+        saturation = self.pool.unheld()  # to end what is read frees no time to read
         band, ceiling = next((band, ceiling) for band, ceiling in self.gates() if band.waiting)
         if self.pool.is_empty or saturation < ceiling:
             return

@@ -97,6 +97,9 @@ class Detector(Protocol):
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint."""
 
+    def unheld(self) -> float:
+        """Return the load of the stage, whether or not it must be sent nothing for the moment."""
+
     def holds(self, address: str) -> bool:
         """Whether an endpoint must be sent nothing for the moment, whatever its load is."""
 
@@ -243,6 +246,20 @@ class Pool:
             return self.picker.mean()
         return self.saturation()
 
+    def unheld(self) -> float:
+        """Return the load of the pool as if all prompts were read that were sent. O(detectors)."""
+        load = self.saturation()
+        if load < FULL or self.is_empty:
+            return load
+        load = self.picker.mean() if self.picks else 0.0
+        for detector in self._asking():
+            load = max(load, detector.unheld())
+        return load if load >= FULL or load < _ALMOST_FULL else FULL
+
+    def _asking(self) -> list[Detector]:
+        """Return who says how full the pool is; while Envoy sent some, it counts as a whole too."""
+        return self._all if self._unplaced.requests else self._asked
+
     def spare_readers(self, *, is_on: bool) -> None:
         """Pick an endpoint that reads a prompt only where all do, or no longer; O(endpoints)."""
         if is_on is not self._spares_readers:
@@ -272,8 +289,7 @@ class Pool:
             load = self.picker.saturation()
             if load >= FULL:
                 return FULL
-        # While some are still where Envoy sent them, the pool is counted as a whole as well.
-        for detector in self._all if self._unplaced.requests else self._asked:
+        for detector in self._asking():
             saturation = detector.saturation()
             if saturation > load:
                 load = saturation

@@ -50,6 +50,10 @@ class ConcurrencyDetector(WithoutPace):
         """Return the load of the stage."""
         return _fuller(self._load, self._requests_max, self._tokens_max)
 
+    def unheld(self) -> float:
+        """Return the same: nothing is held back."""
+        return self.saturation()
+
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint; the stage's while only that is known."""
         load = self._stage.at(address)
@@ -142,6 +146,10 @@ class UtilizationDetector(WithoutPace):
         """Return the mean load of the endpoints."""
         in_flight = self._stage.pool().requests * self._share
         return sum(self._of(each, in_flight) for each in self._readings.values()) * self._share
+
+    def unheld(self) -> float:
+        """Return the same: nothing is held back."""
+        return self.saturation()
 
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint; the stage's while Envoy picks."""

@@ -4,7 +4,7 @@ from typing import final
 
 import pytest
 
-from flowcontrol.config import Auto, Ceilings, CeilingSettings, ControllerConfig, Picker
+from flowcontrol.config import Auto, Ceilings, CeilingSettings, ControllerConfig, Picker, Reclaim
 from flowcontrol.controller import FlowController
 from flowcontrol.events import (
     Arrived,
@@ -95,11 +95,12 @@ def _grown() -> tuple[ReadingShare, list[float]]:
     return share, shares
 
 
-def _config(ceilings: Ceilings) -> ControllerConfig:
+def _config(ceilings: Ceilings, picker: Picker = Picker.LEAST_LOADED) -> ControllerConfig:
     return ControllerConfig(
         detectors=(Auto(),),
         ceilings=CeilingSettings(policy=ceilings),
-        picker=Picker.LEAST_LOADED,
+        picker=picker,
+        reclaim=Reclaim(is_enabled=True),
     )
 
 
@@ -107,10 +108,12 @@ def _config(ceilings: Ceilings) -> ControllerConfig:
 class _House:
     """Two endpoints, whose speed is known, with people and a job."""
 
-    def __init__(self, ceilings: Ceilings = Ceilings.RESERVE) -> None:
+    def __init__(
+        self, ceilings: Ceilings = Ceilings.RESERVE, picker: Picker = Picker.LEAST_LOADED
+    ) -> None:
         self.now_ns = 0
         self._count = 0
-        self.engine = FlowController(_config(ceilings), 0)
+        self.engine = FlowController(_config(ceilings, picker), 0)
         self.engine.handle(ObjectivesChanged({"chat": 10, "batch": -1}), 0)
         self.engine.handle(EndpointsChanged(("a", "b")), 0)
         for prompt in (100, 100, LONG, LONG) * 8:  # endpoints take turns
@@ -214,6 +217,23 @@ class TestJob:
     def test_without_a_reserve(self) -> None:
         """Only the reserve holds anything back."""
         assert len(_House(Ceilings.STATIC).arrive("batch", LONG, LONG)) == 2
+
+    @pytest.mark.parametrize("picker", [Picker.LEAST_LOADED, Picker.OFF])
+    def test_nobody_ends(self, picker: Picker) -> None:
+        """While places are free nothing of the job is reclaimed: its prompts are read all the same.
+
+        Once none is free it is.
+        """
+        house = _House(Ceilings.STATIC, picker)
+        house.arrive("batch", LONG, LONG)
+        assert house.arrive("chat", LONG) == [], "a prompt is read before"
+        house.arrive("batch", *[10] * 80)
+        for _ in range(80):
+            house.poll(SECOND // 10)
+        ended = house.arrive("chat", 10)
+
+        assert ended
+        assert all(house.engine.leases[number].is_reclaimed for number in ended)
 
 
 class TestPicked:
