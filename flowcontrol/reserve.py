@@ -45,7 +45,7 @@ _MEMORY: Final = 64.0
 _SCALES: Final = (1, 8)
 """Seconds over which arrivals are counted, to see how bursty they are."""
 _KEPT_MOST: Final = 0.25
-"""Of the pool, never more is held back."""
+"""Of what the highest band may fill, never more is held back: in an empty pool all may go."""
 _RENEW_NS: Final = 250_000_000
 _LOAD_MEMORY: Final = 64.0
 _SELDOM: Final = 0.5
@@ -132,7 +132,7 @@ class EventCounts:
 class Reserve:
     """Learns what the bands need free, and says at which saturation each lower one is gated.
 
-    O(bands) a quarter of a second, else O(1).
+    O(bands) a quarter of a second and an arrival, else O(1).
     """
 
     def __init__(self, now_ns: int) -> None:
@@ -216,7 +216,7 @@ class Reserve:
         kept = 0.0
         for rank, priority in enumerate(self._priorities):
             load = self._loads[priority]
-            self.ceilings[rank] = high - min(kept + load, _KEPT_MOST) if kept else high
+            self.ceilings[rank] = high - min(kept + load, _KEPT_MOST * high) if kept else high
             counts = self._above[priority]
             counts.advance(now_ns)
             free = places(counts.per_second, counts.batch, departures, self._targets[rank])

@@ -132,6 +132,18 @@ class TestReserve:
         assert top == 1
         assert 0.85 < low < 0.95
 
+    def test_low_ceiling(self) -> None:
+        """Where the highest band may fill a fifth, a quarter of that is the most: never all of it.
+
+        Else the job would not go at an empty pool, and nothing would happen that could let it.
+        """
+        reserve = self.make()
+        for _ in range(100):
+            reserve.arrived(10, self.now_ns)
+        reserve.renew(0.2, 0.2, self.now_ns + SECOND)
+
+        assert reserve.ceilings == [0.2, pytest.approx(0.15)]
+
     def test_remembered(self) -> None:
         """Another that goes on with it leaves as many free at once."""
         reserve, config = self.make(), make_controller().config
