@@ -148,8 +148,8 @@ def flow_snapshot(
 
 
 def _weight_sum(band: Band, weights: Mapping[str, float]) -> float:
-    named = (weight - 1.0 for flow_id, weight in weights.items() if flow_id in band.flows)
-    return len(band.flows) + sum(named)
+    named = [weight for flow_id, weight in weights.items() if flow_id in band.flows]
+    return len(band.flows) - len(named) + sum(named)
 
 
 def _flow_snapshot(

@@ -101,6 +101,19 @@ class TestBands:
         assert batch.late_wait_ns is not None
         assert batch.late_wait_ns >= 6 * SECOND
 
+    @pytest.mark.parametrize("weight", [1e-20, 0.5, 1e20])
+    def test_fair_shares(self, weight: float) -> None:
+        """They add up, however much or little one weighs."""
+        controller = FlowController(ControllerConfig(weights={"a": weight, "gone": 7.0}), 0)
+        alone: list[float] = []
+        for number, flow_id in enumerate("abc"):
+            controller.handle(Arrived(Request(number, flow_id)), 0)
+            controller.poll(0)
+            (band,) = take_snapshot(controller, 0, 10).bands
+            alone.append(sum(flow.fair_share for flow in band.flows))
+
+        assert alone == pytest.approx([1.0, 1.0, 1.0])
+
     def test_position_and_wait_of_one(self) -> None:
         """A request that waits has a position; one that does not has none."""
         config = ControllerConfig(detectors=(Concurrency(requests_max=1),))
