@@ -121,7 +121,10 @@ class Band:
         """
         mine = lease.flow.capacity.requests
         others = self.capacity.requests - mine
-        turns = self.fairness.turns(lease, place, self._cost / self.capacity.requests)
+        cost_each = self._cost / self.capacity.requests
+        if cost_each <= 0:  # rounded away beside much larger ones, which have gone
+            cost_each = lease.cost
+        turns = self.fairness.turns(lease, place, cost_each)
         if turns == inf:
             return Ahead(place + others)
         others = min(others, max(0, round(self.backlogs.before(turns) - min(mine, turns))))

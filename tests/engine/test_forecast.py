@@ -370,6 +370,27 @@ class TestPosition:
 
         assert [positions[place] for place in range(19)] == order[1:]
 
+    @pytest.mark.parametrize("fairness", Fairness)
+    @pytest.mark.parametrize("large", [2**49, 10**15 - 1])
+    def test_behind_numbers_that_round(self, fairness: Fairness, large: int) -> None:
+        """A small request is in a line of its own once many huge ones have left it."""
+        controller = FlowController(
+            ControllerConfig(default_settings=BandSettings(fairness=fairness), forecasts=True), 0
+        )
+        for index in range(40):
+            request = Request(index, "huge", input_tokens=large, output_tokens_max=0)
+            controller.handle(Arrived(request), 0)
+        controller.poll(0)
+        controller.handle(Arrived(Request(40, output_tokens_max=0)), 1)
+        controller.poll(1)
+        for index in range(40):
+            controller.handle(Left(index), 2)
+        controller.poll(2)
+        found = controller.expected(40, 2)
+
+        assert found is not None
+        assert found.position == 0
+
     def test_higher_bands_stand_ahead(self) -> None:
         """All that waits in them."""
         controller = FlowController(ControllerConfig(detectors=(Concurrency(requests_max=1),)), 0)
