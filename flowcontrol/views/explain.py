@@ -32,7 +32,8 @@ class Gate(Enum):
     CEILING = "ceiling"
     """The pool has room, but not for this band: the saturation is at its ceiling."""
     SUBSET = "subset"
-    """The pool has room, but not at any endpoint that the request may go to."""
+    """The pool has room, but not at any endpoint that the request may go to, or the first of its
+    flow may."""
     PROMPTS = "prompts"
     """There is a place for it, but prompts that were sent before have to be read first."""
     TURN = "turn"
@@ -192,7 +193,12 @@ def _gate(
         (is_full, Gate.PROMPTS),
         (gated.priority > lease.flow.key.priority, Gate.HIGHER_BAND),
         (saturation >= ceiling, Gate.CEILING),
-        (not pool.has_room_for(lease), Gate.SUBSET),
+        (not all(map(pool.has_room_for, _first_of_flow(lease))), Gate.SUBSET),
         (controller.held_until_ns(gated) is not None, Gate.PROMPTS),
     )
     return next((gate for holds, gate in gates if holds), Gate.TURN)
+
+
+def _first_of_flow(lease: Lease) -> tuple[Lease, ...]:
+    """Return a request, and the one of its flow that goes before all others, if any waits."""
+    return (lease, lease.flow.head) if lease.flow else (lease,)

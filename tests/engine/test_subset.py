@@ -368,6 +368,17 @@ class TestExplained:
         assert explained.gate is Gate.SUBSET
         assert explained.expected_wait_ns is None
 
+    def test_held_by_the_first_of_its_flow(self) -> None:
+        """Nor does one that may go anywhere, behind such a one, go in the next turns."""
+        house = House(config())
+        house.tell(house.arrived(A))
+        house.tell(house.arrived(A))
+        house.tell(house.anybody())
+        explained = explain(house.controller, 3, house.now_ns)
+
+        assert explained is not None
+        assert explained.gate is Gate.SUBSET
+
 
 class TestFallbacks:
     """Where else to send a request."""

@@ -23,7 +23,8 @@ _REASONS = {
 }
 _GATES = {
     Gate.NO_ENDPOINTS: "It waits because the pool has no endpoint",
-    Gate.SUBSET: "It waits because no endpoint that it may go to has room; others pass meanwhile",
+    Gate.SUBSET: "It waits because no endpoint that it, or the first of its flow, may go to has "
+    "room; others pass meanwhile",
     Gate.PROMPTS: (
         "There is a place for it, but it waits because model servers read prompts that were sent "
         "before"
