@@ -202,6 +202,7 @@ class Rerun:
             elif decision.outcome is Outcome.RECLAIMED:
                 if self._has_own_config:  # it is gone a moment after the decision
                     course.service_ns = 0
+                    course.is_leaving = False  # when it would have left counts no more
                     self._leave_later(course)
             else:
                 self._forget(course)

@@ -1,11 +1,12 @@
 """Recorded turns, decided again: identically, and by another engine."""
 
 import json
+from dataclasses import replace
 from random import Random
 
 import pytest
 
-from flowcontrol.config import Concurrency, ControllerConfig, Picker
+from flowcontrol.config import Concurrency, ControllerConfig, Picker, Reclaim
 from flowcontrol.controller import FlowController
 from flowcontrol.events import (
     Answered,
@@ -232,6 +233,19 @@ class TestAnotherConfiguration:
 
         decided = rerun.turn(Turn(9 * SECOND, [], []))
         assert {2 * SECOND} == {decision.waited_ns for decision in decided}
+
+    def test_reclaimed_it_leaves_at_once(self) -> None:
+        """Also where reality served it already, so that it is known when it would have left."""
+        recording = Recording(one_slot(2))
+        recording.turn(0, EndpointsChanged(ENDPOINTS[:1]), ObjectivesChanged({"job": -1}))
+        candidate = replace(one_slot(1), reclaim=Reclaim(is_enabled=True))
+        rerun = Rerun(FlowController(candidate, 0), has_own_config=True)
+        rerun.turn(recording.turns[0])
+        play(recording, rerun, 10, Arrived(Request(1)), Arrived(Request(2, objective="job")))
+        play(recording, rerun, 1010, Left(1), Left(2))
+
+        assert play(recording, rerun, 1020, Arrived(Request(3))) == [(2, "reclaimed")]
+        assert play(recording, rerun, 1021) == [(3, "dispatched")]
 
     def test_its_configuration_is_its_own(self) -> None:
         """What is changed in reality is not changed for it."""
