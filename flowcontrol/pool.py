@@ -228,6 +228,8 @@ class Pool:
         self._detectors_of: dict[str, list[Detector]] = {}
         """By endpoint, those of its stage; of the stage that is picked for, where it is in both."""
         self._pick_stage = Stage(self, Role.BOTH, ())
+        self._to_pick: frozenset[str] = frozenset()
+        """The addresses of its endpoints."""
         self._revision = 0
         self._spares_readers = False
         self._saturation: float | None = None
@@ -350,6 +352,7 @@ class Pool:
             for detector in self.detectors[role]
         ]
         self._pick_stage = self.stages[wanted[-1]]
+        self._to_pick = frozenset(self._pick_stage.addresses)
         self._detectors_of = {
             endpoint.address: self.detectors[
                 endpoint.role if endpoint.role in wanted else wanted[-1]
@@ -395,9 +398,9 @@ class Pool:
         """Count a request in flight at the endpoint that serves it, if another was picked.
 
         That endpoint may exceed its limit by it. Nothing changes where Envoy picks, or if the
-        endpoint is not one of the pool.
+        endpoint is not one to pick from: none of the pool, or one that only prefills.
         """
-        if lease.endpoint is None or lease.endpoint == address or address not in self._present:
+        if lease.endpoint is None or lease.endpoint == address or address not in self._to_pick:
             return
         self.release(lease, now_ns)
         lease.endpoint = address

@@ -24,7 +24,15 @@ from flowcontrol.config import (
 )
 from flowcontrol.controller import FlowController
 from flowcontrol.estimates import Tokens
-from flowcontrol.events import Answered, Arrived, Endpoint, EndpointsChanged, Left, LoadObserved
+from flowcontrol.events import (
+    Answered,
+    Arrived,
+    Endpoint,
+    EndpointsChanged,
+    Left,
+    LoadObserved,
+    Settled,
+)
 from flowcontrol.flow import Flow, Lease
 from flowcontrol.picker import FULL
 from flowcontrol.pool import Pool
@@ -613,6 +621,23 @@ class TestSeveral:
         gate = Gate(Concurrency(), picks=picks, pool=(Endpoint("d", Role.DECODE),))
         assert not gate.pool.is_empty
         assert gate.pool.saturation() == 0
+
+    @pytest.mark.parametrize("detector", [Auto(), Utilization(), Adaptive(), Concurrency()])
+    def test_served_where_only_prompts_are_read(self, detector: Detector) -> None:
+        """What Envoy sent to an endpoint that nothing is picked at stays where it was picked."""
+        config = ControllerConfig(detectors=(detector,), picker=Picker.LEAST_LOADED)
+        controller = FlowController(config, 0)
+        roles = {"p": Role.PREFILL, "d": Role.DECODE}
+        controller.handle(EndpointsChanged(("p", "d"), roles), 0)
+        for address in "pd":
+            controller.handle(LoadObserved(address, 0, 0, 0.0), 0)
+        controller.handle(Arrived(Request(1)), 0)
+        controller.poll(0)
+        controller.handle(Settled(1, ttft_ns=1), 1)  # each endpoint has a limit of its own now
+        controller.handle(Answered(1, "p"), 1)
+        controller.poll(1)
+
+        assert [controller.pool.loads[address].requests for address in "pd"] == [0, 1]
 
     def test_same_settings_keep_the_detector(self) -> None:
         """Nothing is forgotten where nothing changed; what is new is added."""
