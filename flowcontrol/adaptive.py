@@ -216,6 +216,8 @@ class AdaptiveDetector(WithoutPace):
         """Since the last settlement."""
         self._watched: dict[str | None, _Watched] = {}
         """By address; under None where all endpoints have one limit."""
+        self._kept: Mapping[str, float] = {}
+        """Limits that another process had found, until there are endpoints."""
 
     @property
     def limit(self) -> int:
@@ -251,6 +253,8 @@ class AdaptiveDetector(WithoutPace):
             reason = f"{len(before)} endpoints became {len(self._endpoints)}"
             shared.scale(len(self._endpoints) / len(before), reason, now_ns)
         self._arrange(now_ns)
+        kept, self._kept = self._kept, {}
+        self.restore(kept, now_ns)
 
     def charged(self, lease: Lease, now_ns: int) -> None:
         """Count the dispatch."""
@@ -323,10 +327,13 @@ class AdaptiveDetector(WithoutPace):
 
     def remember(self) -> Mapping[str, float]:
         """Return the limits, by endpoint; of all together by an empty text."""
-        return {address or "": watched.limit for address, watched in self._watched.items()}
+        limits = {address or "": watched.limit for address, watched in self._watched.items()}
+        return limits or self._kept
 
     def restore(self, limits: Mapping[str, float], now_ns: int) -> None:
-        """Go on with limits found before, of the endpoints that are known."""
+        """Go on with limits found before, once there are endpoints."""
+        if not self._watched:
+            self._kept = limits
         if not self._watched or not limits:
             return
         if "" not in limits and not self._is_settled:
@@ -343,7 +350,8 @@ class AdaptiveDetector(WithoutPace):
     def inherit(self, before: "AdaptiveDetector", now_ns: int) -> None:
         """Take over what another knows, that went by other settings."""
         self.moves = before.moves
-        self._endpoints = before._endpoints  # noqa: SLF001 - same class
+        self._kept = before._kept  # noqa: SLF001 - same class
+        self._endpoints = before._endpoints  # noqa: SLF001 - as above
         self._is_settled, self._settled_ns = before._is_settled, before._settled_ns  # noqa: SLF001 - as above
         self._watched = {
             address: self._watch(address, watched.limit, now_ns, like=watched)

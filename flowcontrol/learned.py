@@ -65,15 +65,13 @@ class Learned:
         return EngineMemory(bands, estimates, limits, drain, tuple(stages), reserve)
 
     def restore(self, memory: EngineMemory, now_ns: int) -> None:
-        """Go on with what another engine had learnt, in bands and at endpoints that are known."""
-        for each in memory.bands:
-            band = self._bands.by_priority.get(each.priority)
-            if band is None:
-                continue
-            for flow_id, cost in each.accounts.items():
-                band.fairness.correct(flow_id, cost, now_ns)
-            if each.drain is not None:
-                band.drain_rate.restore(each.drain, now_ns)
+        """Go on with what another engine had learnt, in bands that are known.
+
+        Limits are kept until there are endpoints.
+        """
+        if not self._pool.detectors:
+            self._pool.set_endpoints((), now_ns)  # there never were any; now something keeps them
+        self._restore_bands(memory, now_ns)
         self._estimator.restore(memory.estimates)
         stages = {stage.role: stage for stage in memory.stages}
         for role, detector in self._detectors():
@@ -86,6 +84,16 @@ class Learned:
             self._drain_rate.restore(memory.drain, now_ns)
         if memory.reserve is not None and self._reserve is not None:
             self._reserve.restore(memory.reserve, now_ns)
+
+    def _restore_bands(self, memory: EngineMemory, now_ns: int) -> None:
+        for each in memory.bands:
+            band = self._bands.by_priority.get(each.priority)
+            if band is None:
+                continue
+            for flow_id, cost in each.accounts.items():
+                band.fairness.correct(flow_id, cost, now_ns)
+            if each.drain is not None:
+                band.drain_rate.restore(each.drain, now_ns)
 
     def _detectors(self) -> Iterator[tuple[Role, Detector]]:
         for role, detectors in self._pool.detectors.items():

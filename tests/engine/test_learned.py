@@ -134,6 +134,31 @@ def test_limits() -> None:
     assert moved(shared).limits == {"": 30.0}
 
 
+def test_limits_before_endpoints() -> None:
+    """They are kept until there is an endpoint, whatever settings count by then."""
+    config = ControllerConfig(detectors=(Adaptive(),), picker=Picker.LEAST_LOADED)
+    controller = FlowController(config, 0)
+    controller.handle(MemoryRestored(EngineMemory(limits={A: 20.0, B: 30.0})), 0)
+    meanwhile = moved(controller).limits
+    later = replace(config, detectors=(Adaptive(limit_max=25),))
+    controller.handle(Reconfigured(later), 0)
+    controller.handle(EndpointsChanged((A, B)), 0)
+
+    assert meanwhile == {A: 20.0, B: 30.0}
+    assert moved(controller).limits == {A: 20.0, B: 25.0}
+
+
+def test_found_before_endpoints() -> None:
+    """So is what `auto` found, also where no source has told of any endpoint yet."""
+    config = ControllerConfig(detectors=(Auto(),), picker=Picker.LEAST_LOADED)
+    controller = FlowController(config, 0)
+    stage = StageMemory(Role.BOTH, {A: FOUND})
+    controller.handle(MemoryRestored(EngineMemory(stages=(stage,))), 0)
+    controller.handle(EndpointsChanged((A,)), 0)
+
+    assert moved(controller).stages == (stage,)
+
+
 FOUND = PlaceMemory(
     requests=20.0, calm=18.0, tokens=9000.0, calm_tokens=8000.0, batch=24.0, batch_for_ns=5000 * MS
 )
