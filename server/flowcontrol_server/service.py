@@ -382,6 +382,7 @@ class Service:
             configuration.hash,
             configuration.changed_s,
             configuration.changes,
+            is_deciding=self._may_decide(),
         )
 
     def _ledger_problems(self) -> Iterator[tuple[str, str]]:

@@ -226,10 +226,14 @@ async def test_a_standby_does_not_say_what_passes_by_the_gate(tmp_path: Path) ->
                     await asyncio.sleep(0.01)
                     if await status(session, service.http, "healthz") == 200:
                         said = await metrics(session, service.http)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{ports[0]}") as channel:
+                stub = api_grpc.FlowControlStub(channel)  # type: ignore[no-untyped-call]  # generated
+                snapshot = await stub.GetSnapshot(api.GetSnapshotRequest())
         finally:
             starting.cancel()
             assert await service.stopped() == 0
 
+    assert snapshot.standby
     assert "\nflowcontrol_deciding 0.0\n" in said
     assert "flowcontrol_in_flight_drift_requests" not in said
 

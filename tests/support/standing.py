@@ -5,7 +5,9 @@ from functools import partial
 
 from flowcontrol_server.common.status import About, ServiceStatus
 
-ABOUT = About("1.2.3", "abcdef0123456789", 1_700_000_000.0, ("picker: off -> least-loaded",))
+ABOUT = About(
+    "1.2.3", "abcdef0123456789", 1_700_000_000.0, ("picker: off -> least-loaded",), is_deciding=True
+)
 
 
 def standing(*problems: tuple[str, str, str]) -> ServiceStatus:

@@ -61,6 +61,7 @@ def add_status(message: api.Snapshot, status: ServiceStatus) -> None:
         said = message.problems.add(kind=problem.kind, about=about, text=text)
         said.since.FromNanoseconds(int(problem.since_s * 1e9))
     runs = status.about()
+    message.standby = not runs.is_deciding
     message.about.version = runs.version
     message.about.configuration_hash = runs.configuration
     message.about.configuration_changed.FromNanoseconds(int(runs.changed_s * 1e9))

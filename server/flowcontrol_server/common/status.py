@@ -32,6 +32,8 @@ class About(NamedTuple):
     """When it was put into force, seconds since 1970."""
     changes: tuple[str, ...]
     """What the last reload changed; empty before the first."""
+    is_deciding: bool
+    """Whether requests are decided here, and not by another replica."""
 
 
 @final

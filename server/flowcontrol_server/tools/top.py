@@ -168,6 +168,8 @@ class Top(App[None]):
             text.append(f" of {min(limits)}")
         if snapshot.draining:
             text.append("   draining", "bold yellow")
+        if snapshot.standby:
+            text.append("   standby: another replica decides", "bold yellow")
         if self._is_paused:
             text.append("   paused", "bold yellow")
         if snapshot.HasField("about"):

@@ -232,6 +232,7 @@ class TestGetSnapshot:
         (problem,) = got.problems
         assert (problem.kind, problem.about, problem.text) == PROBLEM
         assert problem.since.seconds == 1_700_000_100
+        assert got.standby is not ABOUT.is_deciding
         assert got.about.version == ABOUT.version
         assert got.about.configuration_hash == ABOUT.configuration
         assert tuple(got.about.configuration_changes) == ABOUT.changes

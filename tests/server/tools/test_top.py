@@ -204,6 +204,18 @@ class TestTop:
             assert not top.query_one("#moves").display
             assert "in flight 9 of" not in str(top.query_one("#summary", Static).render())
 
+    async def test_a_standby_says_so(self, source: Told) -> None:
+        """Its queue is empty because another replica has it."""
+        told = snapshot()
+        told.standby = True
+        source.snapshots.get_nowait()
+        source.snapshots.put_nowait(told)
+        top = Top(source)
+        async with top.run_test(size=(140, 45)) as pilot:
+            await until(pilot, lambda: bool(rows(top, "decisions")))
+            summary = str(top.query_one("#summary", Static).render())
+            assert "standby: another replica decides" in summary
+
     async def test_enter_explains_a_decision(self, source: Told) -> None:
         """And Escape closes it."""
         top = Top(source)

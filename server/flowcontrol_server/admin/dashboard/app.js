@@ -83,6 +83,7 @@ function bandColour(priority) {
 // What there is to see
 
 function room(view, isFull) {
+  if (view.standby) return "Another replica decides.";
   if (view.endpoints.length === 0) return "The pool is empty: everything waits.";
   if (isFull) return "Full: a waiting request goes when another ends.";
   const gated = view.bands.filter(band => view.saturation >= band.ceiling).map(band => band.priority);
@@ -278,7 +279,8 @@ function show(view) {
   document.title = `${view.waiting} waiting · flowcontrol`;
   put("pool", view.pool);
   put("clock", clock(view.time));
-  pill($("state"), view.draining ? "draining" : "serving", view.draining ? "warn" : "good");
+  const state = view.draining ? "draining" : view.standby ? "standby" : "serving";
+  pill($("state"), state, state === "serving" ? "good" : "warn");
   takeDecisions(view.decisions);
   for (const part of [showProblems, showTiles, showCharts, showLimit, showBands, showFlows, showEndpoints, showDecisions]) part(view);
 }
