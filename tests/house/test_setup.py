@@ -89,7 +89,7 @@ class TestClean:
 
 def test_a_control_plane_is_built_before_the_tests() -> None:
     """A test has 15 minutes, in which a busy machine does not build an API server."""
-    command = ("make", "--dry-run", "kubernetes")
+    command = ("make", "--dry-run", "--no-print-directory", "kubernetes")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
 
     *_, before, run = done.stdout.splitlines()
