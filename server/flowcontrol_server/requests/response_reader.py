@@ -154,16 +154,22 @@ class ResponseReader:
         if self._first_ns is not None and is_apart and not _TELLING.search(whole):
             return
         for line in whole.splitlines():
-            self._read_line(line, now_ns, is_cut)
+            if is_cut or len(line) > _EVENT_BYTES_MAX:
+                self._read_end(line)
+            else:
+                self._read_line(line, now_ns)
             is_cut = False
         if is_end:
             self._read_event()
 
-    def _read_line(self, line: bytes, now_ns: int, is_cut: bool) -> None:  # noqa: FBT001 - per line
-        is_cut = is_cut or len(line) > _EVENT_BYTES_MAX
-        if not line or is_cut:
+    def _read_end(self, line: bytes) -> None:
+        """Read what can be read of a line that is too long: its end."""
+        self._read_event()
+        self._read(_said_at_end(line[-_TAIL_BYTES:]))
+
+    def _read_line(self, line: bytes, now_ns: int) -> None:
+        if not line:
             self._read_event()
-            self._read(_said_at_end(line[-_TAIL_BYTES:]))
             return
         is_error = False
         if self._form == _STREAM:
