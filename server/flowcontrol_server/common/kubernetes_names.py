@@ -5,10 +5,11 @@ from typing import Final
 
 _LENGTH_MAX: Final = 253
 _PART_LENGTH_MAX: Final = 63
-"""Of a namespace, and of a label's name and value."""
+"""Of a namespace, a Service, and of a label's name and value."""
 _PART: Final = "[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
 _NAMESPACE: Final = re.compile(_PART)
 _NAME: Final = re.compile(rf"{_PART}(?:\.{_PART})*")
+_SERVICE: Final = re.compile("[a-z](?:[a-z0-9-]*[a-z0-9])?")
 _LABEL: Final = re.compile("[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?")
 
 
@@ -20,6 +21,11 @@ def is_namespace(text: str) -> bool:
 def is_name(text: str) -> bool:
     """Whether an object, such as an InferencePool or a Lease, can be called so."""
     return len(text) <= _LENGTH_MAX and _NAME.fullmatch(text) is not None
+
+
+def is_service(text: str) -> bool:
+    """Whether a Service can be called so."""
+    return len(text) <= _PART_LENGTH_MAX and _SERVICE.fullmatch(text) is not None
 
 
 def is_label(key: str, value: str) -> bool:

@@ -2,7 +2,12 @@
 
 import pytest
 
-from flowcontrol_server.common.kubernetes_names import is_label, is_name, is_namespace
+from flowcontrol_server.common.kubernetes_names import (
+    is_label,
+    is_name,
+    is_namespace,
+    is_service,
+)
 
 
 @pytest.mark.parametrize("text", ["a", "0", "a-b", "models-2", "a" * 63])
@@ -30,6 +35,18 @@ def test_name(text: str) -> None:
 def test_dots(text: str) -> None:
     """Each part is one of its own."""
     assert not is_name(text)
+
+
+@pytest.mark.parametrize("text", ["a", "a-0", "a" * 63])
+def test_service(text: str) -> None:
+    """A DNS label that begins with a letter."""
+    assert is_service(text)
+
+
+@pytest.mark.parametrize("text", ["", "0", "0a", "a-", "a.b", "a" * 64])
+def test_no_service(text: str) -> None:
+    """What no Service is called."""
+    assert not is_service(text)
 
 
 @pytest.mark.parametrize(

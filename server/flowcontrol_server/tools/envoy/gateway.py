@@ -4,7 +4,6 @@ What Envoy Gateway has fields for is said in its policies, the rest in one patch
 the messages of the bootstrap. Needs Envoy Gateway 1.9 with extensionApis.enableEnvoyPatchPolicy.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,7 +14,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager i
 
 from flowcontrol.errors import ConfigError
 from flowcontrol_server.common.addresses import Address
-from flowcontrol_server.common.kubernetes_names import is_name
+from flowcontrol_server.common.kubernetes_names import is_name, is_service
 from flowcontrol_server.config.engine import ENVOY_PATIENCE_MAX_NS
 from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.requests.codec import (
@@ -51,7 +50,6 @@ _DRAIN: Final = "600s"
 _MANAGER: Final = (
     "$..filters[?(@.name == 'envoy.filters.network.http_connection_manager')].typed_config"
 )
-_SERVICE: Final = re.compile("[a-z]([a-z0-9-]*[a-z0-9])?")
 _ROUTER: Final = "$..http_filters[?(@.name == 'envoy.filters.http.router')]"
 _HEADER: Final = """\
 # Envoy Gateway 1.9 in front of flowcontrol, for pool {pool!r}.
@@ -98,7 +96,7 @@ def manifests(settings: Settings, options: EnvoyOptions, names: GatewayNames) ->
         rule = "--envoy-gateway needs --ext-proc: name and port of flowcontrol's Service"
         raise ConfigError([rule])
     address = options.ext_proc
-    if not _SERVICE.fullmatch(address.host):
+    if not is_service(address.host):
         rule = (
             f"--ext-proc must name a Service of namespace {names.namespace} with "
             f"--envoy-gateway, such as flowcontrol:9002, got {str(address)!r}"
