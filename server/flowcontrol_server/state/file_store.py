@@ -121,7 +121,7 @@ class FileStore:
         return Contents(records_of(leases), _memory(self._database))
 
     def _connected(self) -> sqlite3.Connection:
-        """Open the file and make its tables; closed again where that fails, to be tried anew."""
+        """Open the file and make its tables; where that fails it is closed, to be tried again."""
         database = sqlite3.connect(
             self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
         )
@@ -135,13 +135,10 @@ class FileStore:
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
         """Begin a new file where the old one is damaged; it is kept to be looked at."""
-        if self._database is not None:
-            self._database.close()
-            self._database = None
+        self._disconnect()
         damaged = self.path.with_suffix(".damaged")
         self.path.replace(damaged)
-        for suffix in ("-wal", "-shm"):
-            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        self._delete_log()
         _log.error("state_file_damaged", file=str(damaged), problem=str(error))
 
     def _write(self, batch: Batch) -> None:
@@ -155,27 +152,33 @@ class FileStore:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_FULL or not batch.is_whole:
                 raise
-            self._begin_anew(self._database, batch)
+            self._start_over(self._database, batch)
 
-    def _begin_anew(self, database: sqlite3.Connection, batch: Batch) -> None:
+    def _start_over(self, database: sqlite3.Connection, batch: Batch) -> None:
         """Write a whole batch into a new file: there is no room for it in the old one.
 
         A log that has filled the volume is never shorter again: to bring what it holds into the
         file takes room as well.
         """
         memory = _memory(database) if batch.memory is None else batch.memory
-        database.close()
-        self._database = None
-        for suffix in ("", "-wal", "-shm"):
-            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        self._disconnect()
+        self.path.unlink(missing_ok=True)
+        self._delete_log()
         self._database = self._connected()
         _put(self._database, batch._replace(memory=memory))
         _log.warning("state_file_begun_anew", file=str(self.path), problem="no room for its log")
 
-    def _close(self) -> None:
+    def _disconnect(self) -> None:
         if self._database is not None:
             self._database.close()
             self._database = None
+
+    def _delete_log(self) -> None:
+        for suffix in ("-wal", "-shm"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        self._disconnect()
         if self._claim is not None:
             self._claim.close()
             self._claim = None
