@@ -3,6 +3,7 @@
 import asyncio
 import re
 import socket
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -121,20 +122,8 @@ async def test_ready_once_the_kubernetes_api_is_listed(tmp_path: Path, bound_s: 
         fake.serve(OBJECTIVES)
         fake.failing = 503
         ports = free_ports(2)
-        settings = {
-            "apiVersion": "flowcontrol/v1alpha1",
-            "kind": "FlowControlConfig",
-            "pool": "llama",
-            "listen": {
-                "extProc": "off",
-                "grpc": f"127.0.0.1:{ports[0]}",
-                "http": f"127.0.0.1:{ports[1]}",
-            },
-            "objectives": {"kubernetes": {}},
-            "endpoints": {"static": []},
-            "kubernetes": {"kubeconfig": str(kubeconfig)},
-        }
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        own = {"objectives": {"kubernetes": {}}, "endpoints": {"static": []}}
+        configure(tmp_path, ports, kubeconfig, own)
         service = Running(tmp_path, ports, {}, ("-c", code))
         starting = asyncio.create_task(service.start(session))
         try:
@@ -201,22 +190,13 @@ async def test_a_standby_does_not_say_what_passes_by_the_gate(tmp_path: Path) ->
         ClientSession() as session,
     ):
         ports = free_ports(2)
-        settings = {
-            "apiVersion": "flowcontrol/v1alpha1",
-            "kind": "FlowControlConfig",
-            "pool": "llama",
-            "listen": {
-                "extProc": "off",
-                "grpc": f"127.0.0.1:{ports[0]}",
-                "http": f"127.0.0.1:{ports[1]}",
-            },
+        own = {
             "objectives": {"api": {}},
             "endpoints": {"static": [f"127.0.0.1:{model_server.port}"]},
             "load": {},
             "availability": {"election": "kubernetes"},
-            "kubernetes": {"kubeconfig": str(kubeconfig)},
         }
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        configure(tmp_path, ports, kubeconfig, own)
         service = Running(tmp_path, ports, {}, ("-m", "flowcontrol_server"))
         starting = asyncio.create_task(service.start(session))
         said = ""
@@ -293,6 +273,32 @@ async def until_standing(session: ClientSession, address: str, kinds: set[str]) 
     async with asyncio.timeout(PATIENCE_S):
         while await standing(session, address) != kinds:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.01)
+
+
+def configure(
+    directory: Path, ports: Sequence[int], kubeconfig: Path, own: Mapping[str, Any]
+) -> None:
+    """Write the configuration of a service that asks a Kubernetes API.
+
+    Args:
+        directory: gets the file.
+        ports: for gRPC and for HTTP.
+        kubeconfig: says where the API is.
+        own: sections beside these.
+    """
+    settings = {
+        "apiVersion": "flowcontrol/v1alpha1",
+        "kind": "FlowControlConfig",
+        "pool": "llama",
+        "listen": {
+            "extProc": "off",
+            "grpc": f"127.0.0.1:{ports[0]}",
+            "http": f"127.0.0.1:{ports[1]}",
+        },
+        "kubernetes": {"kubeconfig": str(kubeconfig)},
+        **own,
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
 
 
 async def status(session: ClientSession, address: str, page: str) -> int | None:
