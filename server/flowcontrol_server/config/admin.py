@@ -35,7 +35,7 @@ class Admin(Section):
     """Whether a caller at 127.0.0.1 or ::1 may ask without proof. Must be false where a proxy or a
     sidecar on this machine passes on what others send."""
 
-    def complaint(self) -> str | None:
+    def problem(self) -> str | None:
         """Return what is wrong with the token, without showing it; None if nothing is."""
         where = TOKEN_VARIABLE if self.token_file is None else "admin.tokenFile"
         try:

@@ -266,9 +266,9 @@ class Settings(ServiceEngine, _Surroundings):
 
     @model_validator(mode="after")
     def _guarded(self, info: ValidationInfo) -> Self:
-        complaint = None if is_read_elsewhere(info) else self.admin.complaint()
-        if complaint is not None:
-            raise broken(complaint)
+        problem = None if is_read_elsewhere(info) else self.admin.problem()
+        if problem is not None:
+            raise broken(problem)
         return self
 
     @property

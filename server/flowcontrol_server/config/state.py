@@ -118,7 +118,7 @@ def _missing(parts: SplitResult) -> str:
 
 
 def _surplus(parts: SplitResult) -> str:
-    """Return the rule that a URL breaks by what nobody would read; empty where it breaks none."""
+    """Return the rule that a URL breaks by what would be ignored; empty where it breaks none."""
     if parts.password is not None:
         return "must not hold a password, which belongs in passwordFile, got one"
     if parts.username is not None:

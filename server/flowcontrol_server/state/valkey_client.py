@@ -65,7 +65,7 @@ class ValkeyClient:
         except self._errors as error:
             _heed_cancellation(task, cancelled_before)
             if isinstance(error, self._read_only) or _READ_ONLY in str(error):
-                await self._connect_anew()
+                await self._close_idle()
             if _FENCED in str(error):
                 message = "state.valkey: a later leader has taken over"
                 raise FencedError(message) from error
@@ -74,8 +74,8 @@ class ValkeyClient:
         _heed_cancellation(task, cancelled_before)
         return answer
 
-    async def _connect_anew(self) -> None:
-        """Close idle connections: the server is no primary any more, its name may be another's.
+    async def _close_idle(self) -> None:
+        """Close idle connections: the server is no longer primary, and its name may be another's.
 
         A server that is demoted keeps its connections open and refuses every write. A cluster says
         itself where the primary is.

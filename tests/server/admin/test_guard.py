@@ -167,7 +167,7 @@ class TestSecret:
         monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
 
         assert Admin().secret().matches(f"Bearer {TOKEN}")
-        assert Admin().complaint() is None
+        assert Admin().problem() is None
 
     @pytest.mark.parametrize("text", ["", "  "])
     def test_empty_variable(self, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -175,18 +175,18 @@ class TestSecret:
         monkeypatch.setenv(TOKEN_VARIABLE, text)
 
         assert Admin().secret().token() is None
-        assert Admin().complaint() is None
+        assert Admin().problem() is None
 
     @pytest.mark.parametrize("text", ["short", "x" * 1025, "two words of some length"])
     def test_bad_variable(self, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         """A token that is no good is a mistake at the start, which does not show it."""
         monkeypatch.setenv(TOKEN_VARIABLE, text)
 
-        complaint = Admin().complaint()
+        problem = Admin().problem()
 
-        assert complaint is not None
-        assert complaint.startswith(f"{TOKEN_VARIABLE} must hold 16 to 1024 visible ASCII")
-        assert text not in complaint
+        assert problem is not None
+        assert problem.startswith(f"{TOKEN_VARIABLE} must hold 16 to 1024 visible ASCII")
+        assert text not in problem
 
     def test_rotation(self, secret: Secret, tmp_path: Path) -> None:
         """A new token counts at once, the old one no more; a file that is gone lets nobody in."""
