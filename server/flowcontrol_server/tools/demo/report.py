@@ -80,6 +80,7 @@ def table(results: Results) -> Table:
 BATCH_WAITS = (
     "The batch job gets its first tokens later with flowcontrol: it waits at the gate instead of in"
     " front of people in the model servers. What counts for a job is when all of it is done."
+    " Requests that got 429 came again when they were told to."
 )
 
 
