@@ -2,18 +2,18 @@
 
 Strict: the highest band with work waiting is served; if it is gated, no lower band is.
 
-Promotion: a request that waited `promote_after_ns` goes before all others, promoted ones in the
-order they became due. Its bound: once due, it is dispatched after at most as many dispatches as
-there were requests due before it, whatever arrives above it.
+Promotion: a request that has waited for `promote_after_ns` goes before all others; promoted
+requests go in the order in which they became due. The bound: once due, a request is dispatched
+after at most as many dispatches as there were requests due before it, whatever arrives above it.
 
 Share: a band with `share_min` s > 0 keeps a credit. While it has work waiting, it earns s times the
-cost of every dispatch that is not a promotion; while its credit is above zero it goes next, higher
-bands first, and pays what it costs. Served in strict order without credit, it neither earns nor
-pays: a quiet night is not held against it. When nothing of it waits any more, credit is gone, so
-that it has no claim to the past when it comes back, but debt stays: else a band that comes with one
-request at a time would pay for none. Shares that sum up to more than 1 are scaled down to 1. (This
-is surplus round robin, after deficit round robin of Shreedhar and Varghese, SIGCOMM 1995, with
-strict priority in the place of the round.)
+cost of every dispatch that is not a promotion. While its credit is above zero it goes next, higher
+bands first, and pays the cost of what it dispatches. When it is served in strict order without
+credit, it neither earns nor pays, so that a quiet night does not count against it. When none of its
+requests waits any more, its credit is dropped, so that it has no claim to the past when it returns.
+Debt stays, because otherwise a band that sends one request at a time would never pay. Shares that
+sum to more than 1 are scaled down to 1. (This is surplus round robin, after deficit round robin of
+Shreedhar and Varghese, SIGCOMM 1995, with strict priority in place of the round.)
 
 Its bound. Let C be the largest cost of one request and k the number of bands with shares. A band
 pays only from credit above zero, so no debt exceeds C. All credits and debts together never exceed
@@ -29,11 +29,11 @@ and its next request goes before (k + 1) C / s of other cost has been dispatched
 declared again begins without debt: within an interval, each that does so adds C. Costs are those
 estimated at dispatch.
 
-In both, a request that may only go to endpoints without room is passed over, and meanwhile does not
-wait in the sense of the bounds: others go, and it is the next of them when there is room.
+In both, a request that may only go to endpoints without room is passed over. Meanwhile it does not
+wait in the sense of the bounds: others go first, and it is next when there is room.
 
-Both exceptions ignore the ceilings and need only a pool that is not full: a band that is gated for
-good would otherwise never get what it was promised.
+Both exceptions ignore the ceilings, and only need a pool that is not full: otherwise a band that is
+always gated would never get what it was promised.
 """
 
 from collections.abc import Iterable
@@ -49,22 +49,22 @@ from flowcontrol.lines import HasRoom, Lines
 class Across:
     """The accounts of promotion and share.
 
-    O(log waiting) a request, O(shares + subsets) a dispatch. Must be called for every admission,
-    every departure from the queue and every dispatch.
+    O(log waiting) for a request, O(shares + subsets) for a dispatch. Must be called for every
+    admission, every departure from the queue and every dispatch.
     """
 
     def __init__(self) -> None:
         self.is_active = False
-        """Whether any band has a share or promotes, or did: else nothing here need be called."""
+        """Whether any band has or had a share or promotion; else nothing here need be called."""
         self._promotions: Lines[Lease, int] = Lines()
-        """Waiting requests of bands that promote, by when they become due."""
+        """Waiting requests of bands that promote, by the time at which they become due."""
         self._shares: dict[Band, float] = {}
-        """Of the bands that have one, highest first, together at most 1."""
+        """Shares of the bands that have one, highest first, together at most 1."""
         self._credits: dict[Band, float] = {}
-        """Of the same bands; below zero is debt."""
+        """Credits of the same bands; below zero is debt."""
 
     def set_bands(self, bands: Iterable[Band]) -> None:
-        """Take the bands there are, highest first; those that stay keep their credit."""
+        """Replace the bands, highest first; those that stay keep their credit."""
         shares: dict[Band, float] = {}
         self.is_active = bool(self._promotions)
         for band in bands:
@@ -77,13 +77,13 @@ class Across:
         self._credits = {band: self._credits.get(band, 0.0) for band in shares}
 
     def reconfigured(self, waiting: Iterable[Lease], bands: Bands) -> None:
-        """Rebuild the accounts of what waits for the bands as they are now; O(waiting)."""
+        """Rebuild the accounts of waiting requests for the present bands. O(waiting)."""
         for lease in waiting:
             if lease.is_admitted:
                 self.admitted(lease, bands.by_priority[lease.flow.key.priority])
 
     def admitted(self, lease: Lease, band: Band) -> None:
-        """Take up a request that waits from now on."""
+        """Add a request that waits from now on."""
         after_ns = band.settings.promote_after_ns
         if after_ns is None:
             self._promotions.discard(lease)
@@ -92,13 +92,13 @@ class Across:
             self._promotions.put(lease, due_ns, lease.request.subset)
 
     def removed(self, lease: Lease, band: Band) -> None:
-        """Drop a request that no longer waits."""
+        """Remove a request that no longer waits."""
         self._promotions.discard(lease)
         if not band.waiting and self._credits.get(band, 0.0) > 0:
             self._credits[band] = 0.0
 
     def next_exception(self, now_ns: int, has_room: HasRoom) -> Lease | None:
-        """Return the request that goes before strict order, if there is one and it has room."""
+        """Return the request that overrides strict order, if there is one with room."""
         promoted = self._promoted(now_ns, has_room)
         if promoted is not None:
             return promoted
@@ -110,16 +110,16 @@ class Across:
         return None
 
     def is_due(self, now_ns: int, has_room: HasRoom) -> bool:
-        """Whether a request that has room is to be promoted now."""
+        """Whether a request with room is due for promotion."""
         return self._promoted(now_ns, has_room) is not None
 
     def next_promotion_ns(self, has_room: HasRoom) -> int | None:
-        """Return when the next request becomes due, or became, of those that have room."""
+        """Return when the first request with room becomes, or became, due."""
         first = self._promotions.first(has_room)
         return None if first is None else first[0]
 
     def dispatched(self, lease: Lease, served: Band, now_ns: int, has_room: HasRoom) -> None:
-        """Earn and pay for one dispatch, before the request is `removed` or takes any room."""
+        """Account for a dispatch, before the request is `removed` or charged to the pool."""
         if not self._credits:
             return
         is_promotion = self._promoted(now_ns, has_room) is lease

@@ -1,40 +1,40 @@
-"""Pure. The limit on requests in flight, found by watching what comes of it.
+"""Pure. A limit on requests in flight that is found by observing its effect: `adaptive`.
 
-Latency as such says little of a language model: it grows with the prompt, with the answer, and with
-every neighbour in the batch, long before an engine is full. What tells is how many of the requests
-in flight wait inside the engines, doing nothing but standing before others. By Little's law that is
-(dispatches a second) x (mean wait inside); as a share s of those in flight,
+The latency of a language model says little about its load. It grows with the prompt, the answer and
+every neighbour in the batch, long before an engine is full. What shows the load is how many of the
+requests in flight wait inside the engines. By Little's law that is dispatches per second times the
+mean wait inside. As a share s of the requests in flight,
 
     s = dispatches x mean wait / area under the number in flight
 
-over one window. Few must wait, or engines run dry between a departure and the next dispatch; more
-than few is a queue that cannot be reordered. So the limit falls by s - `aim` where s is above
-`many`, rises where s is below `few` and the limit was reached, and else stays.
+over one window. A few must wait, or engines run dry between a departure and the next dispatch. More
+than a few are a queue that cannot be reordered. So the limit falls by s - `aim` while s is above
+`many`. It rises while s is below `few` and the limit is reached. Between the two it stays.
 
-It is TCP Vegas' idea (Brakmo and Peterson, 1995), to count what is queued instead of reacting to
-delay; gradient2 and Envoy's adaptive concurrency take the ratio of latencies instead, which here
-compares long answers with short ones, and AIMD waits for errors, which an engine that queues
-without limit never makes. What a wait is is seen in one of two ways.
+To count what is queued, instead of reacting to delay, is the idea of TCP Vegas (Brakmo and
+Peterson, 1995). gradient2 and Envoy's adaptive concurrency take the ratio of latencies, which here
+would compare long answers with short ones. AIMD waits for errors, and an engine that queues without
+limit returns none. The wait is measured in one of two ways.
 
-With settlements: the time to first token, beyond the least that a prompt of that length takes at
-that endpoint. So it is fair to long prompts, and an answer's length is not in it.
+With settlements: the time to first token, beyond the least for a prompt of that length at that
+endpoint. This is fair to long prompts, and does not contain the length of the answer.
 
-Without: how long requests are in flight, of which only the shortest sixth counts, beyond the least
-that sixth ever took. A request that waits inside is held up no less for having a short answer, so a
-queue shows there first and most clearly, whatever else is long.
+Without: how long requests are in flight. Only the shortest sixth counts, by how much it exceeds the
+least that sixth ever took. A request that waits inside is delayed as much if its answer is short,
+so a queue shows there first and most clearly.
 
-A window judges a cohort: requests dispatched after the limit last moved, of which most must be
-over. Who comes first in a raised limit fills empty places and is not in it. So old evidence moves
-nothing twice. Where the engine picks, each endpoint has a limit of its own, else slow endpoints,
-whose evidence comes late, were judged by that of the fast ones.
+A window judges a cohort: requests dispatched since the limit last moved, most of which must be
+over. The first requests under a raised limit fill empty places and do not belong to it. So no
+evidence moves the limit twice. Where the engine picks, each endpoint has its own limit; otherwise
+slow endpoints, whose evidence comes late, would be judged by the fast ones.
 
-What it does not see is a KV cache that overflows under answers which have begun: a request that is
-then preempted has had its first token. Beside a limit on tokens (several detectors: the fullest
-counts) it need not.
+What it does not see: a KV cache that overflows while answers are generated, because a request that
+is then preempted has had its first token. A second detector with a limit on tokens covers that
+(with several detectors, the fullest counts).
 
-Two guards. The least seen may be outdated (a slower model, longer answers): it rises slowly by
-itself, and when the limit has fallen by much and no fewer wait, it is learnt again. And when
-settlements cease, completions must do again.
+Two guards. The least time may be outdated (a slower model, longer answers): it grows slowly by
+itself, and is learnt again if the limit has fallen far and no fewer requests wait. And when
+settlements cease, the limit goes by the times in flight again.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,17 +49,18 @@ from flowcontrol.moves import LimitMove, LimitMoves
 from flowcontrol.pool import StageLoad, WithoutPace
 
 _START, _STEP, _STEP_MIN = 1.5, 1.06, 0.5
-"""Growth a window before the limit first fell, and after; and the least, in requests."""
+"""Growth per window before the first fall, and after; and the least growth, in requests."""
 _FALL_MOST: Final = 0.5
-"""No window takes more than this part."""
+"""One window lowers a limit to this part at most."""
 _REACHED: Final = 0.9
-"""Part of the limit that must have been in flight for it to rise: a quiet night raises nothing."""
+"""Part of the limit that must have been in flight for it to rise."""
 _TURNED_AWAY, _TURNED_AWAY_FALL = 0.1, 0.8
-"""Part of a cohort that engines refused, from which the limit falls; and to which part."""
+"""If engines refuse this part of a cohort, the limit falls to that part."""
 _VAIN_FALL, _VAIN_EFFECT = 0.7, 0.5
-"""Fallen to this part, and the share waiting did not fall by half as much: the least is wrong."""
+"""If a limit fell to this part and the share waiting did not fall by half as much, the least time
+is wrong."""
 _SILENCE_NS, _SILENT_COMPLETIONS = 60_000_000_000, 64
-"""No settlement for so long, while so many requests ended: there is no access log any more."""
+"""When so many requests have ended in that time without a settlement, the access log is gone."""
 
 
 @final
@@ -90,7 +91,7 @@ class _Watched:
         self._filling = filling
         """Dispatches still to come that fill empty places."""
         self._members: dict[int, int] = {}
-        """Requests of the cohort that are not over, by id, and when they were dispatched."""
+        """Requests of the cohort that are not over: id to time of dispatch."""
         self._joined = self._over = self._turned_away = self._dispatched = 0
         self._area = self._most = 0
         self._looked_ns = self._full_ns = now_ns
@@ -107,9 +108,9 @@ class _Watched:
         return self._evidence.cohort_first if self.is_starting else self._evidence.cohort
 
     def charged(self, lease: Lease, now_ns: int) -> None:
-        """Count a dispatch, and take it into the cohort.
+        """Count a dispatch, and add it to the cohort.
 
-        What exceeds the cohort is for settlements that never come.
+        The cohort grows by an eighth of further dispatches, to make up for lost settlements.
         """
         self._look(now_ns)
         if self._filling:
@@ -131,7 +132,7 @@ class _Watched:
             self._end(lease, now_ns)
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
-        """Take in what a request really took."""
+        """Take in what a request actually used."""
         is_member = lease.request.request_id in self._members
         self._evidence.settled(lease, settled, is_member=is_member)
         if is_member:
@@ -148,7 +149,7 @@ class _Watched:
             self._judge(now_ns)
 
     def scale(self, factor: float, reason: str, now_ns: int) -> None:
-        """Follow the number of endpoints."""
+        """Scale the limit to another number of endpoints."""
         self.limit_max *= factor
         self._move(self.limit * factor, reason, now_ns)
         self._begin(now_ns, filling=0)
@@ -162,7 +163,7 @@ class _Watched:
         before, wait_ns = self.limit, self._evidence.wait_ns()
         if self._turned_away >= _TURNED_AWAY * self._over:
             self.is_starting = False
-            reason = f"{self._turned_away} of {self._over} were turned away"
+            reason = f"engines refused {self._turned_away} of {self._over}"
             self._move(before * _TURNED_AWAY_FALL, reason, now_ns)
         elif wait_ns is not None:
             self._judge_share(wait_ns * self._dispatched / max(1, self._area), now_ns)
@@ -173,7 +174,7 @@ class _Watched:
         reason = f"{share:.0%} of those in flight wait inside"
         low = evidence.aim if self.is_starting else evidence.few
         if share > evidence.many and self._is_falling_in_vain(share):
-            evidence.learn_anew()
+            evidence.relearn()
             self._fell_from = None
         elif share > evidence.many:
             self._fell_from = self._fell_from or (before, share)
@@ -199,7 +200,10 @@ class _Watched:
 
 @final
 class AdaptiveDetector(WithoutPace):
-    """Requests in flight over limits that find themselves. O(1), but where endpoints change."""
+    """The detector `adaptive`: requests in flight, over a limit that finds itself.
+
+    O(1), O(endpoints) where they change.
+    """
 
     counts_dispatches = True
     has_timer = False
@@ -213,11 +217,11 @@ class AdaptiveDetector(WithoutPace):
         self._is_settled = False
         self._settled_ns = now_ns
         self._completed = 0
-        """Since the last settlement."""
+        """Requests that have ended since the last settlement."""
         self._watched: dict[str | None, _Watched] = {}
-        """By address; under None where all endpoints have one limit."""
+        """By address; None if all endpoints share one limit."""
         self._kept: Mapping[str, float] = {}
-        """Limits that another process had found, until there are endpoints."""
+        """Limits that an earlier process had found, until there are endpoints to apply them to."""
 
     @property
     def limit(self) -> int:
@@ -243,7 +247,7 @@ class AdaptiveDetector(WithoutPace):
         return self.saturation() if load is None else load.requests / self.limit_of(address)
 
     def endpoints_changed(self, now_ns: int) -> None:
-        """Keep the limit of each endpoint that stays; who is new has what is usual among them."""
+        """Keep the limits of endpoints that stay; a new one begins with their median."""
         before, self._endpoints = self._endpoints, tuple(self._stage.addresses)
         if not before:
             limit = float(self.settings.limit_first * len(self._endpoints))
@@ -263,7 +267,7 @@ class AdaptiveDetector(WithoutPace):
         watched.charged(lease, now_ns)
 
     def released(self, lease: Lease, now_ns: int) -> None:
-        """Count the departure; many without a settlement mean that there is none to come."""
+        """Count a departure; after many without a settlement, none is expected any more."""
         self._completed += 1
         if (
             self._is_settled
@@ -279,7 +283,7 @@ class AdaptiveDetector(WithoutPace):
         """Ignored: metrics are not used."""
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
-        """Take in what a request really took; with the first, each endpoint gets its own limit."""
+        """Take in what a request actually used; the first gives each endpoint its own limit."""
         self._settled_ns, self._completed = now_ns, 0
         if settled.ttft_ns is not None and not self._is_settled:
             self._go_by_settlements(now_ns, is_so=True)
@@ -306,7 +310,7 @@ class AdaptiveDetector(WithoutPace):
         self._arrange(now_ns)
 
     def _arrange(self, now_ns: int) -> None:
-        """Have a limit for each endpoint where settlements judge and the engine picks; else one."""
+        """Keep one limit per endpoint if there are settlements and the engine picks, else one."""
         old = self._watched
         if not old:
             return  # there never was an endpoint
@@ -326,7 +330,7 @@ class AdaptiveDetector(WithoutPace):
         self.revision += 1
 
     def remember(self) -> Mapping[str, float]:
-        """Return the limits, by endpoint; of all together by an empty text."""
+        """Return the limits by endpoint; a shared limit under an empty address."""
         limits = {address or "": watched.limit for address, watched in self._watched.items()}
         return limits or self._kept
 
@@ -348,7 +352,7 @@ class AdaptiveDetector(WithoutPace):
         self.revision += 1
 
     def inherit(self, before: "AdaptiveDetector", now_ns: int) -> None:
-        """Take over what another knows, that went by other settings."""
+        """Take over what a detector with other settings has learnt."""
         self.moves = before.moves
         self._kept = before._kept  # noqa: SLF001 - same class
         self._endpoints = before._endpoints  # noqa: SLF001 - as above

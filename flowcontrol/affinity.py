@@ -1,9 +1,9 @@
-"""Pure. Which endpoint served the beginning of a prompt last, so that its cache is used again.
+"""Pure. Which endpoint last served the beginning of a prompt, so that its cache is used again.
 
-A prompt is known by the hashes of its blocks, each of which stands for the prompt up to its end:
-two prompts share a hash if, and only if, they begin alike up to there. What is remembered is a
-hint. Whether the endpoint still has the cache is not known, and it does not decide whether a
-request may go there: `EndpointPicker` bounds what it may add to the load of one endpoint.
+A prompt is identified by the hashes of its blocks. Each hash covers the prompt up to the end of its
+block: two prompts share it if, and only if, they are the same up to there. The memory is a hint:
+whether the endpoint still has the cache is unknown, and `EndpointPicker` bounds what affinity may
+add to the load of one endpoint.
 """
 
 from collections import OrderedDict
@@ -12,18 +12,18 @@ from math import ceil
 from typing import Final, final
 
 WORTH: Final = 0.5
-"""Part of a prompt that must have been served: a shorter beginning, which all prompts of an
-application may have, saves less work than an uneven load costs."""
+"""Part of a prompt that must have been served. A shorter beginning, which all prompts of an
+application may share, saves less work than an uneven load costs."""
 BLOCKS_MAX: Final = 131_072
-"""Blocks remembered, the last to be used: about 20 MB, 2,000 prompts of 64 blocks."""
+"""Blocks remembered, the most recently used: about 20 MB, 2,000 prompts of 64 blocks."""
 
 
 @final
 class PrefixAffinity:
-    """Remembers, for each block of a prompt, the endpoint that was sent it last.
+    """Remembers, for each block of a prompt, the endpoint that it was last sent to.
 
     Args:
-        blocks_max: blocks remembered; the one that was used least lately is forgotten first.
+        blocks_max: blocks remembered; the least recently used is forgotten first.
     """
 
     def __init__(self, blocks_max: int = BLOCKS_MAX) -> None:
@@ -34,7 +34,7 @@ class PrefixAffinity:
         return len(self._served)
 
     def endpoints(self, prefix: Sequence[int]) -> Iterator[str]:
-        """Yield endpoints that served much of the prompt, the one of the longest part first.
+        """Yield endpoints that served much of the prompt, the one with the longest part first.
 
         Args:
             prefix: hashes of the prompt's blocks, in order. O(blocks).

@@ -2,99 +2,108 @@
 
 Three things fill an engine, and each needs its own evidence.
 
-Sequences. Beyond what it batches, requests wait inside, where they cannot be reordered. By
-Little's law the share of what is in flight that waits inside is
+Sequences. Requests beyond what the engine batches wait inside it, where they cannot be reordered.
+By Little's law, the share of the requests in flight that waits inside is
 
     s = dispatches x mean wait / area under the number in flight
 
-over one window. The limit on requests falls where s is above `many`, rises where s is below `few`
-and the limit was reached, and else stays. Whatever the limit is, a request waits for the end of the
-step under way. It runs for as many steps as its answer has tokens, so by Little's law as many wait
-for that as run, over the length of answers: hardly any of a chat, half of all embeddings. They are
-no queue. To count what is queued instead of reacting to delay is
-TCP Vegas' idea (Brakmo and Peterson, 1995): latency itself grows with prompts, answers and
-neighbours long before an engine is full, which gradient2 and Envoy's adaptive concurrency take for
-congestion, and errors, which AIMD waits for, an engine that queues without limit never makes.
+over one window. The limit on requests falls while s is above `many`. It rises while s is below
+`few` and the limit is reached. Between the two it stays.
 
-KV cache. A sequence holds its prompt and what it has answered, so the unit is the token, not the
-request. Over the edge answers that have begun are preempted and computed again, so that more in
-flight gives less output. The limit on tokens in flight (prompt, and answer as expected) is 0.85 of
-the cache by the measured use of it: u / T for a use u at T tokens, the largest lately, so that
-answers longer than expected and shared prefixes are in it; of a cache that is nearly empty only
-the longest answers are left, and it tells nothing. Before any is measured, 0.8 of the capacity that
-the engine tells. Since one request may go beyond a limit, room is left for the largest of late.
+Some requests wait inside whatever the limit is: each waits for the end of the step under way. A
+request runs for as many steps as its answer has tokens, so by Little's law the number that waits
+for a step is the number that runs divided by the length of an answer: hardly any of a chat, half of
+all embeddings. They do not count as a queue.
+
+To count what is queued, instead of reacting to delay, is the idea of TCP Vegas (Brakmo and
+Peterson, 1995). Delay grows with prompts, answers and neighbours long before an engine is full;
+gradient2 and Envoy's adaptive concurrency take that for congestion. AIMD waits for errors, and an
+engine that queues without limit returns none.
+
+KV cache. A sequence keeps its prompt and what it has answered in the cache, so the unit is the
+token, not the request. When the cache overflows, the engine preempts answers that have begun and
+computes them again, so that more in flight gives less output. The limit on tokens in flight (prompt
+and expected answer) is 0.85 of the cache by its measured use: u / T for a use u at T tokens in
+flight. The largest recent ratio counts, which covers answers longer than expected and shared
+prefixes. A nearly empty cache is not measured, because only the longest answers are left in it.
+Until a first measurement the limit is 0.8 of the capacity that the engine reports. One request may
+go beyond the limit, so room is left for the largest recent one.
 
 Prompts. A job that fills a hundred free places at once puts a hundred prompts before the next
-person, half a minute of work, though nothing is full. So an endpoint is sent the next prompt only
-when those before are nearly read, by the speed learnt from the least times to first token
-(`prefill`). The engine loses nothing: it could not read them sooner. It is BBR's pacing (Cardwell
-et al., 2016): to know the bottleneck's rate and never to send faster, instead of filling its
-queue. To make it safe the speed is one that the engine has really shown.
+person: half a minute of work, though nothing is full. So an endpoint is sent the next prompt only
+when it has nearly read those before. How fast it reads is learnt from the least times to first
+token (`prefill`). The engine loses nothing, since it could not have read them sooner. This is the
+pacing of BBR (Cardwell et al., 2016): know the rate of the bottleneck and never send faster. To be
+safe, the speed is one that the engine has shown.
 
-The evidence degrades in steps, and each move says which it was.
+The evidence degrades in steps. Each move of a limit names its evidence.
 
-    metrics      s from requests waiting and running, cache from its use; some seconds
-    settlements  s from times to first token beyond the least for that length; with the answers
-    departures   s from how long the shortest took, and what more in flight gains (`blind`)
+    metrics      s from requests waiting and running, cache from its use; takes seconds
+    settlements  s from times to first token beyond the least for that length; takes as long as
+                 the answers
+    departures   s from how long the shortest requests took, and what more in flight gains (`blind`)
 
-By settlements nothing tells which of the two limits is to blame for a queue. It is the one of
-which more was in flight than ever was without a queue; both, if it is both or neither. By
-departures there is one limit, on requests, the same at every endpoint.
+Settlements do not show which of the two limits a queue comes from. The limit that falls is the one
+of which more was in flight than ever was without a queue; both fall, if that holds for both or for
+neither. Departures move one limit, on requests, which is the same at every endpoint.
 
-The start is fast and ends at the first sign: a queue, or a token taking four times the least. Where
-an engine tells how large its cache is, it leaps to a request for every 8 Ki tokens of it, 128 at
-most: an engine that is given so much batches as many. From there by metrics it goes in small steps,
-by 35 % of what was in flight and at least four requests at every look, so that it goes over the
-edge by few; else by half a window. Since output at n in flight goes as n / (a + b n), its growth is
-that of n times a / (a + b n), the least time of a token over the present one: a quarter is where
-doubling stops paying. Later steps are of 6 %, squared after three rises in a row that each lasted
-as long as a request is in flight, so that a limit that has fallen by mistake, or that the traffic
-has outgrown, is back in some service times.
+The start is fast and ends at the first sign of trouble: a queue, or a token that takes four times
+the least. Where an engine reports the size of its cache, the limit leaps to one request for every
+8 Ki tokens of it, 128 at most, since an engine with so large a cache batches as many. From there it
+goes in steps: with metrics by 35 % of what was in flight, and at least four requests, at every
+scrape, so that it overshoots by few; else by half a window. Output at n in flight goes as
+n / (a + b n), so it grows as n does times a / (a + b n), the least time of a token over the present
+one. A factor of four between them is where doubling n stops paying. After the start, steps are of
+6 %. After three rises in a row, each of which lasted as long as a request is in flight, the step is
+squared. So a limit that fell by mistake, or that the traffic has outgrown, recovers within some
+service times.
 
-To find an edge is to go over it, and who is sent there then waits. So one endpoint in four at most
-(one, where there are fewer) goes further than any has been, and a person finds a place at the
-others. At the start those follow at once to where it had no queue; later each takes its own steps
-up to there, since the most that ever went well somewhere is what chance made of it. And an edge is
-found once, not at each: endpoints whose caches are of one size have one edge until they show
-another, so that a start ends also where another of the size had a queue.
+To find an edge is to go over it, and requests sent beyond it wait. So at most one endpoint in four
+(one, where there are fewer) goes further than any endpoint has been, and people find places at the
+others. During the start the others follow at once to where that one had no queue. Later each takes
+its own steps up to there, because the most that ever went well at one endpoint was partly luck. And
+an edge is searched for once, not at each endpoint: endpoints with caches of the same size are taken
+to have the same edge until they show another. So the start of one also ends where another of its
+size had a queue.
 
-What waits by chance is no queue. As many as usually wait for a step or for a prompt, and three
-standard deviations more (a Poisson number's is its root), come together now and then, so that no
-limit falls by one look. No queue either is what fills empty places at once, or was in flight when a
-limit fell: nothing is judged before that has drained. And before the first settlement nothing is
-known of answers, so that for four seconds no limit falls by metrics. Before the speed of prompts is
-known they are not paced, and a burst of them waits to be read: during the start only what waits at
-every look is a queue. Later, too, some wait for prompts that are longer than usual, and a lower
-limit would not have them read sooner. That it is this is known where fewer run than have at an
-engine of the size, or than its cache has room for in any case, so that there are places, and less
-than half of the cache is in use; for three windows in a row at most, since no metric tells what
-else a request may wait for.
+What waits by chance is no queue. The number that usually waits for a step or a prompt, and three
+standard deviations more (the deviation of a Poisson number is its root), come together now and
+then. So no limit falls by a single scrape. Requests that fill empty places at once are no queue
+either, nor are those that were in flight when a limit fell: nothing is judged before they have
+drained. Before the first settlement nothing is known of the answers, so no limit falls by metrics
+for four seconds. Before the speed of prompts is known they are not paced, and a burst of them waits
+to be read: during the start, only what waits at every scrape is a queue. Later, too, some requests
+wait because prompts are longer than usual, and a lower limit would not have them read sooner. This
+is recognised where fewer requests run than have run at an endpoint of that size, or than its cache
+has room for, so that places are free, and less than half of the cache is in use. It excuses at most
+three windows in a row, since no metric says what else a request may be waiting for.
 
-Where answers are long, a small share of the time in flight is a long wait for people; where they
-are short, a large share may be the wait for one prompt. So by settlements, which tell how long it
-was, a limit rises only while the mean wait is shorter than a first token usually takes, and falls
-only where it is longer. Metrics tell it by how many run: if at three looks no fewer and no more,
-and others wait for twice as long as a first token usually takes, the engine batches no more. Then
-that is the limit, at every endpoint with as large a cache that has not run more. It is a setting
-of the engine, so it is tried again seldom (`belief`), by one endpoint in four at a time, and given
-up as soon as no more run than before; and so is, where settlements showed a queue, how many tokens
-did not wait.
+Where answers are long, a small share of the time in flight is a long wait for people. Where they
+are short, a large share may be the wait for one prompt. Settlements measure the wait itself, so by
+settlements a limit rises only while the mean wait is shorter than a usual time to first token, and
+falls only while it is longer. With metrics the number running decides: if it stays the same over
+three scrapes while others wait for more than twice a usual time to first token, the engine batches
+no more. Then that number is the limit, at every endpoint with as large a cache that has not run
+more. It is a setting of the engine, so it is seldom tried again (`belief`), by one endpoint in four
+at a time, and the trial ends as soon as no more requests run than before. The number of tokens at
+which settlements showed no queue is treated in the same way.
 
-With a reserve (`reserve`) the limit is seldom reached, so that nothing is seen of a queue that
-would be there if it were. So beyond what ran at most when a queue was last seen, the limit rises
-only if it was reached on average: it does not grow into the reserve. Before any queue was seen
-three quarters of it count as reached: a reserve takes no more than the fourth.
+With a reserve (`reserve`) the limit is seldom reached, so a queue that would form at the limit does
+not show. So beyond the number that ran when a queue was last seen, the limit rises only if it was
+reached on average: it does not grow into the reserve. Before any queue was seen, three quarters of
+it count as reached, because a reserve takes at most a quarter.
 
-Bounds. In flight at an endpoint never exceeds its limits by more than one request. Where the engine
-picks, each endpoint has limits of its own, so unequal ones find theirs. A false sign costs at most
-half of a limit, a missed one a window's growth: half at the start (or the leap), 6 % later.
+Bounds. The number in flight at an endpoint exceeds its limits by at most one request. Where the
+engine picks, each endpoint has its own limits, so unequal endpoints find theirs. A false sign costs
+at most half of a limit. A missed one costs a window's growth: half (or the leap) at the start, 6 %
+later.
 
-What it does not see: without metrics, KV use before the first queue, so that the start may go over
-the edge once by half; how much of a person's time to first token is the job's work in the same step
-(`reading` keeps its prompts within bounds); and prompts all of one length, or most of them read in
-less than a step, tell no speed, so they are not paced. Of requests that do not come through here it
-knows their number and no more: they take their part of a measured cache, what waits while none of
-ours is there moves no limit, and beside some of ours it counts like ours.
+What it does not see. Without metrics: the use of the KV cache before the first queue, so that the
+start may overshoot once, by half. How much of a person's time to first token is the job's work in
+the same step (`reading` bounds its prompts). If prompts all have the same length, or most are read
+in less than one step, they show no speed and are not paced. Of requests that do not come through
+here, only the number is known: they take their part of a measured cache; what waits while none of
+ours is there moves no limit; beside ours, they count like ours.
 """
 
 from math import inf
@@ -115,22 +124,22 @@ from flowcontrol.pool import InFlight, StageLoad
 _FIRST: Final = 8.0
 """Requests in flight at one endpoint to begin with."""
 _SILENCE_NS, _SILENT_COMPLETIONS = 60_000_000_000, 64
-"""No settlement for so long, while so many requests ended: there is no access log any more."""
-_UNHEARD_NS, _FIRST_WORD_NS = 10_000_000_000, 2_000_000_000
-"""Nor does any endpoint say how it is, after so long; at the beginning it would have by then."""
+"""When so many requests have ended in that time without a settlement, the access log is gone."""
+_NO_METRICS_NS, _FIRST_METRICS_NS = 10_000_000_000, 2_000_000_000
+"""Without a scrape for so long there are no metrics; and without one so soon after the start."""
 _UNTRIED: Final = 12.0
-"""So few that an endpoint may go there although no other has been."""
+"""Up to this limit an endpoint need not wait for another to go first."""
 _EXPLORERS: Final = 4
-"""Of so many endpoints one may go further than any has been; of fewer, one as well."""
+"""One endpoint in so many, and at least one, may go further than any has been."""
 _STAGE: Final = ""
-"""Stands for the address where all endpoints have one place."""
+"""The key of the one place that all endpoints share, where Envoy picks."""
 
 
 @final
 class AutoDetector:
-    """Requests and tokens in flight over limits that find themselves.
+    """The detector `auto`: requests and tokens in flight, over limits that find themselves.
 
-    O(log endpoints), but O(endpoints) where they change or a limit moves.
+    O(log endpoints) an event, O(endpoints) where they change or a limit moves.
     """
 
     counts_dispatches = True
@@ -143,19 +152,19 @@ class AutoDetector:
         self._stage = stage
         self._has_settlements = False
         self._settled_ns = now_ns
-        self._heard_ns = now_ns + _FIRST_WORD_NS - _UNHEARD_NS
+        self._scraped_ns = now_ns + _FIRST_METRICS_NS - _NO_METRICS_NS
         self._completed = 0
-        """Since the last settlement."""
+        """Requests that have ended since the last settlement."""
         self._places: dict[str, Place] = {}
-        """By address, or one for the stage where Envoy picks."""
+        """By address; where Envoy picks, one for the whole stage."""
         self._kept: StageMemory | None = None
-        """What another process had found, until there are endpoints."""
+        """What an earlier process had learnt, until there are endpoints to apply it to."""
         self._shortest_ns = self._edge = 0.0
-        """What it knew by departures, until those are all that tells anything."""
+        """What it had learnt from departures, until they are the only evidence."""
         self._blind: BlindLimit | None = None
-        """While nothing but departures tells anything."""
+        """While departures are the only evidence."""
         self._reading: KeyedHeap[str, int] = KeyedHeap()
-        """Places that read prompts, by when they may be sent the next, or else have read all."""
+        """Places that read prompts, by when the next may be sent or, failing that, all are read."""
 
     @property
     def limit(self) -> int:
@@ -183,7 +192,7 @@ class AutoDetector:
         return FULL if shared.pace.is_held else shared.saturation()
 
     def unheld(self) -> float:
-        """Return the same, whether or not prompts have to be read first."""
+        """Return the load of the stage as if every prompt that was sent were read."""
         shared = self._places.get(_STAGE)
         return self.saturation() if shared is None else shared.saturation()
 
@@ -193,22 +202,22 @@ class AutoDetector:
         return self.saturation() if own is None else own.saturation()
 
     def holds(self, address: str) -> bool:
-        """Whether the prompts that an endpoint was sent last have to be read first."""
+        """Whether an endpoint must read prompts before it is sent the next."""
         own = self._places.get(address)
         return own is not None and own.pace.is_held
 
     def reads(self, address: str) -> bool:
-        """Whether an endpoint still reads a prompt."""
+        """Whether an endpoint is still reading a prompt."""
         own = self._places.get(address)
         return own is not None and own.pace.is_reading
 
     def reading_ns(self, lease: Lease) -> float:
-        """Return the time of all endpoints together that a prompt takes; 0: it is not known."""
+        """Return how long a prompt occupies the endpoints, over their number; 0: unknown."""
         place = self._places.get(self._address_of(lease))
         return place.token_ns * lease.tokens.input / len(self._places) if place else 0.0
 
     def endpoints_changed(self, now_ns: int) -> None:
-        """Keep the limits of each endpoint that stays; who is new has what is usual among them."""
+        """Keep the limits of endpoints that stay; a new one begins with their median."""
         if self._stage.is_picked:
             self._places = {
                 address: self._place_at(address, now_ns) for address in self._stage.addresses
@@ -223,7 +232,7 @@ class AutoDetector:
         self.revision += 1
 
     def remember(self, role: Role) -> StageMemory:
-        """Return what was found, as that of the endpoints of this role. O(endpoints)."""
+        """Return what was learnt about the endpoints of this role. O(endpoints)."""
         if not self._places and self._kept is not None:
             return self._kept
         if self._blind is not None:
@@ -232,7 +241,7 @@ class AutoDetector:
         return StageMemory(role, places, self._shortest_ns, self._edge)
 
     def restore(self, memory: StageMemory, now_ns: int) -> None:
-        """Go on with what was found before; endpoints that are not in it get the usual."""
+        """Go on with what was learnt before; an endpoint that is not in it gets the median."""
         self._kept = memory if memory.places else None
         self._resume(now_ns)
 
@@ -285,19 +294,19 @@ class AutoDetector:
         return moved
 
     def proven(self) -> float:
-        """Return how many were in flight at one endpoint without a queue, at most."""
+        """Return the most that were in flight at one endpoint without a queue."""
         return max([_UNTRIED, *[place.proven for place in self._places.values()]])
 
     def edge(self, kv_capacity: int) -> float:
-        """Return how few ran where an endpoint of this size had a queue; inf: none had."""
+        """Return the fewest that ran when an endpoint of this size had a queue; inf: none had."""
         return min([p.edge for p in self._places.values() if p.kv_capacity == kv_capacity])
 
     def ran_most(self, kv_capacity: int) -> int:
-        """Return how many have run at one endpoint of this size, at most."""
+        """Return the most that have run at one endpoint of this size."""
         return max([p.ran_most for p in self._places.values() if p.kv_capacity == kv_capacity])
 
     def found(self, place: Place, now_ns: int) -> None:
-        """Let the others of its size, if that is known, stay within what its engine batches."""
+        """Hold endpoints of the same known cache size to the batch that one of them showed."""
         for other in self._places.values():
             if other is not place and place.kv_capacity and other.kv_capacity == place.kv_capacity:
                 other.batches_like(place, now_ns)
@@ -309,12 +318,12 @@ class AutoDetector:
         return sum(ahead) < max(1, len(self._places) // _EXPLORERS)
 
     def shown(self, proven: float, now_ns: int) -> None:
-        """Let the others follow where a place had as many in flight without a queue."""
+        """Let the others follow to where one had no queue."""
         for place in self._places.values():
             place.follow(proven, now_ns)
 
     def charged(self, lease: Lease, now_ns: int) -> None:
-        """Count the dispatch, and hold the next prompt back until this one is nearly read."""
+        """Count a dispatch, and hold back the next prompt until this one is nearly read."""
         address = self._address_of(lease)
         place = self._places[address]
         place.charged(lease, now_ns)
@@ -324,7 +333,7 @@ class AutoDetector:
             self._reading.put(address, place.pace.next_ns)
 
     def released(self, lease: Lease, now_ns: int) -> None:
-        """Count the departure; many without a settlement mean that there is none to come."""
+        """Count a departure; after many without a settlement, none is expected any more."""
         self._completed += 1
         address = self._address_of(lease)
         place = self._places.get(address)
@@ -336,7 +345,7 @@ class AutoDetector:
             self._notice_silence(now_ns)
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
-        """Take in what a request really took."""
+        """Take in what a request actually used."""
         self._settled_ns, self._completed = now_ns, 0
         if settled.ttft_ns is not None and not self._has_settlements:
             self._has_settlements = True
@@ -346,16 +355,16 @@ class AutoDetector:
             place.settled(lease, settled, now_ns)
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
-        """Take in what an endpoint says of itself."""
+        """Take in one scrape of an endpoint."""
         if load.running is not None:
-            self._heard_ns = now_ns
+            self._scraped_ns = now_ns
             self._see(now_ns)
         place = self._places.get(load.address) or self._places.get(_STAGE)
         if place is not None:
             place.observed(load, now_ns)
 
     def advance(self, now_ns: int) -> list[str]:
-        """Let prompts be read; return where the next may go, or all are read."""
+        """Let time pass for prompts; return the endpoints whose state this changed."""
         changed: list[str] = []
         while (first := self._reading.first()) is not None and first[0] <= now_ns:
             address = first[1]
@@ -369,7 +378,7 @@ class AutoDetector:
         return changed
 
     def next_change_ns(self) -> int | None:
-        """Return when the next prompt may go somewhere, or all are read there."""
+        """Return when time alone next changes an endpoint: it may be sent a prompt, or has read."""
         first = self._reading.first()
         return None if first is None else first[0]
 
@@ -377,17 +386,17 @@ class AutoDetector:
         return _STAGE if _STAGE in self._places else lease.endpoint or _STAGE
 
     def _see(self, now_ns: int) -> None:
-        """Leave the limits to what tells more than departures."""
+        """Stop going by departures: there is better evidence."""
         if self._blind is not None:
             self._blind.end(now_ns)
             self._blind = None
             self.revision += 1
 
     def _notice_silence(self, now_ns: int) -> None:
-        """Go by departures if nothing else tells anything any more."""
+        """Go by departures once they are the only evidence."""
         if now_ns - self._settled_ns > _SILENCE_NS and self._completed >= _SILENT_COMPLETIONS:
             self._has_settlements = False
-        if self._has_settlements or now_ns - self._heard_ns < _UNHEARD_NS or not self._places:
+        if self._has_settlements or now_ns - self._scraped_ns < _NO_METRICS_NS or not self._places:
             return
         places = self._places.values()
         usual = median([place.requests_max / place.endpoints for place in places])

@@ -18,13 +18,13 @@ from flowcontrol.shares import Shares
 
 @final
 class Band:
-    """All flows of one priority. Knows which request is next, not whether it may go.
+    """All flows of one priority. It knows which request is next, not whether that may go.
 
-    `waiting` counts newcomers too, `capacity` only what has been admitted.
-    Every operation costs what the fairness policy costs: O(log flows + subsets) at worst.
+    `waiting` includes newcomers, `capacity` counts admitted requests only. An operation costs what
+    the fairness policy costs: at most O(log flows + subsets).
 
     Args:
-        priority: of all that waits here.
+        priority: of all its requests.
         config: where its settings come from.
         everything: the account of all bands together.
         now_ns: the time.
@@ -40,20 +40,20 @@ class Band:
         self.drain_rate = DrainRate(now_ns)
         self.shares = Shares(now_ns)
         self.calibration = Calibration()
-        """Of the waits that are forecast here."""
+        """Calibrates the forecasts of this band."""
         self.flows: dict[str, Flow] = {}
         self.waiting = 0
         self.bound: dict[Subset, int] = {}
-        """How many of those that wait may go to some endpoints only, by these."""
+        """Waiting requests that may go to some endpoints only, by subset."""
         self.in_flight = 0
         self.fairness: FairnessPolicy = make_fairness(self.settings, config, now_ns)
         self.backlogs = Backlogs()
-        """Of what has been admitted."""
+        """Of admitted requests."""
         self._cost = 0.0
-        """Of the same, added up."""
+        """Sum of their costs."""
 
     def flow(self, flow_id: str) -> Flow:
-        """Return the flow of that name; it begins to exist with its first request."""
+        """Return the flow of that id, created if it does not exist."""
         flow = self.flows.get(flow_id)
         if flow is None:
             key = FlowKey(self.priority, flow_id)
@@ -63,7 +63,7 @@ class Band:
         return flow
 
     def queue(self, lease: Lease, now_ns: int) -> None:
-        """Let a newcomer wait in its flow."""
+        """Put a newcomer into its flow."""
         flow = lease.flow
         is_head = flow.push(lease)
         self.waiting += 1
@@ -76,7 +76,7 @@ class Band:
             self.fairness.head_moved(flow)
 
     def remove(self, lease: Lease, now_ns: int) -> None:
-        """Take a waiting request out undispatched, and its flow when nothing of it is left."""
+        """Remove a waiting request undispatched, and its flow if nothing of it is left."""
         flow = lease.flow
         self._take_out(lease, now_ns)
         if flow.waiting:
@@ -100,7 +100,7 @@ class Band:
             self.drain_rate.began(now_ns)
 
     def next(self, has_room: HasRoom) -> Lease | None:
-        """Return the request whose turn it is, of those that have room; None if none has."""
+        """Return the request whose turn it is, of those that have room; None: none has."""
         flow = self.fairness.pick(has_room)
         return None if flow is None else flow.head
 
@@ -115,14 +115,14 @@ class Band:
         return next(longest.newest_first())
 
     def ahead(self, lease: Lease, place: int) -> Ahead:
-        """Return about what goes before an admitted request, `place` of its own flow included.
+        """Return an estimate of what goes before an admitted request. O(log waiting).
 
-        With global-strict, of a request that came last. O(log waiting).
+        `place` requests of its own flow go before it. With global-strict, it must be the last.
         """
         mine = lease.flow.capacity.requests
         others = self.capacity.requests - mine
         cost_each = self._cost / self.capacity.requests
-        if cost_each <= 0:  # rounded away beside much larger ones, which have gone
+        if cost_each <= 0:  # lost to rounding beside larger costs
             cost_each = lease.cost
         turns = self.fairness.turns(lease, place, cost_each)
         if turns == inf:
@@ -131,10 +131,10 @@ class Band:
         return Ahead(place + others, self._overtaking(place, others, turns))
 
     def _overtaking(self, place: int, others: int, turns: float) -> float:
-        """Return which part of the dispatches are of requests that come later and overtake.
+        """Return the part of dispatches that serves requests which arrive later and overtake.
 
-        Bounded, as no other flow has more than `turns` turns; with least-attained-service not: a
-        flow that got little before has more.
+        Bounded, because no other flow has more than `turns` turns; except with
+        least-attained-service, where a flow that got little before has more.
         """
         overtaking = self.backlogs.overtaking(turns)
         if self.settings.fairness is Fairness.LEAST_ATTAINED_SERVICE:
@@ -143,9 +143,9 @@ class Band:
         return min(overtaking, max(0.0, 1 - (place + others + 1) / (most + 1)))
 
     def ahead_now(self, lease: Lease) -> Ahead:
-        """Return what goes before an admitted request, wherever it stands; O(waiting).
+        """Return what goes before any admitted request. O(waiting).
 
-        Of flows with equal accounts, those that came first have one turn more before it.
+        Among flows with equal accounts, those that came first have one more turn before it.
         """
         if self.settings.fairness is not Fairness.GLOBAL_STRICT:
             place = lease.flow.place(lease)
@@ -176,7 +176,7 @@ class Band:
         self._forget(lease.flow)
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
-        """Take other settings; what waits keeps its place, and its account. O(waiting)."""
+        """Apply other settings; requests keep their places and accounts. O(waiting)."""
         old, self.settings = self.settings, config.settings_for(self.priority)
         self.capacity.limits = self.settings.limits
         for flow in self.flows.values():
@@ -197,11 +197,11 @@ class Band:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits here and nothing of it is in flight."""
+        """Whether none of its requests waits or is in flight."""
         return not self.flows
 
     def check_invariants(self) -> None:
-        """Count everything again and compare it with the accounts; O(waiting). For tests."""
+        """Recount everything and compare it with the accounts. O(waiting). For tests."""
         flows = self.flows.values()
         assert self.waiting == self.capacity.requests == sum(map(len, flows))
         assert self.capacity.bytes == sum(flow.capacity.bytes for flow in flows)

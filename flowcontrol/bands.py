@@ -1,4 +1,4 @@
-"""Pure. Which bands there are: those that objectives declare, and 0 when first needed."""
+"""Pure. The bands that exist: those that objectives declare, and 0 when first needed."""
 
 from collections.abc import Iterator, Mapping
 from typing import final
@@ -14,8 +14,8 @@ from flowcontrol.request import DEFAULT_PRIORITY
 class Bands:
     """The bands, highest priority first when iterated.
 
-    A band whose last objective is gone drains: nothing new enters, what is in it keeps its place,
-    and it disappears with its last request.
+    A band without an objective drains: nothing new enters, waiting requests keep their places, and
+    the band disappears with its last request.
 
     Args:
         config: where bands take their settings from.
@@ -26,9 +26,9 @@ class Bands:
         self.objectives: dict[str, int] = {}
         """Name to priority."""
         self.unknown_objectives = 0
-        """How many requests named an objective that is not declared."""
+        """Requests that named an undeclared objective."""
         self.by_priority: dict[int, Band] = {}
-        """All of them, for others to read."""
+        """All bands; read-only."""
         self._config = config
         self._everything = everything
         self._order: list[Band] = []
@@ -37,7 +37,7 @@ class Bands:
         return iter(self._order)
 
     def priority_of(self, objective: str | None) -> int:
-        """Return the priority an objective means; an unknown one is counted and means 0."""
+        """Return the priority of an objective; an unknown one is counted and has 0."""
         if objective is None:
             return DEFAULT_PRIORITY
         priority = self.objectives.get(objective)
@@ -47,11 +47,11 @@ class Bands:
         return priority
 
     def needed(self, priority: int, now_ns: int) -> Band:
-        """Return the band of a priority, made if it is not there yet."""
+        """Return the band of a priority, created if it does not exist."""
         return self.by_priority.get(priority) or self._add(priority, now_ns)
 
     def waiting_of(self, priority: int, flow_id: str) -> list[Lease]:
-        """Return what waits of a flow, in order of arrival; nothing, if there is no such flow."""
+        """Return the waiting requests of a flow, in order of arrival; none for an unknown flow."""
         band = self.by_priority.get(priority)
         flow = None if band is None else band.flows.get(flow_id)
         return [] if flow is None else flow.leases()
@@ -67,13 +67,13 @@ class Bands:
             self._add(priority, now_ns)
 
     def drop_if_done(self, band: Band) -> None:
-        """Forget a band that has drained."""
+        """Remove a band that has drained."""
         if not band.is_declared and band.is_idle:
             del self.by_priority[band.priority]
             self._order.remove(band)
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
-        """Let every band take its settings from other templates; O(waiting)."""
+        """Apply other settings to every band. O(waiting)."""
         self._config = config
         for band in self._order:
             band.reconfigure(config, now_ns)
@@ -83,7 +83,7 @@ class Bands:
         return sum(each.waiting for each in self._order if each.priority > band.priority)
 
     def check_invariants(self, waiting: list[Lease]) -> None:
-        """Hold the bands against all that waits; O(waiting). For tests."""
+        """Compare the bands with all waiting requests. O(waiting). For tests."""
         assert all(lease.is_admitted for lease in waiting)
         order = [band.priority for band in self._order]
         assert order == sorted(order, reverse=True)

@@ -1,8 +1,9 @@
-"""Pure. Something that only going over it can find: where it was found is believed for a while.
+"""Pure. An edge that can only be found by going over it, and how long the finding is believed.
 
-To try again whether an edge is still there makes the requests sent over it wait. So it is tried
-after a minute, and after twice as long each time it is found at the same place, as with the probes
-of TCP's persist timer (RFC 9293), up to 16 minutes. Found elsewhere, it is new.
+To look whether an edge is still there makes the requests sent over it wait. So it is tried again
+after a minute, and after twice as long each time it is found at the same place, up to 16 minutes,
+like the probes of TCP's persist timer (RFC 9293). If it is found elsewhere, the time starts again
+at a minute.
 """
 
 from math import inf
@@ -17,7 +18,7 @@ class Belief:
     """An edge, and until when it is believed. O(1).
 
     Args:
-        same: part of it by which it may be off and still be the same.
+        same: two findings are the same if they differ by no more than this part.
     """
 
     __slots__ = ("_same", "_until_ns", "for_ns", "value")
@@ -25,27 +26,27 @@ class Belief:
     def __init__(self, same: float) -> None:
         self._same = same
         self.value = inf
-        """Where it was found, be it believed or not; inf: nowhere."""
+        """Where it was last found, whether or not that is still believed; inf: never."""
         self.for_ns = 0
-        """How long it is believed."""
+        """How long the finding is believed, in ns."""
         self._until_ns = 0
 
     def found(self, value: float, now_ns: int) -> None:
-        """Take note that the edge is there."""
+        """Note that the edge was found at `value`."""
         is_again = abs(value - self.value) <= self._same * value
         self.for_ns = min(2 * self.for_ns, _MOST_NS) if is_again else _FIRST_NS
         self.value = value
         self._until_ns = now_ns + self.for_ns
 
     def resume(self, value: float, for_ns: int, now_ns: int) -> None:
-        """Take over what another has found."""
+        """Take over a finding of another."""
         self.value, self.for_ns = value, for_ns
         self._until_ns = now_ns + self.for_ns
 
     def scale(self, factor: float) -> None:
-        """Follow a change of what it is of."""
+        """Scale the edge, as when the number of endpoints changes."""
         self.value *= factor
 
     def edge(self, now_ns: int) -> float:
-        """Return the edge; inf: none is known, or it may be tried again."""
+        """Return the edge; inf: none is known, or it is time to try again."""
         return self.value if now_ns < self._until_ns else inf

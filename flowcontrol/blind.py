@@ -1,30 +1,30 @@
-"""Pure. The limit of a stage of which nothing is known but when requests leave: a part of `auto`.
+"""Pure. The limit of a stage where departures are the only evidence: a part of `auto`.
 
-Two things can be told from that, and each alone misleads.
+Departures allow two measurements. Each alone misleads.
 
-How long the shortest sixth of a cohort were in flight (`evidence.Residences`). Where requests wait
-inside, that wait is in every time, and beside the shortest it is large. To look at it costs nothing
-and tells soon, so it moves the limit usually. But a token takes longer the more others are
-generated with it, so the shortest grow, too, where no request waits: at 64 in flight at a large
-engine they are three times as long as at 8.
+The shortest times. How long the shortest sixth of a cohort was in flight (`evidence.Residences`).
+If requests wait inside the engine, that wait is part of every time, and shows most in the shortest.
+This costs nothing and is known soon, so it is what usually moves the limit. But a token takes
+longer the more requests are generated together, so the shortest times also grow where no request
+waits: at a large engine with 64 in flight they are three times as long as with 8.
 
-What more in flight gains. Half of the endpoints are sent more for a while, half less, then the
-other way round, so that neither the traffic of the moment nor unequal endpoints make a difference.
-With X requests leaving a second at n in flight, the gain is
+The gain. Half of the endpoints are sent more for a while and half less, then the other way round,
+so that neither the traffic of the moment nor unequal endpoints matter. If X requests leave per
+second at n in flight, and X' at n', the gain is
 
     e = ln (X'/X) / ln (n'/n)
 
-1 where requests do not slow each other, 0 where more in flight only waits longer, below where
-caches overflow and work is done twice. But it costs time and some of the output, and of N
-departures from each half at each time the error is 1 / (sqrt(N) ln (n'/n)). One endpoint, or a
-stage that Envoy picks from, is its own other half: first it has more, then less.
+It is 1 if requests do not slow each other, 0 if more in flight only waits longer, and negative if
+caches overflow and work is done twice. A comparison costs time and some output. With N departures
+from each half each time, its error is 1 / (sqrt(N) ln (n'/n)). One endpoint, or a stage that Envoy
+picks from, is compared with itself: first with more, then with less.
 
-So the shortest decide; but before a first fall, and where for a while they have said neither, the
-gain is asked. Is it large, requests were only slower, and as they are now is the least. Else an
-edge is found, and near it the shortest are believed, when three cohorts in a row say the same: one
-of four or five is off by chance.
+So the shortest times decide. The gain is measured before a first fall, and when the shortest times
+have been undecided for a while. If the gain is large, requests were only slower, and their present
+times become the least. If it is small, an edge is found. Near an edge, the shortest times are
+believed once three cohorts in a row agree: one in four or five is wrong by chance.
 
-What it does not see: prompts, caches, and what in the traffic changes within one comparison.
+What it does not see: prompts, caches, and changes of the traffic within one comparison.
 """
 
 from collections.abc import Mapping
@@ -41,33 +41,34 @@ _START: Final = 1.5
 _REACHED: Final = 0.85
 """Part of a limit that must have been in flight on average, for it to rise."""
 _FALL_MOST, _FALL = 0.5, 2.0
-"""A limit falls by so many times what too many wait, and to this part of it at most."""
+"""One fall is to this part at most, and by so many times the excess of requests that wait."""
 _UNDECIDED, _UNDECIDED_NEAR = 4, 16
-"""Cohorts in a row that tell neither way, until the gain is asked; and near an edge."""
+"""Undecided cohorts in a row before the gain is measured; and the same near an edge."""
 _MANY: Final = 3
-"""Cohorts in a row of which too many wait, until a limit near an edge falls."""
+"""Cohorts in a row of which too many wait, before a limit near an edge falls."""
 _NEAR: Final = 1.5
-"""A limit is near an edge up to so many times it, and down to that part of it."""
+"""A limit is near an edge if they differ by less than this factor."""
 _MORE: Final = 1.3
-"""In a comparison one half has so many times the limit, the other that part of it."""
+"""In a comparison one half has the limit times this, the other the limit divided by it."""
 _DEPARTURES: Final = 32
-"""From each half at each time."""
+"""Departures to wait for, from each half each time."""
 _COMPARED_LEAST: Final = 0.15
-"""Logarithm of n'/n that can show anything."""
+"""Least logarithm of n'/n from which a gain is computed."""
 _GAIN: Final = 0.35
-"""Less is not worth it: two thirds of what is added only wait."""
+"""A smaller gain is not worth it: two thirds of the requests added only wait."""
 _CERTAIN, _PAIRS = 0.2, 3
-"""Error at which a gain is asked no further, and how often it is asked at most."""
+"""Error at which a gain is certain enough; and the most pairs of turns spent on it."""
 _BY_GAIN, _RISE_MOST, _FALL_MOST_BY_GAIN = 2.0, log(1.5), log(0.75)
-"""The logarithm of a limit moves by so many times what the gain is beyond `_GAIN`, within these."""
+"""The logarithm of a limit moves by so many times the excess of the gain over `_GAIN`, within these
+bounds."""
 
 
 @final
 class _Cohort:
-    """The first to be dispatched once as many are in flight as may be.
+    """The first requests dispatched once the limit is reached.
 
     Args:
-        shortest: what is known of earlier cohorts; takes in this one.
+        shortest: the shortest times of earlier cohorts; learns from this one.
         might: how many may be in flight.
         in_flight: how many are.
         now_ns: the time.
@@ -78,9 +79,9 @@ class _Cohort:
         self._might = might
         self._in_flight = in_flight
         self._filling = max(0, might - in_flight)
-        """Dispatches that fill empty places, which is no queue."""
+        """Dispatches still to come that fill empty places."""
         self._members: dict[int, int] = {}
-        """Those in flight, by id, and when they were dispatched."""
+        """Requests of the cohort in flight: id to time of dispatch."""
         self._joined = self._over = self._dispatched = 0
         self._area = 0.0
         """Requests in flight x ns."""
@@ -122,32 +123,32 @@ class _Cohort:
         return self._shortest.is_enough(self._over, cohort, full_ns)
 
     def share(self) -> float:
-        """Return the share of those in flight that waits inside."""
+        """Return the share of the requests in flight that waits inside."""
         wait_ns = self._shortest.wait_ns()
         return wait_ns * self._dispatched / max(1.0, self._area)
 
     def is_reached(self) -> bool:
-        """Whether as many were in flight as might be."""
+        """Whether the limit was reached, on average."""
         return self._area >= _REACHED * self._might * (self._looked_ns - self._since_ns)
 
 
 @final
 class _Half:
-    """What was in flight at some of the endpoints and how many left, with less [0] and more [1]."""
+    """Half of the endpoints: what was in flight and how many left, with less [0] and more [1]."""
 
     def __init__(self) -> None:
         self.endpoints: list[int] = []
-        """At each place."""
+        """Endpoints at each place."""
         self.in_flight = 0
         self.area = [0.0, 0.0]
         """Requests in flight x ns."""
         self.lasted_ns = [0, 0]
         self.left = [0, 0]
         self.settling = 0
-        """Departures until those in flight were all sent with the present limit."""
+        """Departures until everything in flight was sent under the present limit."""
 
     def might(self, limit: float) -> int:
-        """Return how many may be in flight with that limit at each endpoint: whole requests."""
+        """Return how many may be in flight with that limit at each endpoint, in whole requests."""
         return sum([int(limit * count) for count in self.endpoints])
 
 
@@ -160,13 +161,13 @@ class _Comparison:
         self._limit = limit
         self._looked_ns = now_ns
         self._has_more = 0
-        """Which half."""
+        """Number of the half that has more."""
         self.pairs = 0
-        """How often each has had more."""
+        """How often each half has had more."""
         self._settle()
 
     def limit_of(self, half: int) -> float:
-        """Return the limit at each endpoint of a half; in whole requests the two differ."""
+        """Return the limit at each endpoint of a half. The two differ by at least one request."""
         less = max(1.0, self._limit / _MORE)
         return max(int(less) + 1.0, self._limit * _MORE) if half == self._has_more else less
 
@@ -193,7 +194,7 @@ class _Comparison:
         self._halves[half].in_flight += 1
 
     def released(self, half: int, now_ns: int) -> bool:
-        """Count a departure; return whether it is the other half's turn to have more."""
+        """Count a departure; return whether the halves should change turns."""
         self._look(now_ns)
         own = self._halves[half]
         own.in_flight -= 1
@@ -206,14 +207,14 @@ class _Comparison:
         return min(known) >= _DEPARTURES * (self.pairs + 1)
 
     def turn(self) -> bool:
-        """Let the other half have more; return whether each has had it as often now."""
+        """Give the other half more; return whether both have now had it equally often."""
         self._has_more = 1 - self._has_more
         self.pairs += not self._has_more
         self._settle()
         return not self._has_more
 
     def gain(self) -> tuple[float, float] | None:
-        """Return what more in flight gains, and its standard error; None: it cannot be told."""
+        """Return the gain and its standard error; None: too little differed."""
         left, in_flight, variance = 0.0, 0.0, 0.0
         for half in self._halves:
             if min(half.area) <= 0:
@@ -227,7 +228,7 @@ class _Comparison:
         return left / in_flight, sqrt(variance) / in_flight
 
     def is_reached(self) -> bool:
-        """Whether, where more might be in flight, as many were."""
+        """Whether the larger limit was reached, on average."""
         most = self.limit_of(self._has_more)
         might = [half.might(most) for half in self._halves]
         were = [half.area[1] / half.lasted_ns[1] for half in self._halves]
@@ -240,9 +241,9 @@ class BlindLimit:
 
     Args:
         places: by address, or one for all endpoints.
-        limit: on requests at each endpoint, to begin with.
+        limit: the first limit on requests at each endpoint.
         moved: called with every move, once the places have their limits.
-        is_starting: whether it has never fallen.
+        is_starting: whether the limit has never fallen.
         now_ns: the time.
     """
 
@@ -261,30 +262,30 @@ class BlindLimit:
         self._shortest = Residences()
         self._comparison: _Comparison | None = None
         self._edge = 0.0
-        """The limit at which more gained too little when it was last asked; 0: it was not."""
+        """The limit at which the gain was last found too small; 0: never."""
         self._rises = self._undecided = self._many = 0
-        """In a row."""
+        """Cohorts in a row: of rises, undecided, with too many waiting."""
         self.watch(places, now_ns)
 
     def watch(self, places: Mapping[str, Place], now_ns: int) -> None:
-        """Begin again with these places."""
+        """Start again with these places."""
         self._places = places
         self._endpoints = sum([place.endpoints for place in places.values()])
         self._half_of = {address: number % 2 for number, address in enumerate(sorted(places))}
         self._begin(now_ns)
 
     def end(self, now_ns: int) -> None:
-        """Leave the places with the same limit for each."""
+        """Give every place the same limit, and stop comparing."""
         self._begin(now_ns)
 
     def remember(self, role: Role) -> StageMemory:
-        """Return what it has found, as that of the endpoints of this role."""
+        """Return what was learnt about the endpoints of this role."""
         each = PlaceMemory(requests=self._limit, calm=0.0, is_starting=self._is_starting)
         shortest_ns = self._shortest.least_ns or 0.0
         return StageMemory(role, dict.fromkeys(self._places, each), shortest_ns, self._edge)
 
     def resume(self, shortest_ns: float, edge: float) -> None:
-        """Go on with what was found before; 0: nothing was."""
+        """Go on with what was learnt before; 0: nothing."""
         self._shortest.least_ns = shortest_ns or None
         self._edge = edge
 
@@ -296,9 +297,9 @@ class BlindLimit:
             self._comparison.charged(self._half_of[address], now_ns)
 
     def released(self, address: str, request_id: int, now_ns: int) -> bool:
-        """Count a departure, judge when enough is known; return whether limits may be others."""
+        """Count a departure, judge if enough is known; return whether limits may have moved."""
         half = self._half_of.get(address)
-        if half is None:  # it was sent to an endpoint that has left
+        if half is None:  # its endpoint has left
             return False
         if self._comparison is None:
             is_known = self._cohort.released(request_id, now_ns)
@@ -311,7 +312,7 @@ class BlindLimit:
         return is_known
 
     def _begin(self, now_ns: int) -> None:
-        """Begin a cohort, with the same limit at every endpoint."""
+        """Start a cohort, with the same limit at every endpoint."""
         self._comparison = None
         for place in self._places.values():
             place.allow(self._limit, now_ns)
@@ -320,7 +321,7 @@ class BlindLimit:
         self._cohort = _Cohort(self._shortest, might, in_flight, now_ns)
 
     def _compare(self, now_ns: int) -> None:
-        """Ask what more in flight gains."""
+        """Start to measure the gain."""
         self._rises = self._undecided = self._many = 0
         halves = [_Half() for _ in set(self._half_of.values())]
         for address, place in self._places.items():
@@ -335,11 +336,11 @@ class BlindLimit:
             place.allow(comparison.limit_of(self._half_of[address]), now_ns)
 
     def _judge(self, now_ns: int) -> None:
-        """Move the limit by how long the shortest were in flight, or ask for more."""
+        """Move the limit by the shortest times, or start to measure the gain."""
         cohort, limit, after = self._cohort, self._limit, self._limit
         share, is_reached = cohort.share(), cohort.is_reached()
         is_near = limit / _NEAR < self._edge < limit * _NEAR
-        reason = f"{share:.0%} of those in flight wait inside, as departures tell"
+        reason = f"{share:.0%} of those in flight wait inside, by departures"
         self._many = 0 if share < self._shortest.many else self._many + 1
         if share < self._shortest.few:
             self._undecided = 0
@@ -363,7 +364,7 @@ class BlindLimit:
             self._move(after, reason, now_ns)
 
     def _turn(self, comparison: _Comparison, now_ns: int) -> None:
-        """Let the other half have more, or go by what was gained."""
+        """Give the other half more, or move the limit by the gain."""
         if not comparison.turn():
             self._allow(comparison, now_ns)
             return
@@ -382,14 +383,14 @@ class BlindLimit:
             self._edge = after
             after *= exp(max(_FALL_MOST_BY_GAIN, _BY_GAIN * beyond))
         else:
-            self._shortest.learn_anew()
+            self._shortest.relearn()
             if comparison.is_reached():
                 after *= exp(min(_RISE_MOST, _BY_GAIN * beyond))
-        reason = f"a tenth more in flight gains {gain / 10:.1%}, as departures tell"
+        reason = f"10 % more in flight gives {gain / 10:.1%} more output, by departures"
         self._move(after, reason, now_ns)
 
     def _move(self, limit: float, reason: str, now_ns: int) -> None:
-        """Go on with this limit, which may be the one there is."""
+        """Continue with this limit, which may be the present one."""
         before, self._limit = self._limit, max(1.0, limit)
         self._begin(now_ns)
         if self._limit != before:

@@ -1,4 +1,4 @@
-"""Pure. How much waits, held against how much may."""
+"""Pure. What waits, against the limits on it."""
 
 from typing import final
 
@@ -7,13 +7,13 @@ from flowcontrol.config import Limits
 
 @final
 class Capacity:
-    """The account of one scope: a flow, a band, or all of them. An exact fit is accepted.
+    """The account of one scope: a flow, a band, or all bands. An exact fit is accepted.
 
-    What waits in a flow waits in its band as well, and among all: a request is counted in each.
+    A waiting request is counted in its flow, in its band, and among all.
 
     Args:
         limits: of this scope.
-        around: the scope it lies in, None for the outermost.
+        around: the scope that contains it; None: the outermost.
     """
 
     __slots__ = ("around", "bytes", "limits", "requests")
@@ -25,7 +25,7 @@ class Capacity:
         self.bytes = 0
 
     def fits(self, byte_size: int, *, freed_requests: int = 0, freed_bytes: int = 0) -> bool:
-        """Whether one more request of this size may wait here, were that much freed first."""
+        """Whether one more request of this size fits here, if that much were freed first."""
         limits = self.limits
         requests = self.requests - freed_requests + 1
         size = self.bytes - freed_bytes + byte_size
@@ -34,7 +34,7 @@ class Capacity:
         )
 
     def has_room(self, byte_size: int) -> bool:
-        """Whether it fits here and in every scope around: `fits` for each, in one call."""
+        """Whether it fits here and in every scope around."""
         scope: Capacity | None = self
         while scope is not None:
             limits = scope.limits

@@ -1,21 +1,20 @@
 """Pure. How full may the pool be for each band? A band is gated while saturation >= its ceiling.
 
-static: one ceiling for all. A free slot is used by any band that waits, and a person who comes a
-moment later waits for the next.
+static: one ceiling for all. Any waiting band uses a free slot, and a person who arrives a moment
+later waits for the next one.
 
 priority-holdback: the top band may fill the pool to `ceiling_max`, the lowest to `ceiling_min`, and
 those between in even steps: by rank (band i of N, from 0: max - i (max - min) / (N - 1)), or by
 value (linear in the priority itself, so that another band between moves no ceiling). The part
-held back is what a person finds free. With `ceiling_min` 0 the lowest band is gated always.
+held back stays free for higher bands. With `ceiling_min` 0 the lowest band is always gated.
 
 soft-reflective: the top band has `ceiling_max`. A lower band i of N has a soft threshold
-1 - i s / (N - 1) at saturation s: below it, the band is open; at full it is closed; between, it is
-open for one turn in every max(1, round(s / (1 - s))), so it fades out as the pool fills instead of
-stopping at a line. Turns are counted in what happens, not in time, so that an idle engine needs no
-clock.
+1 - i s / (N - 1) at saturation s. Below it the band is open; in a full pool it is closed; between,
+it is open for one turn in every max(1, round(s / (1 - s))). So it fades out as the pool fills,
+instead of stopping at a line. Turns count events, not time, so that an idle engine needs no timer.
 
-reserve: a lower band leaves as much free as the bands above it need, learnt from how they arrive;
-`reserve` derives it. Here every band has `ceiling_max`.
+reserve: a lower band leaves as much free as the bands above it need, learnt from their arrivals
+(`reserve`). Here every band has `ceiling_max`.
 
 One band alone has `ceiling_max` under every policy.
 """
@@ -28,7 +27,7 @@ from flowcontrol.config import Ceilings, CeilingSettings
 
 @final
 class BandCeilings:
-    """The ceilings of the bands there are, worked out once where nothing else moves them."""
+    """The ceilings of the present bands; computed once, if nothing else changes them."""
 
     def __init__(self, settings: CeilingSettings, priorities: Sequence[int]) -> None:
         self.priorities = priorities
@@ -55,11 +54,11 @@ def ceiling_for(
     """Return the ceiling of one band; O(1).
 
     Args:
-        settings: which policy, and its ends.
+        settings: the policy and its bounds.
         priorities: of all bands, highest first.
         rank: of the band, 0 for the highest.
         saturation: of the pool, now.
-        turn_count: turns so far, for the duty cycle of soft-reflective.
+        turn_count: turns so far, for soft-reflective.
     """
     high = settings.ceiling_max
     if rank == 0 or settings.policy is Ceilings.STATIC or settings.policy is Ceilings.RESERVE:

@@ -1,9 +1,9 @@
-"""Pure. What requests are charged by estimate, and what they really took once that is known.
+"""Pure. Requests are charged by estimate, and corrected once their actual usage is known.
 
-The access log speaks after the fact, in batches, and may be lost. So what was charged for a request
-that has ended is kept until its settlement comes, but only once any settlement has ever come
-(without an access log nothing is kept), and only for so many. How many never came is counted where
-the log is read, by the time that has passed.
+The access log reports after the fact, in batches, and reports may be lost. So the charge of an
+ended request is kept until its settlement comes. It is kept only after the first settlement ever
+(without an access log nothing is kept), and only for a bounded number. Settlements that never come
+are counted where the log is read, by time.
 """
 
 from collections import OrderedDict
@@ -16,33 +16,33 @@ from flowcontrol.flow import Lease
 from flowcontrol.request import Request
 
 UNSETTLED_MAX: Final = 65_536
-"""Requests waited for: minutes of traffic, where the access log is seconds behind."""
+"""Ended requests kept: minutes of traffic, while the access log is seconds behind."""
 
 
 @final
 class Charges:
-    """Estimates what arrives and corrects it later. O(1)."""
+    """Estimates the usage of arrivals and corrects it later. O(1)."""
 
     def __init__(self, prices: TokenPrices) -> None:
         self.prices = prices
         self.seen = 0
-        """Settlements that came."""
+        """Settlements received."""
         self.estimator = TokenEstimator()
         self._ended: OrderedDict[int, Lease] = OrderedDict()
         """Leases of ended requests that are not settled, by request id, in the order they ended."""
 
     @property
     def unsettled(self) -> int:
-        """Ended requests that are kept until their settlement comes."""
+        """Ended requests kept until their settlement comes."""
         return len(self._ended)
 
     def estimate(self, request: Request) -> tuple[Tokens, float]:
-        """Return what a request will take, as far as is known now, and what that costs."""
+        """Return the expected tokens of a request, and their cost."""
         tokens = self.estimator.estimate(request)
         return tokens, cost(tokens, self.prices)
 
     def ended(self, lease: Lease) -> None:
-        """Notice that a request that was in flight is over."""
+        """Note that a request in flight has ended."""
         if not self.seen or lease.is_settled:
             return
         self._ended[lease.request.request_id] = lease
@@ -50,19 +50,19 @@ class Charges:
             self._ended.popitem(last=False)
 
     def lost(self, request_id: int) -> None:
-        """Forget a request that has ended: its settlement will not come."""
+        """Forget an ended request: its settlement will not come."""
         self._ended.pop(request_id, None)
 
     def settle(self, settled: Settled, live: Lease | None) -> tuple[Lease, float] | None:
-        """Take in what a request really took.
+        """Take in the actual usage of a request.
 
         Args:
-            settled: the news.
+            settled: its settlement.
             live: the request, if it has not ended.
 
         Returns:
-            The request and by how much more it cost than it was charged; None when there is nothing
-            to correct: it was never dispatched, is settled already, or forgotten.
+            The request, and its true cost minus the charge. None: there is nothing to correct,
+            because it was never dispatched, is settled already, or was forgotten.
         """
         self.seen += 1
         ended = self._ended.pop(settled.request_id, None)

@@ -11,11 +11,11 @@ from typing import Final, final
 from flowcontrol.errors import ConfigError
 
 RETRY_AFTER_MAX_NS: Final = 30_000_000_000
-"""The longest a refused client is ever told to wait: the contract's cap, llm-d-router#2487."""
+"""Longest Retry-After: the cap of the contract, llm-d-router#2487."""
 
 
 class Fairness(Enum):
-    """How a band chooses between its flows; `fairness` derives them."""
+    """How a band chooses between its flows; theory in `fairness`."""
 
     WEIGHTED_TOKENS = "weighted-tokens"
     ROUND_ROBIN = "round-robin"
@@ -24,29 +24,29 @@ class Fairness(Enum):
 
 
 class Ordering(Enum):
-    """How a flow orders its own requests; ties go to the earlier arrival."""
+    """How a flow orders its requests; of two equal ones the earlier arrival is first."""
 
     FCFS = "fcfs"
     EDF = "edf"
-    """Earliest deadline first: the request that would be evicted next."""
+    """Earliest deadline first: the request that would be evicted next goes first."""
     SLO_DEADLINE = "slo-deadline"
-    """Whose first token is due next; those that name no objective last."""
+    """The request whose first token is due next goes first; those without a due time go last."""
 
 
 class Picker(Enum):
-    """Who chooses the endpoint of a dispatched request."""
+    """What chooses the endpoint of a dispatched request."""
 
     OFF = "off"
-    """Envoy does; the engine counts the pool as a whole."""
+    """Envoy; the engine counts the pool as a whole."""
     LEAST_LOADED = "least-loaded"
-    """The engine does, at the moment of dispatch: the endpoint with the most room."""
+    """The engine, at the moment of dispatch: the endpoint with the most room."""
     PREFIX_AFFINITY = "prefix-affinity"
-    """The engine does: the endpoint that served half of the prompt or more, as far as its load
-    allows, else the one with the most room."""
+    """The engine: the endpoint that served at least half of the prompt, if its load allows, else
+    the one with the most room."""
 
 
 class Role(Enum):
-    """What an endpoint does, where prefill and decode run apart."""
+    """What an endpoint does, if prefill and decode run apart."""
 
     BOTH = "both"
     PREFILL = "prefill"
@@ -54,14 +54,14 @@ class Role(Enum):
 
 
 class Ceilings(Enum):
-    """At which saturation each band is gated; `ceilings` derives them."""
+    """At which saturation each band is gated; theory in `ceilings`."""
 
     STATIC = "static"
     HOLDBACK_BY_RANK = "priority-holdback-rank"
     HOLDBACK_BY_VALUE = "priority-holdback-value"
     SOFT_REFLECTIVE = "soft-reflective"
     RESERVE = "reserve"
-    """As much is left free as the bands above need; `reserve` derives it."""
+    """As much is left free as the bands above need; theory in `reserve`."""
 
     @property
     def is_holdback(self) -> bool:
@@ -70,56 +70,56 @@ class Ceilings(Enum):
 
 
 class Staleness(Enum):
-    """What an endpoint counts for whose metrics are too old."""
+    """How an endpoint counts whose metrics are too old."""
 
     HOLD = "hold"
-    """What it last said, and every dispatch since."""
+    """By its last scrape, and every dispatch since."""
     DECAY = "decay"
-    """The same, halved at every further staleness limit that passes."""
+    """The same, halved each time another `stale_after_ns` passes."""
     FALLBACK = "fallback"
-    """Its requests in flight over `requests_max`, as the concurrency detector would have it."""
+    """By its requests in flight over `requests_max`, like the concurrency detector."""
     CLOSED = "closed"
-    """Full."""
+    """As full."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much may wait. 0 means none may wait, None means unlimited. An exact fit is accepted."""
+    """How much may wait. 0: nothing, None: unlimited. An exact fit is accepted."""
 
     requests_max: int | None = None
     bytes_max: int | None = None
 
     def given(self) -> dict[str, int]:
-        """Return the limits there are, by what they are of, as in `LIMITED`."""
+        """Return the limits that are set, by what they limit, as in `LIMITED`."""
         every = ((name, getattr(self, f"{name}_max")) for name in LIMITED)
         return {name: most for name, most in every if most is not None}
 
 
 LIMITED: Final = tuple(each.name.removesuffix("_max") for each in fields(Limits))
-"""What there can be limits of: requests, bytes."""
+"""What can be limited: requests, bytes."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BandSettings:
-    """How one band behaves."""
+    """Settings of one band."""
 
     limits: Limits = field(default_factory=Limits)
     flow_limits: Limits = field(default_factory=Limits)
-    """Of each of its flows."""
+    """Limits of each of its flows."""
     ttl_ns: int | None = None
     """Longest wait while the pool has endpoints. None: for ever."""
     fairness: Fairness = Fairness.WEIGHTED_TOKENS
     ordering: Ordering = Ordering.FCFS
     share_min: float = 0.0
-    """Part of the dispatched cost this band gets while it has work waiting, whatever waits above
-    it: from 0 to below 1, all bands together at most 1."""
+    """Part of the dispatched cost that this band gets while it has work waiting, whatever waits
+    above it: from 0 to below 1, all bands together at most 1."""
     promote_after_ns: int | None = None
-    """A request that has waited this long goes before all others. None: never."""
+    """A request that has waited for so long goes before all others. None: never."""
     wait_target: float = 0.01
-    """With the reserve policy: with which probability an arrival may find no place because lower
-    bands have taken it. Above 0, at most 1; 1: nothing is left free for it."""
+    """With the reserve policy: probability that an arrival finds no place because lower bands have
+    taken it. Above 0, at most 1; 1: nothing is left free for it."""
 
 
 @final
@@ -141,57 +141,57 @@ class BandTemplate:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenPrices:
-    """What a token costs, in units of which only the ratios matter. All from 0; input above 0."""
+    """Cost of a token; only ratios matter. At least 0; `input` above 0."""
 
     input: float = 1.0
     cached_input: float = 0.1
-    """A prompt token the model server had in its prefix cache."""
+    """A prompt token that the model server had in its prefix cache."""
     output: float = 2.0
-    """VTC's choice: generating a token takes about as long as prefilling two."""
+    """As in VTC: generating a token takes about as long as prefilling two."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Concurrency:
-    """Full by requests in flight, tokens in flight, or both: the fuller counts."""
+    """Load by requests in flight, tokens in flight, or both: the fuller counts."""
 
     requests_max: int | None = 64
-    """At one endpoint, at least 1; None: not by requests."""
+    """Requests at one endpoint, at least 1; None: no limit on requests."""
     tokens_max: int | None = None
-    """Estimated tokens, prompt and answer, at one endpoint, at least 1; None: not by tokens."""
+    """Tokens, prompt and expected answer, at one endpoint, at least 1; None: no limit on them."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Utilization:
-    """Full by what the endpoints say of themselves."""
+    """Load by the metrics of the endpoints."""
 
     waiting_max: int = 5
     """Requests queued inside an engine at which it is full, at least 1."""
     kv_usage_max: float = 0.8
     """Part of the KV cache in use at which it is full, above 0, at most 1."""
     stale_after_ns: int = 2_000_000_000
-    """Age at which what an endpoint said is too old, above 0."""
+    """Age at which a scrape is too old, above 0."""
     staleness: Staleness = Staleness.FALLBACK
     requests_max: int = 64
-    """At one endpoint, for the fallback, at least 1."""
+    """Requests at one endpoint for the fallback, at least 1."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adaptive:
-    """Full by a limit on requests in flight that the engine finds by itself."""
+    """Load by a limit on requests in flight that the engine finds by itself."""
 
     limit_first: int = 8
-    """At one endpoint, to begin with, at least 1."""
+    """First limit at one endpoint, at least 1."""
     limit_max: int = 4096
-    """At one endpoint, never exceeded, at least `limit_first`."""
+    """Largest limit at one endpoint, at least `limit_first`."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Auto:
-    """Full by limits on requests and tokens in flight that the engine finds by itself."""
+    """Load by limits on requests and tokens in flight that the engine finds by itself."""
 
 
 Detector = Concurrency | Utilization | Adaptive | Auto
@@ -204,57 +204,57 @@ class CeilingSettings:
 
     policy: Ceilings = Ceilings.RESERVE
     ceiling_max: float = 1.0
-    """Of the highest band, or of all with static: above 0, at most 1."""
+    """Ceiling of the highest band, or of all bands with static: above 0, at most 1."""
     ceiling_min: float = 0.8
-    """Of the lowest band with holdback: from 0 to below `ceiling_max`."""
+    """Ceiling of the lowest band, with holdback: from 0 to below `ceiling_max`."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reclaim:
-    """Ending requests in flight for better ones that wait."""
+    """Ending requests in flight for more important ones that wait."""
 
     is_enabled: bool = False
     is_only_before_first_byte: bool = True
-    """Leave alone whatever has begun to answer."""
+    """Never end a request that has begun to answer."""
     at_once_max: int = 2
-    """Requests that are ended and still in flight, at most; at least 1."""
+    """Most requests being ended at a time, at least 1."""
     patience_ns: int = 10_000_000_000
-    """After this long an ended request that never left counts as lost, above 0."""
+    """A request being ended that has not left after so long counts as lost; above 0."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerConfig:
-    """Everything the flow controller is configured by.
+    """The settings of the flow controller.
 
     Raises:
-        ConfigError: naming every field out of its range.
+        ConfigError: names every field out of its range.
     """
 
     limits: Limits = field(default_factory=Limits)
-    """Over all bands together."""
+    """Limits of all bands together."""
     templates: tuple[BandTemplate, ...] = ()
-    """The first that matches a band's priority gives its settings."""
+    """A band takes its settings from the first that matches its priority."""
     default_settings: BandSettings = field(default_factory=BandSettings)
     """For a band that no template matches."""
     no_endpoint_ttl_ns: int | None = None
     """Longest wait while the pool is empty. None: for ever."""
     detectors: tuple[Detector, ...] = (Auto(),)
-    """The fullest counts; at least one."""
+    """At least one; the fullest counts."""
     ceilings: CeilingSettings = field(default_factory=CeilingSettings)
     picker: Picker = Picker.OFF
     fallbacks_max: int = 0
-    """Endpoints named beside the one picked, for when it cannot be reached. From 0."""
+    """Endpoints named besides the one picked, in case it is unreachable. At least 0."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Of tenants by flow id, above 0; 1.0 for those not named."""
+    """Weights of tenants by flow id, above 0; 1.0 for those not named."""
     prices: TokenPrices = field(default_factory=TokenPrices)
     attained_half_life_ns: int = 60_000_000_000
     """For least-attained-service, above 0."""
     reclaim: Reclaim = field(default_factory=Reclaim)
     forecasts: bool = False
-    """Whether every wait is forecast as it begins, and its decision says so. Else only as many are
-    as the intervals are learnt from (`forecast.Calibration`). A question about one request or band
+    """Whether every wait is forecast when it begins, for its decision. Otherwise only those are
+    that the intervals are learnt from (`forecast.Calibration`). A query about one request or band
     is answered in any case."""
 
     def __post_init__(self) -> None:

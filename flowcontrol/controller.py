@@ -1,14 +1,14 @@
-"""Pure. The machine: facts and the time go in, decisions and the next wake-up come out.
+"""Pure. The state machine: facts and the time go in, decisions and the next wake-up come out.
 
-The life of a request is four states; every move is made here and nowhere else:
+A request has four states. Every transition is made here:
 
     (new) ──Arrived──▶ WAITING ──dispatched──▶ IN FLIGHT ──Left──▶ (gone)
       │                   │                        └──reclaimed: ended by Envoy, then Left
       └─▶ REJECTED_*      └──deadline │ Left │ displaced │ drained──▶ EVICTED_*
 
-`handle` only takes facts in: a newcomer stands in its flow at once, but is not yet admitted.
-`poll` then decides, always in the same order: expire, dispatch, displace, reject. So a burst that
-fits is served in order of priority and never refused because of how it was cut into batches.
+`handle` only takes in facts: a newcomer is put into its flow at once, but not yet admitted. `poll`
+then decides, always in the same order: expire, dispatch, displace, reject. So a burst that fits is
+served in order of priority, and is never refused because of how it was cut into batches.
 """
 
 from collections.abc import Mapping
@@ -59,16 +59,16 @@ from flowcontrol.room import displaced_for, without_room
 from flowcontrol.saturation import make_detectors
 
 _RETRY_MIN_NS: Final = 1_000_000_000
-"""Retry-After of a refusal while nothing at all is known."""
+"""Retry-After of a refusal while no drain rate is known."""
 _ELSEWHERE_NS: Final = 1_000_000_000
-"""Retry-After when this process is ending: another replica, or its successor, is soon there."""
+"""Retry-After when this process ends: another replica, or its successor, soon takes over."""
 
 
 @final
 class FlowController:
     """Decides every request exactly once.
 
-    Not thread-safe; its caller owns it. `now_ns` is monotonic and never goes back.
+    Not thread-safe: one caller owns it. `now_ns` is monotonic and never goes back.
     """
 
     def __init__(self, config: ControllerConfig, now_ns: int) -> None:
@@ -90,15 +90,15 @@ class FlowController:
         self._arrived_count = 0
         self._ended_count = 0
         self._turn_count = 0
-        """Dispatches, departures and scrapes: what a duty cycle counts by."""
+        """Dispatches, departures and scrapes: the clock of soft-reflective ceilings."""
         self._ceilings = BandCeilings(config.ceilings, [])
         self._reserve = Reserve(now_ns)
         self._has_reserve = config.ceilings.policy is Ceilings.RESERVE
         self._reading = ReadingShare()
         self._held_until_ns: int | None = None
-        """Until then lower bands have places, but wait for prompts to be read; None: none does."""
+        """When a lower band may go on that has places but waits for prompts; None: none does."""
         self.waiting = 0
-        """Requests waiting, newcomers included."""
+        """Requests waiting, including newcomers."""
 
     # Facts
 
@@ -161,7 +161,7 @@ class FlowController:
 
     @property
     def learned(self) -> Learned:
-        """What was learnt, to be kept."""
+        """Access to what was learnt, to save or restore it."""
         reserve = self._reserve if self._has_reserve else None
         return Learned(self.bands, self.pool, self.charges.estimator, self._drain_rate, reserve)
 
@@ -214,7 +214,7 @@ class FlowController:
         self._drop_if_done(band, now_ns)
 
     def _settle(self, settled: Settled, now_ns: int) -> None:
-        """Correct what was charged by estimate, once, before or after the request has left."""
+        """Correct the estimated charge of a request, once, before or after it has left."""
         news = self.charges.settle(settled, self._leases.get(settled.request_id))
         if news is None:
             return
@@ -232,7 +232,7 @@ class FlowController:
         self._reclaimer.reconfigure(self.config.reclaim, self._leases.values())
 
     def _reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
-        """Go by other settings; whatever waits keeps its place, and accounts stand. O(requests)."""
+        """Apply other settings; requests keep their places, and accounts stay. O(requests)."""
         self.config = config
         self.capacity.limits = config.limits
         self.charges.prices = config.prices
@@ -258,7 +258,7 @@ class FlowController:
     # Decisions
 
     def poll(self, now_ns: int) -> list[Decision]:
-        """Decide all that can be decided now; O(log waiting) per decision."""
+        """Decide everything that can be decided now. O(log waiting) per decision."""
         if self.pool.has_timer:
             self.pool.advance(now_ns)
         self.recovery.expire(now_ns)
@@ -272,7 +272,7 @@ class FlowController:
                 now_ns, self.pool.has_room_in
             )
             if self._ended_count != ended_count or is_promoted:
-                self._dispatch(now_ns)  # who was first of its flow may have had no room
+                self._dispatch(now_ns)  # the head of its flow may have had no room before
         if self._drain_until_ns is not None and now_ns >= self._drain_until_ns:
             for lease in self._waiting():
                 self._end_waiting(lease, Outcome.EVICTED_DRAINED, now_ns, _ELSEWHERE_NS)
@@ -282,7 +282,7 @@ class FlowController:
         return self.decisions.take()
 
     def next_wakeup_ns(self) -> int | None:
-        """Return when `poll` must be called even if nothing happens; None when it need not be."""
+        """Return when `poll` must be called even if nothing happens; None: it need not be."""
         if not self.waiting:
             return None
         first_ns = self._expiry.next_due_ns()
@@ -294,17 +294,17 @@ class FlowController:
         first_ns = earlier(first_ns, self._held_until_ns)
         if self.config.reclaim.is_enabled:
             first_ns = earlier(first_ns, self._reclaimer.next_change_ns())
-        if self._across.is_active and self.pool.saturation() < FULL:  # what is gated now
+        if self._across.is_active and self.pool.saturation() < FULL:  # bands may be gated
             promotion_ns = self._across.next_promotion_ns(self.pool.has_room_in)
             first_ns = earlier(first_ns, promotion_ns)
         return first_ns
 
     def _dispatch(self, now_ns: int) -> None:
-        """Dispatch what may go: the highest band first, in it the flow whose turn it is.
+        """Dispatch what may go: the highest band first, and within it the flow whose turn it is.
 
-        A band that is gated with work waiting ends the pass, so that no lower band overtakes it;
-        only a promotion or a share (`across`) goes before the order. A request that may
-        only go to endpoints without room is passed over: others take nothing that it could have.
+        A gated band with work waiting ends the pass, so that no lower band overtakes it. Only a
+        promotion or a share (`across`) overrides this order. A request whose endpoints have no room
+        is passed over: those that go take no place that it could have.
         """
         saturation = self.pool.saturation()
         self._held_until_ns = None
@@ -352,7 +352,7 @@ class FlowController:
         self.decisions.add(lease, band, Outcome.DISPATCHED, now_ns)
 
     def _is_gated(self, rank: int, saturation: float, now_ns: int) -> bool:
-        """Whether a band has no place, or higher ones need that prompts are read before its."""
+        """Whether a band has no place, or must wait for prompts to be read first."""
         is_lower = self._is_lower(rank)
         if saturation >= self._ceiling(rank, saturation):
             if is_lower:
@@ -370,9 +370,9 @@ class FlowController:
         return sum(each.priority > band.priority for each in self.bands)
 
     def held_until_ns(self, band: Band) -> int | None:
-        """Return until when prompts are read before a band's, though it has places; O(bands).
+        """Return when a band may go on that has places but waits for prompts. O(bands).
 
-        None: it has none, or is not held back.
+        None: it does not wait for that.
         """
         return self._held_until_ns if self._is_lower(self._rank(band)) else None
 
@@ -387,9 +387,9 @@ class FlowController:
         return [(band, self._ceiling(rank, saturation)) for rank, band in enumerate(self.bands)]
 
     def _make_room(self, now_ns: int) -> None:
-        """Admit, or refuse, each newcomer that was not dispatched.
+        """Admit or refuse each newcomer that was not dispatched.
 
-        From the lowest band up, so that what can be displaced has itself been admitted before.
+        From the lowest band up, so that requests to displace have been admitted before.
         """
         newcomers, self._newcomers = self._newcomers, []
         if len(newcomers) > 1 and self.waiting:
@@ -400,7 +400,7 @@ class FlowController:
             band = self.bands.by_priority[lease.flow.key.priority]
             self._expiry.appoint(lease, band)
             if lease.deadline_ns is not None and lease.deadline_ns <= now_ns:
-                self._end_waiting(lease, self._expiry.outcome, now_ns)  # it came too late to wait
+                self._end_waiting(lease, self._expiry.outcome, now_ns)  # it may not wait at all
                 continue
             if lease.request.subset is not None and not self.pool.serves(lease):
                 self._end_waiting(lease, Outcome.REJECTED_NO_ENDPOINTS, now_ns)
@@ -410,7 +410,7 @@ class FlowController:
                 self._refuse(lease, band, now_ns)
 
     def _has_room(self, lease: Lease, band: Band, now_ns: int) -> bool:
-        """Whether a newcomer fits, once what it displaces is out of the queue."""
+        """Whether a newcomer fits; displaces requests for it, if that makes it fit."""
         if lease.flow.capacity.has_room(lease.request.byte_size):
             return True
         victims = displaced_for(lease, band, self.bands, self.capacity)
@@ -437,7 +437,7 @@ class FlowController:
             lease.forecast = self._expected(lease, band, band.ahead(lease, place), now_ns)
 
     def _refuse(self, lease: Lease, band: Band, now_ns: int) -> None:
-        """Reject a newcomer; where two limits refuse it, the slower one says when to come back."""
+        """Reject a newcomer; of several limits without room, the slowest sets Retry-After."""
         if self.pool.is_empty:
             self._end_waiting(lease, Outcome.REJECTED_NO_ENDPOINTS, now_ns)
             return
@@ -454,18 +454,19 @@ class FlowController:
         self._end_waiting(lease, Outcome.REJECTED_CAPACITY, now_ns, retry_after_ns)
 
     def _longest_known(self, band: Band, now_ns: int) -> int:
-        """Return when a refused request may come back whose scope never drained.
+        """Return Retry-After for a scope of which no drain rate is known.
 
-        Bands above may drain: this one does no faster. Else as long as nothing has moved so far.
+        Bands above may drain, and this one drains no faster; or else nothing has moved for a time,
+        and the same time may pass again. The longer counts.
         """
         promised_ns = self._drain_rate.promise(now_ns, RETRY_AFTER_MAX_NS) or _RETRY_MIN_NS
         busy_ns = max(band.drain_rate.busy_ns(now_ns), self._drain_rate.busy_ns(now_ns))
         return min(max(promised_ns, busy_ns), RETRY_AFTER_MAX_NS)
 
     def _reclaim(self, now_ns: int) -> None:
-        """End sheddable requests in flight, for better ones that a full pool holds up."""
+        """End sheddable requests in flight for more important ones that a full pool holds up."""
         self._reclaimer.give_up(now_ns)
-        saturation = self.pool.unheld()  # to end what is read frees no time to read
+        saturation = self.pool.unheld()  # ending a request frees no time for reading
         band, ceiling = next((band, ceiling) for band, ceiling in self.gates() if band.waiting)
         if self.pool.is_empty or saturation < ceiling:
             return
@@ -479,7 +480,7 @@ class FlowController:
     def _end_waiting(
         self, lease: Lease, outcome: Outcome, now_ns: int, retry_after_ns: int | None = None
     ) -> None:
-        """Take a request out of the queue undispatched: the one way there is."""
+        """Remove a request from the queue undispatched; the only place that does."""
         del self._leases[lease.request.request_id]
         self._ended_count += 1
         band = self.bands.by_priority[lease.flow.key.priority]
@@ -503,7 +504,7 @@ class FlowController:
             self.bands.drop_if_done(band)
             self._bands_changed(now_ns)
 
-    # What there is to see
+    # Queries
 
     @property
     def in_flight(self) -> int:
@@ -521,7 +522,7 @@ class FlowController:
         return self.is_draining and not self.waiting
 
     def expected(self, request_id: int, now_ns: int) -> Forecast | None:
-        """Return what a waiting request can expect, None if it does not wait; O(waiting)."""
+        """Return the forecast of a waiting request; None: it does not wait. O(waiting)."""
         lease = self._leases.get(request_id)
         if lease is None or lease.is_in_flight:
             return None
@@ -529,7 +530,7 @@ class FlowController:
         return self._expected(lease, band, band.ahead_now(lease), now_ns)
 
     def forecast(self, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
-        """Return what a request can expect with so much of its band ahead of it; O(bands)."""
+        """Return the forecast of a request with so much of its band ahead of it. O(bands)."""
         above = self.bands.waiting_above(band)
         if self.pool.is_empty:
             return Forecast(above + ahead.requests + ahead.tied, None)
@@ -543,7 +544,7 @@ class FlowController:
         return band.calibration.apply(forecast(above, ahead, rates, now_ns, held_ns))
 
     def _expected(self, lease: Lease, band: Band, ahead: Ahead, now_ns: int) -> Forecast:
-        """Forecast, but no time where only some endpoints will do: the rates are of all."""
+        """Return a forecast; without a time if the request has a subset: rates are of all."""
         expected = self.forecast(band, ahead, now_ns)
         is_bound = lease.request.subset is not None and self.pool.picks
         return Forecast(expected.position, None) if is_bound else expected
@@ -555,11 +556,11 @@ class FlowController:
 
     @property
     def leases(self) -> Mapping[int, Lease]:
-        """Every live request by its id, in the order of arrival; for the owner to read."""
+        """Every live request by id, in order of arrival; read-only."""
         return self._leases
 
     def check_invariants(self) -> None:
-        """Count everything again and compare it with the accounts; O(requests). For tests."""
+        """Recount everything and compare it with the accounts. O(requests). For tests."""
         assert not self._newcomers, "newcomers are decided in the turn they came in"
         waiting = self._waiting()
         assert len(waiting) == self.waiting == self.capacity.requests

@@ -1,4 +1,4 @@
-"""Pure. Where decisions are written down and counted, each once."""
+"""Pure. Records and counts decisions, each once."""
 
 from typing import Final, final
 
@@ -17,11 +17,11 @@ _UNKNOWN: Final = Forecast(0, None)
 
 @final
 class Decisions:
-    """What was decided in the turn under way, and the counts of all turns. O(1)."""
+    """The decisions of the turn under way, and the counts of all turns. O(1)."""
 
     def __init__(self, bands: Bands, pool: Pool) -> None:
         self.tallies: dict[int, Tally] = {}
-        """By priority; of those that have no band any more only so many."""
+        """By priority; limited for priorities that have no band any more."""
         self.goodput = Goodput()
         self._bands = bands
         self._pool = pool
@@ -35,7 +35,7 @@ class Decisions:
         now_ns: int,
         retry_after_ns: int | None = None,
     ) -> None:
-        """Write down what becomes of a request of this band."""
+        """Record the outcome of a request of this band."""
         priority, flow_id = lease.flow.key
         waited_ns = (lease.dispatched_ns if lease.is_in_flight else now_ns) - lease.arrived_ns
         said = lease.forecast or _UNKNOWN
@@ -64,7 +64,7 @@ class Decisions:
     def turn_away(
         self, request: Request, priority: int, outcome: Outcome, retry_after_ns: int
     ) -> None:
-        """Write down that a request does not even come in."""
+        """Record the refusal of a request that never entered a band."""
         self.tally(priority).count(outcome, 0)
         self._made.append(
             Decision(
@@ -79,7 +79,7 @@ class Decisions:
         )
 
     def settled(self, lease: Lease, settled: Settled) -> None:
-        """Count what a dispatched request turned out to be worth, once."""
+        """Count the result of a dispatched request, once."""
         named = lease.request.objective
         is_declared = named is not None and named in self._bands.objectives
         objective = named if is_declared and named else ""
@@ -100,6 +100,6 @@ class Decisions:
         return not objective or objective in self._bands.objectives
 
     def take(self) -> list[Decision]:
-        """Return what was decided since the last time."""
+        """Return the decisions since the last call."""
         made, self._made = self._made, []
         return made

@@ -17,7 +17,7 @@ class FlowControlError(Exception):
 
 
 class ConfigError(FlowControlError):
-    """Settings that cannot be used; says every problem it found, one per line."""
+    """Invalid settings; lists every problem, one per line."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -25,15 +25,15 @@ class ConfigError(FlowControlError):
 
 
 class NotRunningError(FlowControlError):
-    """Asked of a processor that has stopped."""
+    """The processor has stopped."""
 
 
 class LedgerError(FlowControlError):
-    """Something that is no decision ledger, or not one this version can read."""
+    """Not a decision ledger, or not one that this version can read."""
 
 
 class ListenError(FlowControlError):
-    """An address that cannot be listened on; says why."""
+    """An address that cannot be listened on; gives the reason."""
 
     def __init__(self, address: str, reason: str) -> None:
         super().__init__(f"cannot listen on {address}: {reason}")

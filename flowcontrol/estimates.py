@@ -1,11 +1,12 @@
-"""Pure. How many tokens will a request take? Guessed at arrival, corrected at settlement.
+"""Pure. How many tokens will a request use? Estimated at arrival, corrected at settlement.
 
-The prompt: what Envoy says, else the announced size, at the bytes a token took before. The answer:
-as long as answers were before, never longer than the client asked for. Before means: what this flow
-got from this model; else what anybody got from it; else a guess for all.
+The prompt: its tokens if Envoy knows them, else the announced size over the bytes per token seen so
+far. The answer: the mean length of answers so far, at most what the client asked for. "So far"
+means: of this flow with this model; else of all flows with this model; else a default.
 
-Running means are kept, of answers, of prompts and of their sizes (the ratio of the means, not the
-mean of the ratios: small requests must not outvote large ones). They follow a tenant that changes.
+Running means are kept of answers, of prompts and of their sizes. Bytes per token is the ratio of
+the means, not the mean of the ratios, so that small requests do not outvote large ones. The means
+follow a tenant that changes.
 """
 
 from collections import OrderedDict
@@ -20,24 +21,24 @@ from flowcontrol.request import Request
 
 BYTES_PER_TOKEN: Final = 4.0
 OUTPUT_DEFAULT: Final = 128.0
-"""Expected of a model that has not answered yet."""
+"""Expected answer of a model that has not answered yet, in tokens."""
 _MEMORY: Final = 32
-"""Requests a mean remembers: the first 32 count alike, later ones 1/32 each."""
+"""Requests in a running mean: the first 32 count alike, each later one counts 1/32."""
 _LEARNED_MAX = 10_000
-"""Flows and models remembered; the one longest without news goes first. Ids are the clients'."""
+"""Flows and models remembered, the latest updated: clients can invent any number of ids."""
 
 
 class Tokens(NamedTuple):
-    """What a request takes."""
+    """Tokens of one request."""
 
     input: float
     output: float
     cached: float = 0.0
-    """Of the input: what the model server had in its prefix cache."""
+    """Part of the input that the model server had in its prefix cache."""
 
 
 def cost(tokens: Tokens, prices: TokenPrices) -> float:
-    """Return the cost of that many tokens; at least one input token's."""
+    """Return the cost of these tokens; at least that of one input token."""
     fresh = tokens.input - tokens.cached
     if fresh < 0:
         fresh = 0.0
@@ -49,7 +50,7 @@ def cost(tokens: Tokens, prices: TokenPrices) -> float:
 
 @final
 class _Learned:
-    """What requests of one kind took; a count of 0 means nothing is known."""
+    """Running means of one kind of request; a count of 0 means that nothing is known."""
 
     __slots__ = ("answers", "bytes", "output", "prompt", "prompts")
 
@@ -61,15 +62,15 @@ class _Learned:
         self.prompt = 0.0
         """Mean tokens of a prompt."""
         self.bytes = 0.0
-        """Mean size of the same requests."""
+        """Mean size of the same requests, in bytes."""
 
     def learn_output(self, tokens: int) -> None:
-        """Take in the length of one answer."""
+        """Add the length of one answer."""
         self.answers = min(self.answers + 1, _MEMORY)
         self.output += (tokens - self.output) / self.answers
 
     def learn_prompt(self, tokens: int, byte_size: int) -> None:
-        """Take in the length of one prompt."""
+        """Add the length and size of one prompt."""
         self.prompts = min(self.prompts + 1, _MEMORY)
         self.prompt += (tokens - self.prompt) / self.prompts
         self.bytes += (byte_size - self.bytes) / self.prompts
@@ -77,14 +78,14 @@ class _Learned:
 
 @final
 class TokenEstimator:
-    """Guesses tokens and learns from what was used. O(1)."""
+    """Estimates tokens, and learns from actual usage. O(1)."""
 
     def __init__(self) -> None:
         self._learned: OrderedDict[tuple[str | None, str], _Learned] = OrderedDict()
         """By flow and model, and by model alone."""
 
     def estimate(self, request: Request) -> Tokens:
-        """Return what the request will take, as far as is known now."""
+        """Return the expected tokens of a request."""
         per_byte, answer = 1 / BYTES_PER_TOKEN, OUTPUT_DEFAULT
         if self._learned:
             for key in ((None, request.model), (request.flow_id, request.model)):
@@ -101,7 +102,7 @@ class TokenEstimator:
         return Tokens(prompt if prompt > 1 else 1.0, answer)
 
     def learn(self, request: Request, settled: Settled) -> None:
-        """Take in what a request took, as far as it is known; nothing from one that failed."""
+        """Learn from the actual usage of a request; a failed one is ignored."""
         output, prompt = settled.output_tokens, settled.input_tokens
         is_measured = prompt is not None and request.byte_size > 0
         if not settled.is_success or (output is None and not is_measured):
@@ -119,7 +120,7 @@ class TokenEstimator:
             self._learned.popitem(last=False)
 
     def remember(self) -> tuple[Estimate, ...]:
-        """Return the latest of what is known, the latest last."""
+        """Return the latest updated means, the latest last."""
         latest = list(islice(reversed(self._learned.items()), KEPT_MAX))
         return tuple(
             Estimate(
@@ -129,7 +130,7 @@ class TokenEstimator:
         )
 
     def restore(self, estimates: Iterable[Estimate]) -> None:
-        """Go on with what was known, where nothing is known yet."""
+        """Go on with what was known before, where nothing is known yet."""
         for each in estimates:
             key = (each.flow_id, each.model)
             if key not in self._learned:

@@ -1,8 +1,8 @@
-"""Pure. Facts go in, decisions come out.
+"""Pure. The facts that the engine takes in, and the decisions that it returns.
 
-Facts are plain slots classes, built once and never touched after the hand-over to the inbox. What
-comes with every request has its constructor written out: that of a dataclass stays interpreted
-where this module is compiled.
+Facts are plain classes with slots, built once and never changed after they are put into the inbox.
+Facts that come with every request have an explicit constructor, because the one of a dataclass
+stays interpreted where this module is compiled.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from flowcontrol.request import Outcome, Request, Scope
 @final
 @dataclass(slots=True, init=False)
 class Arrived:
-    """A request stands at the gate and wants to be dispatched."""
+    """A request has arrived and wants to be dispatched."""
 
     request: Request
 
@@ -28,14 +28,14 @@ class Arrived:
 @final
 @dataclass(slots=True, init=False)
 class Left:
-    """The stream of a request has ended, for whatever reason.
+    """The stream of a request has ended, for any reason.
 
-    The gate need not know whether the request was still waiting: a decision may be crossing it.
+    The gate need not know whether the request was still waiting: a decision may be on its way.
     """
 
     request_id: int
     outcome: Outcome = Outcome.EVICTED_CANCELLED
-    """What becomes of it where it waits: its client went away, or this replica stood down."""
+    """Its outcome if it was waiting: its client left, or this replica stood down."""
 
     def __init__(self, request_id: int, outcome: Outcome = Outcome.EVICTED_CANCELLED) -> None:
         self.request_id = request_id
@@ -49,15 +49,15 @@ class Answered:
 
     request_id: int
     endpoint: str = ""
-    """That served it, where that is known: not always the one that was picked."""
+    """The endpoint that served it, not always the one picked; empty: unknown."""
 
 
 @final
 @dataclass(slots=True, init=False)
 class Settled:
-    """What a finished request really took, as Envoy's access log tells; before or after `Left`.
+    """Actual usage of a finished request, from Envoy's access log; before or after `Left`.
 
-    None where it is not known: no usage in the response, no first byte.
+    None: unknown, because the response had no usage, or no first byte.
     """
 
     request_id: int
@@ -65,13 +65,13 @@ class Settled:
     cached_tokens: int | None = None
     output_tokens: int | None = None
     ttft_ns: int | None = None
-    """From the dispatch to the first byte of the response's body."""
+    """Time from the dispatch to the first byte of the response's body."""
     generation_ns: int | None = None
-    """From that first byte to the last."""
+    """Time from that first byte to the last."""
     is_success: bool = True
     """Whether the model server answered below 400."""
     was_turned_away: bool = False
-    """Whether it answered that it has no room: 429 or 503."""
+    """Whether the model server refused it for lack of room: 429 or 503."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - its fields
         self,
@@ -97,23 +97,23 @@ class Settled:
 @final
 @dataclass(slots=True)
 class LoadObserved:
-    """What an endpoint last said of its own load."""
+    """The load that an endpoint reported in one scrape."""
 
     address: str
     waiting: int
     """Requests queued inside the engine."""
     running: int | None
-    """Requests it works on; None if it does not say."""
+    """Requests being processed; None: not reported."""
     kv_usage: float | None
-    """From 0 to 1; None if it does not say: absence is never zero."""
+    """Part of the KV cache in use, 0 to 1; None: not reported, which is never taken for zero."""
     kv_tokens: int | None = None
-    """Tokens that its KV cache holds; None if it does not say."""
+    """Tokens that its KV cache holds; None: not reported."""
 
 
 @final
 @dataclass(slots=True)
 class ObjectivesChanged:
-    """The whole set of objectives now declared, name to priority; bands follow from it."""
+    """The whole set of declared objectives, name to priority, which defines the bands."""
 
     priorities: Mapping[str, int]
 
@@ -133,13 +133,13 @@ class EndpointsChanged:
 
     addresses: tuple[str, ...]
     roles: Mapping[str, Role] = field(default_factory=dict)
-    """Of those that do not do everything."""
+    """Roles of endpoints that do not do everything."""
 
 
 @final
 @dataclass(slots=True)
 class Reconfigured:
-    """Other settings, in force from now on for what waits, too."""
+    """Other settings, in force from now on, for waiting requests, too."""
 
     config: ControllerConfig
 
@@ -147,7 +147,7 @@ class Reconfigured:
 @final
 @dataclass(slots=True)
 class FlowEvicted:
-    """An operator wants nothing of this flow to wait any more; what is in flight goes on."""
+    """An operator evicts all waiting requests of a flow; those in flight go on."""
 
     priority: int
     flow_id: str
@@ -156,7 +156,7 @@ class FlowEvicted:
 @final
 @dataclass(slots=True)
 class DrainBegan:
-    """Refuse arrivals from now on; what still waits when the budget is spent is evicted."""
+    """Refuse arrivals from now on; evict what still waits when the budget has passed."""
 
     budget_ns: int
 
@@ -164,29 +164,29 @@ class DrainBegan:
 @final
 @dataclass(slots=True)
 class RecoveredLease:
-    """A request that another process dispatched, as far as is known still in flight."""
+    """A request that another process dispatched and that may still be in flight."""
 
     ticket: str
-    """Names it in Envoy's access log."""
+    """Identifies it in Envoy's access log."""
     endpoint: str | None = None
-    """Where it was sent, None where Envoy chose."""
+    """Where it was sent; None: Envoy chose."""
     tokens: float = 0.0
-    """Prompt and answer, as estimated."""
+    """Estimated tokens of prompt and answer."""
     age_ns: int = 0
-    """Since its dispatch."""
+    """Time since its dispatch."""
 
 
 @final
 @dataclass(slots=True)
 class LeasesRecovered:
-    """What was in flight when this process began to decide; replaces what was recovered before."""
+    """Requests in flight when this process began to decide; replaces earlier ones."""
 
     leases: tuple[RecoveredLease, ...] = ()
     age_max_ns: int = 600_000_000_000
-    """Since its dispatch, after which a lease is taken to be over."""
+    """Time since its dispatch after which a lease is taken to be over."""
     count_running_within_ns: int = 0
-    """For how long from now an endpoint's first report counts: requests that it works on beyond
-    those known to be in flight there are added."""
+    """For so long, the first report of an endpoint adds the requests that it works on beyond those
+    known to be in flight there."""
 
 
 @final
@@ -200,7 +200,7 @@ class RecoveredLeaseEnded:
 @final
 @dataclass(slots=True)
 class MemoryRestored:
-    """What another process had learnt, once endpoints and objectives are known."""
+    """What another process had learnt; comes once endpoints and objectives are known."""
 
     memory: EngineMemory
 
@@ -208,7 +208,7 @@ class MemoryRestored:
 @final
 @dataclass(slots=True)
 class SettlementLost:
-    """What a request really took will not be known: the access log has not reported it in time."""
+    """The usage of a request stays unknown: the access log has not reported it in time."""
 
     request_id: int
 
@@ -224,7 +224,7 @@ Change = (
     | MemoryRestored
     | SettlementLost
 )
-"""What does not come with a request."""
+"""Facts that do not come with a request."""
 Fact = (
     Arrived
     | Left
@@ -246,37 +246,37 @@ Fact = (
 @final
 @dataclass(slots=True, init=False)
 class Decision:
-    """The one and only answer to a request, with what there is to say about it."""
+    """The only decision about a request, with its circumstances."""
 
     request_id: int
     outcome: Outcome
     priority: int
-    """Of the band it was decided in."""
+    """Priority of its band."""
     flow_id: str
     waited_ns: int
     endpoint: str | None = None
-    """Where to send it, when the engine is the picker."""
+    """Where to send it, if the engine picks."""
     retry_after_ns: int | None = None
-    """When room is expected for this client; None when unknown or pointless."""
+    """When room is expected for this client, from now; None: unknown, or no use."""
     saturation: float = 0.0
-    """Of the pool, just after the decision."""
+    """Saturation of the pool, just after the decision."""
     waiting: int = 0
     """Requests waiting in the same band, just after the decision."""
     is_reclaimable: bool = False
-    """Whether a second decision may follow: to end what is dispatched with this one."""
+    """Whether a second decision may follow, to end what this one dispatches."""
     awaits_answer: bool = False
     """Whether the first byte must be reported to the engine (`Answered`)."""
     expected_wait_ns: int | None = None
-    """What the wait was expected to be when it began; None when it was unknown or not forecast (one
-    in eight is, unless `forecasts` is set), or never began."""
+    """Wait that was forecast when it began. None: unknown, never began, or not forecast (one in
+    eight is, unless `forecasts` is set)."""
     without_room: tuple[Scope, ...] = ()
-    """Whose limits had no room for it, where that is why it was rejected."""
+    """The scopes whose limits had no room for it, if it was rejected for that."""
     fallbacks: tuple[str, ...] = ()
-    """Where to send it if the endpoint cannot be reached, best first."""
+    """Where to send it if the endpoint is unreachable, best first."""
     position: int = 0
-    """How many stood ahead of it when it began to wait, estimated; 0 where it was not forecast."""
+    """Estimated number ahead of it when it began to wait; 0: none, or not forecast."""
     late_wait_ns: int | None = None
-    """What nine in ten waits were expected to stay within when it began; None as above."""
+    """Wait within which nine in ten were expected to stay, when it began; None as above."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - its fields
         self,

@@ -1,7 +1,7 @@
-"""Pure. Two estimators of queueing delay, used by `adaptive`, the second by `blind`, too.
+"""Pure. Two estimators of queueing delay: both for `adaptive`, the second also for `blind`.
 
-Both judge a cohort by what exceeds the least ever seen. The least may become outdated, by a slower
-model or longer answers, so it grows a little with each cohort, and can be learnt again.
+Both measure by how much a cohort exceeds the least time ever seen. A slower model or longer answers
+make the least outdated, so it grows a little with each cohort, and can be learnt again.
 """
 
 from bisect import insort
@@ -13,48 +13,48 @@ from flowcontrol.flow import Lease
 
 
 class Evidence(Protocol):
-    """How long the requests of a cohort waited inside the engines."""
+    """Estimates how long the requests of a cohort waited inside the engines."""
 
     few: float
     aim: float
     many: float
-    """Shares of those in flight that wait inside: below, at, and above what is wanted."""
+    """Shares of the requests in flight that wait inside: too few, right, and too many."""
     cohort: int
-    """Requests in a window, at least."""
+    """Least number of requests in a cohort."""
     cohort_first: int
-    """The same, as long as the limit has never fallen."""
+    """The same, before the first fall of the limit."""
 
     def begin(self) -> None:
-        """Forget the cohort before, not what was learnt from it."""
+        """Start a cohort; what was learnt from earlier ones stays."""
 
     def released(self, in_flight_ns: int) -> bool:
-        """Take in that one of the cohort has left; whether all that matters of it is known now."""
+        """Take in that a request of the cohort has left; return whether it is now fully known."""
 
     def is_enough(self, over: int, wanted: int, full_ns: int) -> bool:
         """Whether the cohort can be judged.
 
         Args:
-            over: how many of it are known.
-            wanted: how many there must be in it.
-            full_ns: for how long as many as that have been.
+            over: requests of it that are known.
+            wanted: requests it must have.
+            full_ns: how long ago it reached that number; 0: it has not.
         """
 
     def settled(self, lease: Lease, settled: Settled, *, is_member: bool) -> None:
-        """Take in what one really took."""
+        """Take in what one request actually used."""
 
     def wait_ns(self) -> float | None:
-        """Return the mean wait of the cohort, None when nothing is known of it."""
+        """Return the mean wait of the cohort, in ns; None: unknown."""
 
-    def learn_anew(self) -> None:
-        """Assume that the requests seen so far did not wait."""
+    def relearn(self) -> None:
+        """Assume that the latest requests did not wait."""
 
 
 @final
 class FirstTokens:
-    """From settlements: times to first token, against the least by length of prompt.
+    """From settlements: times to first token beyond the least for the length of the prompt.
 
-    What a length has never shown is taken from others: a longer prompt takes no less, and a shorter
-    one, in proportion, no less either. A prompt is as long as what of it was in no cache.
+    For a length without a least time, others bound it: a longer prompt takes at least as long, and
+    a shorter one at least in proportion. Cached tokens do not count for the length of a prompt.
     """
 
     few = 0.045
@@ -63,13 +63,13 @@ class FirstTokens:
     cohort = 16
     cohort_first = 8
     _MOST = 0.75
-    """Part of the cohort that must be known: the last would be waited for too long."""
+    """Part of the cohort that must be known: to wait for the last would take too long."""
     _FADING = 1.002
-    """How the least grows with each cohort."""
+    """Growth of the least with each cohort."""
 
     def __init__(self) -> None:
         self._least: dict[int, float] = {}
-        """By length of the prompt, each a factor of 1.4 longer than the one before."""
+        """By class of length; each class is longer by a factor of 1.4 than the one before."""
         self._waits: list[float] = []
 
     def begin(self) -> None:
@@ -79,7 +79,7 @@ class FirstTokens:
             self._least[length] *= self._FADING
 
     def released(self, in_flight_ns: int) -> bool:  # noqa: ARG002 - known when it is settled
-        """Wait for its settlement."""
+        """Return False: only its settlement counts."""
         return False
 
     def is_enough(self, over: int, wanted: int, full_ns: int) -> bool:  # noqa: ARG002 - the others'
@@ -103,17 +103,17 @@ class FirstTokens:
             self._waits.append(settled.ttft_ns - floor_ns)
 
     def wait_ns(self) -> float | None:
-        """Return the mean of what exceeded the least."""
+        """Return the mean time beyond the least."""
         return sum(self._waits) / len(self._waits) if self._waits else None
 
-    def learn_anew(self) -> None:
+    def relearn(self) -> None:
         """Forget every least."""
         self._least.clear()
 
 
 @final
 class Residences:
-    """From departures alone: how long the shortest of a cohort were in flight."""
+    """From departures alone: how long the shortest requests of a cohort were in flight."""
 
     few = 0.05
     aim = 0.08
@@ -125,7 +125,7 @@ class Residences:
 
     def __init__(self) -> None:
         self.least_ns: float | None = None
-        """How long the shortest of any cohort were in flight."""
+        """How long the shortest requests of any cohort were in flight."""
         self._residences: list[int] = []
 
     def begin(self) -> None:
@@ -140,20 +140,20 @@ class Residences:
         return True
 
     def is_enough(self, over: int, wanted: int, full_ns: int) -> bool:
-        """Whether those that are not over can no longer be among the shortest."""
+        """Whether the requests still in flight can no longer be among the shortest."""
         return over > self._SHORTEST * wanted and full_ns >= self._shortest()
 
     def settled(self, lease: Lease, settled: Settled, *, is_member: bool) -> None:
         """Ignored: departures alone are counted."""
 
     def wait_ns(self) -> float:
-        """Return by how much the shortest exceeded the least."""
+        """Return by how much the shortest times exceed the least."""
         shortest = self._shortest()
         self.least_ns = shortest if self.least_ns is None else min(self.least_ns, shortest)
         return shortest - self.least_ns
 
-    def learn_anew(self) -> None:
-        """Take the shortest of this cohort for the least."""
+    def relearn(self) -> None:
+        """Take the shortest times of this cohort as the least."""
         self.least_ns = self._shortest()
 
     def _shortest(self) -> float:

@@ -1,10 +1,10 @@
 """Pure. When has a request waited too long?
 
-Two budgets, one for each regime: `ttl_ns` of its band while the pool has endpoints, and
+There are two budgets, one for each regime: `ttl_ns` of its band while the pool has endpoints, and
 `no_endpoint_ttl_ns` while it is empty. The budget in force counts from the arrival, or from the
-first change of regime after it: from one change only, so that a flapping pool extends no wait, and
-never beyond both budgets together, on which Envoy's patience rests. What the client itself is
-willing to wait counts from the arrival in either regime, and only shortens.
+first change of regime after it. It never starts again at a later change, so that a flapping pool
+does not extend a wait, and it never exceeds the sum of both budgets, which Envoy's timeouts are
+derived from. The client's own limit counts from the arrival in either regime, and only shortens.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def earlier(one_ns: int | None, other_ns: int | None) -> int | None:
 
 @final
 class Expiry:
-    """The deadlines of what waits. O(log waiting); O(waiting) when the regime changes."""
+    """The deadlines of waiting requests. O(log waiting); O(waiting) when the regime changes."""
 
     def __init__(self, config: ControllerConfig, bands: Bands) -> None:
         self._config = config
@@ -39,15 +39,15 @@ class Expiry:
 
     @property
     def outcome(self) -> Outcome:
-        """What becomes of a request that has waited too long in the regime in force."""
+        """The outcome of a request that has waited too long in the regime in force."""
         return Outcome.EVICTED_NO_ENDPOINTS if self._is_empty else Outcome.EVICTED_TTL
 
     def appoint(self, lease: Lease, band: Band) -> None:
-        """Write a newcomer's deadline into its lease."""
+        """Set the deadline of a newcomer in its lease."""
         lease.deadline_ns = self._deadline_ns(lease, band)
 
     def admit(self, lease: Lease) -> None:
-        """Hold a request to its deadline from now on."""
+        """Watch the deadline of a request from now on."""
         if lease.deadline_ns is not None:
             self._deadlines.put(lease, lease.deadline_ns)
 
@@ -56,7 +56,7 @@ class Expiry:
         self._deadlines.discard(lease)
 
     def first_due(self, now_ns: int) -> Lease | None:
-        """Return a request whose deadline has come."""
+        """Return a request whose deadline has passed; None: there is none."""
         first = self._deadlines.first()
         return first[1] if first is not None and first[0] <= now_ns else None
 
@@ -66,21 +66,21 @@ class Expiry:
         return None if first is None else first[0]
 
     def change_regime(self, waiting: Iterable[Lease], now_ns: int, *, is_empty: bool) -> None:
-        """Judge what waits by the other budget; after this turn, so that a revived pool serves."""
+        """Apply the other budget; nothing expires in this turn, so that a revived pool serves."""
         if is_empty == self._is_empty:
             return
         self._is_empty = is_empty
         for lease in waiting:
             if lease.budget_from_ns == lease.arrived_ns:
                 lease.budget_from_ns = now_ns
-        self.judge_anew(waiting, now_ns)
+        self._recompute(waiting, now_ns)
 
     def reconfigure(self, config: ControllerConfig, waiting: Iterable[Lease], now_ns: int) -> None:
-        """Judge what waits by other budgets."""
+        """Apply other settings."""
         self._config = config
-        self.judge_anew(waiting, now_ns)
+        self._recompute(waiting, now_ns)
 
-    def judge_anew(self, waiting: Iterable[Lease], now_ns: int) -> None:
+    def _recompute(self, waiting: Iterable[Lease], now_ns: int) -> None:
         """Recompute all deadlines; a request already waiting never expires in this turn."""
         for lease in waiting:
             band = self._bands.by_priority[lease.flow.key.priority]

@@ -1,18 +1,19 @@
-"""Pure. Whose turn is it? How a band chooses between the flows that have something waiting.
+"""Pure. Which flow is next? How a band chooses between its flows with requests waiting.
 
-Round-robin and global-strict keep no account. The others do, by flow id, and the account of a flow
-outlives the flow for as long as it can still make a difference. Weighted tokens, the default, has a
+Round-robin and global-strict keep no accounts. The others keep one for each flow id. An account
+outlives its flow for as long as it can still make a difference. Weighted tokens, the default, has a
 module of its own.
 
-Least attained service (Nuyens and Wierman, 2008, survey it) serves first the flow that got least
-lately: attained cost, halved every half-life. No lift: a new flow goes before all others until it
-has caught up, which is the point of it, and old flows can be starved by an endless stream of new
-ones. Its bound: a flow that is served had attained no more than any that waits and could go, so
-while two wait without pause, with heads that may go to the same endpoints and right estimates, the
-one ahead is ahead by at most the largest cost of one request, or by less than it was.
+Least attained service (survey: Nuyens and Wierman, 2008) serves the flow that got least lately. It
+counts attained cost, which is halved every half-life. New flows are not lifted: a new flow goes
+before all others until it has caught up. This is intended, but an endless stream of new flows can
+starve the old ones. Its bound: a flow that is served had attained no more than any other flow that
+could have been served. So while two flows wait without pause, with heads that may go to the same
+endpoints and with right estimates, the one ahead is ahead by at most the largest cost of one
+request, or by less than before.
 
-Whichever the policy: a flow whose head may only go to endpoints without room is passed over, and
-keeps what it has, its number, its place or its account (`lines`).
+With every policy, a flow whose head may only go to endpoints without room is passed over, and keeps
+its turn or its account (`lines`).
 """
 
 from collections.abc import Mapping
@@ -29,65 +30,65 @@ _HALF_LIVES_KEPT: Final = 16
 
 
 class FairnessPolicy(Protocol):
-    """Chooses a flow. One instance belongs to one band and keeps its own account of the flows.
+    """Chooses a flow. One instance belongs to one band, and keeps its own accounts of the flows.
 
-    It hears of every change that can matter and is asked with `pick`; it never looks at a flow that
-    has nothing waiting, and nothing here costs more than O(log flows).
+    It is called with every change that can matter, and `pick` returns its choice. It never looks at
+    a flow with nothing waiting. No call costs more than O(log flows), unless it says so.
     """
 
     def enter(self, flow: Flow, now_ns: int) -> None:
-        """Take up a flow whose first request has begun to wait."""
+        """Add a flow: its first request has begun to wait."""
 
     def head_moved(self, flow: Flow) -> None:
-        """Notice that another request may now stand at the head of a flow."""
+        """Note that the head of a flow may have changed."""
 
     def leave(self, flow: Flow) -> None:
-        """Drop a flow of which nothing waits any more."""
+        """Remove a flow: none of its requests waits any more."""
 
     def pick(self, has_room: HasRoom) -> Flow | None:
-        """Return the flow that is next, of those whose heads have room; None if none has."""
+        """Return the next flow, of those whose heads have room; None: none has."""
 
     def served(self, flow: Flow, cost: float, now_ns: int) -> None:
-        """Account for the dispatch of a request that waits in the flow no more.
+        """Account for a dispatched request, which has already left the flow.
 
-        Stands for `head_moved`, or for `leave` where nothing of the flow waits now.
+        Includes `head_moved`; or `leave`, if nothing of the flow waits now.
         """
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
-        """Add to what a flow was charged, or take from it, now that the true cost is known."""
+        """Add `cost`, which may be negative, to what a flow was charged: the true cost is known."""
 
     def accounts(self) -> Mapping[str, float]:
-        """Return what a new policy must `correct` to go on as this one; O(accounts)."""
+        """Return what a new policy must `correct` to continue this one. O(accounts)."""
 
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:
-        """Return about how many turns every other flow has before a waiting request.
+        """Return an estimate of the turns that every other flow has before a waiting request.
 
         Args:
             lease: the request.
-            place: how many of its own flow go before it, and cost about as much as it does.
-            cost_each: what a request of the others costs.
+            place: requests of its own flow that go before it, taken to cost as much as it.
+            cost_each: mean cost of a request of other flows.
         """
 
     def tied(self, flow: Flow) -> list[Flow]:
-        """Return the flows with the same account as a waiting flow that go before it; O(flows)."""
+        """Return the flows that go before a waiting flow with the same account. O(flows)."""
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
-        """Take other weights or times from now on; every account stands. O(accounts)."""
+        """Apply other weights or times from now on; accounts stay. O(accounts)."""
 
 
 @final
 class RoundRobin:
-    """Equal turns: who was served goes to the end of the line.
+    """Equal turns: a flow that was served goes to the end of the line.
 
-    With F flows waiting, a flow's head that has room is served within F dispatches of its band,
-    however long the backlogs of the others. O(log flows).
+    With F flows waiting, the head of a flow is served within F dispatches of its band, if it has
+    room, however long the backlogs of the others are. O(log flows).
     """
 
     __slots__ = ("_lines", "_turn")
 
     def __init__(self) -> None:
         self._lines: Lines[Flow, float] = Lines()
-        """By the number each drew when it came to the end of the line."""
+        """By the number of their turn, taken at the end of the line."""
         self._turn = 0
 
     def enter(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - time makes no difference
@@ -97,7 +98,7 @@ class RoundRobin:
         self.head_moved(flow)
 
     def head_moved(self, flow: Flow) -> None:
-        """Put the flow, with the number it has, where its head may go."""
+        """Move the flow, with its number, to the line of its head's subset."""
         self._lines.put(flow, flow.counter, flow.head.request.subset)
 
     def leave(self, flow: Flow) -> None:
@@ -124,12 +125,12 @@ class RoundRobin:
         return {}
 
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:  # noqa: ARG002 - nor here
-        """Return a turn for each before it, and the part of the line that stands before its flow.
+        """Return a turn for each request before it, plus the part of the line before its flow.
 
-        Numbers are missing where flows have moved on, about as many anywhere in the line.
+        Numbers are missing in the line where flows have moved on, evenly in all of it.
         """
         first = self._lines.first(_everywhere)
-        assert first is not None, "who asks is waiting"
+        assert first is not None, "its flow is waiting"
         return place + (lease.flow.counter - first[0]) / (self._turn - first[0] + 1)
 
     def tied(self, flow: Flow) -> list[Flow]:  # noqa: ARG002 - no two have the same number
@@ -142,7 +143,7 @@ class RoundRobin:
 
 @final
 class GlobalStrict:
-    """One queue: the head that is first in the band's order goes first, whichever flow it is of.
+    """One queue: the head that is first in the band's ordering goes first, whatever its flow.
 
     O(log flows).
     """
@@ -151,19 +152,19 @@ class GlobalStrict:
 
     def __init__(self) -> None:
         self._lines: Lines[Flow, tuple[int, int]] = Lines()
-        """By their heads."""
+        """By the sort key of their heads."""
 
     def enter(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - time makes no difference
-        """Take up the flow by its head."""
+        """Add the flow."""
         self.head_moved(flow)
 
     def head_moved(self, flow: Flow) -> None:
-        """Move the flow to where its new head belongs."""
+        """Move the flow to the place of its new head."""
         head = flow.head
         self._lines.put(flow, flow.order_of(head), head.request.subset)
 
     def leave(self, flow: Flow) -> None:
-        """Drop the flow."""
+        """Remove the flow."""
         self._lines.discard(flow)
 
     def pick(self, has_room: HasRoom) -> Flow | None:
@@ -172,7 +173,7 @@ class GlobalStrict:
         return None if first is None else first[1]
 
     def served(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - the order is all
-        """Move the flow to where its new head belongs, or drop it."""
+        """Move the flow to the place of its new head, or remove it."""
         if flow.waiting:
             self.head_moved(flow)
         else:
@@ -186,11 +187,11 @@ class GlobalStrict:
         return {}
 
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:  # noqa: ARG002 - see served
-        """Return that there are no turns: all others go before the last in the line."""
+        """Return infinity: there are no turns, and all others go before the last in the line."""
         return inf
 
     def tied(self, flow: Flow) -> list[Flow]:  # noqa: ARG002 - see turns
-        """Return none: requests have an order of their own."""
+        """Return none: requests are ordered, not flows."""
         return []
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
@@ -199,13 +200,13 @@ class GlobalStrict:
 
 @final
 class LeastAttainedService:
-    """The flow that got least lately; the module's text says what that is. O(log flows) amortised.
+    """The flow that got least lately; theory in the module's docstring. O(log flows) amortised.
 
     Costs grow with time instead of accounts shrinking (forward decay, Cormode et al., ICDE 2009):
-    all accounts keep their order while nothing is served, so none has to be touched.
+    accounts keep their order while nothing is served, so none has to be updated.
 
     Args:
-        half_life_ns: time after which what was attained counts half, above zero.
+        half_life_ns: time after which attained cost counts half, above zero.
         now_ns: the time.
     """
 
@@ -215,22 +216,22 @@ class LeastAttainedService:
         self._half_life_ns = half_life_ns
         self._since_ns = now_ns
         self._growth = 1.0
-        """What a cost counted at the last charge, seen from `_since_ns`."""
+        """Factor on costs at the last charge, relative to `_since_ns`."""
         self._attained: dict[str, float] = {}
-        """Cost attained by each flow, as seen from `_since_ns`."""
+        """Cost attained by each flow, as of `_since_ns`."""
         self._flows: dict[str, Flow] = {}
-        """Those with something waiting."""
+        """Flows with something waiting, by id."""
         self._lines: Lines[Flow, float] = Lines()
-        """The same, by what they attained."""
+        """The same flows by attained cost."""
 
     def enter(self, flow: Flow, now_ns: int) -> None:
-        """Take the flow up with what it attained."""
+        """Add the flow, with the cost it attained."""
         self._restart(now_ns)
         self._flows[flow.key.flow_id] = flow
         self.head_moved(flow)
 
     def head_moved(self, flow: Flow) -> None:
-        """Put the flow, with what it attained, where its head may go."""
+        """Move the flow, with its cost, to the line of its head's subset."""
         attained = self._attained.get(flow.key.flow_id, 0.0)
         self._lines.put(flow, attained, flow.head.request.subset)
 
@@ -240,18 +241,18 @@ class LeastAttainedService:
         self._lines.discard(flow)
 
     def pick(self, has_room: HasRoom) -> Flow | None:
-        """Return the flow that attained least."""
+        """Return the flow with the least attained cost."""
         first = self._lines.first(has_room)
         return None if first is None else first[1]
 
     def served(self, flow: Flow, cost: float, now_ns: int) -> None:
-        """Add to what the flow attained."""
+        """Add to the flow's attained cost."""
         if not flow.waiting:
             self.leave(flow)
         self.correct(flow.key.flow_id, cost, now_ns)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
-        """Add to, or take from, what the flow attained; a refund leaves no less than nothing."""
+        """Add to the flow's attained cost, which never falls below 0."""
         self._restart(now_ns)
         self._growth = 2.0 ** ((now_ns - self._since_ns) / self._half_life_ns)
         grown = cost * self._growth
@@ -261,33 +262,33 @@ class LeastAttainedService:
             self.head_moved(flow)
 
     def accounts(self) -> Mapping[str, float]:
-        """Return what flows attained, as of the last charge."""
+        """Return the attained costs, as of the last charge."""
         return {flow_id: cost / self._growth for flow_id, cost in self._attained.items()}
 
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:
-        """Return how much more it will have attained than the least, in requests of others."""
+        """Return by how much its cost will exceed the least, in requests of other flows."""
         flow_id = lease.flow.key.flow_id
         least = self._lines.first(_everywhere)
-        assert least is not None, "who asks is waiting"
+        assert least is not None, "its flow is waiting"
         lead = (self._attained.get(flow_id, 0.0) - least[0]) / self._growth
         return (lead + place * lease.cost) / cost_each
 
     def tied(self, flow: Flow) -> list[Flow]:
-        """Return those that attained as much and came first."""
+        """Return the flows that attained as much and reached that first."""
         return self._lines.tied_before(flow)
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
-        """Take another half-life: for what fades from now on."""
-        self._count_anew(now_ns)
+        """Apply another half-life from now on."""
+        self._rebase(now_ns)
         self._half_life_ns = config.attained_half_life_ns
 
     def _restart(self, now_ns: int) -> None:
-        """Scale the accounts down before numbers or accounts become too many; O(accounts) then."""
+        """Rebase the accounts before they become too large or too many; O(accounts) then."""
         half_lives = (now_ns - self._since_ns) / self._half_life_ns
         if half_lives >= _HALF_LIVES_KEPT or len(self._attained) > 2 * ACCOUNTS_MAX:
-            self._count_anew(now_ns)
+            self._rebase(now_ns)
 
-    def _count_anew(self, now_ns: int) -> None:
+    def _rebase(self, now_ns: int) -> None:
         half_lives = (now_ns - self._since_ns) / self._half_life_ns
         self._since_ns = now_ns
         self._growth = 1.0
@@ -314,5 +315,5 @@ def make_fairness(settings: BandSettings, config: ControllerConfig, now_ns: int)
 
 
 def _everywhere(_subset: Subset) -> bool:
-    """Say that there is room: for questions about the order alone."""
+    """Return True: for questions about the order alone."""
     return True

@@ -12,7 +12,7 @@ from flowcontrol.keyedheap import KeyedHeap
 from flowcontrol.request import FlowKey, Request, Scope
 
 _NEVER: Final = 1 << 62
-"""Beyond any time; orders what has no deadline after all that has."""
+"""Later than any time: requests without a deadline are ordered behind all that have one."""
 
 
 @final
@@ -22,9 +22,9 @@ class Lease:
     Args:
         request: as the gate describes it.
         flow: where it waits, or waited.
-        arrival_index: position among all arrivals; settles every tie.
-        arrived_ns: when it came.
-        tokens: what it is expected to take.
+        arrival_index: position among all arrivals; breaks every tie.
+        arrived_ns: when it arrived.
+        tokens: what it is expected to use.
         cost: what its flow is charged for that.
     """
 
@@ -50,43 +50,43 @@ class Lease:
         self.arrival_index = arrival_index
         self.arrived_ns = arrived_ns
         self.budget_from_ns = arrived_ns
-        """Since when its time to live counts: its arrival, or the one change of regime after it."""
+        """Start of its time to live: its arrival, or the first change of regime after it."""
         self.tokens = tokens
         self.tokens_total = tokens.input + tokens.output
         """Prompt and answer: what it adds to the load of the pool."""
         self.cost = cost
         self.deadline_ns: int | None = None
-        """When it will have waited too long."""
+        """When it has waited too long; None: never."""
         self.before: Lease | None = None
-        """Its flow's own: who came before it and waits there too."""
+        """Link of its flow: the waiting request that arrived before it."""
         self.after: Lease | None = None
-        """And who came after it."""
+        """Link of its flow: the waiting request that arrived after it."""
         self.is_admitted = False
-        """Whether it counts against the limits. A newcomer does not until it is found to fit."""
+        """Whether it counts against the limits. A newcomer does not until it fits."""
         self.is_in_flight = False
         self.is_settled = False
-        """Whether what it really took is known."""
+        """Whether its actual usage is known."""
         self.is_reclaimable = False
         """Whether it may be ended in flight."""
         self.is_watched = False
-        """Whether its first byte is watched for."""
+        """Whether its first byte must be reported to the engine."""
         self.has_answered = False
         """Whether its first byte has been seen."""
         self.is_reclaimed = False
         """Whether it is being ended."""
         self.dispatch_index = 0
-        """Position among the dispatches of what may be ended in flight."""
+        """Position among the dispatches of requests that may be ended in flight."""
         self.dispatched_ns = 0
         self.endpoint: str | None = None
         self.fallbacks: tuple[str, ...] = ()
         self.forecast: Forecast | None = None
-        """What it was said to expect when it was admitted, where that was forecast."""
+        """The forecast at its admission, if one was made."""
         self.without_room: tuple[Scope, ...] = ()
-        """Whose limits have no room for it, when it is about to be rejected."""
+        """The scopes whose limits have no room for it, when it is rejected."""
 
 
 def order_of(lease: Lease, ordering: Ordering) -> tuple[int, int]:
-    """Return where a request stands in its flow: the smallest goes first."""
+    """Return the sort key of a request in its flow: the smallest goes first."""
     if ordering is Ordering.FCFS:
         return lease.arrived_ns, lease.arrival_index
     if ordering is Ordering.EDF:
@@ -100,12 +100,12 @@ def order_of(lease: Lease, ordering: Ordering) -> tuple[int, int]:
 
 @final
 class Flow:
-    """The requests of one tenant at one priority: those that wait, in order, and those in flight.
+    """The requests of one tenant at one priority: those waiting, in order, and those in flight.
 
-    Those that wait are linked in the order in which they were handed over, newcomers last, so that
-    one that leaves is found without a search. O(1) with fcfs, else O(log waiting). With fcfs it is
-    O(log waiting) once a request has come that is older than those that wait here (it waited at
-    another replica), until nothing waits.
+    Waiting requests form a doubly linked list in the order in which they were handed over, so that
+    any of them can be removed without a search. O(1) with fcfs, else O(log waiting). With fcfs, a
+    request that is older than the last one here (it waited at another replica) makes it
+    O(log waiting) until nothing waits.
     """
 
     __slots__ = (
@@ -119,17 +119,17 @@ class Flow:
         self.key = key
         self.ordering = ordering
         self.capacity = Capacity(limits, around)
-        """What has been admitted, counted in the scopes around as well."""
+        """Admitted requests; counted in the scopes around, too."""
         self.waiting = 0
-        """How many wait, newcomers included."""
+        """Waiting requests, including newcomers."""
         self.in_flight = 0
         self.counter = 0.0
-        """What the fairness policy of its band counts for it, while something waits."""
+        """Counter of the band's fairness policy, while something waits."""
         self._oldest: Lease | None = None
         self._newest: Lease | None = None
         self._newest_admitted: Lease | None = None
         self._ordered: KeyedHeap[Lease, tuple[int, int]] | None = None
-        """The same in another order; None where they are linked in the order in which they go."""
+        """The requests by sort key; None: the list already has that order."""
         if ordering is not Ordering.FCFS:
             self._ordered = KeyedHeap()
 
@@ -138,7 +138,7 @@ class Flow:
 
     @property
     def head(self) -> Lease:
-        """The one to go next; there must be one."""
+        """The request to go next; there must be one."""
         if self._ordered is None:
             head = self._oldest
             assert head is not None, "nothing waits here"
@@ -149,7 +149,7 @@ class Flow:
 
     @property
     def oldest(self) -> Lease:
-        """The one that was handed over first; there must be one."""
+        """The request that was handed over first; there must be one."""
         assert self._oldest is not None, "nothing waits here"
         return self._oldest
 
@@ -161,11 +161,11 @@ class Flow:
             lease = lease.before
 
     def order_of(self, lease: Lease) -> tuple[int, int]:
-        """Return where a request of this flow stands."""
+        """Return the sort key of a request of this flow."""
         return order_of(lease, self.ordering)
 
     def push(self, lease: Lease) -> bool:
-        """Queue a newcomer; whether it is the head now."""
+        """Queue a newcomer; return whether it is now the head."""
         newest = self._newest
         assert newest is not lease, "a request waits once"
         if newest is None:
@@ -222,7 +222,7 @@ class Flow:
             self._ordered.put(lease, self.order_of(lease))
 
     def reorder(self, ordering: Ordering) -> None:
-        """Order by another rule; O(waiting log waiting)."""
+        """Change the ordering. O(waiting log waiting)."""
         self.ordering = ordering
         leases = self.leases()
         is_linked = ordering is Ordering.FCFS and all(
@@ -238,7 +238,7 @@ class Flow:
         return sum(self.order_of(other) < mine for other in self.leases())
 
     def leases(self) -> list[Lease]:
-        """Return all that wait, in the order in which they were handed over; O(waiting)."""
+        """Return the waiting requests in the order in which they were handed over. O(waiting)."""
         leases = []
         lease = self._oldest
         while lease is not None:

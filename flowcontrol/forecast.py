@@ -1,52 +1,57 @@
-"""Pure. How long will it still wait?
+"""Pure. How long will a request still wait?
 
-Drain rates say how fast queues empty (`retry`); how much stands ahead says how long that takes. For
-a request with `ahead` requests before it in its own band and `above` in higher ones,
+The raw forecast. Drain rates say how fast queues empty (`retry`). For a request with `ahead`
+requests before it in its own band and `above` requests in higher bands, the wait is
 
     max( (ahead + 1) / (rate of its band (1 - o)), (above + ahead + 1) / rate of all bands )
 
-The first term knows what arrivals above cost the band. Of a band that was seldom seen waiting the
-rate counts one dispatch at the rate of all beside its own. The second term is for what waits above,
-and for a band that was not served lately: until a request has waited there for longer than it says,
-unserved. Then nothing is known, for the band may be gated. The part o of the band's rate goes to
-requests that come later and go before: with a fair policy, those of flows with less of a backlog.
-What stands ahead is served while more of it comes, which takes longer by 1 / (1 - o), as for a
-lower class behind a higher one (Cobham, 1954).
+The first term includes what arrivals in higher bands cost the band. If the band was seldom seen
+waiting, its rate also counts one dispatch at the rate of all bands. The second term covers what
+waits above, and a band that was not served lately. That holds until a request has waited there
+unserved for longer than the term says. Then the wait is unknown, because the band may be gated.
 
-How many stand ahead in its band depends on whose turn it is. A fair policy gives the other flows so
-many turns x before it (`FairnessPolicy.turns`), of which a flow with n waiting uses min(n, x). That
-sum over all flows is the number of waiting requests with fewer than x of their own flow before
-them; `backlogs` counts them by that place, in classes. The error is less than what is in the one
-class that x falls into. The same classes tell o: of the last some hundred requests that came, those
-at a place below the turns that remain, over what was dispatched meanwhile. Remaining are half of x
-on average, and less is counted, because arrivals of its own flow stand near x. What came to a
-shorter queue would overtake nobody now, so never more is counted than x turns of each other flow;
-but for least-attained-service, where one that was away has more. With a third,
-medians of predicted over realised waits are 0.9 to 1.25, and half of all lie within a third of 1
-for weighted tokens and round robin (tests: test_forecast); exact to 10 % for a single line.
+The part o of the band's rate serves requests that arrive later and go first: with a fair policy,
+those of flows with a shorter backlog. The requests ahead are served while more of them arrive,
+which takes longer by 1 / (1 - o), as for a lower class behind a higher one (Cobham, 1954).
 
-Where places are free and only prompts that were sent there have to be read (`auto`), it is known to
-the millisecond when the next request goes. Most waits of people beside a job are of this kind. Then
-the rates count for those that stand ahead alone.
+How many are ahead in its band depends on the fairness policy. It gives every other flow x turns
+before the request (`FairnessPolicy.turns`), of which a flow with n waiting uses min(n, x). The sum
+over all flows is the number of waiting requests with fewer than x of their own flow before them.
+`backlogs` counts requests by that place, in classes; the error is less than the content of the
+class that contains x.
 
-That is the raw wait: the mean, if the rates are right. What is said is an interval: the wait that
-half of all stay within, and the one that nine in ten do. If departures come at random, n of them
-take an Erlang time, whose quantiles are known: for n = 1 half wait less than 0.69 of the mean, and
-one in ten more than 2.3 times; for n = 100 it is 1.00 and 1.13. That is the first guess. A factor
-on it is learnt from every wait that comes true, for each band, and apart for waits of a known end
-and for short, middling and long ones: a quantile of real over guess by stochastic approximation
-(Robbins and Monro, 1951), up by a share p of the step for each wait beyond it, down by 1 - p for
-each within, steps being parts of it, so that in the long run the share within is p whatever the
-distribution is, and whatever is wrong with the formula. An evicted request waited longer than was
-said, if that is what it had waited already; else it says nothing. What it cannot know is what has
-not come true yet: of a job that is dropped in one piece all waits are forecast before the first is
-over. And that those ahead have deadlines, too, is left out: where a flow asks for more than it
-gets, waits end near the time to live whatever is said.
+The same classes give o: the recent arrivals at a place below the remaining turns, over the
+dispatches in the same time. On average half of x remains; a third is counted, because arrivals of
+the request's own flow stand near x. Arrivals at a queue that was shorter then would not overtake
+now, so o is bounded by x turns of each other flow, except with least-attained-service, where a flow
+that was away has more. With a third, medians of predicted over real waits are 0.9 to 1.25, and half
+of all lie within a third of 1, for weighted tokens and round robin (tests: test_forecast). A single
+queue is exact to 10 %.
 
-A forecast costs as much as the rest of an admission, and most are never looked at. So one is
-computed when it is asked for, and at admission only for a sample to learn from: the first 64 waits
-of a band, then one in eight. A time between two samples was rejected: of a burst it would take the
-first request only, whose wait is the shortest.
+If places are free and only prompts have to be read first (`auto`), it is known to the millisecond
+when the next request is dispatched. Most waits of people beside a job are of this kind. Then the
+rates count only for the requests ahead.
+
+The interval. The raw wait is the mean, if the rates are right. What is reported is the wait within
+which half of all requests stay, and the one within which nine in ten do. If departures come at
+random, n of them take an Erlang time, whose quantiles are known: for n = 1, half wait less than
+0.69 of the mean and one in ten more than 2.3 times the mean; for n = 100 it is 1.00 and 1.13. That
+is the first guess. A factor on it is learnt from every wait that ends, for each band, separately
+for waits with a known end and for short, medium and long ones. It is a quantile of the real wait
+over the guess, by stochastic approximation (Robbins and Monro, 1951): for each wait beyond it, it
+rises by a share p of the step, for each wait within, it falls by 1 - p of the step. A step is a
+part of the factor. So in the long run the share within is p, whatever the distribution and whatever
+is wrong with the formula. An evicted request counts as a wait beyond the factor if it had already
+waited that long; else it is ignored.
+
+What it does not see: waits that have not ended yet. If a job arrives in one piece, all its waits
+are forecast before the first one is over. Nor does it see that requests ahead have deadlines: if a
+flow asks for more than it gets, waits end near the time to live, whatever the forecast.
+
+A forecast costs as much as the rest of an admission, and most are never looked at. So it is
+computed on demand, and at admission only for a sample to learn from: the first 64 waits of a band,
+then one in eight. To sample by time was rejected: of a burst it would take only the first request,
+whose wait is the shortest.
 """
 
 from bisect import bisect_left
@@ -57,81 +62,81 @@ from flowcontrol.retry import DrainRate
 
 _SECOND_NS: Final = 1_000_000_000
 _SHORT_NS: Final = 50_000_000
-"""Below it a wait is as good as none: ratios of such waits mean nothing."""
+"""Added to waits before their ratio is taken: ratios of shorter waits mean little."""
 _EARLY, _MIDDLE, _LATE = range(3)
 _PARTS: Final[tuple[float, ...]] = (0.01, 0.5, 0.92)
-"""Of waits within each; a little beyond nine in ten, as what is learnt is behind what happens."""
+"""Part of the waits within each quantile; 0.92 for nine in ten, because learning lags."""
 _NORMAL: Final[tuple[float, ...]] = (-2.33, 0.0, 1.41)
 """The same quantiles of the normal distribution."""
 _FIRST: Final[tuple[float, ...]] = (0.4, 1.0, 2.0)
-"""What to guess, before anything came true, beyond what random departures explain."""
+"""The factors before anything was learnt."""
 _FIRST_KNOWN: Final[tuple[float, ...]] = (0.4, 1.0, 1.5)
-"""The same of waits of a known end."""
+"""The same for waits with a known end."""
 _STEPS_FIRST: Final[tuple[float, ...]] = (0.15, 0.1, 0.15)
 _STEPS_MIN: Final[tuple[float, ...]] = (0.02, 0.006, 0.02)
 _STEPS_COUNT: Final[tuple[float, ...]] = (16.0, 32.0, 16.0)
-"""How far one wait moves them: at first, in the end, and when half way."""
+"""How far one wait moves a factor: at first, in the end, and after how many waits half way."""
 _LENGTHS_NS: Final[tuple[int, ...]] = (_SECOND_NS, 10 * _SECOND_NS)
-"""Between short, middling and long waits."""
+"""Bounds between short, medium and long waits."""
 _FURTHEST: Final = 20.0
-"""A factor either way, no more."""
+"""A factor is at most this, and at least its inverse."""
 _SAMPLED_FIRST, _SAMPLED_OF = 64, 8
-"""So many waits of a band are all learnt from, and then one of so many."""
+"""The first so many waits of a band are learnt from, and then one in so many."""
 
 
 class Ahead(NamedTuple):
-    """What is before a request in its own band."""
+    """What goes before a request in its own band."""
 
     requests: int
     overtaking: float = 0.0
-    """Part of the dispatches that are of requests that come later and overtake."""
+    """Part of the dispatches that serve requests which arrive later and overtake."""
     tied: int = 0
-    """Requests that go before because their flows, with equal accounts, came first. Part of the
-    position alone: intervals are learnt from forecasts at admission, which do not look for them."""
+    """Requests that go before because their flows, with equal accounts, came first. They count for
+    the position only: forecasts at admission, which intervals are learnt from, omit them."""
 
 
 class Forecast(NamedTuple):
     """What a waiting request can expect."""
 
     position: int
-    """How many stand ahead of it, higher bands included."""
+    """Requests ahead of it, including those in higher bands."""
     wait_ns: int | None
-    """From now, that half of all stay within; None when nothing has been dispatched lately, or not
-    of its band for too long, or there is no endpoint."""
+    """Wait from now within which half of all requests stay. None: nothing has been dispatched
+    lately, or nothing of its band for too long, or there is no endpoint."""
     late_ns: int | None = None
-    """The same, that nine in ten stay within."""
+    """The same for nine in ten."""
     raw_ns: int | None = None
-    """By the rates alone."""
+    """The wait by the rates alone."""
     departures: int = 1
-    """How many must go until it has gone itself; 0 where it is known when it goes."""
+    """Dispatches until it is dispatched itself; 0: the time of its dispatch is known."""
 
 
 @final
 class Calibration:
-    """What waits of one band came to, against what was guessed. O(1)."""
+    """Learns how the waits of one band compare with the raw forecast. O(1)."""
 
     __slots__ = ("_begun", "_counts", "_learned")
 
     def __init__(self) -> None:
         kinds = len(_LENGTHS_NS) + 2
         self._begun = 0
-        """Waits that have begun."""
+        """Waits counted so far."""
         self._counts = [0] * kinds
         self._learned = [list(_FIRST if kind else _FIRST_KNOWN) for kind in range(kinds)]
-        """Quantiles of real waits, over those of random departures."""
+        """By kind of wait: quantiles of real waits over those of random departures."""
 
     def is_due(self) -> bool:
-        """Count a wait that begins; whether it is one to learn from."""
+        """Count a wait that begins; return whether to learn from it."""
         self._begun += 1
         return self._begun <= _SAMPLED_FIRST or self._begun % _SAMPLED_OF == 0
 
     def learn(self, said: Forecast, waited_ns: int, *, is_over: bool) -> None:
-        """Take in what one wait came to.
+        """Learn from a wait that has ended.
 
         Args:
-            said: what was said as it began; nothing is learnt where that was unknown.
-            waited_ns: what it was so far.
-            is_over: whether it ended by dispatch; else it would have been longer.
+            said: the forecast when it began; nothing is learnt if that was unknown.
+            waited_ns: how long it lasted.
+            is_over: whether it ended by dispatch; else it would have lasted longer.
         """
         raw_ns = said.raw_ns
         if raw_ns is None:
@@ -145,7 +150,7 @@ class Calibration:
             learned[index] = _moved(index, learned[index], ratio, count, is_over=is_over)
 
     def apply(self, said: Forecast) -> Forecast:
-        """Return what is to be said, given what the rates say."""
+        """Return the forecast to report for a raw one."""
         raw_ns = said.raw_ns
         if raw_ns is None:
             return said
@@ -154,11 +159,11 @@ class Calibration:
         return Forecast(said.position, wait_ns, late_ns, raw_ns, said.departures)
 
     def early(self, said: Forecast) -> int | None:
-        """Return what one in a hundred stays within, None while the wait is unknown."""
+        """Return the wait within which one in a hundred stays; None: unknown."""
         return None if said.raw_ns is None else self._quantile(_EARLY, said.raw_ns, said)
 
     def late(self, raw_ns: int) -> int:
-        """Return what nine in ten stay within of a long wait that the rates say; no less."""
+        """Return the wait within which nine in ten stay, for a raw wait; at least the raw wait."""
         learned = self._learned[1 + bisect_left(_LENGTHS_NS, raw_ns)][_LATE]
         return round(raw_ns * max(1.0, learned))
 
@@ -169,14 +174,14 @@ class Calibration:
 
 
 def _kind(raw_ns: int, said: Forecast) -> int:
-    """Return which waits are wrong in the same way: those of a known end, and others by length."""
+    """Return the kind of a wait: 0 with a known end, else by length."""
     return 1 + bisect_left(_LENGTHS_NS, raw_ns) if said.departures else 0
 
 
 def _erlang(index: int, departures: int) -> float:
-    """Return a quantile over the mean of the time that so many departures at random take.
+    """Return a quantile of the time of so many random departures, over its mean.
 
-    By Wilson and Hilferty, 1931: the cube root of such a time is about normal.
+    By Wilson and Hilferty, 1931: the cube root of such a time is nearly normal.
     """
     ninth = 1 / (9 * departures) if departures else 0.0
     root: float = 1 - ninth + _NORMAL[index] * sqrt(ninth)
@@ -184,7 +189,7 @@ def _erlang(index: int, departures: int) -> float:
 
 
 def _moved(index: int, quantile: float, ratio: float, count: int, *, is_over: bool) -> float:
-    """Return an estimated quantile after one more ratio; `count` with it."""
+    """Return an estimated quantile after one more ratio, the `count`th."""
     is_beyond = ratio > quantile
     if not (is_beyond or is_over):
         return quantile
@@ -201,14 +206,14 @@ def forecast(
     now_ns: int,
     held_ns: int | None = None,
 ) -> Forecast:
-    """Return what a request can expect.
+    """Return the raw forecast of a request.
 
     Args:
         above: requests waiting in higher bands.
         ahead: what goes before it in its own band.
-        rates: how fast its band drains, and all bands together.
+        rates: drain rates of its band, and of all bands together.
         now_ns: the time.
-        held_ns: when the next one goes, where that is known.
+        held_ns: when the next request is dispatched, from now; None: unknown.
     """
     own, everything = rates
     rate = everything.per_second(now_ns)

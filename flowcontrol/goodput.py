@@ -1,7 +1,7 @@
-"""Pure. What became of dispatched requests, as settlements tell: what was any use.
+"""Pure. Goodput: results of dispatched requests, from settlements.
 
-Throughput counts what was done, goodput what was any use: answered, and in time where the request
-said when its first token was due. Counted by objective, because operators promise by objective.
+Throughput counts all work, goodput only useful work: requests answered, and in time if they said
+when their first token is due. Counted by objective, because operators give promises by objective.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ class ResponseResult(Enum):
 
     GOOD = "good"
     LATE = "late"
-    """Answered, but the first token came after it was due."""
+    """Answered, but the first token came late."""
     FAILED = "failed"
-    """Answered with an error, or broken off by the model server."""
+    """Answered with an error, or cut off by the model server."""
 
     __hash__ = object.__hash__  # as in Outcome
 
@@ -37,7 +37,7 @@ class _Counted:
 
 @final
 class Goodput:
-    """Counts results by objective; of those declared no more only so many. O(1)."""
+    """Counts results by objective; bounded for objectives no longer declared. O(1)."""
 
     def __init__(self) -> None:
         self._counted: dict[str, _Counted] = {}
@@ -52,10 +52,10 @@ class Goodput:
         """Count one request, once.
 
         Args:
-            objective: a declared one, or empty for all that named none.
+            objective: a declared one; empty for all requests without one.
             lease: of the request.
-            settled: what it really took.
-            is_declared: whether an objective still is; asked when a new one comes to be counted.
+            settled: its actual usage.
+            is_declared: whether an objective is declared; called when a new one is counted.
         """
         counted = self._counted.get(objective)
         if counted is None:

@@ -1,4 +1,4 @@
-"""Pure. Durations counted by how long they were."""
+"""Pure. A histogram of durations."""
 
 from bisect import bisect_left
 from typing import Final, NamedTuple, final
@@ -11,7 +11,7 @@ class HistogramSnapshot(NamedTuple):
 
     bounds_s: tuple[float, ...]
     counts: tuple[int, ...]
-    """How many were up to each bound, and last how many above; not cumulated."""
+    """Durations up to each bound, and last those above all; not cumulative."""
     sum_ns: int
 
 
@@ -34,7 +34,7 @@ class Histogram:
         self._sum_ns = 0
 
     def observe(self, duration_ns: int) -> None:
-        """Count one duration; one of exactly a bound is within it."""
+        """Count one duration; bounds are inclusive."""
         self._counts[bisect_left(self._bounds_ns, duration_ns)] += 1
         self._sum_ns += duration_ns
 

@@ -1,15 +1,16 @@
 """Thread shell. The one way into the processor, and the one place with a lock.
 
 A deque and a lock rather than `queue.Queue`: the lock makes "before close" and "after close"
-exclusive, so a fact is either refused or will be processed, never lost in between. The bell is
-apart from the putting: a caller that puts many facts rings once. It is a byte in a pipe, written
-only while the taker sleeps. Writing it releases the interpreter's lock, so the taker runs at once;
-releasing a lock does not: the taker woke, slept again for the interpreter's, and a request alone
-took eight times as long to come back (tests/benchmarks/handover.py).
+exclusive, so a fact is either refused or will be processed, never lost in between. Putting and
+waking are separate, so that a caller that puts many facts wakes the processor once. The wake-up is
+a byte in a pipe, written only while the processor sleeps. Writing it releases the interpreter's
+lock, so the processor runs at once. Releasing a lock does not: the processor woke, slept again for
+the interpreter's lock, and the round trip of a single request took eight times as long
+(tests/benchmarks/handover.py).
 
-Arrivals are bounded here, because clients make them. Departures and the rest are not: every
-accepted request causes exactly one departure, so they are bounded by the arrivals, and a departure
-refused would be a slot lost for ever.
+Arrivals are bounded here, because clients cause them. Departures and other facts are not: every
+accepted request causes exactly one departure, so arrivals bound them, and a refused departure would
+be a slot lost for ever.
 """
 
 import os
@@ -32,13 +33,13 @@ _TIMEOUT_MS_MAX: Final = 2**31 - 1
 @final
 @dataclass(slots=True)
 class Asked:
-    """A question about the engine's state; it goes the way of the facts, and changes nothing.
+    """A query of the engine's state, put into the inbox like a fact; it changes nothing.
 
-    It is answered in the turn it is taken in, after that turn's decisions.
+    It is answered in the turn that takes it, after that turn's decisions.
     """
 
     question: Callable[[FlowController, int], object]
-    """Reads the controller at a time. If it raises, the exception is its answer."""
+    """Reads the controller at a given time. If it raises, the exception is the answer."""
     reply: Callable[[object], None]
     """Called in the processor's thread with the answer, or the exception; must return at once."""
 
@@ -48,8 +49,8 @@ class Inbox:
     """Facts from any thread, in the order they were put, for one thread that takes them in batches.
 
     Args:
-        arrivals_max: arrivals not yet taken, at least 1.
-        batch_max: facts taken at once, at least 1; bounds one turn of the processor.
+        arrivals_max: most arrivals not yet taken, at least 1.
+        batch_max: most facts taken at once, at least 1; bounds one turn of the processor.
         clock: monotonic nanoseconds.
     """
 
@@ -60,8 +61,8 @@ class Inbox:
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.since_ns = 0
-        """When the first fact came of those taken last; where more came than were taken at once,
-        when the inbox was last empty. For the taker."""
+        """When the first fact of the last batch was put; if it left some behind, when the inbox was
+        last empty. For the taker."""
         self._clock = clock
         self._filled_ns = 0
         self._arrivals_max = arrivals_max
@@ -71,16 +72,16 @@ class Inbox:
         self._is_closed = False
         self._lock = Lock()
         self._pipe: tuple[int, int] | None = None
-        """To read from and to write to, once the taker has slept."""
+        """Its read end and write end, once the taker has slept."""
         self._is_asleep = False
-        """Until it is about to be woken, or its time is up."""
+        """Whether the taker sleeps, and nobody is about to wake it."""
         self._is_at_pipe = False
-        """Until it has read what was written to wake it."""
+        """Whether the taker may still read from the pipe."""
         self._is_rung = False
-        """While it was awake."""
+        """Whether `ring` was called while the taker was awake."""
 
     def offer(self, arrived: Arrived) -> bool:
-        """Put an arrival; False when too many are here already. Ring afterwards.
+        """Put an arrival; return False if too many are here already. Call `ring` afterwards.
 
         Raises:
             NotRunningError: the inbox is closed.
@@ -96,23 +97,23 @@ class Inbox:
             return True
 
     def post(self, fact: Fact | Asked) -> None:
-        """Put anything else; never refused, and without effect once closed. Ring afterwards."""
+        """Put anything else; never refused, ignored once closed. Call `ring` afterwards."""
         with self._lock:
             if not self._is_closed:
                 self._append(fact)
 
     def ring(self) -> None:
-        """Wake the taker; when it is awake, its next `take` returns at once."""
+        """Wake the taker; if it is awake, its next `take` returns at once."""
         with self._lock:
             is_asleep = self._is_woken()
         if is_asleep:
             self._write()
 
     def take(self, timeout_s: float | None) -> list[Fact | Asked]:
-        """Return what is here, oldest first; when nothing is, sleep until the bell or the timeout.
+        """Return what is here, oldest first; if nothing is, sleep until `ring` or the timeout.
 
         Args:
-            timeout_s: longest sleep, seconds; None for ever, 0 or less not at all.
+            timeout_s: longest sleep in seconds; None: for ever, 0 or less: not at all.
         """
         with self._lock:
             is_due = bool(self._facts) or self._is_rung or self._is_closed
@@ -123,7 +124,7 @@ class Inbox:
         if may_sleep:
             self._sleep(timeout_s)
         with self._lock:
-            self._is_at_pipe = self._is_rung = False  # all that was put before a ring is here
+            self._is_at_pipe = self._is_rung = False  # everything put before a ring is here
             if self._is_closed:
                 self._close_pipe()
             facts = self._facts
@@ -152,18 +153,18 @@ class Inbox:
         return left
 
     def _is_woken(self) -> bool:
-        """Whether the taker sleeps and is to be woken; else note that it is not to sleep."""
+        """Whether the taker sleeps and must be woken; else prevent its next sleep."""
         is_asleep, self._is_asleep = self._is_asleep, False
         self._is_rung = not is_asleep
         return is_asleep
 
     def _write(self) -> None:
-        """Wake the taker, which waits for just this; without the lock, which it takes next."""
+        """Wake the taker. Not under the lock, which it takes next."""
         assert self._pipe is not None, "it is open while the taker is there"
         os.write(self._pipe[1], b"x")
 
     def _sleep(self, timeout_s: float | None) -> None:
-        """Sleep until the bell or, to the millisecond, the timeout."""
+        """Sleep until `ring` or the timeout, which is rounded up to a millisecond."""
         assert self._pipe is not None, "it is open while the taker is there"
         reader = self._pipe[0]
         if timeout_s is not None:

@@ -1,4 +1,4 @@
-"""Pure. Takes out what the engine has learnt, and puts it into another."""
+"""Pure. Saves what an engine has learnt, and restores it into another."""
 
 from collections.abc import Iterator
 from heapq import nlargest
@@ -25,7 +25,7 @@ class Learned:
         pool: with its detectors.
         estimator: of tokens.
         drain_rate: of all bands together.
-        reserve: None where nothing is kept free.
+        reserve: None: nothing is kept free.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Learned:
         self._reserve = reserve
 
     def memory(self, now_ns: int) -> EngineMemory:
-        """Return what is worth keeping."""
+        """Return what is worth saving."""
         limits: dict[str, float] = {}
         stages: list[StageMemory] = []
         for role, detector in self._detectors():
@@ -65,12 +65,12 @@ class Learned:
         return EngineMemory(bands, estimates, limits, drain, tuple(stages), reserve)
 
     def restore(self, memory: EngineMemory, now_ns: int) -> None:
-        """Go on with what another engine had learnt, in bands that are known.
+        """Restore what another engine had learnt, for bands that exist.
 
         Limits are kept until there are endpoints.
         """
         if not self._pool.detectors:
-            self._pool.set_endpoints((), now_ns)  # there never were any; now something keeps them
+            self._pool.set_endpoints((), now_ns)  # makes detectors, which keep the limits
         self._restore_bands(memory, now_ns)
         self._estimator.restore(memory.estimates)
         stages = {stage.role: stage for stage in memory.stages}

@@ -1,9 +1,9 @@
-"""Pure. Who waits, in order, apart by the endpoints they may go to.
+"""Pure. Sorted items in one line for each subset of endpoints.
 
-A request with a subset may go to some endpoints only. While none of these has room, it is passed
-over, and so are all with the same subset: one question passes over all of them. So a request that
-cannot go costs the others nothing, keeps its place, and is found again as soon as there is room.
-Subsets come from the gateway and are few; requests are many.
+A request with a subset may go to some endpoints only. While none of these has room, all requests
+with that subset are passed over, at the cost of one check. So a request that cannot go costs the
+others nothing, keeps its place, and is found as soon as there is room. Subsets come from the
+gateway and are few; requests are many.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,11 +27,11 @@ class Lines(Generic[Item, Key]):
 
     def __init__(self) -> None:
         self.anywhere: KeyedHeap[Item, Key] = KeyedHeap()
-        """Those without a subset; for others to read."""
+        """Items without a subset; read-only."""
         self.bound: dict[Subset, KeyedHeap[Item, Key]] = {}
-        """The others, by subset; no line is empty. For others to read, too."""
+        """The other items, by subset; no line is empty. Read-only."""
         self._subsets: dict[Item, Subset] = {}
-        """Of the same."""
+        """The subset of each of these."""
 
     def __bool__(self) -> bool:
         return len(self.anywhere) > 0 or len(self.bound) > 0
@@ -61,21 +61,21 @@ class Lines(Generic[Item, Key]):
         self.anywhere.discard(item)
 
     def subset_of(self, item: Item) -> Subset | None:
-        """Return the subset in whose line an item stands."""
+        """Return the subset of an item; None: it may go anywhere."""
         return self._subsets.get(item)
 
     def firsts(self) -> Iterator[tuple[Subset, Key, Item]]:
-        """Iterate the lines of subsets, each by its first: the smallest key and its item."""
+        """Iterate the lines of subsets: subset, smallest key, and its item."""
         for subset, line in self.bound.items():
             first = line.first()
             assert first is not None, "no line is empty"
             yield subset, first[0], first[1]
 
     def first(self, has_room: HasRoom) -> tuple[Key, Item] | None:
-        """Return the smallest key and its item, of those that have room; None if none has.
+        """Return the smallest key with its item, of those that have room; None: none has.
 
-        An item that may go anywhere has room wherever there is any: that is not asked. Among equals
-        it comes last, since it has the choice.
+        An item without a subset is taken to have room. Among equal keys it comes last, because it
+        has more choice.
         """
         best: tuple[Key, Item] | None = None
         if self.bound:

@@ -1,8 +1,8 @@
-"""Pure. What the engine has learnt, in plain values, for another process to go on with.
+"""Pure. What the engine has learnt, as plain values, for another process to continue with.
 
-Accounts of fairness, estimates of tokens, learnt limits, drain rates: losing them does no
-lasting harm, so what is kept is bounded, and a process that has none learns again. What was written
-elsewhere may be damaged, so it is checked before an engine goes on with it.
+Fairness accounts, token estimates, limits, drain rates. Losing them does no lasting harm: a process
+without them learns again, and only a bounded number is kept. Stored values may be damaged, so they
+are checked before an engine uses them.
 """
 
 # interpreted: its dataclasses are read by their hints
@@ -14,15 +14,15 @@ from typing import final
 from flowcontrol.config import Role
 
 KEPT_MAX = 1000
-"""Accounts of each band, and estimates, that are kept."""
+"""Most accounts of each band, and most estimates, that are kept."""
 _MOST = 1e15
-"""Tokens, bytes or ns: up to here a float is exact to a fraction of one."""
+"""Largest number of tokens, bytes or ns: up to here a float is exact to a fraction of one."""
 
 
 @final
 @dataclass(slots=True)
 class Estimate:
-    """What requests of one flow and model took; None: of every flow."""
+    """Usage of requests of one flow and model; flow None: of every flow."""
 
     flow_id: str | None
     model: str
@@ -36,7 +36,7 @@ class Estimate:
 @final
 @dataclass(slots=True)
 class Drain:
-    """How fast a scope drained lately."""
+    """The drain rate of a scope: dispatches, and the time in which they were seen."""
 
     requests: float = 0.0
     time_ns: float = 0.0
@@ -45,18 +45,18 @@ class Drain:
 @final
 @dataclass(slots=True)
 class BandMemory:
-    """What is known of one band."""
+    """What was learnt about one band."""
 
     priority: int
     accounts: Mapping[str, float] = field(default_factory=dict)
-    """Cost by which each flow is ahead, or what it attained, as its fairness counts."""
+    """Cost by which each flow is ahead, or that it attained, by the band's fairness."""
     drain: Drain | None = None
 
 
 @final
 @dataclass(slots=True)
 class CountsMemory:
-    """Events by the second, each by the scales over which they are counted."""
+    """Event counts, one value for each width of bins (`reserve.EventCounts`)."""
 
     bins: tuple[float, ...]
     means: tuple[float, ...]
@@ -66,11 +66,11 @@ class CountsMemory:
 @final
 @dataclass(slots=True)
 class BandNeed:
-    """What the reserve knows of one band."""
+    """What the reserve has learnt about one band."""
 
     priority: int
     arrivals: CountsMemory
-    """Of that band and all above it."""
+    """Arrivals of that band and all above it."""
     load: float
     """What one request adds to the saturation of the pool."""
 
@@ -78,7 +78,7 @@ class BandNeed:
 @final
 @dataclass(slots=True)
 class ReserveMemory:
-    """How higher bands arrive, and how places get free."""
+    """What the reserve has learnt: arrivals, departures, and how full the pool is."""
 
     bands: tuple[BandNeed, ...]
     departures: CountsMemory
@@ -88,58 +88,58 @@ class ReserveMemory:
 @final
 @dataclass(slots=True)
 class PlaceMemory:
-    """The limits that `auto` has found at one place, for each of its endpoints."""
+    """What `auto` has found at one place, per endpoint."""
 
     requests: float
     calm: float
-    """Most in flight, without a queue."""
+    """Most in flight without a queue."""
     is_starting: bool = False
     """Whether the limit on requests has never fallen."""
     tokens: float | None = None
-    """None: no limit is known."""
+    """Limit on tokens; None: unknown."""
     calm_tokens: float = 0.0
     cache_per_token: float = 0.0
-    """Part of the cache that a token in flight takes, as measured; 0: it was not."""
+    """Measured part of the cache that a token in flight takes; 0: not measured."""
     batch: float | None = None
-    """What the engine was found to batch; None: it was not."""
+    """Most requests that the engine batches; None: not found."""
     batch_for_ns: int = 0
-    """How long that is believed."""
+    """How long that is believed, in ns."""
 
 
 @final
 @dataclass(slots=True)
 class StageMemory:
-    """What `auto` knows of the endpoints that do one part of the work."""
+    """What `auto` has found in one stage."""
 
     role: Role
     places: Mapping[str, PlaceMemory]
-    """By endpoint, or of all together by an empty text."""
+    """By endpoint; under an empty address, of all together."""
     shortest_ns: float = 0.0
-    """How long the shortest are in flight, where departures alone tell; 0: not known."""
+    """How long the shortest requests are in flight, by departures; 0: unknown."""
     edge: float = 0.0
-    """Where departures told that more gains too little; 0: nowhere."""
+    """The limit at which more in flight gained too little, by departures; 0: not found."""
 
 
 @final
 @dataclass(slots=True)
 class EngineMemory:
-    """What is known in all."""
+    """Everything that was learnt."""
 
     bands: tuple[BandMemory, ...] = ()
     estimates: tuple[Estimate, ...] = ()
     """The latest last."""
     limits: Mapping[str, float] = field(default_factory=dict)
-    """Of requests in flight, as `adaptive` found them: by endpoint, or of all by an empty text."""
+    """Limits found by `adaptive`: by endpoint; under an empty address, of all together."""
     drain: Drain | None = None
     stages: tuple[StageMemory, ...] = ()
     reserve: ReserveMemory | None = None
     """None: nothing is kept free."""
 
     def check(self) -> None:
-        """Refuse what no engine can have learnt: it may have been damaged where it was kept.
+        """Refuse values that no engine can have learnt: they may have been damaged.
 
         Raises:
-            ValueError: a number is below 0, absurdly large, or none.
+            ValueError: a number is negative, too large, or not a number.
         """
         for each in self.estimates:
             _check(each.answers, each.output, each.prompts, each.prompt, each.bytes)

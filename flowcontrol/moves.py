@@ -1,4 +1,4 @@
-"""Pure. How a detector's limits have moved, and why: for people who ask."""
+"""Pure. How the limits of a detector have moved, and why; shown to operators."""
 
 from collections import deque
 from typing import Final, NamedTuple, final
@@ -11,7 +11,7 @@ class LimitMove(NamedTuple):
 
     at_ns: int
     address: str | None
-    """Whose limit; None: of all endpoints together."""
+    """The endpoint whose limit moved; None: the limit of all endpoints together."""
     before: float
     after: float
     reason: str
@@ -19,16 +19,16 @@ class LimitMove(NamedTuple):
 
 @final
 class LimitMoves:
-    """The latest changes of limits, and how many there were in all. O(1)."""
+    """The latest moves, and counts of all moves. O(1)."""
 
     def __init__(self) -> None:
         self.latest: deque[LimitMove] = deque(maxlen=_KEPT)
-        """The last one last."""
+        """The latest last."""
         self.raised = 0
         self.lowered = 0
 
     def note(self, move: LimitMove) -> None:
-        """Add a change."""
+        """Add a move."""
         self.latest.append(move)
         self.raised += move.after > move.before
         self.lowered += move.after < move.before

@@ -1,7 +1,7 @@
-"""Pure. Prompts are sent one after the other: when those that were sent will have been read.
+"""Pure. Paces prompts to one endpoint: the next is sent when those before are nearly read.
 
-`auto` derives why. The speed is the one that the engine has shown (`prefill`); while it is not
-known, nothing is held back.
+Theory: `auto`. The speed is the one that the engine has shown (`prefill`). While that is unknown,
+nothing is held back.
 """
 
 from typing import Final, final
@@ -9,16 +9,16 @@ from typing import Final, final
 from flowcontrol.prefill import FirstTokenTimes
 
 _BACKLOG: Final = 0.25
-"""Work on prompts that may stand before the next one, in usual times to first token."""
+"""Reading that may be left when the next prompt is sent, in usual times to first token."""
 
 
 @final
 class PromptPace:
-    """The prompts that were sent to one place, by their lengths. O(1), and O(classes) a prompt.
+    """The prompts that one place is reading. O(1), and O(classes) for each prompt.
 
     Args:
         times: how fast prompts are read there.
-        now_ns: the time.
+        now_ns: the time, monotonic.
     """
 
     __slots__ = (
@@ -33,21 +33,21 @@ class PromptPace:
     def __init__(self, times: FirstTokenTimes, now_ns: int) -> None:
         self._times = times
         self.is_held = False
-        """Whether prompts that were sent have to be read before the next."""
+        """Whether prompts must be read before the next is sent."""
         self.is_reading = False
-        """Whether any of them is still being read."""
+        """Whether any prompt is still being read."""
         self._held_until_ns = self._reading_until_ns = now_ns
-        """When either is over."""
+        """When either ends."""
         self._read_ns = now_ns
-        """When all are expected to be read, by their lengths alone."""
+        """When all should be read, by their lengths alone."""
 
     def sent(self, reading_ns: float, now_ns: int) -> None:
-        """Let the next prompt wait until most of those sent before are read.
+        """Count a prompt; the next has to wait until this one is nearly read.
 
-        The last of them is read in the step after the one under way, and that takes some time, too.
+        The last prompt is read in the step after the one under way, which takes a step's time more.
 
         Args:
-            reading_ns: how long this one takes.
+            reading_ns: how long this prompt takes to read.
             now_ns: the time.
         """
         if not self._times.token_ns:
@@ -60,11 +60,11 @@ class PromptPace:
         self.read(now_ns)
 
     def read(self, now_ns: int) -> None:
-        """Let prompts be read until now."""
+        """Let time pass."""
         self.is_held = self._held_until_ns > now_ns
         self.is_reading = self._reading_until_ns > now_ns
 
     @property
     def next_ns(self) -> int:
-        """When the next prompt may be sent, or else when all are read."""
+        """When the next prompt may be sent; when all are read, if it may be sent already."""
         return self._held_until_ns if self.is_held else self._reading_until_ns

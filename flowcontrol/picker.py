@@ -1,13 +1,13 @@
 """Pure. The endpoints that the engine chooses from, and its choice.
 
-The least loaded endpoint goes first; among equals, the one that was not picked for longest. One
-that reads a prompt may be said to come after those that read none. With affinity an endpoint that
-served the beginning of the prompt comes before it while its load is below a bound (consistent
+The least loaded endpoint is picked first; among equals, the one whose last pick is longest ago.
+Endpoints that read a prompt can be ranked behind those that read none. With affinity, an endpoint
+that served the beginning of the prompt is preferred while its load is below a bound (consistent
 hashing with bounded loads: Mirrokni, Thorup and Zadimoghaddam, SODA 2018): BOUND times the mean
-load, or LIGHT if that is more. So affinity never takes an endpoint further than one request beyond
-that bound. The numbers are from simulations of one trace, judged on another
-(tests/benchmarks/prefix_affinity.py): with more imbalance the queues inside cost more than the
-cache saves.
+load, or LIGHT if that is larger. So affinity takes an endpoint at most one request beyond the
+bound. The numbers were chosen by simulation on one trace and judged on another
+(tests/benchmarks/prefix_affinity.py): with more imbalance, the queues inside the engines cost more
+than the cache saves.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,16 +21,16 @@ from flowcontrol.lines import Subset
 from flowcontrol.request import Request
 
 FULL: Final = 1.0
-"""The saturation at which a pool, or an endpoint, takes no more."""
+"""The saturation at which a pool, or an endpoint, is full."""
 _ALMOST_FULL: Final = nextafter(FULL, 0)
 BOUND: Final = 1.5
-"""An endpoint whose load is that many times the mean is sent nothing more for its cache."""
+"""Affinity ends at so many times the mean load."""
 LIGHT: Final = 0.1
-"""Below this load it is sent what it has cached whatever the mean: it has room."""
+"""Below this load affinity applies whatever the mean is."""
 
 _NO_ROOM: Final = 2 * FULL
-"""Order of an endpoint that may be sent nothing. Any other is ordered by its load, and by FULL plus
-its load while it reads a prompt."""
+"""Rank of an endpoint that must not be sent a request. Others rank by their load, or by FULL plus
+their load while they read a prompt."""
 
 
 @final
@@ -42,27 +42,27 @@ class EndpointPicker:
         """When each endpoint was last picked, counted in picks."""
         self._turn = 0
         self._order: KeyedHeap[str, tuple[float, int]] = KeyedHeap()
-        """Endpoints to pick from, the first to be picked first."""
+        """Endpoints to pick from, by rank."""
         self._ranks: dict[str, tuple[float, int]] = {}
-        """Where each stands in that order."""
+        """Rank of each, and when it was last picked."""
         self._loads: dict[str, float] = {}
-        """Load of each, 1 at most, whether something may be sent for the moment or not."""
+        """Load of each, 1 at most, whether or not it is held back."""
         self._load_sum = 0.0
-        """Of these."""
+        """Sum of these loads."""
         self._affinity: PrefixAffinity | None = None
-        """Where prompts were served; None: that is not asked."""
+        """Where prompts were served; None: no affinity."""
 
     def set_endpoints(self, addresses: Sequence[str]) -> None:
         """Replace the endpoints of the pool; those that stay keep their turn. O(endpoints)."""
         self._turns = {address: self._turns.get(address, 0) for address in addresses}
 
     def set_affinity(self, *, is_on: bool) -> None:
-        """Ask from now on where prompts were served, or no longer."""
+        """Turn affinity on or off."""
         if is_on is (self._affinity is None):
             self._affinity = PrefixAffinity() if is_on else None
 
     def clear(self) -> None:
-        """Have nothing to pick from."""
+        """Remove all endpoints to pick from."""
         self._order = KeyedHeap()
         self._ranks.clear()
         self._loads.clear()
@@ -76,8 +76,8 @@ class EndpointPicker:
         Args:
             address: which.
             load: 1 is full.
-            is_held: whether it must be sent nothing now.
-            is_reading: whether it is to be picked only where all others read, too.
+            is_held: whether it must not be sent a request now.
+            is_reading: whether to rank it behind all that are not reading.
         """
         order = _NO_ROOM if is_held or load >= FULL else FULL + load if is_reading else load
         rank = self._ranks[address] = (order, self._turns[address])
@@ -94,30 +94,30 @@ class EndpointPicker:
         return len(self._loads)
 
     def saturation(self) -> float:
-        """Return the load of all: the mean, below 1 as long as any has room, and else 1."""
+        """Return the mean load, kept below 1 while any endpoint has room; 1 if none has."""
         if self.best() is None:
             return FULL
         load = self.mean()
         return load if load < _ALMOST_FULL else _ALMOST_FULL  # the sum may be off by rounding
 
     def mean(self) -> float:
-        """Return the mean load, whether or not something may be sent; there must be endpoints."""
+        """Return the mean load, whether or not endpoints are held back; there must be endpoints."""
         return self._load_sum / len(self._loads)
 
     def best(self) -> str | None:
-        """Return the endpoint that goes first, None if none has room."""
+        """Return the endpoint to pick; None: none has room."""
         first = self._order.first()
         return first[1] if first is not None and first[0][0] < _NO_ROOM else None
 
     def best_of(self, subset: Subset) -> str | None:
-        """Return the same, among some endpoints. O(subset)."""
+        """Return the endpoint to pick among some. O(subset)."""
         (order, _), address = min(self._places(subset), default=((_NO_ROOM, 0), ""))
         return address if order < _NO_ROOM else None
 
     def cached_at(self, request: Request) -> str | None:
-        """Return the endpoint that served the beginning of a request's prompt and may have more.
+        """Return the endpoint that affinity prefers for a request; None: no preference.
 
-        None: there is none, or without affinity. O(blocks of the prompt).
+        O(blocks of the prompt).
         """
         if self._affinity is None or not request.prefix:
             return None
@@ -138,7 +138,7 @@ class EndpointPicker:
         return rank is not None and rank[0] < _NO_ROOM
 
     def fallbacks(self, subset: Subset | None, picked: str, count: int) -> tuple[str, ...]:
-        """Return where to send a request if the endpoint picked cannot be reached. O(endpoints)."""
+        """Return where else to send a request if its endpoint is unreachable. O(endpoints)."""
         places = nsmallest(count + 1, self._places(subset))
         return tuple([address for _, address in places if address != picked][:count])
 

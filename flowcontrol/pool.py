@@ -1,11 +1,12 @@
 """Pure. The endpoints of the pool, what is in flight at each, and how full that makes it.
 
 A request in flight is counted from its dispatch to the end of its stream, so the counts are exact.
-The pool is full as soon as any of its detectors says so, in any of its stages: with endpoints that
-only prefill and others that only decode, either kind alone can be what all requests wait for.
+The pool is full as soon as any detector of any stage says so: where some endpoints only prefill and
+others only decode, either stage alone can hold up every request.
 
-Where the engine picks (`picker`), what exceeds one endpoint's limit fills no other: the load of the
-pool is the mean of its endpoints' loads, each full at most, and it is full when none has room.
+Where the engine picks (`picker`), load beyond one endpoint's limit does not fill the others: the
+load of the pool is the mean of its endpoints' loads, each 1.0 at most, and the pool is full when no
+endpoint has room.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ class InFlight:
     requests: int = 0
     tokens: float = 0.0
     begun: int = 0
-    """How many ever were."""
+    """How many were dispatched so far."""
 
     def add(self, lease: Lease) -> None:
         """Count a dispatch."""
@@ -46,7 +47,7 @@ class InFlight:
 
 
 _ALMOST_FULL: Final = 1 - 1e-9
-"""More than that is full: a mean may be off by rounding."""
+"""A larger load counts as full: a mean may be off by rounding."""
 _NOTHING: Final = InFlight()
 """In flight at an endpoint that has left."""
 
@@ -63,33 +64,32 @@ class StageLoad(Protocol):
         """Whether the engine picks which endpoint of the stage a request goes to."""
 
     def pool(self) -> InFlight:
-        """Return the account of what is in flight in the whole stage: always the same one."""
+        """Return the account of what is in flight in the whole stage: always the same object."""
 
     def at(self, address: str) -> InFlight | None:
-        """Return what is in flight at one endpoint, None while Envoy picks."""
+        """Return the account of one endpoint; None while Envoy picks."""
 
     def picked_for(self, lease: Lease) -> str | None:
-        """Return the endpoint of the stage that was picked for a request; None: Envoy's choice."""
+        """Return the endpoint of the stage that was picked for a request; None: Envoy picked."""
 
 
 class Detector(Protocol):
-    """Says how full one stage of the pool is. 1.0 is full.
+    """Measures how full one stage of the pool is. 1.0 is full.
 
-    Is called with everything that happens, but only with ends and settlements while its stage has
-    no endpoints. Both questions cost O(1), but for the endpoints of the stage when they or their
-    metrics change.
+    It is called with every event of its stage; while the stage has no endpoints, only with ends and
+    settlements. The loads cost O(1), and O(endpoints) after endpoints or metrics have changed.
     """
 
     @property
     def settings(self) -> DetectorSettings:
-        """What it goes by."""
+        """Its settings."""
 
     counts_dispatches: bool
-    """Whether it keeps an account of its own: hears of dispatches, their ends and settlements."""
+    """Whether it must be called with dispatches, their ends and settlements."""
     has_timer: bool
     """Whether time alone can change its answers."""
     revision: int
-    """Changes whenever an endpoint's load may have changed other than by the call just made."""
+    """Changes whenever the load of an endpoint may have changed that the call was not about."""
 
     def saturation(self) -> float:
         """Return the load of the stage."""
@@ -98,58 +98,58 @@ class Detector(Protocol):
         """Return the load of one endpoint."""
 
     def unheld(self) -> float:
-        """Return the load of the stage, whether or not it must be sent nothing for the moment."""
+        """Return the load of the stage as if nothing were held back."""
 
     def holds(self, address: str) -> bool:
-        """Whether an endpoint must be sent nothing for the moment, whatever its load is."""
+        """Whether an endpoint must not be sent a request just now, whatever its load."""
 
     def reads(self, address: str) -> bool:
-        """Whether an endpoint is to be picked only where all others read a prompt, too."""
+        """Whether an endpoint reads a prompt: others are preferred."""
 
     def reading_ns(self, lease: Lease) -> float:
-        """Return the time of all endpoints together that a prompt takes; 0: it is not known."""
+        """Return how long reading a prompt occupies all endpoints together; 0: unknown."""
 
     def endpoints_changed(self, now_ns: int) -> None:
-        """Notice that the stage has other endpoints."""
+        """Take in that the endpoints of the stage have changed."""
 
     def charged(self, lease: Lease, now_ns: int) -> None:
-        """Notice a dispatch, already counted in the stage's load."""
+        """Take in a dispatch, which the stage's account already counts."""
 
     def released(self, lease: Lease, now_ns: int) -> None:
-        """Notice the end of a request in flight, already taken from the stage's load."""
+        """Take in the end of a request, which the stage's account no longer counts."""
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
-        """Take in what an endpoint says of itself."""
+        """Take in one scrape of an endpoint."""
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
-        """Take in what a request really took."""
+        """Take in what a request actually used."""
 
     def advance(self, now_ns: int) -> Sequence[str]:
-        """Let time pass; return the endpoints whose load is another now."""
+        """Let time pass; return the endpoints whose load this changed."""
 
     def next_change_ns(self) -> int | None:
-        """Return when time alone will change the answer; None if it will not."""
+        """Return when time alone next changes a load; None: it does not."""
 
 
 class WithoutPace:
-    """The answers of a detector that does not know how long prompts take to be read."""
+    """What a detector answers that does not pace prompts."""
 
-    def holds(self, address: str) -> bool:  # noqa: ARG002 - at no time
-        """No: only the load holds requests back."""
+    def holds(self, address: str) -> bool:  # noqa: ARG002 - never
+        """Return False: only the load holds requests back."""
         return False
 
-    def reads(self, address: str) -> bool:  # noqa: ARG002 - it is not known
-        """No: only the load makes a difference between endpoints."""
+    def reads(self, address: str) -> bool:  # noqa: ARG002 - unknown
+        """Return False: it is unknown."""
         return False
 
-    def reading_ns(self, lease: Lease) -> float:  # noqa: ARG002 - it is not known
-        """Return 0: it is not known."""
+    def reading_ns(self, lease: Lease) -> float:  # noqa: ARG002 - unknown
+        """Return 0: it is unknown."""
         return 0.0
 
 
 @final
 class Stage:
-    """The endpoints that do one part of the work, and the detectors that watch them."""
+    """The endpoints that prefill, or that decode, or all where nothing is split."""
 
     def __init__(self, pool: "Pool", role: Role, addresses: tuple[str, ...]) -> None:
         self._pool = pool
@@ -158,15 +158,15 @@ class Stage:
 
     @property
     def is_picked(self) -> bool:
-        """Whether the engine picks an endpoint here: never where there is only prefill."""
+        """Whether the engine picks endpoints here: never in a stage that only prefills."""
         return self._pool.picks and self._role is not Role.PREFILL
 
     def pool(self) -> InFlight:
-        """Return what is in flight: every request passes every stage."""
+        """Return the account of the pool: every request passes every stage."""
         return self._pool.total
 
     def at(self, address: str) -> InFlight | None:
-        """Return what is in flight at one endpoint, None while it is not picked by the engine."""
+        """Return the account of one endpoint; None where the engine does not pick."""
         return self._pool.loads.get(address, _NOTHING) if self.is_picked else None
 
     def picked_for(self, lease: Lease) -> str | None:
@@ -183,13 +183,13 @@ class DetectorFactory(Protocol):
 
 @final
 class Pool:
-    """Counts requests in flight and asks the detectors.
+    """Counts requests in flight, and combines the loads that the detectors measure.
 
     Args:
-        picker: who chooses the endpoint. What the engine sent to an endpoint that has left the pool
-            no longer counts against those that remain.
-        make_detectors: for each stage; a stage keeps its detectors when only its endpoints change.
-        fallbacks_max: endpoints named beside the one picked.
+        picker: whether Envoy or the engine chooses endpoints. A request that the engine sent to an
+            endpoint that has left the pool does not count against those that remain.
+        make_detectors: makes those of a stage, which keeps them when only its endpoints change.
+        fallbacks_max: how many endpoints to name besides the one picked.
     """
 
     def __init__(
@@ -197,59 +197,59 @@ class Pool:
     ) -> None:
         self.fallbacks_max = fallbacks_max
         self.total = InFlight()
-        """In flight, but for what was sent to endpoints that have left."""
+        """In flight, except at endpoints that have left."""
         self.loads: dict[str, InFlight] = {}
-        """In flight at each endpoint, also at those that have left until it has ended."""
+        """In flight at each endpoint, including those that have left with requests in flight."""
         self.endpoints: tuple[Endpoint, ...] = ()
         self.picker = EndpointPicker()
-        """Chooses where to send a request, while `picks`."""
+        """Chooses endpoints, while `picks` is set."""
         self._set_picker(picker)
         self.stages: dict[Role, Stage] = {}
         self.is_empty = True
-        """Whether it has no endpoint, or none that decodes, where prefill and decode run apart."""
+        """Whether it has no endpoint; with prefill and decode apart, none that decodes."""
         self.detectors: dict[Role, list[Detector]] = {}
-        """Of each stage."""
+        """The detectors of each stage."""
         self.has_timer = False
         """Whether time alone can change the saturation."""
         self._make_detectors = make_detectors
         self._present: frozenset[str] = frozenset()
         """The addresses of the endpoints."""
         self._unplaced = InFlight()
-        """In flight where Envoy sent it."""
+        """In flight at endpoints of Envoy's choice."""
         self._all: list[Detector] = []
-        """Of the stages that have endpoints."""
+        """Detectors of the stages that have endpoints."""
         self._counting: list[Detector] = []
-        """Those of them that hear of dispatches."""
-        self._hearing: list[Detector] = []
-        """Those of every stage: what was dispatched may end while no endpoint is there."""
+        """Those of them that are called with dispatches."""
+        self._counting_ends: list[Detector] = []
+        """The same of every stage: a request may end while its stage has no endpoint."""
         self._timed: list[Detector] = []
         self._asked: list[Detector] = []
-        """Those that say how full the pool is; with a picker, of the stage that is not picked."""
+        """Those whose loads are the load of the pool; with a picker, not those of its stage."""
         self._detectors_of: dict[str, list[Detector]] = {}
-        """By endpoint, those of its stage; of the stage that is picked for, where it is in both."""
+        """By endpoint, those of its stage; for an endpoint in both, of the one with the picker."""
         self._pick_stage = Stage(self, Role.BOTH, ())
         self._to_pick: frozenset[str] = frozenset()
         """The addresses of its endpoints."""
         self._revision = 0
         self._spares_readers = False
         self._saturation: float | None = None
-        """The load of the pool; None when it has to be computed again."""
+        """The load of the pool; None: it must be computed again."""
 
     def saturation(self) -> float:
-        """Return the load of the pool; an empty one is full."""
+        """Return the load of the pool, 1.0 is full; an empty pool is full."""
         known = self._saturation
         if known is None:
             known = self._saturation = self._measure()
         return known
 
     def load(self) -> float:
-        """Return the load of the pool, whether or not it may be sent something just now."""
+        """Return the load of the pool as if nothing were held back."""
         if self.picks and len(self.picker):
             return self.picker.mean()
         return self.saturation()
 
     def unheld(self) -> float:
-        """Return the load of the pool as if all prompts were read that were sent. O(detectors)."""
+        """Return the load of the pool as if every prompt sent were read. O(detectors)."""
         load = self.saturation()
         if load < FULL or self.is_empty:
             return load
@@ -259,24 +259,23 @@ class Pool:
         return load if load >= FULL or load < _ALMOST_FULL else FULL
 
     def _asking(self) -> list[Detector]:
-        """Return who says how full the pool is; while Envoy sent some, it counts as a whole too."""
+        """Return the detectors to ask: all, while requests of Envoy's choice are in flight."""
         return self._all if self._unplaced.requests else self._asked
 
     def spare_readers(self, *, is_on: bool) -> None:
-        """Pick an endpoint that reads a prompt only where all do, or no longer; O(endpoints)."""
+        """Prefer endpoints that read no prompt, or stop preferring them. O(endpoints)."""
         if is_on is not self._spares_readers:
             self._spares_readers = is_on
             self._changed(everywhere=True)
 
     def reading_ns(self, lease: Lease) -> float:
-        """Return the time that a prompt takes of the endpoints of the slower stage, together."""
+        """Return how long reading a prompt occupies the endpoints of the slower stage, together."""
         return max([detector.reading_ns(lease) for detector in self._all], default=0.0)
 
     def held_ns(self, now_ns: int) -> int | None:
-        """Return when something may be sent to places that are free, but for prompts to be read.
+        """Return how long free places are held back for prompts to be read, from now.
 
-        From now; None where a place is free at once, where none is, and where that cannot be told
-        because Envoy picks.
+        None: a place is free at once, or no place is free, or Envoy picks and it is unknown.
         """
         if self.load() > _ALMOST_FULL or self.saturation() < FULL:
             return None
@@ -298,7 +297,7 @@ class Pool:
         return load
 
     def endpoint_saturation(self, address: str) -> float:
-        """Return the load of one endpoint: the fullest of what its stage's detectors say."""
+        """Return the load of one endpoint: the largest that its stage's detectors measure."""
         load = 0.0
         for detector in self._detectors_of[address]:
             saturation = detector.endpoint_saturation(address)
@@ -307,7 +306,7 @@ class Pool:
         return load
 
     def set_endpoints(self, endpoints: Sequence[Endpoint], now_ns: int) -> None:
-        """Replace the pool; an endpoint keeps its count, across an absence too. O(endpoints)."""
+        """Replace the endpoints; each keeps its account, even across an absence. O(endpoints)."""
         self.endpoints = tuple({endpoint.address: endpoint for endpoint in endpoints}.values())
         present = [endpoint.address for endpoint in self.endpoints]
         gone = self.loads.keys() - set(present)
@@ -323,7 +322,7 @@ class Pool:
     def _set_stages(self, now_ns: int, *, renews: bool = False) -> None:
         roles = {endpoint.role for endpoint in self.endpoints}
         if not roles and self.stages:
-            wanted = tuple(self.stages)  # an absence, not another pool
+            wanted = tuple(self.stages)  # it is taken to be an absence
         else:
             wanted = (Role.BOTH,) if roles <= {Role.BOTH} else (Role.PREFILL, Role.DECODE)
         for gone in [role for role in self.stages if role not in wanted]:
@@ -341,7 +340,7 @@ class Pool:
         ]
         self._counting = [each for each in self._all if each.counts_dispatches]
         everywhere = [detector for role in wanted for detector in self.detectors[role]]
-        self._hearing = [each for each in everywhere if each.counts_dispatches]
+        self._counting_ends = [each for each in everywhere if each.counts_dispatches]
         self._timed = [each for each in self._all if each.has_timer]
         self.has_timer = bool(self._timed)
         picked = wanted[-1] if self.picks else None  # of the two stages, the one that decodes
@@ -364,7 +363,7 @@ class Pool:
         self._changed(everywhere=True)
 
     def reconfigure(self, picker: Picker, make_detectors: DetectorFactory, now_ns: int) -> None:
-        """Take other detectors; what is in flight stays counted. O(endpoints)."""
+        """Replace the detectors; requests in flight stay counted. O(endpoints)."""
         self._set_picker(picker)
         self._make_detectors = make_detectors
         self._set_stages(now_ns, renews=True)
@@ -374,7 +373,7 @@ class Pool:
         self.picker.set_affinity(is_on=picker is Picker.PREFIX_AFFINITY)
 
     def charge(self, lease: Lease, now_ns: int) -> None:
-        """Count a dispatch; with a picker, choose the endpoint and write it into the lease."""
+        """Count a dispatch; with a picker, choose the endpoint and set it in the lease."""
         if self.picks:
             address = lease.endpoint = self.picker.cached_at(lease.request) or self.room_for(lease)
             assert address is not None, "nothing is dispatched to a full pool"
@@ -385,7 +384,7 @@ class Pool:
         self._count(lease, now_ns)
 
     def _count(self, lease: Lease, now_ns: int) -> None:
-        """Count a request at the endpoint that its lease names, and let detectors notice it."""
+        """Count a request at the endpoint of its lease, and call the detectors."""
         address = lease.endpoint
         self.total.add(lease)
         load = self._unplaced if address is None else self.loads[address]
@@ -395,10 +394,10 @@ class Pool:
         self._changed(address)
 
     def moved(self, lease: Lease, address: str, now_ns: int) -> None:
-        """Count a request in flight at the endpoint that serves it, if another was picked.
+        """Count a request in flight at the endpoint that serves it, if that was not picked.
 
-        That endpoint may exceed its limit by it. Nothing changes where Envoy picks, or if the
-        endpoint is not one to pick from: none of the pool, or one that only prefills.
+        It may take that endpoint over its limit. Nothing changes if Envoy picks, if the endpoint is
+        not in the pool, or if it only prefills.
         """
         if lease.endpoint is None or lease.endpoint == address or address not in self._to_pick:
             return
@@ -407,9 +406,9 @@ class Pool:
         self._count(lease, now_ns)
 
     def take_up(self, lease: Lease) -> None:
-        """Count a request that another process dispatched, at the endpoint its lease names.
+        """Count a request that another process dispatched, at the endpoint of its lease.
 
-        Not reported to detectors that count dispatches: what came of it is no evidence of theirs.
+        Detectors are not called: how it fares is no evidence about their own dispatches.
         """
         address = lease.endpoint
         if address is None:
@@ -422,7 +421,7 @@ class Pool:
         self._changed(address, everywhere=address is None)
 
     def release(self, lease: Lease, now_ns: int) -> None:
-        """Give back the slot of a request that has ended."""
+        """Free the slot of a request that has ended."""
         address = lease.endpoint
         if address is None:
             self._unplaced.take(lease)
@@ -433,16 +432,16 @@ class Pool:
                 self.total.take(lease)
             elif not self.loads[address].requests:
                 del self.loads[address]
-        for detector in self._hearing:
+        for detector in self._counting_ends:
             detector.released(lease, now_ns)
         self._changed(address, everywhere=address is None)
 
     def counts(self, lease: Lease) -> bool:
-        """Whether a request in flight holds a slot of the pool as it is now."""
+        """Whether a request in flight holds a slot of the present pool."""
         return lease.endpoint is None or lease.endpoint in self._present
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
-        """Take in what an endpoint says of itself; nothing, if it has left."""
+        """Take in a scrape of an endpoint; ignored if it has left."""
         if load.address not in self._present:
             return
         for detector in self._all:
@@ -450,8 +449,8 @@ class Pool:
         self._changed(load.address)
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
-        """Take in what a request really took."""
-        for detector in self._hearing:
+        """Take in what a request actually used."""
+        for detector in self._counting_ends:
             detector.settled(lease, settled, now_ns)
         self._changed()
 
@@ -463,23 +462,23 @@ class Pool:
                 self._changed(address)
 
     def next_change_ns(self) -> int | None:
-        """Return when time alone will change the saturation."""
+        """Return when time alone next changes the saturation; None: it does not."""
         changes = (detector.next_change_ns() for detector in self._timed)
         return min((change for change in changes if change is not None), default=None)
 
     def limits_changed(self) -> None:
-        """Note that detectors go by other limits than before; O(endpoints)."""
+        """Note that the limits of detectors have changed. O(endpoints)."""
         self._changed(everywhere=True)
 
     def serves(self, lease: Lease) -> bool:
-        """Whether a request has something to wait for: an endpoint of its subset, or any pool."""
+        """Whether a request has something to wait for: an endpoint of its subset, if it has one."""
         subset = lease.request.subset
         if subset is None or not self.picks or self.is_empty:
             return True
         return any(address in self.picker for address in subset)
 
     def has_room_for(self, lease: Lease) -> bool:
-        """Whether a request can go, while the pool is not full."""
+        """Whether a request can be dispatched, while the pool is not full."""
         return lease.request.subset is None or self.has_room_in(lease.request.subset)
 
     def has_room_in(self, subset: Subset) -> bool:
@@ -489,14 +488,14 @@ class Pool:
         return self.picker.has_room_in(subset)
 
     def room_for(self, lease: Lease) -> str | None:
-        """Return where a request would go, of the endpoints that it may go to. O(its subset)."""
+        """Return the endpoint that a request would be sent to, None if none has room. O(subset)."""
         subset = lease.request.subset
         return self.picker.best() if subset is None else self.picker.best_of(subset)
 
     def _changed(self, address: str | None = None, *, everywhere: bool = False) -> None:
-        """Note that the load of the pool, and perhaps of one or all of its endpoints, is another.
+        """Note that the load of the pool has changed, and perhaps of one or all endpoints.
 
-        O(log endpoints); O(endpoints) only when all of them may have changed.
+        O(log endpoints); O(endpoints) if all of them may have changed.
         """
         self._saturation = None
         if not self.picks:

@@ -1,14 +1,14 @@
-"""Pure. How long a prompt takes to be read: the least time to first token at one endpoint.
+"""Pure. How long a prompt takes to read: the least time to first token at one endpoint.
 
-Two things follow from it. What exceeds the least for a prompt of that length was spent waiting
-inside. And the least times of long prompts over those of short ones tell how long one more token of
-a prompt takes, from which it is known when the prompts that were just sent will have been read.
+Two things follow from it. A time to first token beyond the least for a prompt of that length was
+spent waiting inside the engine. And the slope of the least times over the lengths is the time of
+one more token of a prompt, which predicts when the prompts just sent will have been read.
 
-That speed is the least slope there is, of prompts at least a quarter as long as the longest: too
-low a speed, learnt from prompts that waited, empties the engine and is corrected by the next prompt
-that finds it empty; too high a speed holds back too little, and the queue shows elsewhere. Where
-prompts are so short that a step takes longer than most of them, what differs between long and short
-ones is how many ran beside: they show no speed.
+The slope is the smallest there is, among prompts at least a quarter as long as the longest. Errors
+correct themselves: too low a speed, learnt from prompts that waited, empties the engine, and the
+next prompt finds it empty; too high a speed holds back too little, and the queue shows elsewhere.
+If prompts are so short that a step takes longer than reading most of them, long and short ones
+differ only by how many ran beside them: they show no speed.
 """
 
 from math import log2
@@ -18,42 +18,43 @@ from flowcontrol.events import Settled
 from flowcontrol.flow import Lease
 
 _CLASSES: Final = 2.0
-"""Classes of length for each doubling."""
+"""Classes per doubling of the length."""
 _ENOUGH: Final = 4
-"""Prompts seen of a class before its least time tells a speed."""
+"""Prompts of a class before its least time counts for the speed."""
 _LONGER: Final = 4.0
-"""So many times as long as the shortest such a prompt must be, and no shorter than the longest."""
+"""A prompt that shows the speed is at least so many times as long as the shortest, and at least the
+longest divided by it."""
 _PACED: Final = 1.3
-"""Prompts are usually read in so many times the least of all; else their speed is lost in steps."""
+"""If the usual time is less than so many times the least, the speed is lost in the steps."""
 _USUAL: Final = 64.0
-"""Prompts that the usual time remembers."""
+"""Prompts over which the usual time is a mean."""
 _TOLERATED: Final = 0.5
-"""Waiting half as long as the prompt takes is no queue: it came in the middle of a step."""
+"""A wait of half the time of the prompt is no queue: it arrived in the middle of a step."""
 
 
 @final
 class FirstTokenTimes:
     """The least time to first token by length of prompt. O(classes), some dozens.
 
-    What a length has never shown is taken from others: a longer prompt takes no less, and a shorter
-    one, in proportion, no less either. A prompt is as long as what of it was in no cache.
+    For a length without a least time, others bound it: a longer prompt takes at least as long, and
+    a shorter one at least in proportion. Cached tokens do not count for the length of a prompt.
     """
 
     __slots__ = ("_counts", "_least", "_prompts", "token_ns", "usual_ns")
 
     def __init__(self) -> None:
         self._least: dict[int, float] = {}
-        """By length, each class a factor of 1.4 longer than the one before."""
+        """By class of length; each class is longer by a factor of 1.4 than the one before."""
         self._prompts: dict[int, float] = {}
-        """How long the prompt was that took it."""
+        """Length of the prompt with that least time, by class."""
         self._counts: dict[int, int] = {}
         self.token_ns = 0.0
-        """Time that one more token of a prompt takes; 0 while it is not known."""
+        """Time of one more token of a prompt; 0: unknown."""
         self.usual_ns = 0.0
-        """Mean of the least times of the prompts that came; 0 while it is not known."""
+        """Mean over recent prompts of the least time for their length; 0: unknown."""
 
     def learn(self, lease: Lease, settled: Settled) -> float | None:
-        """Take in a time to first token; return how long it waited, None if it does not say."""
+        """Take in a time to first token; return how much of it was waiting, None if unknown."""
         ttft_ns = settled.ttft_ns
         if ttft_ns is None or not settled.is_success:
             return None
@@ -77,16 +78,16 @@ class FirstTokenTimes:
 
     @property
     def least_ns(self) -> float:
-        """The least of all: about a step; 0 while it is not known. O(classes)."""
+        """The least of all, about the time of a step; 0: unknown. O(classes)."""
         return min(self._least.values(), default=0.0)
 
     def fade(self, growth: float) -> None:
-        """Let the least grow a little: it may be outdated."""
+        """Let the least times grow a little, because they may be outdated."""
         for length in self._least:
             self._least[length] *= growth
 
     def forget(self) -> None:
-        """Forget what was learnt, and begin again."""
+        """Forget everything learnt."""
         self._least.clear()
         self._prompts.clear()
         self._counts.clear()

@@ -1,8 +1,8 @@
 """Thread shell. The one thread that owns the flow controller.
 
-It runs at its own pace: take what came, read the clock once, tell the machine, ask it to decide,
-hand the decisions back in one batch, sleep until the next fact or the next deadline; never poll.
-(A second reading, after the turn, tells how long the turn took, and decides nothing.)
+A turn: take the facts from the inbox, read the clock once, pass the facts to the controller, let it
+decide, deliver the decisions in one batch, and sleep until the next fact or the next deadline. It
+never polls. (The clock is read once more after the turn, to measure how long the turn took.)
 """
 
 import time
@@ -20,9 +20,9 @@ from flowcontrol.views.snapshot import Pace, Snapshot
 from flowcontrol.views.view import take_snapshot
 
 _FLOWS_SHOWN_MAX: Final = 1000
-"""Flows a published snapshot holds per band; bounds its cost."""
+"""Most flows of each band in a published snapshot; bounds its cost."""
 _NO_PROGRESS_S: Final = 0.001
-"""Pause before a turn at a time that has been decided already."""
+"""Pause before a second turn at the same time."""
 _PACE_BOUNDS_S = (  # not Final: mypyc takes a final tuple of floats for unset
     *(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
@@ -30,10 +30,10 @@ _PACE_BOUNDS_S = (  # not Final: mypyc takes a final tuple of floats for unset
 
 
 class Recorder(Protocol):
-    """Takes every turn."""
+    """Records every turn."""
 
     def turned(self, controller: FlowController, turn: Turn) -> None:
-        """Keep what happened; in the processor's thread, so it must return at once."""
+        """Record a turn; called in the processor's thread, so it must return at once."""
 
 
 @final
@@ -43,12 +43,12 @@ class FlowProcessor:
     Args:
         controller: owned by the thread from `start` on.
         inbox: where its facts come from.
-        deliver: called in the thread with each batch of decisions, and with a snapshot whenever one
-            was asked for since the last turn. Must return at once.
-        ended: called in the thread as its last act: with None after a drain, else with what went
-            wrong. Any exception in a turn is a bug: nothing is decided after it.
+        deliver: called in the thread with each batch of decisions, and with a snapshot if one was
+            requested since the last turn. Must return at once.
+        ended: called in the thread as its last act: with None after a drain, else with the
+            exception. Any exception in a turn is a bug: nothing is decided after it.
         clock: monotonic nanoseconds.
-        recorder: gets every turn; None: there is none.
+        recorder: records every turn; None: no recording.
     """
 
     def __init__(  # noqa: PLR0913 - each is one wire of the shell
@@ -75,16 +75,16 @@ class FlowProcessor:
         self._own_thread = Thread(target=self._run, name="flow-processor", daemon=True)
 
     def start(self) -> None:
-        """Begin to take facts."""
+        """Start the thread."""
         self._own_thread.start()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the thread to end; whether it did."""
+        """Wait for the thread to end; return whether it did."""
         self._own_thread.join(timeout_s)
         return not self._own_thread.is_alive()
 
     def want_snapshot(self) -> None:
-        """Ask, from any thread, for a snapshot with the next delivery; many asks make one."""
+        """Request, from any thread, a snapshot with the next delivery; requests are merged."""
         self._is_snapshot_wanted = True
         self._inbox.ring()
 
@@ -93,7 +93,7 @@ class FlowProcessor:
         try:
             while not self._controller.is_drained:
                 self._turn(self._sleep())
-            self._turn(self._inbox.close())  # accepted means decided, at the last moment too
+            self._turn(self._inbox.close())  # whatever was accepted is decided
         except BaseException as error:  # noqa: BLE001 - passed to `ended`, which ends the process
             fault = error
             self._inbox.close()
@@ -112,7 +112,7 @@ class FlowProcessor:
             self._recorder.turned(controller, Turn(now_ns, facts, decisions))
         snapshot = None
         if self._is_snapshot_wanted:
-            self._is_snapshot_wanted = False  # before it is taken: an ask in between gets another
+            self._is_snapshot_wanted = False  # first, so that a request from now on gets another
             snapshot = take_snapshot(controller, now_ns, _FLOWS_SHOWN_MAX)
             snapshot = replace(snapshot, pace=Pace(self._turns.snapshot(), self._lags.snapshot()))
         if decisions or snapshot is not None:
@@ -126,7 +126,7 @@ class FlowProcessor:
     def _answer(self, asked: Asked, now_ns: int) -> object:
         try:
             return asked.question(self._controller, now_ns)
-        except Exception as error:  # noqa: BLE001 - it only looked; the asker gets the error
+        except Exception as error:  # noqa: BLE001 - a query changes nothing; the caller gets the error
             return error
 
     def _sleep(self) -> list[Fact | Asked]:
@@ -134,6 +134,6 @@ class FlowProcessor:
         if wakeup_ns is None:
             return self._inbox.take(None)
         wait_s = (wakeup_ns - self._clock()) / 1e9
-        if wakeup_ns <= self._decided_ns:  # a bug, or a clock that stands still: no reason to spin
+        if wakeup_ns <= self._decided_ns:  # a bug, or a clock that stands still: do not spin
             wait_s = max(wait_s, _NO_PROGRESS_S)
         return self._inbox.take(wait_s)

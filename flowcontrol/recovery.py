@@ -1,16 +1,15 @@
 """Pure. Requests in flight that another process dispatched: a predecessor, or the leader before.
 
 Each holds its slot until the access log reports its end, or its endpoint reports fewer requests
-than are held there, or it is older than a bound. Requests that no store recorded are found
-by the first report of an endpoint: what it works on beyond what is known to be in flight there is
-counted, too.
+than are held there, or it is older than a bound. Requests that no store recorded are found in the
+first report (scrape) of an endpoint: what it works on beyond the requests known to be in flight
+there is counted, too.
 
-What was dispatched just now may not have reached its endpoint, and what has ended there is in
-flight here a moment longer. So of what is missing from a report, that is taken off which has been
-dispatched since the report before, and which has ended here until the next: so many leases are over
-for certain. Where requests are so short that this says nothing, leases are over by as many as were
-missing from every report of some seconds. Where Envoy picks, the sums over all endpoints are
-compared.
+A request dispatched just now may not have reached its endpoint yet, and one that has ended there is
+in flight here a moment longer. So from the number missing in a report, subtract what was dispatched
+since the report before, and what ends here until the next: at least so many leases are over. If
+requests are so short that nothing is left, the number over is the least that was missing in every
+report of some seconds. Where Envoy picks, the sums over all endpoints are compared.
 """
 
 from typing import Final, NamedTuple, final
@@ -24,32 +23,32 @@ from flowcontrol.pool import Pool
 from flowcontrol.request import DEFAULT_PRIORITY, FlowKey, Request
 
 MISSING_NS: Final = 5_000_000_000
-"""How long requests must be missing from all reports of their endpoint to be over."""
+"""Requests missing from all reports of their endpoint for so long are over."""
 APART_NS: Final = 250_000_000
-"""By how much reports are at least apart that are compared: a request reaches its endpoint, and its
-end is known here, in less. Where Envoy picks, each endpoint has reported again."""
+"""Least time between reports that are compared: requests reach their endpoints, and ends are known
+here, in less. Where Envoy picks, each endpoint has reported again within it."""
 
 
 class _Missing(NamedTuple):
-    """Requests that are in flight here and not at their endpoint."""
+    """Requests in flight here and not at their endpoint."""
 
     requests: int
-    """The least of all reports."""
+    """The fewest of all reports since then."""
     since_ns: int
 
 
 class _Report(NamedTuple):
-    """What was in flight here at a report, and was not at the endpoint."""
+    """The state of a place at one report."""
 
     at_ns: int
     begun: int
-    """Dispatched ever."""
+    """Requests dispatched so far."""
     requests: int
-    """In flight."""
+    """Requests in flight."""
     missing: int
-    """That the endpoint does not have."""
+    """Requests in flight here and not at the endpoint."""
     on_the_way: int
-    """How many of those that this process dispatched may not have reached it yet, at most."""
+    """Most requests of this process that may not have reached the endpoint yet."""
 
 
 @final
@@ -57,29 +56,29 @@ class Recovery:
     """Holds the slots of recovered leases. O(log leases) for each, O(leases) for a report.
 
     Args:
-        pool: where the slots are.
+        pool: whose slots they are.
     """
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._flow = Flow(FlowKey(DEFAULT_PRIORITY, ""), Ordering.FCFS, Limits())
-        """In no band: recovered requests belong to none."""
+        """Belongs to no band, as recovered requests do."""
         self._leases: dict[str, Lease] = {}
         """By ticket."""
         self._due: KeyedHeap[str, int] = KeyedHeap()
-        """When each is too old: the oldest first."""
+        """When each is too old."""
         self._age_max_ns = 0
         self._is_counting_until_ns: int | None = None
         self._counted: set[str | None] = set()
         """Places that have reported since the recovery; None: the pool as a whole."""
         self._reports: dict[str, int] = {}
-        """Requests each endpoint has, by its latest report since the recovery."""
+        """Requests at each endpoint, by its latest report since the recovery."""
         self._missing: dict[str | None, _Missing] = {}
         """By place."""
         self._latest: dict[str | None, _Report] = {}
-        """By place, the latest of those that are compared."""
+        """By place, the latest report to compare with."""
         self._taken_up = 0
-        """Ever: numbers requests downwards, where no request of this process is."""
+        """Leases taken up so far; their request ids are negative, unlike those of this process."""
 
     @property
     def count(self) -> int:
@@ -87,7 +86,7 @@ class Recovery:
         return len(self._leases)
 
     def recover(self, recovered: LeasesRecovered, now_ns: int) -> None:
-        """Take up leases in place of those recovered before."""
+        """Replace the recovered leases."""
         for ticket in list(self._leases):
             self._release(ticket, now_ns)
         self._age_max_ns = recovered.age_max_ns
@@ -111,12 +110,12 @@ class Recovery:
             self._release(first[1], now_ns)
 
     def next_due_ns(self) -> int | None:
-        """Return when the next lease is too old, None if there is none."""
+        """Return when the next lease is too old; None: there is none."""
         first = self._due.first()
         return None if first is None else first[0]
 
     def observed(self, load: LoadObserved, now_ns: int) -> None:
-        """Compare a report with what is held."""
+        """Compare a report with the leases held, and free the slots of those that are over."""
         counts_until_ns = self._is_counting_until_ns
         is_counting = counts_until_ns is not None and now_ns < counts_until_ns
         if load.running is None or not (self._leases or is_counting):

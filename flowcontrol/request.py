@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, final
 
 DEFAULT_FLOW_ID: Final = "default-flow"
 DEFAULT_PRIORITY: Final = 0
-"""Of a request that names no known objective; the InferenceObjective CRD's own default."""
+"""Priority of a request without a known objective, as in the InferenceObjective CRD."""
 
 
 class FlowKey(NamedTuple):
@@ -22,7 +22,7 @@ class FlowKey(NamedTuple):
 
 
 class Scope(Enum):
-    """What a limit on waiting requests is of."""
+    """The scope of a limit on waiting requests."""
 
     FLOW = "flow"
     BAND = "band"
@@ -32,32 +32,32 @@ class Scope(Enum):
 @final
 @dataclass(slots=True, init=False)
 class Request:
-    """What the gate tells the engine of a request. Never changed after it is handed over."""
+    """A request as the gate describes it to the engine. Never changed after the hand-over."""
 
     request_id: int
-    """Unique in this process; drawn from a counter, never the client's own id."""
+    """Unique in this process; from a counter, never the client's own id."""
     flow_id: str = DEFAULT_FLOW_ID
     objective: str | None = None
-    """Name of the InferenceObjective; the engine alone knows which priority that means."""
+    """Name of the InferenceObjective; the engine alone maps it to a priority."""
     byte_size: int = 0
-    """Size of the request as announced; what the byte limits count."""
+    """Announced size of the request, which the byte limits count."""
     ttl_ns: int | None = None
-    """How long the client is willing to wait, from arrival; can only shorten the band's own."""
+    """How long the client is willing to wait, from arrival; only shortens the band's limit."""
     input_tokens: int | None = None
-    """Tokens of the prompt, where Envoy knows them; else estimated from the byte size."""
+    """Tokens of the prompt, if Envoy knows them; None: estimated from the byte size."""
     output_tokens_max: int | None = None
     """The most tokens the client asked for."""
     ttft_slo_ns: int | None = None
     """When its first token is due, from arrival."""
     model: str = ""
-    """Names what is alike in output length."""
+    """Requests of one model are taken to have similar output lengths."""
     subset: tuple[str, ...] | None = None
-    """Endpoints it may go to, where the engine picks; None: any."""
+    """Endpoints it may go to, if the engine picks; None: any."""
     prefix: tuple[int, ...] = ()
-    """Hashes of the blocks its prompt begins with, each over all before it too; empty: unknown."""
+    """Hashes of the first blocks of its prompt, each over all before it, too; empty: unknown."""
     arrived_ns: int | None = None
-    """When it came, monotonic: before it was handed over, and long before if it waited at another
-    replica. None: in the turn that takes it in."""
+    """When it arrived, monotonic: before the hand-over, and long before it if it waited at another
+    replica. None: the time of the turn that takes it in."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - its fields; as in `events`
         self,
@@ -89,12 +89,12 @@ class Request:
 
 
 class Outcome(Enum):
-    """What became of a request. The value is the word used in logs, metrics and the API.
+    """The outcome of a request. The value is the word used in logs, metrics and the API.
 
-    Reject: never queued. Evict: queued, then removed undispatched.
+    Rejected: never queued. Evicted: queued, then removed undispatched.
     """
 
-    __hash__ = object.__hash__  # members are single; Enum's own is Python, and asked at each count
+    __hash__ = object.__hash__  # members are singletons; Enum's own is slow, and called often
 
     DISPATCHED = "dispatched"
     REJECTED_CAPACITY = "rejected-capacity"
@@ -107,13 +107,13 @@ class Outcome(Enum):
     EVICTED_DRAINED = "evicted-drained"
     EVICTED_OPERATOR = "evicted-operator"
     EVICTED_STOOD_DOWN = "evicted-stood-down"
-    """Another replica decides now, and this request cannot be moved there: its client is told."""
+    """Another replica decides now, and the request cannot be moved: the client gets an error."""
     EVICTED_MOVED = "evicted-moved"
-    """Another replica decides now, and Envoy asks it; the client is told nothing here."""
+    """Another replica decides now, and Envoy asks it: the client gets no answer from here."""
     RECLAIMED = "reclaimed"
-    """Ended in flight for a better waiting request."""
+    """Ended in flight for a more important waiting request."""
     INTERNAL = "internal"
-    """The engine failed; decided by the gate, because the engine no longer can."""
+    """The engine failed; set by the gate, because the engine no longer decides."""
 
     @property
     def was_dispatched(self) -> bool:
@@ -122,20 +122,20 @@ class Outcome(Enum):
 
     @property
     def group(self) -> "Group":
-        """What it is counted as where few numbers have room."""
+        """The group it belongs to in summaries."""
         if self is Outcome.DISPATCHED:
             return Group.DISPATCHED
         return Group.REFUSED if self in _REFUSED else Group.EVICTED
 
 
 class Group(Enum):
-    """Outcomes that mean much the same where many are looked at."""
+    """Outcomes with much the same meaning, for summaries."""
 
     DISPATCHED = "dispatched"
     REFUSED = "refused"
     """Rejected, or the engine failed."""
     EVICTED = "evicted"
-    """Evicted, or reclaimed: it had been taken in, and was ended all the same."""
+    """Evicted or reclaimed: accepted first, and then ended."""
 
 
 _REACHED: Final = (Outcome.DISPATCHED, Outcome.RECLAIMED)
@@ -148,7 +148,7 @@ _REFUSED: Final = (
 
 
 def by_group(counts: Mapping[Outcome, int]) -> Counter[Group]:
-    """Return how many outcomes there were of each group."""
+    """Return the number of outcomes in each group."""
     groups: Counter[Group] = Counter()
     for outcome, count in counts.items():
         groups[outcome.group] += count

@@ -1,13 +1,13 @@
-"""Pure. How much of the pool must a lower band leave free, so that higher ones find a place?
+"""Pure. How much of the pool must a lower band leave free, so that higher bands find a place?
 
-A person who comes when every place is taken waits for the next departure. So a lower band is let in
-only while more than k places would stay free, and k is chosen such that an arrival of the higher
-bands finds none with at most the probability p that their `wait_target` says.
+A person who arrives when every place is taken waits for the next departure. So a lower band is
+dispatched only while more than k places stay free, and k is chosen such that an arrival of the
+higher bands finds no place with at most the probability p of their `wait_target`.
 
-While lower ones wait, k places are free or fewer: a departure that makes it more lets one of them
-in. Higher ones take places at a rate a, departures give places back at a rate d. So k less the free
-places is a random walk with drift a - d that is held at 0, and an arrival waits where it has
-reached k. By Lundberg's inequality, for what it is like after a long time,
+While requests of lower bands wait, at most k places are free: a departure that frees one more lets
+one of them in. Higher bands take places at a rate a, departures give places back at a rate d. So k
+minus the free places is a random walk with drift a - d that does not go below 0, and an arrival
+waits if the walk has reached k. By Lundberg's inequality, in the steady state,
 
     P(walk >= k) <= exp(-t k)       where t > 0 solves   (a / b) (exp(t b) - 1) = d (1 - exp(-t))
 
@@ -16,20 +16,19 @@ Ruin Probabilities, 2010; for b = 1 it is exact: t = log(d / a), the queue M/M/1
 
     k = log(1 / p) / t
 
-How bursty arrivals are is measured: the variance of their number in a second, and in eight, over
-its mean is 1 where they come independently of each other, and b where they come in batches of b;
-the larger counts. Rates are means over about a minute. The departures that matter are those of a
-full pool: by Little's law, what leaves it now over how full it is.
+The burstiness b of arrivals is measured. The variance of their number in a second over its mean is
+1 if they arrive independently of each other, and b if they arrive in batches of b. It is measured
+over one second and over eight; the larger counts. Rates are means over about a minute. The rate d
+is that of a full pool: by Little's law, the present departures over how full the pool is.
 
 A place is what a request of the higher bands adds to the load of the pool on average: a slot, or
-its tokens. A quarter of the pool is the most that is held back, also where a and d are so close
-that the walk has no drift: people who fill more than that go before the job anyway.
+its tokens. At most a quarter of the pool is held back, also if a and d are so close that the walk
+has no drift: people who fill more than that go before the job anyway.
 
-That a place is free is half of it: `reading` says when the engine behind it has time for a person.
+A free place is not enough for a short wait: `reading` limits how busy its engine is with prompts.
 
-What it does not see: which endpoint is free matters little where the engine picks, but a request
-that may only go to some of them finds a place with less certainty; and the first burst of its kind
-comes before it was measured.
+What it does not see: a request that may go to some endpoints only is less sure to find a place. And
+the first burst of its kind arrives before it was measured.
 """
 
 from collections.abc import Sequence
@@ -41,21 +40,21 @@ from flowcontrol.memory import BandNeed, CountsMemory, ReserveMemory
 
 _SECOND_NS: Final = 1_000_000_000
 _MEMORY: Final = 64.0
-"""Seconds that a mean remembers."""
+"""Seconds over which rates are means."""
 _SCALES: Final = (1, 8)
-"""Seconds over which arrivals are counted, to see how bursty they are."""
+"""Widths of the bins in which arrivals are counted to measure burstiness, in seconds."""
 _KEPT_MOST: Final = 0.25
-"""Of what the highest band may fill, never more is held back: in an empty pool all may go."""
+"""Largest part held back, of what the highest band may fill."""
 _RENEW_NS: Final = 250_000_000
 _LOAD_MEMORY: Final = 64.0
 _SELDOM: Final = 0.5
-"""Arrivals in a memory, below which none is expected."""
+"""Fewer arrivals within `_MEMORY`, and none is expected."""
 _BATCH_MOST: Final = 256.0
 
 
 @final
 class EventCounts:
-    """Events by the second: their rate, and how bursty they are. O(1) amortised."""
+    """Counts events: their rate, and their burstiness. O(1) amortised."""
 
     __slots__ = ("_bins", "_means", "_next_ns", "_now", "_passed", "_squares")
 
@@ -65,11 +64,11 @@ class EventCounts:
     def _begin(self, now_ns: int) -> None:
         self._next_ns = now_ns + _SECOND_NS
         self._now = [0.0 for _ in _SCALES]
-        """In the bin under way, of each scale."""
+        """Events in the bin under way, of each width."""
         self._passed = 0
-        """Seconds."""
+        """Seconds that have passed."""
         self._bins = [0.0 for _ in _SCALES]
-        """Bins that the means are of, at most those remembered."""
+        """Bins that the means are over, at most those within `_MEMORY`."""
         self._means = [0.0 for _ in _SCALES]
         self._squares = [0.0 for _ in _SCALES]
 
@@ -80,7 +79,7 @@ class EventCounts:
             self._now[index] += 1.0
 
     def advance(self, now_ns: int) -> None:
-        """Close the bins that are over; after a long silence all is forgotten."""
+        """Close the bins that are over; after a long silence forget everything."""
         if now_ns - self._next_ns > 8 * _MEMORY * _SECOND_NS:
             self._begin(now_ns)
             return
@@ -98,7 +97,7 @@ class EventCounts:
         self._squares[index] += (number * number - self._squares[index]) / bins
 
     def remember(self, now_ns: int) -> CountsMemory:
-        """Return what was counted until now; to ask changes nothing: replay asks less often."""
+        """Return what was counted, without changing it: a replay does not ask at the same times."""
         copy = EventCounts(now_ns)
         copy._next_ns, copy._now, copy._passed = self._next_ns, list(self._now), self._passed
         copy._bins, copy._means = list(self._bins), list(self._means)
@@ -107,7 +106,7 @@ class EventCounts:
         return CountsMemory(tuple(copy._bins), tuple(copy._means), tuple(copy._squares))
 
     def resume(self, memory: CountsMemory, now_ns: int) -> None:
-        """Go on with what was counted before, if it was by these scales."""
+        """Go on with what was counted before, if in bins of these widths."""
         self._begin(now_ns)
         counted = (memory.bins, memory.means, memory.squares)
         if {len(each) for each in counted} == {len(_SCALES)}:
@@ -115,12 +114,12 @@ class EventCounts:
 
     @property
     def per_second(self) -> float:
-        """The mean rate."""
+        """Mean rate, per second."""
         return self._means[0]
 
     @property
     def batch(self) -> float:
-        """Variance over mean of the counts, at least 1: as if they came in batches of so many."""
+        """Variance over mean of the counts, at least 1: the batch size that would explain it."""
         batch = 1.0
         for index, mean in enumerate(self._means):
             if mean > 0 and self._bins[index] > 1:
@@ -130,14 +129,14 @@ class EventCounts:
 
 @final
 class Reserve:
-    """Learns what the bands need free, and says at which saturation each lower one is gated.
+    """Learns what each band needs free, and the saturation at which each lower band is gated.
 
-    O(bands) a quarter of a second and an arrival, else O(1).
+    O(bands) for each arrival and every quarter of a second, else O(1).
     """
 
     def __init__(self, now_ns: int) -> None:
         self.ceilings: list[float] = []
-        """Of each band, highest first, as of the last renewal."""
+        """Ceiling of each band, highest first, as of the last renewal."""
         self._priorities: Sequence[int] = ()
         self._targets: list[float] = []
         self._above: dict[int, EventCounts] = {}
@@ -149,7 +148,7 @@ class Reserve:
         self._renewed_ns: int | None = None
 
     def set_bands(self, priorities: Sequence[int], config: ControllerConfig, now_ns: int) -> None:
-        """Take other bands, or other settings of them."""
+        """Replace the bands, or their settings."""
         self._priorities = priorities
         self._targets = [config.settings_for(each).wait_target for each in priorities]
         self._above = {each: self._above.get(each) or EventCounts(now_ns) for each in priorities}
@@ -168,7 +167,7 @@ class Reserve:
         return ReserveMemory(tuple(bands), self._departures.remember(now_ns), self._fullness)
 
     def restore(self, memory: ReserveMemory, now_ns: int) -> None:
-        """Go on with what was learnt before, of the bands that are known. O(bands)."""
+        """Go on with what was learnt before, for bands that exist. O(bands)."""
         for band in memory.bands:
             counts = self._above.get(band.priority)
             if counts is not None:
@@ -178,7 +177,7 @@ class Reserve:
         self._fullness = memory.fullness
 
     def is_lower(self, rank: int) -> bool:
-        """Whether a band has to leave something free for those above it."""
+        """Whether a band must leave places free for those above it."""
         return self.ceilings[rank] < self.ceilings[0]
 
     def arrived(self, priority: int, now_ns: int) -> None:
@@ -188,7 +187,7 @@ class Reserve:
                 counts.count(now_ns)
 
     def sent(self, priority: int, load: float) -> None:
-        """Take in what a dispatch added to the saturation of the pool."""
+        """Learn what a dispatch added to the saturation of the pool."""
         before = self._loads.get(priority)
         if before is not None and load > 0:
             self._loads[priority] = before + (load - before) / (_LOAD_MEMORY if before else 1.0)
@@ -198,11 +197,11 @@ class Reserve:
         self._departures.count(now_ns)
 
     def renew(self, saturation: float, high: float, now_ns: int) -> None:
-        """Compute the ceilings again, at most every quarter of a second.
+        """Compute the ceilings, at most every quarter of a second.
 
         Args:
             saturation: of the pool, now.
-            high: the ceiling of the highest band.
+            high: ceiling of the highest band.
             now_ns: the time.
         """
         if self._renewed_ns is not None and now_ns - self._renewed_ns < _RENEW_NS:
@@ -227,10 +226,10 @@ def places(arrivals: float, batch: float, departures: float, target: float) -> f
     """Return how many places must be free so that an arrival finds none with that probability.
 
     Args:
-        arrivals: a second.
-        batch: how many come together.
-        departures: a second, of a full pool.
-        target: above 0, at most 1.
+        arrivals: per second.
+        batch: size of the batches they come in, at least 1.
+        departures: per second, of a full pool.
+        target: the probability, above 0, at most 1.
     """
     if target >= 1 or arrivals * _MEMORY < _SELDOM:
         return 0.0
@@ -240,10 +239,10 @@ def places(arrivals: float, batch: float, departures: float, target: float) -> f
 
 
 def _exponent(arrivals: float, batch: float, departures: float) -> float:
-    """Solve for the exponent by halving; the walk drifts down, so there is one above 0.
+    """Solve for the exponent by bisection. The walk drifts down, so there is one above 0.
 
-    It is no more than that of single arrivals, and than where the left side alone is `departures`:
-    up to there the exponential is finite, however large the batch.
+    Upper bounds are the exponent for single arrivals, and the point where the left side alone
+    reaches `departures`: up to there the exponential is finite, however large the batch.
     """
     most = log1p(departures / arrivals * batch) / batch
     low, high = 0.0, min(log(departures / arrivals), most)

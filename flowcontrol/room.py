@@ -1,11 +1,11 @@
 """Pure. Displacement: which queued requests are evicted to admit an arrival?
 
-A limit may be that of the newcomer's flow, of its band, or of everything together. A full flow
-displaces nothing: its newcomer is refused. Else what waits in lower bands is displaced, the lowest
-band first; and where that is not enough, requests of the newcomer's own band, of flows that have a
-longer backlog than its own will be. So a flow that fills a band pays for the others, and two flows
-never displace each other in turns. In every band the flow with the longest backlog loses its newest
-request. Nothing is displaced unless the newcomer then fits.
+Limits apply to a flow, to a band, and to all bands together. If the limit of its flow is reached,
+the newcomer is refused and displaces nothing. Otherwise it displaces requests of lower bands, the
+lowest band first. If that is not enough, it displaces requests of its own band, from flows whose
+backlog is longer than its own would be. So a flow that fills a band pays for the others, and two
+flows never displace each other in turns. In each band the flow with the longest backlog loses its
+newest request. Nothing is displaced unless the newcomer then fits.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,24 +17,24 @@ from flowcontrol.flow import Flow, Lease
 from flowcontrol.request import Scope
 
 DISPLACED_MAX: Final = 16
-"""Requests of its own band that one newcomer can displace: bounds what its size can cost."""
+"""Most requests of its own band that one newcomer can displace, however large it is."""
 
 
 def displaced_for(
     lease: Lease, band: Band, bands: Iterable[Band], everything: Capacity
 ) -> Iterator[Lease] | None:
-    """Return what is displaced to admit a newcomer; None when it has no claim to a place.
+    """Return what to displace to admit a newcomer; None: it must be refused.
 
-    O(bands + log flows) for each; of its own band at most `DISPLACED_MAX`.
+    O(bands + log flows) for each; at most `DISPLACED_MAX` of its own band.
 
     Args:
         lease: the newcomer.
         band: its band.
-        bands: all of them, the highest first.
-        everything: the account over all bands.
+        bands: all bands, highest first.
+        everything: the account of all bands together.
 
     Returns:
-        Requests one by one: each must be out of the queue before the next is asked for.
+        Requests one by one; each must be removed before the next is asked for.
     """
     if not lease.flow.capacity.fits(lease.request.byte_size):
         return None
@@ -56,7 +56,7 @@ def _displaced(
 def _equals_to_displace(
     lease: Lease, band: Band, lower: list[Band], everything: Capacity
 ) -> list[Lease] | None:
-    """Return what must go in the newcomer's own band, were all that waits in lower ones gone."""
+    """Return what must go in the newcomer's own band, if all lower bands were empty."""
     requests = sum(each.capacity.requests for each in lower)
     size = sum(each.capacity.bytes for each in lower)
     own = lease.flow.capacity.requests + 1
@@ -73,7 +73,7 @@ def _equals_to_displace(
         band.backlogs.shift(longest, length, length - 1)
         victims.append(victim)
         freed += victim.request.byte_size
-    for victim in victims:  # none of them has gone yet
+    for victim in victims:  # they are only counted here, not removed
         length = lengths[victim.flow]
         lengths[victim.flow] = length + 1
         band.backlogs.shift(victim.flow, length, length + 1)
@@ -81,7 +81,7 @@ def _equals_to_displace(
 
 
 def _fits(lease: Lease, band: Band, everything: Capacity, freed: tuple[int, int, int, int]) -> bool:
-    """Whether it fits, with so many requests and bytes gone from its own band and from lower."""
+    """Whether it fits, with so much freed in its own band and in lower bands."""
     own_requests, own_bytes, lower_requests, lower_bytes = freed
     size = lease.request.byte_size
     return band.capacity.fits(
@@ -92,7 +92,7 @@ def _fits(lease: Lease, band: Band, everything: Capacity, freed: tuple[int, int,
 
 
 def without_room(lease: Lease, band: Band, everything: Capacity) -> tuple[Scope, ...]:
-    """Return whose limits have no room for a newcomer."""
+    """Return the scopes whose limits have no room for a newcomer."""
     accounts = (
         (Scope.FLOW, lease.flow.capacity),
         (Scope.BAND, band.capacity),

@@ -1,17 +1,17 @@
-"""Pure. How full is the pool? The detectors that count, or go by what endpoints report.
+"""Pure. How full is the pool? The detectors `concurrency` and `utilization`, and the choice of all.
 
-concurrency: requests in flight over how many may be, or tokens, or whichever is fuller. Exact.
+concurrency: requests in flight over their limit, or tokens over theirs; the fuller counts. Exact.
 
-utilization: what the endpoints say of themselves, the mean over them of
+utilization: what the endpoints report, as the mean over them of
 
-    max(waiting / waiting_max, kv_usage / kv_usage_max)        the second where it is reported
+    max(waiting / waiting_max, kv_usage / kv_usage_max)        the second if it is reported
 
-A scrape is old when it comes and older until the next: whatever was dispatched since is not in it.
-So every dispatch counts as one waiting request until it ends, or until a scrape of the endpoint it
-went to shows it (where Envoy picks it is unknown which that is: each has its part): at most
-`waiting_max` are sent to an endpoint and not ended between two scrapes, however late the second
-(the failure of llm-d-router#2066). Absence is never zero: an endpoint never heard of, or not for
-`stale_after_ns`, counts as its staleness setting says.
+A scrape does not show what was dispatched after it. So every dispatch counts as one waiting request
+until it ends, or until a scrape of its endpoint shows it (where Envoy picks, the endpoint is
+unknown, and each counts a part). So between two scrapes, however late the second, an endpoint has
+at most `waiting_max` new requests in flight (the failure of llm-d-router#2066). Missing data never
+counts as zero: an endpoint without a scrape, or without one for `stale_after_ns`, counts according
+to the staleness setting.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from flowcontrol.pool import Detector, DetectorFactory, InFlight, StageLoad, Wit
 
 @final
 class ConcurrencyDetector(WithoutPace):
-    """Requests or tokens in flight over their limit at one endpoint, times the endpoints. O(1)."""
+    """Requests or tokens in flight, over the limit per endpoint times the endpoints. O(1)."""
 
     counts_dispatches = False
     has_timer = False
@@ -55,14 +55,14 @@ class ConcurrencyDetector(WithoutPace):
         return self.saturation()
 
     def endpoint_saturation(self, address: str) -> float:
-        """Return the load of one endpoint; the stage's while only that is known."""
+        """Return the load of one endpoint; that of the stage if no other is known."""
         load = self._stage.at(address)
         if load is None:
             return self.saturation()
         return _fuller(load, self._requests_each, self._tokens_each)
 
     def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - at once
-        """Allow every endpoint as much."""
+        """Scale the limits to the number of endpoints."""
         endpoints = len(self._stage.addresses)
         self._requests_max = endpoints * self._requests_each
         self._tokens_max = endpoints * self._tokens_each
@@ -96,20 +96,20 @@ def _fuller(load: InFlight, requests_max: float, tokens_max: float) -> float:
 
 @final
 class _Reading:
-    """What one endpoint last said, and what has happened since."""
+    """The last scrape of one endpoint, and what was dispatched since."""
 
     __slots__ = ("base", "is_stale", "pending", "seen", "spread")
 
     def __init__(self, base: float | None, seen: int, *, is_stale: bool) -> None:
         self.base = base
-        """Its own load, in parts of full; None as long as it was never heard of."""
+        """Load of the endpoint by its scrape, 1.0 is full; None: never scraped."""
         self.is_stale = is_stale
         self.pending = 0.0
-        """Dispatched to it since, and not ended."""
+        """Requests dispatched to it since, and not ended."""
         self.spread = 0.0
-        """Dispatched since to wherever Envoy chose, and not ended."""
+        """Requests dispatched since to an endpoint of Envoy's choice, and not ended."""
         self.seen = seen
-        """Dispatches, ever, when it spoke."""
+        """Number of the latest dispatch at the time of the scrape."""
 
     def copy(self) -> "_Reading":
         """Return another with the same content."""
@@ -134,13 +134,13 @@ class UtilizationDetector(WithoutPace):
         self._stage = stage
         self._readings: dict[str, _Reading] = {}
         self._share = 1.0
-        """Of each endpoint, in what Envoy spreads."""
+        """Share of each endpoint in what Envoy distributes."""
         self._silent_at: KeyedHeap[str, int] = KeyedHeap()
-        """When each endpoint becomes stale, or staler."""
+        """When each endpoint becomes stale, or its reading decays again."""
         self._dispatched = 0
-        """Ever."""
+        """Dispatches so far."""
         self._numbers: dict[int, int] = {}
-        """Of the dispatches in flight, by request id, in order."""
+        """Number of each dispatch in flight, by request id."""
 
     def saturation(self) -> float:
         """Return the mean load of the endpoints."""
@@ -152,25 +152,25 @@ class UtilizationDetector(WithoutPace):
         return self.saturation()
 
     def endpoint_saturation(self, address: str) -> float:
-        """Return the load of one endpoint; the stage's while Envoy picks."""
+        """Return the load of one endpoint; that of the stage while Envoy picks."""
         load = self._stage.at(address)
         if load is None:
             return self.saturation()
         return self._of(self._readings[address], load.requests)
 
     def _of(self, reading: _Reading, in_flight: float) -> float:
-        """Return an endpoint's load, `in_flight` being what a stale one has."""
+        """Return the load of an endpoint, with `in_flight` requests if it is stale."""
         staleness = self.settings.staleness
         if reading.is_stale and staleness is Staleness.FALLBACK:
             return in_flight / self.settings.requests_max
         if reading.is_stale and (staleness is Staleness.CLOSED or reading.base is None):
             return FULL
-        assert reading.base is not None, "what was never heard of is stale"
+        assert reading.base is not None, "an endpoint without a scrape is stale"
         pending = reading.pending + reading.spread * self._share
         return reading.base + pending / self.settings.waiting_max
 
     def endpoints_changed(self, now_ns: int) -> None:  # noqa: ARG002 - staleness counts from a scrape
-        """Keep the readings of those that stay; who is new has not been heard of."""
+        """Keep the readings of endpoints that stay; a new one has none."""
         addresses = self._stage.addresses
         self._readings = {
             address: self._readings.get(address) or _Reading(None, self._dispatched, is_stale=True)
@@ -192,7 +192,7 @@ class UtilizationDetector(WithoutPace):
             self._readings[address].pending += 1
 
     def released(self, lease: Lease, now_ns: int) -> None:  # noqa: ARG002 - counted, not timed
-        """Count a dispatch that no scrape has shown no longer, where it was counted."""
+        """Stop counting a dispatch that no scrape has shown."""
         number = self._numbers.pop(lease.request.request_id, 0)
         address = self._stage.picked_for(lease)
         if address is None:
@@ -215,10 +215,10 @@ class UtilizationDetector(WithoutPace):
         self._silent_at.put(load.address, now_ns + settings.stale_after_ns)
 
     def settled(self, lease: Lease, settled: Settled, now_ns: int) -> None:
-        """Ignored: single requests tell nothing of an endpoint's load."""
+        """Ignored: a single request does not show the load of an endpoint."""
 
     def advance(self, now_ns: int) -> list[str]:
-        """Let readings become stale, and stale ones fade where that is the setting."""
+        """Let readings become stale, and stale ones decay if that is the setting."""
         changed: list[str] = []
         while (first := self._silent_at.first()) is not None and first[0] <= now_ns:
             due_ns, address = first
@@ -231,7 +231,7 @@ class UtilizationDetector(WithoutPace):
             passed, rest_ns = divmod(now_ns - due_ns, self.settings.stale_after_ns)
             halved = 0.5 ** (passed + reading.is_stale)
             reading.is_stale = True
-            assert reading.base is not None, "it was heard of once"
+            assert reading.base is not None, "it was scraped once"
             reading.base *= halved
             reading.pending *= halved
             reading.spread *= halved
@@ -239,12 +239,12 @@ class UtilizationDetector(WithoutPace):
         return changed
 
     def next_change_ns(self) -> int | None:
-        """Return when the next endpoint becomes stale, or staler."""
+        """Return when the next endpoint becomes stale, or its reading decays again."""
         first = self._silent_at.first()
         return None if first is None else first[0]
 
     def inherit(self, before: "UtilizationDetector") -> None:
-        """Take over what another knows, that went by other settings; it may have several heirs."""
+        """Copy what a detector with other settings has learnt; several may copy from one."""
         readings, silent_at = before._readings, before._silent_at  # noqa: SLF001 - same class
         self._readings = {address: reading.copy() for address, reading in readings.items()}
         self._silent_at = silent_at.copy()
@@ -253,9 +253,10 @@ class UtilizationDetector(WithoutPace):
 
 
 def make_detectors(settings: Sequence[DetectorSettings]) -> DetectorFactory:
-    """Return what makes, for each stage of a pool, a detector of every configured kind.
+    """Return a factory that makes the configured detectors for a stage of a pool.
 
-    One that is configured as before stays; a new one inherits from one of its kind that does not.
+    A detector whose settings are unchanged is kept. A new one inherits from a detector of its kind
+    that is not kept.
     """
 
     def make(stage: StageLoad, now_ns: int, before: Sequence[Detector]) -> list[Detector]:

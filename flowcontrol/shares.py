@@ -1,8 +1,8 @@
-"""Pure. Who got how much lately: the part of each flow in what its band was served.
+"""Pure. The recent share of each flow in what its band was served.
 
-A window that fades instead of ending: what was served counts half after a half-life. Accounts grow
-with time instead of shrinking (forward decay), so a dispatch touches one of them. For views
-only: no policy decides by it.
+The window fades instead of ending: what was served counts half after a half-life. Accounts grow
+with time instead of shrinking (forward decay), so a dispatch changes one of them only. Used by
+views, not by policies.
 """
 
 from typing import Final, final
@@ -11,7 +11,7 @@ HALF_LIFE_NS: Final = 30_000_000_000
 ACCOUNTS_MAX: Final = 10_000
 _RESTART_HALF_LIVES: Final = 64
 _FORGOTTEN: Final = 1e-3
-"""Part of a band's sum below which an account is not worth keeping."""
+"""Accounts below this part of the band's sum are dropped."""
 
 
 @final
@@ -23,14 +23,14 @@ class Shares:
     def __init__(self, now_ns: int) -> None:
         self._since_ns = now_ns
         self._served: dict[str, float] = {}
-        """As seen from `_since_ns`."""
+        """Cost served to each flow, as of `_since_ns`."""
         self._sum = 0.0
 
     def dispatched(self, flow_id: str, cost: float, now_ns: int) -> None:
         """Take in one dispatch."""
         half_lives = (now_ns - self._since_ns) / HALF_LIFE_NS
         if half_lives > _RESTART_HALF_LIVES or len(self._served) > ACCOUNTS_MAX:
-            self._count_anew(half_lives, now_ns)
+            self._rebase(half_lives, now_ns)
             half_lives = 0.0
         grown = cost * 2.0**half_lives
         self._served[flow_id] = self._served.get(flow_id, 0.0) + grown
@@ -40,7 +40,7 @@ class Shares:
         """Return the part a flow got, from 0 to 1; 0 while nothing was served."""
         return self._served.get(flow_id, 0.0) / self._sum if self._sum > 0 else 0.0
 
-    def _count_anew(self, half_lives: float, now_ns: int) -> None:
+    def _rebase(self, half_lives: float, now_ns: int) -> None:
         least = self._sum * _FORGOTTEN
         faded = 2.0**-half_lives
         self._served = {

@@ -1,7 +1,7 @@
-"""Pure. Counts of what became of requests, kept for as long as the process lives.
+"""Pure. Counts of the outcomes of requests, kept for the life of the process.
 
-A name whose counts are kept is an operator's, a priority or an objective; those that are declared
-no more are kept, too, but only so many.
+Counts are kept by priority or objective, names that operators declare. Counts of names that are no
+longer declared are kept, too, up to a bound.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from flowcontrol.views.snapshot import FORECAST_BOUNDS, WAIT_BOUNDS_S, Totals
 
 _RATIO_1: Final = 1_000_000_000
 COUNTED_MAX: Final = 1_000
-"""Names whose counts are kept, at most, where no more are declared. A scraper takes what begins
-again at 0 for a counter of a process that was restarted."""
+"""Most names whose counts are kept, unless more are declared. A counter that starts again at 0
+looks to Prometheus like a restart."""
 Name = TypeVar("Name", int, str)
 Counts = TypeVar("Counts")
 
 
 def make_room(counted: dict[Name, Counts], is_declared: Callable[[Name], bool]) -> None:
-    """Make room for a new name, where there is none: drop the first that is declared no more.
+    """Make room for a new name, if there is none: drop the first that is not declared.
 
     O(names), and only for a new one.
     """
@@ -39,17 +39,17 @@ class Tally:
     def __init__(self) -> None:
         self.completed = 0
         self.forecasts = Histogram(FORECAST_BOUNDS)
-        """Real waits over predicted ones; a ratio of 1 is counted as 1 s."""
+        """Ratios of real to forecast waits; a ratio of 1 is counted as 1 s."""
         self._waits: dict[Outcome, Histogram] = {}
-        """Of all that were decided, by outcome."""
+        """Waits of all decided requests, by outcome."""
 
     def count(self, outcome: Outcome, waited_ns: int, expected_ns: int | None = None) -> None:
         """Count one decision.
 
         Args:
-            outcome: what it was.
+            outcome: of the request.
             waited_ns: from arrival to decision.
-            expected_ns: what that was predicted to be; what was dispatched shows how true it was.
+            expected_ns: the forecast of that; compared only if the request was dispatched.
         """
         if expected_ns and outcome is Outcome.DISPATCHED:
             self.forecasts.observe(waited_ns * _RATIO_1 // expected_ns)
@@ -60,7 +60,7 @@ class Tally:
 
     @property
     def outcomes(self) -> dict[Outcome, int]:
-        """Return how often each was decided."""
+        """Return the count of each outcome."""
         return {outcome: sum(waits.snapshot().counts) for outcome, waits in self._waits.items()}
 
     def totals(self) -> Totals:

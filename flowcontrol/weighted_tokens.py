@@ -1,44 +1,46 @@
 """Pure. Weighted tokens: virtual-time fair queueing on the cost of tokens.
 
-Every flow has a counter: the cost of what it was served over its weight. The lowest counter goes
-next. A flow that was away is lifted to the level of those being served, so absence earns no credit;
-one that left in debt returns with its debt. This is start-time fair queueing (Goyal, Vin and Cheng,
-SIGCOMM 1996), which the virtual token counter (Sheng et al., OSDI 2024) brought to language models,
-with three changes. A dispatch is charged at once by estimate, so that a burst is paid for while it
-is in flight. A settlement corrects the counter by what the estimate was wrong. And a flow whose
-head may only go to endpoints without room is passed over, with all others of the same subset: with
-its line.
+Every flow has a counter: the cost that it was served, over its weight. The flow with the lowest
+counter is next. A flow that was away is lifted to the level of those being served, so that absence
+earns no credit; a flow that left in debt returns with its debt. This is start-time fair queueing
+(Goyal, Vin and Cheng, SIGCOMM 1996), which the virtual token counter (Sheng et al., OSDI 2024)
+brought to language models, with three changes. A dispatch is charged at once, by estimate, so that
+a burst is paid for while it is in flight. A settlement corrects the counter by the error of the
+estimate. And a flow whose head may only go to endpoints without room is passed over, together with
+all others of the same subset: its line.
 
-The level is raised by estimates. Where these were too high, settlements take the counters of all
-that wait below it, and a flow that came then would wait until they have caught up: with 128 tokens
-expected of answers of 10, and hundreds in flight, for thousands of requests. So before a flow is
-lifted, the level is lowered to the highest counter of those that wait, if that is below it.
+The level is raised by estimates. If these were too high, settlements move the counters of all
+waiting flows below it, and a flow that arrived then would wait until they have caught up: for
+thousands of requests, with 128 tokens expected of answers of 10, and hundreds in flight. So before
+a flow is lifted, the level is lowered to the highest counter of the waiting flows, if that is below
+it.
 
 A line that has room again is lifted as a whole, if its lowest counter is further below the level
-than what its head costs. So what it could not use is not saved up, it is next all the same, and
-what the flows in it owe each other stands. Who joins a line that is passed over finds it lifted.
+than the cost of its head. So it does not save up what it could not use, it is next all the same,
+and the differences between its flows stay. A flow that joins a line that is passed over finds it
+lifted.
 
 The bound. For a flow f of weight w let E be the error in the estimates of what it has in flight or
 unsettled (estimated minus true cost, summed; 0 with nothing unsettled), R how far E ranges over
 time, and A the largest true cost of one request. Let x be f's counter less E/w: what it would be
-had every estimate been right. Corrections leave x alone, since they move the counter and E alike;
+had every estimate been right. Corrections do not change x, since they move the counter and E alike;
 only true service and lifts raise it. Let L be the level, which falls only as above. It is raised to
-what the lowest waiting counter is, so a waiting f has had c_f >= L when L was last raised, or f
-lifted: x_f >= L - E_f/w_f of that moment. A flow g is in turn only as the lowest, so its last
-service left x_g <= L - E_g/w_g + A_g/w_g, with E_g of just before it. Now take any interval in
-which both wait without pause. At the last dispatch of f in it c_f <= c_g, that is x_f + E_f/w_f <=
-x_g + E_g/w_g; put together, and with the other direction by symmetry, for the true service S in
-that interval (lowered, the level is still no lower than the counter of any flow that waits, so one
-that is lifted to it then is no better off than any of them, and worse off by less than before),
+the lowest waiting counter, so a waiting f had c_f >= L when L was last raised, or f lifted:
+x_f >= L - E_f/w_f at that moment. A flow g is served only as the lowest, so its last service left
+x_g <= L - E_g/w_g + A_g/w_g, with E_g of just before it. Now take any interval in which both wait
+without pause. At the last dispatch of f in it c_f <= c_g, that is x_f + E_f/w_f <= x_g + E_g/w_g.
+Together, and with the other direction by symmetry, this gives for the true service S in that
+interval (a lowered level is still no lower than the counter of any waiting flow, so a flow lifted
+to it then is no better off than any of them, and worse off by less than before)
 
     |S_f/w_f - S_g/w_g|  <=  (A_f + R_f) / w_f + (A_g + R_g) / w_g
 
-whatever its length and whatever others do. With right estimates R is 0, and this is the bound of
-start-time fair queueing. With subsets it holds, for an interval in which both wait in one line,
+whatever its length and whatever other flows do. With right estimates R is 0, and this is the bound
+of start-time fair queueing. With subsets, for an interval in which both wait in one line, it holds
 with one more term: a line may be lifted to K below L, K being the largest estimated cost over
-weight of a head in it. Lifts of the line move both alike. Between lines nothing is promised while
-one is passed over. Two more things are outside of it: requests that go out of turn (`across`),
-which are charged all the same, and debts forgotten when more than ACCOUNTS_MAX flows are in debt.
+weight of a head in it. Lifts of the line move both alike. Between lines nothing is guaranteed while
+one is passed over. Two more things are excluded: requests that go out of turn (`across`), which are
+charged all the same, and debts dropped when more than ACCOUNTS_MAX flows are in debt.
 """
 
 from collections import OrderedDict
@@ -50,15 +52,15 @@ from flowcontrol.flow import Flow, Lease
 from flowcontrol.lines import HasRoom, Lines, Subset
 
 ACCOUNTS_MAX = 65_536
-"""Accounts kept of flows that have nothing waiting; flow ids are the clients' to invent."""
+"""Accounts kept of flows with nothing waiting: clients can invent any number of flow ids."""
 
 
 @final
 class WeightedTokens:
-    """Equal token cost, by weight; the module's text derives it. O(log flows + subsets).
+    """Equal token cost, by weight; theory in the module's docstring. O(log flows + subsets).
 
     Args:
-        weights: of flows by id, above zero; 1.0 for those not named.
+        weights: of flows by id, above zero; 1.0 for flows not named.
     """
 
     __slots__ = (
@@ -69,25 +71,25 @@ class WeightedTokens:
     def __init__(self, weights: Mapping[str, float]) -> None:
         self._weights = weights
         self._flows: dict[str, Flow] = {}
-        """Those with something waiting."""
+        """Flows with something waiting, by id."""
         self._lines: Lines[Flow, float] = Lines()
-        """The same, by counter less what their line was lifted."""
+        """The same flows, by counter minus the lift of their line."""
         self._lifts: dict[Subset, float] = {}
-        """Of the lines that were lifted."""
+        """Lifts of lines that were lifted."""
         self._passed_over: set[Subset] = set()
-        """Lines that had no room at the last choice."""
+        """Lines without room at the last choice."""
         self._away: OrderedDict[str, float] = OrderedDict()
-        """Counters of flows with nothing waiting, the one looked at longest ago first."""
+        """Counters of flows with nothing waiting, the one examined longest ago first."""
         self._level = 0.0
-        """Virtual time: the highest that the lowest waiting counter has been, unless all are below
-        it now."""
+        """Virtual time: the highest that the lowest waiting counter has been, lowered if all
+        counters are below it."""
         self._witness: Flow | None = None
-        """A flow that was not below it."""
+        """A waiting flow that was last seen at the level or above."""
 
     def enter(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - virtual time is all it needs
-        """Take the flow up, lifted to the level of those being served.
+        """Add the flow, lifted to the level of those being served.
 
-        O(flows) where settlements have taken all that wait below the level, else O(log flows).
+        O(flows) if settlements have moved all waiting flows below the level, else O(log flows).
         """
         self._raise_level()
         self._lower_level()
@@ -99,12 +101,12 @@ class WeightedTokens:
         self._stand(flow, counter)
 
     def head_moved(self, flow: Flow) -> None:
-        """Put the flow, with its counter, where its head may go."""
+        """Move the flow, with its counter, to the line of its head's subset."""
         if self._lines.subset_of(flow) != flow.head.request.subset:
             self._stand(flow, self._step_out(flow))
 
     def leave(self, flow: Flow) -> None:
-        """Keep the flow's account while it is above the level: while it is a debt."""
+        """Keep the flow's account while it is in debt: above the level."""
         self._leave(flow, self._step_out(flow))
 
     def pick(self, has_room: HasRoom) -> Flow | None:
@@ -130,7 +132,7 @@ class WeightedTokens:
             self._leave(flow, counter)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:  # noqa: ARG002 - see enter
-        """Move the flow's counter; one not known any more stands at the level."""
+        """Move the flow's counter; a flow without an account starts at the level."""
         change = cost / self._weights.get(flow_id, 1.0)
         flow = self._flows.get(flow_id)
         if flow is not None:
@@ -142,7 +144,7 @@ class WeightedTokens:
             self._forget_paid()
 
     def accounts(self) -> Mapping[str, float]:
-        """Return the cost by which each flow is ahead of the level."""
+        """Return the cost by which each flow is above the level."""
         counters = {flow_id: self._counter(flow) for flow_id, flow in self._flows.items()}
         return {
             flow_id: (counter - self._level) * self._weights.get(flow_id, 1.0)
@@ -151,7 +153,7 @@ class WeightedTokens:
         }
 
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:
-        """Return how far the counter will have run ahead of the lowest, in requests of others."""
+        """Return by how much the counter will exceed the lowest, in requests of other flows."""
         flow = lease.flow
         front = self._front()
         lead = self._counter(flow) - front[0] if front is not None else 0.0
@@ -159,11 +161,11 @@ class WeightedTokens:
         return max(0.0, lead + more) / cost_each
 
     def tied(self, flow: Flow) -> list[Flow]:
-        """Return those with the same counter that came to it first."""
+        """Return the flows with the same counter that reached it first."""
         return self._lines.tied_before(flow)
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:  # noqa: ARG002 - as above
-        """Take other weights: for what is served from now on."""
+        """Apply other weights from now on."""
         self._weights = config.weights
 
     def _raise_level(self) -> None:
@@ -172,9 +174,9 @@ class WeightedTokens:
             self._level = front[0]
 
     def _lower_level(self) -> None:
-        """Let the level be no higher than the highest counter of those that wait.
+        """Lower the level to the highest counter of the waiting flows, if that is below it.
 
-        One that is at the level, or above, is remembered: as long as it is, nothing is searched.
+        A flow at the level or above is remembered; while it is there, no search is needed.
         """
         front = self._front()
         if front is None or front[0] >= self._level:
@@ -194,7 +196,7 @@ class WeightedTokens:
         self._level = highest
 
     def _front(self) -> tuple[float, Flow] | None:
-        """Return the lowest counter in the lines that are not passed over, and whose it is."""
+        """Return the lowest counter in the lines that are not passed over, with its flow."""
         front: tuple[float, Flow] | None = None
         if self._lines.bound:
             for subset, counter, flow in self._lines.firsts():
@@ -209,7 +211,7 @@ class WeightedTokens:
         return flow.counter if subset is None else flow.counter + self._lifts.get(subset, 0.0)
 
     def _stand(self, flow: Flow, counter: float) -> None:
-        """Put a flow where its head may go."""
+        """Put a flow, with this counter, into the line of its head's subset."""
         subset = flow.head.request.subset
         if subset is not None:
             if subset in self._passed_over:
@@ -219,7 +221,7 @@ class WeightedTokens:
         self._lines.put(flow, counter, subset)
 
     def _step_out(self, flow: Flow) -> float:
-        """Take a flow out of its line, which ends with its last; return the counter."""
+        """Take a flow out of its line and return its counter; an empty line is removed."""
         counter, subset = self._counter(flow), self._lines.subset_of(flow)
         self._lines.discard(flow)
         if subset is not None and subset not in self._lines.bound:
@@ -228,7 +230,7 @@ class WeightedTokens:
         return counter
 
     def _lift(self, subset: Subset) -> None:
-        """Lift a line, if it is further below the level than what its head costs."""
+        """Lift a line, if it is further below the level than the cost of its head."""
         first = self._lines.bound[subset].first()
         assert first is not None, "no line is empty"
         counter, flow = first
@@ -237,7 +239,7 @@ class WeightedTokens:
             self._lifts[subset] = least - counter
 
     def _leave(self, flow: Flow, counter: float) -> None:
-        """Take note of a flow that stands in no line any more."""
+        """Record the counter of a flow that has left its line."""
         flow_id = flow.key.flow_id
         del self._flows[flow_id]
         if not self._flows:
@@ -248,13 +250,13 @@ class WeightedTokens:
         self._forget_paid()
 
     def _forget_paid(self) -> None:
-        """Drop accounts that the level has reached; they make no difference any more.
+        """Drop accounts that the level has reached, because they make no difference any more.
 
-        From the front up to the first that is still in debt, which goes to the end. So with D in
-        debt D calls go round once, and at most 2 D accounts are kept: O(1) amortised, unsorted.
+        Examines accounts from the front up to the first in debt, which moves to the end. So with D
+        in debt, D calls go round once, and at most 2 D accounts are kept. O(1) amortised.
         """
         away = self._away
-        if len(away) > ACCOUNTS_MAX:  # all perhaps in debt: of two, the larger debt stays
+        if len(away) > ACCOUNTS_MAX:  # all may be in debt: of two, keep the larger
             one, other = away.popitem(last=False), away.popitem(last=False)
             flow_id, counter = one if one[1] > other[1] else other
             away[flow_id] = counter

@@ -1,4 +1,4 @@
-"""Pure. What is seen of a place between two moves of its limits: evidence for `place`."""
+"""Pure. What is measured at a place between two moves of its limits: evidence for `place`."""
 
 from math import sqrt
 from typing import Final, final
@@ -6,14 +6,14 @@ from typing import Final, final
 from flowcontrol.pool import InFlight
 
 STANDING: Final = 0.7
-"""Fewer that wait at an endpoint, on average, are no queue."""
+"""Fewer requests waiting at an endpoint, on average, are no queue."""
 _DEVIATIONS: Final = 3.0
-"""Nor are so many more than usual, in standard deviations of a number that comes by chance."""
+"""Up to so many standard deviations above the usual number are chance, and no queue."""
 
 
 @final
 class MoveWindow:
-    """What has happened since the limits last moved."""
+    """What has happened since the limits last moved, or were last judged."""
 
     __slots__ = (
         *("all", "area", "began_ns", "counted_ns", "dispatched"),
@@ -26,36 +26,35 @@ class MoveWindow:
     def __init__(self, now_ns: int, in_flight: int, endpoints: int) -> None:
         self._endpoints = endpoints
         self.members: dict[int, int] = {}
-        """Requests of the cohort that are not over, by id, and when they were dispatched."""
+        """Requests of the cohort that are not over: id to time of dispatch."""
         self.joined = self.over = self.turned_away = 0
         self.all = self.dispatched = 0
-        """Dispatches, and those that filled no empty place."""
+        """All dispatches, and those that did not fill an empty place."""
         self.waits = self.tokens = 0
         self.waits_ns = self.token_ns = 0.0
         self.steps = 0.0
-        """Tokens that the answers to all dispatches are expected to have: each is a step."""
+        """Tokens expected in the answers to all dispatches: each takes a step."""
         self.area = 0
         self.most = 0
         self.most_tokens = 0.0
         self.in_flight = in_flight
         self.top = in_flight
-        """Most in flight since it began: who makes it more, below the limit, fills an empty place.
-        """
+        """Most in flight since it began. A dispatch that exceeds it fills an empty place."""
         self.began_ns = self.counted_ns = self.looked_ns = now_ns
         self.skips = endpoints
-        """Scrapes that are too early to show the last move."""
+        """Scrapes still to ignore, because they are too early to show the last move."""
         self.scrapes = self.waiting = self.running = self.running_most = 0
         self.waiting_least = self.running_least = 0
-        """At any look."""
+        """In any one scrape."""
         self.stood = 0
-        """The least that waited at all endpoints together: what stood all the time."""
+        """The fewest that waited at all endpoints together, in any round of scrapes."""
         self.usage = 0.0
-        """Most of a KV cache that was in use, at any look."""
+        """The largest part of a KV cache in use, in any one scrape."""
         self._round = 0
-        """Waiting at those of them that have been looked at since all had been."""
+        """Requests waiting, in the round of scrapes under way."""
 
     def look(self, load: InFlight, now_ns: int) -> None:
-        """Bring the account of what is in flight up to the present."""
+        """Bring the account of requests in flight up to now."""
         self.area += self.in_flight * (now_ns - self.looked_ns)
         self.looked_ns = now_ns
         self.in_flight = load.requests
@@ -65,7 +64,7 @@ class MoveWindow:
             self.most_tokens = load.tokens
 
     def count(self, waiting: int, running: int, usage: float) -> None:
-        """Take in what an endpoint says of itself."""
+        """Take in one scrape."""
         is_first = not self.scrapes
         self.scrapes += 1
         self.waiting += waiting
@@ -86,34 +85,35 @@ class MoveWindow:
 
     @property
     def mean(self) -> float:
-        """How many were in flight, on average."""
+        """Mean number in flight."""
         lasted_ns = self.looked_ns - self.counted_ns
         return self.area / lasted_ns if lasted_ns > 0 else float(self.in_flight)
 
     @property
     def rate(self) -> float:
-        """How many were dispatched to each endpoint, 1/ns."""
+        """Dispatches to each endpoint, per nanosecond."""
         lasted_ns = self.looked_ns - self.began_ns
         return self.all / self._endpoints / lasted_ns if lasted_ns > 0 else 0.0
 
     def usual(self, first_token_ns: float) -> float:
-        """Return how many wait no longer than they must, at an endpoint.
+        """Return how many requests wait at an endpoint whatever the limit is.
 
-        That is as long as a prompt takes; and for the end of the step under way, of which each runs
-        for as many as its answer has tokens: those that run, over that number, wait for that.
+        They wait for a prompt to be read: arrivals during a usual time to first token. Or for the
+        end of the step under way: as a request runs for as many steps as its answer has tokens,
+        the number running, divided by that. The larger counts.
 
         Args:
-            first_token_ns: the usual time to first token; 0 while it is not known.
+            first_token_ns: the usual time to first token; 0: unknown.
         """
         for_step = self.running_most * self.all / max(1.0, self.steps)
         return max(self.rate * first_token_ns, for_step)
 
     def queued(self, seen: int, first_token_ns: float) -> tuple[float, bool]:
-        """Return which share waits inside longer than it must, and whether that is a queue.
+        """Return the share that waits inside beyond the usual, and whether that is a queue.
 
         Args:
-            seen: waiting, at all looks together.
-            first_token_ns: the usual time to first token; 0 while it is not known.
+            seen: waiting, summed over the scrapes.
+            first_token_ns: the usual time to first token; 0: unknown.
         """
         usual = self.usual(first_token_ns) * self.scrapes
         waiting = max(0.0, seen - usual)
@@ -123,5 +123,5 @@ class MoveWindow:
 
     @property
     def is_long(self) -> bool:
-        """Whether all that was in flight has been replaced once."""
+        """Whether everything in flight has been replaced once."""
         return self.dispatched >= self.most

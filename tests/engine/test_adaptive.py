@@ -211,7 +211,7 @@ class TestMoves:
         engines.run(1)
         engines.turned_away = True
         engines.run(40)
-        assert "6 of 6 were turned away" in engines.reasons()
+        assert "engines refused 6 of 6" in engines.reasons()
         assert engines.detector.limit < 10
 
     def test_other_failures_move_nothing(self) -> None:
@@ -304,7 +304,7 @@ class TestChanges:
         engines.become()
         engines.run(9)
         engines.become("a")
-        assert "6 of 6 were turned away" in engines.reasons()
+        assert "engines refused 6 of 6" in engines.reasons()
         assert engines.detector.limit < 10
 
         engines = Engines({"a": 200}, picks=picks, settings=Adaptive(limit_first=90))
