@@ -24,16 +24,16 @@ class Admin(Section):
     """Who may use our own API: flowcontrol.v1, and the pages beside /metrics."""
 
     token_file: PathBeside | None = None
-    """File with the secret that calls show as `authorization: Bearer`; read again at each call.
-    Without it the environment's FLOWCONTROL_ADMIN_TOKEN counts. With neither, and without
-    `clients`, only this machine may read, and nothing may be changed."""
+    """File with the admin token, which calls send as `authorization: Bearer`; read again at each
+    call. If unset, the environment variable FLOWCONTROL_ADMIN_TOKEN is used. With neither of them,
+    and without `clients`, only this machine may read, and all write calls are refused."""
     clients: tuple[ClientName, ...] = ()
-    """Names in client certificates (`tls.clientCa`) whose holders may ask and change: a whole DNS
-    name, URI, e-mail or IP address, or the common name of a certificate without any. Any other
-    certificate, Envoy's for one, allows nothing here."""
+    """Names in client certificates (`tls.clientCa`) whose holders may read and write: a whole DNS
+    name, URI, e-mail or IP address, or the common name of a certificate that has none of these. Any
+    other certificate, such as Envoy's, allows nothing here."""
     trust_loopback: bool = Field(default=True, strict=True)
-    """Whether a caller at 127.0.0.1 or ::1 may ask without proof. Must be false where a proxy or a
-    sidecar on this machine passes on what others send."""
+    """Whether a caller at 127.0.0.1 or ::1 may read without a token. Must be false where a proxy or
+    a sidecar on this machine forwards requests from elsewhere."""
 
     def problem(self) -> str | None:
         """Return what is wrong with the token, without showing it; None if nothing is."""

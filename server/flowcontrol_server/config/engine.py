@@ -69,33 +69,34 @@ class Saturation(Section):
     """When the pool is full. A list of such mappings is allowed, too: then the fullest counts."""
 
     detector: Literal["auto", "concurrency", "utilization", "adaptive"] = "auto"
-    """auto: requests and tokens in flight over limits that it finds by itself, from the model
-    servers' metrics where there are any, else from the access log, else from how long requests
-    take; concurrency: requests or tokens in flight, counted exactly from the streams Envoy holds
-    open, the default where maxConcurrency or maxTokenConcurrency is set; utilization: what the
-    model servers' metrics say; adaptive: requests in flight over a limit that it finds by itself,
-    from the access log."""
+    """auto: requests and tokens in flight against limits that it finds itself, from the model
+    servers' metrics if there are any, else from the access log, else from how long requests take.
+    concurrency: requests or tokens in flight, counted exactly from the streams Envoy holds open;
+    the default if maxConcurrency or maxTokenConcurrency is set. utilization: what the model
+    servers' metrics report. adaptive: requests in flight against a limit that it finds itself, from
+    the access log."""
     max_concurrency: LimitFrom1 = written(_CONCURRENCY.requests_max)
-    """concurrency: requests in flight at one endpoint at which it is full, about what the engine
+    """concurrency: an endpoint is full with this many requests in flight; about what the engine
     batches. utilization: the same, where whenStale is fallback."""
     max_token_concurrency: LimitFrom1 = written("unlimited")
-    """concurrency: estimated tokens in flight, prompts and answers, at which it is full."""
+    """concurrency: an endpoint is full with this many estimated tokens in flight, prompts and
+    answers."""
     queue_depth_threshold: CountFrom1 = _UTILIZATION.waiting_max
-    """utilization: requests queued inside a model server at which it is full."""
+    """utilization: a model server is full with this many requests queued inside it."""
     kv_cache_util_threshold: Part = _UTILIZATION.kv_usage_max
-    """utilization: part of the KV cache in use at which a model server is full."""
+    """utilization: a model server is full with this part of its KV cache in use."""
     metrics_staleness_threshold: Duration = written_duration(_UTILIZATION.stale_after_ns)
-    """utilization: age at which metrics are too old to be believed."""
+    """utilization: metrics older than this are stale."""
     when_stale: Literal["hold", "decay", "fallback", "closed"] = written(
         _UTILIZATION.staleness.value
     )
-    """utilization: what a model server with stale metrics counts for. hold: what it last said, and
-    every dispatch since; decay: the same, halved each time the threshold passes again; fallback:
-    its requests in flight over maxConcurrency; closed: full."""
+    """utilization: the load of a model server with stale metrics. hold: the last reported load,
+    plus every dispatch since. decay: the same, halved each time the threshold passes again.
+    fallback: its requests in flight over maxConcurrency. closed: full."""
     first_limit: CountFrom1 = _ADAPTIVE.limit_first
-    """adaptive: requests in flight at one endpoint to begin with."""
+    """adaptive: first limit on the requests in flight at one endpoint."""
     max_limit: CountFrom1 = _ADAPTIVE.limit_max
-    """adaptive: requests in flight at one endpoint never to be exceeded."""
+    """adaptive: highest limit on the requests in flight at one endpoint."""
 
     @model_validator(mode="before")
     @classmethod
@@ -186,24 +187,27 @@ class BandSection(Section):
     max_flow_bytes: Limit = written("unlimited")
     """Bytes of bodies that may wait in each flow of such a band."""
     request_ttl: Duration | None = Field(default=None, alias="requestTTL")
-    """Longest wait in such a band while the pool has endpoints; flowControl.requestTTL if unset."""
+    """Longest wait in such a band while the pool has endpoints. If unset,
+    flowControl.requestTTL."""
     fairness: Literal[
         "weighted-tokens", "round-robin", "global-strict", "least-attained-service"
     ] = written(_BAND.fairness.value)
-    """Between flows. weighted-tokens: equal token cost, by weight; round-robin: equal turns;
-    global-strict: the first in the order below; least-attained-service: the flow that got least
-    lately."""
+    """Which flow is served next. weighted-tokens: equal token cost, by weight. round-robin: equal
+    turns. global-strict: the flow whose request is first by `ordering`. least-attained-service: the
+    flow that has used least lately."""
     ordering: Literal["fcfs", "edf", "slo-deadline"] = written(_BAND.ordering.value)
-    """Within a flow. fcfs: first come, first served; edf: what would expire first; slo-deadline:
-    whose first token is due first, by x-llm-d-slo-ttft-ms."""
+    """Which request of a flow is served next. fcfs: first come, first served. edf: the request that
+    expires first. slo-deadline: the request whose first token is due first, by
+    x-llm-d-slo-ttft-ms."""
     min_share: Share = _BAND.share_min
-    """Part of the dispatched token cost such a band gets while it has work waiting, whatever waits
-    above it. All bands together get at most 1."""
+    """Share of the dispatched token cost that such a band gets while it has requests waiting,
+    whatever waits above it. The shares of all bands together are at most 1."""
     promote_after: Duration | None = None
-    """A request that has waited this long in such a band goes before all others; never if unset."""
+    """A request that has waited this long in such a band goes before all others. If unset, none
+    does."""
     wait_target: Part = _BAND.wait_target
-    """With ceilings.policy reserve: part of the arrivals that may find no place because lower bands
-    have taken it. 1: nothing is left free for such a band."""
+    """With ceilings.policy reserve: part of the arrivals that may find no free slot because lower
+    bands hold it. 1: no slot is left free for such a band."""
 
     def settings(self, ttl_ns: int) -> BandSettings:
         """Return the engine's settings, with this time to live where none is set."""
@@ -225,16 +229,17 @@ class CeilingSection(Section):
     policy: Literal["reserve", "static", "priority-holdback", "soft-reflective"] = written(
         _ENGINE.ceilings.policy.value
     )
-    """reserve: leaves free what higher bands need, by how they arrive, so that at most waitTarget
-    of their requests find no place, and time to read their prompts; static: each band up to
-    maxCeiling;
-    priority-holdback: the lower the band, the less, down to minCeiling; soft-reflective: lower
-    bands fade out as the pool fills."""
+    """reserve: lower bands leave free the slots that higher bands need, learnt from their arrivals,
+    so that at most waitTarget of these find none. They also leave time for reading the prompts of
+    higher bands. static: every band may fill the pool up to maxCeiling. priority-holdback: the
+    lower the band, the lower its ceiling, down to minCeiling. soft-reflective: lower bands fade out
+    as the pool fills."""
     domain: Literal["rank", "value"] = "rank"
-    """priority-holdback: rank: in even steps by a band's rank; value: in proportion to its
-    priority, so that bands that come and go between the highest and the lowest change nothing."""
+    """priority-holdback: how ceilings are spaced. rank: in even steps by a band's rank. value: in
+    proportion to its priority, so that a band added or removed between the highest and the lowest
+    moves no ceiling."""
     max_ceiling: Part = _ENGINE.ceilings.ceiling_max
-    """Saturation at which the highest band is gated, and with static every band."""
+    """Saturation at which the highest band is gated; with static, every band."""
     min_ceiling: Share = _ENGINE.ceilings.ceiling_min
     """priority-holdback: saturation at which the lowest band is gated."""
 
@@ -260,12 +265,12 @@ class ReclaimSection(Section):
     mode: Annotated[
         Literal["off", "before-first-byte", "any-time"], BeforeValidator(switched_off)
     ] = "off"
-    """before-first-byte: only those that have not begun to answer, which get a clean 429; any-time:
-    also those that have, which are cut off."""
+    """Which requests may be ended. before-first-byte: only requests that have not begun to answer;
+    they get a clean 429. any-time: also requests that have begun; their response is cut off."""
     at_once: CountFrom1 = _ENGINE.reclaim.at_once_max
-    """Requests that are ended and still in flight, at most."""
+    """Most requests that are being ended, and still in flight, at once."""
     patience: Duration = written_duration(_ENGINE.reclaim.patience_ns)
-    """After this long an ended request that is still there is no longer waited for."""
+    """An ended request that is still in flight after this time is no longer waited for."""
 
     def config(self) -> Reclaim:
         """Return the engine's settings."""
@@ -281,9 +286,9 @@ class TokenPriceSection(Section):
     """What a token costs; only the ratios matter."""
 
     input: Positive = _ENGINE.prices.input
-    """Price of a token of the prompt."""
+    """Price of a prompt token."""
     cached_input: From0 = _ENGINE.prices.cached_input
-    """The same, where the model server had it in its prefix cache."""
+    """Price of a prompt token that was in the model server's prefix cache."""
     output: From0 = _ENGINE.prices.output
     """Price of a token of the answer."""
 
@@ -294,25 +299,26 @@ class FlowControl(Section):
     max_requests: Limit = Field(default=20_000)
     """Requests that may wait in all bands together. 0: none may wait."""
     max_bytes: Limit = written("4Gi")
-    """Bytes of bodies that may wait in all: as announced (content-length), or as Envoy has counted
-    where it holds the body to read it. Envoy holds them, not this service."""
+    """Bytes of bodies that may wait in all bands together: as announced in content-length, or as
+    counted by Envoy where it holds the body to read it. Envoy holds the bodies, unless a gateway
+    streams them through this service."""
     request_ttl: Duration = written("60s", alias="requestTTL")
-    """Longest wait while the pool has endpoints. Evicted exactly then, with 429."""
+    """Longest wait while the pool has endpoints. The request is evicted exactly then, with 429."""
     no_endpoint_ttl: Duration = written("300s", alias="noEndpointTTL")
-    """Longest wait while the pool is empty. Evicted exactly then, with 503."""
+    """Longest wait while the pool is empty. The request is evicted exactly then, with 503."""
     drain_budget: Duration = written("30s")
-    """After SIGTERM, how long waiting requests may still be dispatched before they get 503."""
+    """How long after SIGTERM waiting requests may still be dispatched; those left then get 503."""
     bands: tuple[BandSection, ...] = ()
     """Templates; the first that matches a band's priority counts."""
     ceilings: CeilingSection = CeilingSection()
     """Which part of the pool each band may fill."""
     weights: Mapping[str, Positive] = Field(default={})
-    """Of tenants by their fairness id, above 0; 1 for those not named. With weighted-tokens a
+    """Weights of tenants, by fairness id, above 0; 1 for tenants not listed. With weighted-tokens a
     tenant of weight 2 gets twice as much as one of weight 1."""
     token_prices: TokenPriceSection = TokenPriceSection()
     """What a token costs; only the ratios matter."""
     attained_half_life: Duration = written_duration(_ENGINE.attained_half_life_ns)
-    """least-attained-service: time after which what a tenant got counts half."""
+    """least-attained-service: time after which a tenant's past usage counts half."""
     reclaim: ReclaimSection = ReclaimSection()
     """Ending sheddable requests in flight for better ones that wait."""
 
@@ -341,13 +347,13 @@ class EngineSection(Section):
     picker: Annotated[
         Literal["off", "least-loaded", "prefix-affinity"], BeforeValidator(switched_off)
     ] = "off"
-    """Who chooses the endpoint. off: Envoy; least-loaded: this service, at dispatch;
-    prefix-affinity: this service, the endpoint that served the first half of the prompt or more,
-    unless its load is above a tenth and above 1.5 times the mean. Where the body does not pass
-    through this service, requests of one flow id count as beginning alike."""
+    """What chooses the endpoint. off: Envoy. least-loaded: this service, at dispatch.
+    prefix-affinity: this service; the endpoint that has already served the first half of the prompt
+    or more, unless its load is above a tenth and above 1.5 times the mean. Where bodies do not pass
+    through this service, all prompts of a flow id count as having the same beginning."""
     picker_fallbacks: Count = _ENGINE.fallbacks_max
-    """Endpoints named beside the one picked, in the order in which Envoy is to try them when it
-    cannot be reached. 0: Envoy chooses by itself then."""
+    """Further endpoints named with the one picked, in the order in which Envoy tries them if it
+    cannot be reached. With 0, Envoy then chooses one itself."""
     saturation: OneOrSeveral = Saturation()
     """When the pool is full."""
     flow_control: FlowControl = FlowControl()

@@ -22,15 +22,16 @@ class LedgerSection(Section):
     """The decision ledger: every fact and every decision, to be decided again by `replay`."""
 
     file: PathBeside
-    """Newest part; older ones are called the same with .1, .2 and so on, and an empty .lock is kept
-    beside them. A relative path starts at the configuration file."""
+    """File with the newest part. Older parts have the same name with .1, .2 and so on; an empty
+    .lock is kept beside them. A relative path starts at the configuration file."""
     max_bytes: SizeFrom1 = written("64Mi")
-    """Size of a part, some 400 bytes a request; then the next begins."""
+    """Size of a part, at about 400 bytes per request. Then the next part begins."""
     files: int = Field(default=4, ge=1, le=1000, strict=True)
-    """Parts kept, and as many more as have room in these: each start begins a part, and a small one
-    pushes none out. Only a ledger with its first part can be decided again exactly."""
+    """Parts kept. Smaller parts are kept beyond this number while all fit into the same space: each
+    start begins a part, and a small one displaces no other. Only a ledger that still has its first
+    part can be replayed exactly."""
     hide_flow_ids: bool = Field(default=False, strict=True)
-    """Write hashes in place of tenants' ids, with another salt in each run."""
+    """Writes hashes instead of tenant ids, with a different salt in each run."""
 
     @field_validator("file")
     @classmethod

@@ -116,19 +116,19 @@ class RequestRule(Section):
     """What an operator makes of trusted facts."""
 
     match: Annotated[Mapping[FactName, Pattern], BeforeValidator(_match)] = Field(default={})
-    """Facts and what each must be: a text, one that begins so (`gold-*`), or anything (`*`). A fact
+    """Facts and the value each must have: a text, a prefix (`gold-*`), or any value (`*`). A fact
     is `header:NAME`, `body:NAME` (model, stream, max_tokens, max_completion_tokens, user,
-    service_tier) or `metadata:NAMESPACE:KEY`. Nothing to match: always. No rule on the body matches
-    a body that Envoy cannot parse: with an integer beyond 64 bits, NaN or deep nesting;
-    `flowcontrol_unread_bodies_total` counts them."""
+    service_tier) or `metadata:NAMESPACE:KEY`. An empty match always matches. A rule on the body
+    never matches a body that Envoy cannot parse: one with an integer beyond 64 bits, NaN or deep
+    nesting; `flowcontrol_unread_bodies_total` counts them."""
     objective: str | None = Field(default=None, min_length=1)
-    """The InferenceObjective of such a request."""
+    """InferenceObjective of requests that match."""
     objective_from: FactName | None = None
-    """The fact that names it."""
+    """Fact whose value is the objective."""
     flow_id: str | None = Field(default=None, min_length=1)
-    """The tenant of such a request."""
+    """Tenant of requests that match."""
     flow_id_from: FactName | None = None
-    """The fact that names it."""
+    """Fact whose value is the tenant."""
 
     @model_validator(mode="after")
     def _says_something_once(self) -> Self:
@@ -162,65 +162,66 @@ class Requests(Section):
         *("/", "/api/tags", "/api/ps", "/api/version"),  # Ollama's
     )
     """Requests that pass without queueing and hold no slot. A path is exact, or a prefix that ends
-    in *. A path alone stands for GET, HEAD and OPTIONS; `POST /api/show` names a method, `* /echo`
-    any method."""
+    in *. A path alone covers GET, HEAD and OPTIONS. `POST /api/show` names a method; `* /echo`
+    means any method."""
     exempt_without_gate: bool = Field(default=True, strict=True)
     """Whether Envoy lets exempt requests pass while this service is unreachable (`envoy-config`).
-    false: they get 503 like all others. With --original-dst they get 503 in any case: without
-    it no endpoint is named."""
+    If false, they get 503 like all others. With --original-dst they always get 503, because no
+    endpoint is named."""
     on_fault: Literal["refuse", "continue"] = "refuse"
-    """What happens to requests when flow control fails. refuse: 500 when the processor inside this
+    """What happens to requests when flow control fails. refuse: 500 if the processor inside this
     service fails; 503, from Envoy, while this service is unreachable (`envoy-config`). continue:
-    they pass ungated in both cases. Responses that have begun complete either way."""
+    they pass ungated in both cases. Either way, responses that have begun complete."""
     rules: tuple[RequestRule, ...] = ()
     """Objective and flow id from facts that the operator trusts. Each is taken from the first rule
     that matches and says it; such a rule comes before the client's header."""
     trust_headers: bool = Field(default=True, strict=True)
-    """Whether objective, flow id and TTFT target are also taken from the headers a request comes
-    with. false: a client cannot name its own; only the rules count."""
+    """Whether objective, flow id and TTFT target are also taken from the headers of the request. If
+    false, clients cannot set them, and only the rules count."""
     trust_engine_headers: bool = Field(default=False, strict=True)
-    """Whether a client's own x-vllm-priority, x-override-priority and
-    x-gateway-destination-endpoint reach the model server. false: they are removed. Needed where a
-    proxy in front of this one sets them; where this service sets one of them, its value counts."""
+    """Whether x-vllm-priority, x-override-priority and x-gateway-destination-endpoint from a client
+    reach the model server. If false, they are removed. true is for a proxy in front of this one
+    that sets them; a value that this service sets replaces the client's."""
     websockets: bool = Field(default=False, strict=True)
     """Whether Envoy accepts WebSocket upgrades (`envoy-config`). A connection then queues like a
-    request and holds one slot until it closes. false: Envoy answers 403. Envoy Gateway accepts them
-    in any case; true keeps one that names JSON as its content type from being held there."""
+    request and holds one slot until it closes. If false, Envoy answers 403. Envoy Gateway accepts
+    upgrades in any case; there, true prevents it from holding back an upgrade whose content type is
+    JSON."""
     input_tokens_from: FactName | None = None
-    """The fact that says how many tokens the prompt has, where something in front knows; else the
-    announced size is divided by 4."""
+    """Fact with the number of tokens of the prompt, if something in front of Envoy sets one.
+    Otherwise the announced size is divided by 4."""
     read_bodies: bool = Field(default=True, strict=True)
-    """Whether Envoy is to read model, max_tokens and so on from request bodies (`envoy-config`). It
-    then holds a whole JSON body before anything else, and refuses one beyond its buffer limit with
-    413. No body reaches this service either way."""
+    """Whether Envoy reads model, max_tokens and so on from request bodies (`envoy-config`). It then
+    holds a JSON body until it is complete, before anything else, and refuses a body above its
+    buffer limit with 413. Either way, it sends no body to this service."""
     read_bodies_up_to: LimitFrom1 = written("64Ki")
-    """Bytes of a body beyond which Envoy reads nothing of it (`envoy-config`), and lets it pass
-    unheld; as announced in content-length. Reading costs Envoy about 7 us a KiB. Beyond it rules on
-    the body find nothing: with such rules a client could evade them by its prompt's size, so unless
-    this is set, it is unlimited while `rules` or `inputTokensFrom` ask for a fact of the body, and
-    in policies for Envoy Gateway."""
+    """Envoy neither reads nor holds a body larger than this, as announced in content-length
+    (`envoy-config`); rules on the body do not match it. Reading costs Envoy about 7 us per KiB.
+    Unless set, it is unlimited while `rules` or `inputTokensFrom` use a fact of the body, because a
+    client could otherwise evade them with a long prompt, and in policies for Envoy Gateway."""
     engine_priority: Annotated[Literal["off", "vllm", "sglang"], BeforeValidator(switched_off)] = (
         written("off", alias="enginePriority")
     )
-    """Tell model servers the band, as a header each of them lets overrule the body's `priority`:
-    vllm: x-vllm-priority (needs --scheduling-policy priority); sglang: x-override-priority (needs
+    """Sends the band to model servers in a header that overrides the `priority` of the body. vllm:
+    x-vllm-priority (needs --scheduling-policy priority). sglang: x-override-priority (needs
     --enable-priority-scheduling)."""
     response_headers: tuple[Literal["queue-duration", "position", "headroom"], ...] = (
         "queue-duration",
     )
-    """Headers Envoy adds to responses (`envoy-config`): x-llm-d-flow-queue-duration-ms;
-    x-llm-d-flow-position, how many stood ahead as the wait began, for which every wait is forecast;
-    x-llm-d-flow-headroom, the part of the pool still free at dispatch."""
+    """Headers that Envoy adds to responses (`envoy-config`). queue-duration:
+    x-llm-d-flow-queue-duration-ms. position: x-llm-d-flow-position, how many requests were ahead
+    when the wait began; every wait is then forecast. headroom: x-llm-d-flow-headroom, the part of
+    the pool still free at dispatch."""
 
     unseen_hold: Duration = written("10s")
-    """How long a request keeps its slot after its dispatch behind a gateway that shows no response
-    (NGINX Gateway Fabric): what one usually takes. Behind every other gateway a slot is free when
-    its response has ended."""
+    """How long after its dispatch a request keeps its slot behind a gateway that does not show its
+    response (NGINX Gateway Fabric); set it to the usual duration of a response. Behind every other
+    gateway the slot is freed when the response has ended."""
 
     conformance: bool = Field(default=False, strict=True)
-    """For the conformance tests of the Gateway API Inference Extension and never in service: a
-    request chooses its endpoints by the header test-epp-endpoint-selection, and the response says
-    in x-conformance-test-served-endpoint which one the gateway named. Needs a picker."""
+    """Only for the conformance tests of the Gateway API Inference Extension, never for real
+    traffic. A request chooses its endpoints by the header test-epp-endpoint-selection; the response
+    header x-conformance-test-served-endpoint says which one the gateway named. Needs a picker."""
 
     @model_validator(mode="after")
     def _bodies_are_read_for_rules(self) -> Self:
@@ -288,11 +289,12 @@ class Settlement(Section):
     """What Envoy reports of finished requests, in its gRPC access log."""
 
     access_log: bool = Field(default=True, strict=True)
-    """Whether Envoy is to report every finished request (`envoy-config`): status, time to first
-    token, generation time, bytes, endpoint. Needs Envoy 1.37."""
+    """Whether Envoy reports every finished request (`envoy-config`): status, time to first token,
+    generation time, bytes, endpoint. Needs Envoy 1.37."""
     token_usage: bool = Field(default=True, strict=True)
     """Whether Envoy also reports token usage, which it reads from responses. It holds a JSON
-    response that is no stream until it is whole; one beyond its buffer limit becomes a 500."""
+    response until it is complete, unless it is a stream; a response above its buffer limit becomes
+    a 500."""
     lost_after: Duration = written("60s")
-    """A request that ended this long ago and was never reported counts as lost: what it took stays
-    an estimate."""
+    """A request that ended this long ago and was not reported counts as lost: its usage stays an
+    estimate."""

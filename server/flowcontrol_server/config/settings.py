@@ -73,22 +73,24 @@ class Listen(Section):
     """Where the service listens, each as host:port. By default this machine alone connects."""
 
     ext_proc: DirectAddress = written("127.0.0.1:9002")
-    """The direct door, for Envoy: ext_proc, its access log, and gRPC health. host:port, unix:/path,
-    or off; then Envoy is served at `grpc`, at several times the cost and without the log."""
+    """The direct door, the port for Envoy: ext_proc, its access log, and gRPC health. host:port,
+    unix:/path, or off. If off, Envoy is served at `grpc`, at several times the cost and without the
+    access log."""
     grpc: HostPort = written("127.0.0.1:9003")
-    """The grpcio door, for people and programs: our own API, health, reflection, and ext_proc for
-    any gRPC client."""
+    """The grpcio door, the port for people and programs: the flowcontrol.v1 API, health,
+    reflection, and ext_proc for any gRPC client."""
     http: HostPort = written("127.0.0.1:9090")
-    """HTTP: the dashboard at /, /metrics, /healthz, /readyz."""
+    """The HTTP port: the dashboard at /, /metrics, /healthz, /readyz."""
     connections_max: int = Field(
         default=1_000, alias="maxConnections", ge=1, le=100_000, strict=True
     )
-    """Connections of `extProc` at once. Envoy opens one for each of its workers; an idle one
-    makes room for a new one. Each takes an open file."""
+    """Most connections to `extProc` at once. Envoy opens one for each of its workers. At the limit,
+    an idle connection is closed to make room for a new one. Each connection takes an open file."""
     secret_file: PathBeside | None = None
-    """File with secrets, one a line, of 16 to 1024 letters, digits and -._~+/=: Envoy must show one
-    of them on each ext_proc and access-log stream, as `authorization: Bearer`. `envoy-config`
-    writes the first. Read again when it changes. For ports without `tls.clientCa`."""
+    """File with secrets, one per line, each of 16 to 1024 letters, digits and -._~+/=. Envoy must
+    send one of them on each ext_proc and access-log stream, as `authorization: Bearer`;
+    `envoy-config` writes the first. The file is reloaded when it changes. For ports without
+    `tls.clientCa`."""
 
     def secret(self) -> EnvoySecret | None:
         """Return what Envoy must show; None: nothing.
@@ -126,7 +128,7 @@ class Metrics(Section):
     """What /metrics says."""
 
     reference_names: bool = Field(default=False, strict=True)
-    """Also export metrics under the names of llm-d-router's flow control,
+    """Also exports metrics under the names of llm-d-router's flow control,
     llm_d_epp_flow_control_*, for dashboards and KEDA triggers that use them."""
 
 
@@ -134,8 +136,8 @@ class Traces(Section):
     """OpenTelemetry's traces; needs the extra otel."""
 
     exporter: Annotated[Literal["off", "otlp"], BeforeValidator(switched_off)] = "off"
-    """otlp: a span flow_control.wait for each request, sent where OTEL_EXPORTER_OTLP_ENDPOINT says.
-    The other OTEL_* variables count, too."""
+    """otlp: a span flow_control.wait for each request, sent to OTEL_EXPORTER_OTLP_ENDPOINT. The
+    other OTEL_* variables apply, too."""
 
     def headers(self) -> tuple[str, ...]:
         """Return the headers that carry a request's trace context: W3C's, and B3's."""
@@ -146,7 +148,7 @@ class _Surroundings(Section):
     """What the file says of itself, and of the service around the engine."""
 
     api_version: Literal["flowcontrol/v1alpha1"]
-    """Version of this file's shape."""
+    """Version of this file's format."""
     kind: Literal["FlowControlConfig"]
     """Kind of this file."""
     pool: str = Field(min_length=1)
@@ -182,7 +184,7 @@ class Settings(ServiceEngine, _Surroundings):
     ledger: Annotated[LedgerSection | None, Given] = left_out()
     """Where decisions are written down, nowhere if left out."""
     recent_decisions: int = Field(default=10_000, ge=1, le=10_000_000, strict=True)
-    """Decisions kept in memory to be explained, about 1 kB each."""
+    """Decisions kept in memory for explanations, about 1 kB each."""
 
     _folder: Path = PrivateAttr(default=Path())
 

@@ -48,15 +48,16 @@ class KubernetesObjectives(Section):
     """InferenceObjectives of the pool's namespace, watched."""
 
     write_status: Annotated[bool, Field(strict=True)] = True
-    """Write the condition Accepted into each objective's status. Where that is forbidden, they are
-    followed all the same."""
+    """Whether the condition Accepted is written into each objective's status. If the service
+    account may not write it, objectives are followed all the same."""
 
 
 class ApiObjectives(Section):
     """Objectives put and deleted by the gRPC API, flowcontrol.v1, with the admin token."""
 
     file: Annotated[PathBeside | None, Given] = left_out()
-    """Where objectives set by the API are kept, as manifests; in memory alone if unset."""
+    """File in which objectives set by the API are kept, as manifests. If unset, they are kept in
+    memory only."""
 
     @field_validator("file")
     @classmethod
@@ -69,8 +70,8 @@ class Objectives(Section):
     """Where InferenceObjectives come from: one of three."""
 
     directory: Annotated[PathBeside | None, Given] = left_out()
-    """Folder of InferenceObjective manifests (*.yaml, *.yml), followed live.
-    A relative path starts at the configuration file."""
+    """Folder of InferenceObjective manifests (*.yaml, *.yml), reloaded on change. A relative path
+    starts at the configuration file."""
     kubernetes: Annotated[KubernetesObjectives | None, Given] = left_out()
     api: Annotated[ApiObjectives | None, Given] = left_out()
 
@@ -93,17 +94,18 @@ class Dns(Section):
     """Endpoints by DNS, asked again and again; with the picker on, their addresses are used."""
 
     names: tuple[HostPort, ...] = ()
-    """Names with a port: every address of each (A, AAAA) is an endpoint."""
+    """Host names with a port. Every address of each name (A, AAAA) is an endpoint."""
     srv: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Names of SRV records, such as _http._tcp.vllm.models.svc.cluster.local: the targets of the
+    """Names of SRV records, such as _http._tcp.vllm.models.svc.cluster.local. The targets with the
     lowest priority number are endpoints, each with its own port."""
     family: Literal["prefer-ipv4", "ipv4", "ipv6", "all"] = "prefer-ipv4"
-    """Which addresses of a name count. With all, a server that has one of each counts twice."""
+    """Which addresses of a name are used. With all, a server that has both kinds is two
+    endpoints."""
     interval: Duration = written("5s")
-    """How often to ask, at least; sooner when the answer's time to live ends sooner, never more
-    than once a second."""
+    """Longest time between two queries. The next query comes sooner if the answer's time to live
+    ends sooner, but never more than once a second."""
     servers: tuple[HostPort, ...] = ()
-    """Name servers to ask, by IP address; those of the system if empty."""
+    """IP addresses, with a port, of the name servers to query; the system's if empty."""
 
     @model_validator(mode="after")
     def _something_to_ask(self) -> Self:
@@ -138,9 +140,9 @@ class KubernetesEndpoints(Section):
     """Ready pods of the InferencePool that is called as the pool, at each of its target ports."""
 
     selector: Mapping[str, str] = Field(default={})
-    """Labels of the pods, in place of an InferencePool's; with ports."""
+    """Labels of the pods, instead of an InferencePool's. Needs ports."""
     ports: Annotated[tuple[Port, ...], Field(max_length=_PORTS_MAX)] = ()
-    """Ports of each pod, in place of an InferencePool's; with selector."""
+    """Ports of each pod, instead of an InferencePool's. Needs selector."""
 
     @field_validator("selector")
     @classmethod
@@ -163,13 +165,13 @@ class Endpoints(Section):
     """The model servers of the pool: from one source or several, together."""
 
     static: Annotated[tuple[HostPort, ...] | None, Given] = left_out()
-    """Addresses as host:port. An empty list is an empty pool: everything waits."""
+    """Addresses as host:port. With an empty list the pool is empty, and every request waits."""
     roles: Mapping[AddressText, Literal["prefill", "decode"]] = Field(default={})
-    """Where prefill and decode run apart, what an endpoint does, such as {10.0.0.5:8000: prefill}.
-    Those not named do both. The fuller kind counts."""
+    """The role of each endpoint where prefill and decode are separate, such as {10.0.0.5:8000:
+    prefill}. Endpoints not listed do both. The stage with the higher saturation counts."""
     dns: Annotated[Dns | None, Given] = left_out()
     file: Annotated[FileBeside | None, Given] = left_out()
-    """A YAML list of endpoints, followed live: host:port, or {address, port, role}.
+    """File with a YAML list of endpoints, reloaded on change: host:port, or {address, port, role}.
     A relative path starts at the configuration file."""
     kubernetes: Annotated[KubernetesEndpoints | None, Given] = left_out()
 
@@ -222,41 +224,41 @@ class Load(Section):
     """Asking the endpoints for their load, and so noticing which are down."""
 
     engine: Literal["auto", "vllm", "sglang", "tgi", "triton", "llama.cpp", "ollama"] = "auto"
-    """Whose metrics page to expect; auto knows each by its names. ollama has none and is only asked
-    whether it is there."""
+    """Engine whose metrics page to expect. auto recognises each by its metric names. ollama has no
+    metrics page, and is only checked for being up."""
     scheme: Literal["http", "https"] = "http"
-    """https: with a certificate that the system trusts."""
+    """With https, the certificate must be one that the system trusts."""
     port: Annotated[Port | None, Given] = left_out()
-    """Where the page is, if not at the endpoint's own port: a refused connection there then does
-    not count against it. Triton's is 8002."""
+    """Port of the metrics page, if it is not the endpoint's own; Triton's is 8002. A refused
+    connection to another port does not count against the endpoint."""
     path: Annotated[str | None, BeforeValidator(_http_path)] = left_out()
     """Path of the metrics page; /metrics if unset."""
     token_file: Annotated[FileBeside | None, Given] = left_out()
-    """File with the key of metrics pages that want one, sent as `Authorization: Bearer`; read
-    again for each request, so it can be renewed in place. Over `http` anyone on the network path
-    can read the key."""
+    """File with the key for metrics pages that require one, sent as `Authorization: Bearer`. It is
+    read again for each scrape, so it can be replaced in place. Over `http` anyone on the network
+    path can read the key."""
     interval: Duration = written("200ms")
-    """How often to ask each endpoint, give or take a tenth."""
+    """Time between two scrapes of an endpoint, plus or minus a tenth."""
     timeout: Duration = written("1s")
-    """How long one answer may take, in all."""
+    """Longest time for one scrape, in total."""
     scrapes_per_second_max: CountFrom1 = 100
-    """Of all endpoints together; with many of them the interval grows: past 180, to more than the
-    2 s that `saturation.metricsStalenessThreshold` lets pass. Each takes about half a millisecond
-    of CPU: a hundred a second, 5 % of a core."""
+    """Most scrapes per second of all endpoints together; with many endpoints the interval grows.
+    Past 180 endpoints it exceeds the 2 s of `saturation.metricsStalenessThreshold`. A scrape takes
+    about half a millisecond of CPU: a hundred per second take 5 % of a core."""
     unreachable_after: CountFrom1 = 3
-    """Refused connections in a row, after which an endpoint leaves the pool until
-    one is accepted."""
+    """Refused or unanswered connections in a row, after which an endpoint leaves the pool until it
+    accepts one."""
 
 
 class Kubernetes(Section):
     """How to reach the Kubernetes API, for objectives and endpoints."""
 
     namespace: str | None = None
-    """Of the pool; the pod's own, or the kubeconfig's, if unset."""
+    """Namespace of the pool. If unset, the pod's own, or that of the kubeconfig."""
     kubeconfig: Annotated[PathBeside | None, Given] = left_out()
-    """If unset: the pod's service account, or else ~/.kube/config."""
+    """Path of a kubeconfig. If unset, the pod's service account is used, or else ~/.kube/config."""
     context: Annotated[str | None, Field(min_length=1), Given] = left_out()
-    """Of the kubeconfig; its current one if unset."""
+    """Context of the kubeconfig; its current context if unset."""
 
     @field_validator("namespace")
     @classmethod

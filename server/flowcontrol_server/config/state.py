@@ -29,28 +29,28 @@ class Valkey(Section):
     """A Valkey or Redis server, for several replicas. Needs the extra valkey."""
 
     url: str = Field(min_length=1)
-    """valkey://HOST:PORT/DATABASE, or valkeys:// for TLS, or unix:///PATH; redis:// and rediss://
-    mean the same. With Sentinel the host is any of the sentinels; with a cluster any of its nodes.
-    A certificate must be for the host, but for nodes that a sentinel names and those of a cluster.
-    """
+    """valkey://HOST:PORT/DATABASE, valkeys:// for TLS, or unix:///PATH; redis:// and rediss:// mean
+    the same. With Sentinel, the host is any sentinel; with a cluster, any node. With TLS the
+    certificate must be for this host; but cluster nodes, and servers that Sentinel names, are not
+    checked for their name."""
     user: str | None = Field(default=None, min_length=1)
-    """User name, where the server has access control lists."""
+    """User name, for a server with access control lists."""
     password_file: Annotated[FileBeside | None, Given] = left_out()
     """File with the password, read at every connection. A relative path starts at the configuration
     file."""
     ca: Annotated[FileBeside | None, Given] = left_out()
     """PEM file with the certificate authorities of the server; those of the system if unset."""
     certificate: Annotated[FileBeside | None, Given] = left_out()
-    """PEM file with a client certificate; with key."""
+    """PEM file with a client certificate. Needs key."""
     key: Annotated[FileBeside | None, Given] = left_out()
     """PEM file with the key of the client certificate."""
     sentinel: str | None = Field(default=None, min_length=1)
     """Name of the primary that Sentinel watches; set it to connect through Sentinel. With TLS the
-    sentinels have it, too; they must not ask for a password."""
+    sentinels must use TLS, too. They must not require a password."""
     is_cluster: bool = Field(default=False, strict=True, alias="cluster")
     """Whether the server is a cluster."""
     timeout: Duration = written("500ms")
-    """Longest time for one answer."""
+    """Longest time for one answer of the server."""
 
     @field_validator("url")
     @classmethod
@@ -141,17 +141,19 @@ class State(Section):
     """
 
     directory: Annotated[PathBeside | None, Given] = left_out()
-    """Folder for the file of one replica that restarts. A relative path starts at the configuration
-    file."""
+    """Folder for the state file of a single replica that may restart. A relative path starts at the
+    configuration file."""
     valkey: Annotated[Valkey | None, Given] = left_out()
     write_within: Duration = written("50ms")
     """Longest time from a dispatch to its record, while the store keeps up."""
     lease_age_max: Duration = written("10m")
-    """How long after its dispatch a recovered request can hold its slot. Until then it does, unless
-    the access log reports its end or its endpoint reports fewer requests than are held there."""
+    """Longest time after its dispatch that a recovered request holds its slot. The slot is freed
+    sooner if the access log reports the request's end, or if its endpoint reports fewer requests
+    than are held there."""
     count_running: bool = Field(default=True, strict=True)
-    """Whether requests that endpoints already work on at the start count as in flight, as far as
-    they are not recorded. Needs `load`. Switch it off where others send requests to them, too."""
+    """Whether requests that endpoints already run at the start count as in flight, as far as they
+    are not recorded. Needs `load`. Set it to false if others also send requests to these
+    endpoints."""
 
     @field_validator("directory")
     @classmethod
@@ -172,11 +174,13 @@ class Availability(Section):
     election: Annotated[Literal["kubernetes", "valkey", "off"], BeforeValidator(switched_off)] = (
         written("off")
     )
-    """kubernetes: by a coordination.k8s.io Lease called flowcontrol-POOL in the pool's namespace.
-    valkey: by a key in `state.valkey`. off: this process is the only one."""
+    """How the leader is elected. kubernetes: by a coordination.k8s.io Lease named flowcontrol-POOL
+    in the pool's namespace. valkey: by a key in `state.valkey`. off: no election; this process is
+    the only one."""
     lease_duration: Duration = written("2s")
-    """How long a silent leader stays the leader; whole seconds with kubernetes. A leader renews
-    four times in it, and stops deciding a quarter of it early."""
+    """How long a leader that does not renew its lease remains the leader; whole seconds with
+    kubernetes. A leader renews four times in this time, and stops deciding a quarter of it before
+    the lease ends."""
 
     @field_validator("lease_duration")
     @classmethod

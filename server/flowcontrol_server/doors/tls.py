@@ -31,16 +31,18 @@ class Tls(Section):
     """TLS of the gRPC doors. Relative paths start at the configuration file."""
 
     certificate: PathBeside | None = None
-    """PEM file with the certificate the doors show, its chain after it. Plain text if unset."""
+    """PEM file with the certificate of the gRPC ports, followed by its chain. Plain text if
+    unset."""
     key: PathBeside | None = None
     """PEM file with the certificate's private key."""
     client_ca: PathBeside | None = None
-    """PEM file with the authorities whose certificates clients must show: mutual TLS."""
+    """PEM file with the certificate authorities for client certificates. If set, clients must
+    present a certificate: mutual TLS."""
     self_signed: bool = Field(default=False, strict=True)
-    """For `listen.extProc` alone: a certificate made at each start, and plain text on the same
-    port. Gateways that speak TLS to their endpoint picker without verifying it (kgateway,
-    agentgateway, Envoy AI Gateway) need nothing more, Istio speaks plain text. It authenticates
-    neither side: for a network you trust. Needs the extra kubernetes."""
+    """Only for `listen.extProc`: a certificate made at each start, and plain text on the same port.
+    Gateways that use TLS to their endpoint picker without verifying it (kgateway, agentgateway,
+    Envoy AI Gateway) need nothing more; Istio uses plain text. It authenticates neither side: use
+    it only in a network you trust. Needs the extra kubernetes."""
 
     @model_validator(mode="after")
     def _can_be_used(self, info: ValidationInfo) -> Self:
