@@ -1,17 +1,18 @@
-"""Pure. The decision ledger: every fact the engine took in, when, and what it decided.
+"""Pure. The decision ledger: every fact that the engine took in, the time, and its decisions.
 
-A ledger is lines, each a mapping with a few words as keys:
+A ledger consists of lines, each a mapping:
 
-    header      what wrote it, of which run, which part of it, and the configuration in force
-    turn        `t`, the facts the engine took in then, and the decisions it made
-    checkpoint  what was live at `t`, for a reader who was not there from the beginning
-    gap         so many turns were not written; a checkpoint follows
+    header      the run, the part of it, and the configuration in force
+    turn        `t`, the facts that the engine took in then, and its decisions
+    checkpoint  the live requests at `t`, for a reader that does not start at the beginning
+    gap         the number of turns that were not written; a checkpoint follows
 
-Times are monotonic nanoseconds, as the engine has them. Turns without facts and without decisions
-are written, too: time alone can change what the engine knows. A reader who has every turn since the
-engine was made can decide everything again, identically. One who begins at a checkpoint knows who
-waits, who is in flight and what outlives a restart (`memory`), but not where each is in flight, how
-fast prompts are read and what forecasts had learnt: it decides nearly all alike.
+Times are the engine's monotonic nanoseconds. Turns without facts and decisions are written, too,
+because time alone can change the state of the engine. With every turn since the engine was created,
+a reader can repeat all decisions exactly. A reader that begins at a checkpoint has the requests
+waiting and in flight, and what outlives a restart (`memory`). It does not have the endpoints of
+those in flight, the speed of prompts, and what forecasts had learnt, so it repeats nearly all
+decisions.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from flowcontrol.request import Request
 
 VERSION = 1
 BEGINNING = b'{"header":'
-"""Of every file's first line."""
+"""How the first line of every file begins."""
 _ID_BYTES = 8
 
 
@@ -53,20 +54,20 @@ class Turn(NamedTuple):
 @final
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Stands first in every file."""
+    """The first entry of every file."""
 
     run: str
-    """Of which run of the service; the same in all files of one run."""
+    """Identifies the run of the service; the same in all its files."""
     part: int
-    """From 0, counted in files."""
+    """Number of the file in its run, from 0."""
     wall_ns: int
     """Time of day at `now_ns`, since 1970."""
     now_ns: int
-    """When this file was begun, or in part 0 when the engine was made."""
+    """When this file was begun; for part 0, when the engine was created."""
     config: ControllerConfig
-    """In force then."""
+    """Configuration in force then."""
     salt: str = ""
-    """What flow ids were hashed with; empty: they were not."""
+    """Salt of the hashed flow ids; empty: they are not hashed."""
     version: int = VERSION
 
 
@@ -83,7 +84,7 @@ class LiveRequest:
 @final
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What was live, after the turn of that moment."""
+    """The live requests after a turn."""
 
     now_ns: int
     config: ControllerConfig
@@ -97,7 +98,7 @@ class Checkpoint:
 @final
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Turns that were not written, because the writer could not keep up or the disk was full."""
+    """Turns not written, because the writer could not keep up or the disk was full."""
 
     turns: int
 
@@ -113,7 +114,7 @@ _KINDS: Mapping[str, Any] = {
 
 
 def take_checkpoint(controller: FlowController, now_ns: int) -> Checkpoint:
-    """Return what is live; O(live requests). By the controller's owner only."""
+    """Return a checkpoint. O(live requests). Only the controller's owner may call this."""
     pool = controller.pool
     return Checkpoint(
         now_ns,
@@ -132,10 +133,11 @@ def take_checkpoint(controller: FlowController, now_ns: int) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, config: ControllerConfig) -> FlowController:
-    """Return an engine in which what was live is live: exact for who waits since when.
+    """Return an engine with the live requests of a checkpoint.
 
-    Who was in flight is dispatched again, as far as the configuration allows, by the limits that
-    were found. What else was learnt comes after that, since then they have arrived a second time.
+    Waiting requests keep their exact arrival times. Requests in flight are dispatched again, as far
+    as the configuration and the limits found allow. What else was learnt is restored after that,
+    because it already includes them.
     """
     live = sorted(checkpoint.live, key=lambda each: (not each.is_in_flight, each.arrived_ns))
     first_ns = min((each.arrived_ns for each in live), default=checkpoint.now_ns)
@@ -164,7 +166,7 @@ def restore(checkpoint: Checkpoint, config: ControllerConfig) -> FlowController:
 def _still_owed(
     memory: EngineMemory, controller: FlowController, now_ns: int
 ) -> tuple[BandMemory, ...]:
-    """Return what accounts lack: those in flight were charged a second time."""
+    """Return the accounts less what requests in flight were charged a second time."""
     present = {band.priority: band.accounts for band in controller.learned.memory(now_ns).bands}
     return tuple(
         replace(
@@ -221,16 +223,16 @@ def from_line(line: Any) -> Entry:
     return entry
 
 
-# Flow ids in disguise
+# Hashed flow ids
 
 Disguise = Callable[[str], str]
 
 
 def disguise_with(salt: str) -> Disguise:
-    """Return what hides flow ids: the same id always becomes the same 16 letters of one run.
+    """Return a function that hashes flow ids: an id always gets the same 16 digits in one run.
 
-    It keeps tenants apart without naming them. It does not withstand who can guess their names:
-    the salt is in the ledger, so that another configuration's weights can be matched.
+    It keeps tenants apart without naming them. It does not protect names that can be guessed,
+    because the salt is in the ledger, so that weights of another configuration can be matched.
     """
     key = salt.encode()
     known: dict[str, str] = {}
@@ -251,7 +253,7 @@ _KNOWN_MAX = 10_000
 
 
 def disguised(entry: Entry, disguise: Disguise) -> Entry:
-    """Return an entry with its flow ids hidden."""
+    """Return an entry with hashed flow ids."""
     match entry:
         case Turn(now_ns, facts, decisions):
             return Turn(
@@ -277,7 +279,7 @@ def disguised(entry: Entry, disguise: Disguise) -> Entry:
 
 
 def disguised_config(config: ControllerConfig, disguise: Disguise) -> ControllerConfig:
-    """Return a configuration that names tenants in disguise."""
+    """Return a configuration with hashed flow ids."""
     weights = {disguise(flow_id): weight for flow_id, weight in config.weights.items()}
     return replace(config, weights=weights)
 

@@ -1,6 +1,6 @@
-"""Pure. Values of the engine as plain ones: what JSON knows, and back.
+"""Pure. Converts values of the engine to plain values for JSON, and back.
 
-What a type looks like is read once from its hints: a dataclass is a mapping of the fields that
+The form of a type is derived once from its hints: a dataclass becomes a mapping of the fields that
 differ from their defaults, an enumeration its value, a named tuple a list, and a member of a union
 of dataclasses a mapping with one key, its name: `{"arrived": {"request": {"request_id": 7}}}`.
 """
@@ -89,9 +89,9 @@ def _named_tuple(kind: Any) -> Plainly:
 
 
 def hints_of(kind: Any) -> dict[str, Any]:
-    """Return the hints of a dataclass's fields.
+    """Return the type hints of a dataclass's fields.
 
-    A compiled one has lost those of unions and of generic types: they stand in the source beside.
+    A compiled class has lost hints of unions and generic types; they are read from its source.
     """
     module = sys.modules[kind.__module__]
     if not isinstance(module.__loader__, ExtensionFileLoader):

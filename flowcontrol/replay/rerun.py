@@ -1,18 +1,17 @@
-"""Pure. Another engine for the same traffic: what would it have done?
+"""Pure. Runs recorded traffic through another engine: what would it have decided?
 
 The candidate gets the facts that the recorded engine got, at the same times. While both decide
-alike it is exactly that. Once they differ, the rest of the story was never played, and is filled
-in:
+alike, the replay is exact. Once they differ, what follows was never recorded, and is filled in:
 
-    a request is served as long, from its dispatch, as it was in reality, whenever that dispatch is;
-    one that reality never served is served as long as its band's were on average;
-    a client that left while it waited leaves at the same time, waiting or being served;
-    one that was refused in reality, and is not by the candidate, waits on.
+    a request is served for as long as in reality, from whenever it is dispatched;
+    one that was not served in reality is served for the mean time of its band;
+    a client that left while waiting leaves at the same time, whether it waits or is being served;
+    one that was refused in reality, but not by the candidate, goes on waiting.
 
-So it knows nothing of what a dispatch more or less does to the others: a candidate that lets more
-in flight looks better here than it would be, as no model server gets slower from it. It sees one
-effect late: the slot of a request it dispatched sooner than reality did is free only when reality
-says how long it took. Metrics of the endpoints are those of reality. And no client retries.
+So the replay does not show how a dispatch slows other requests: a candidate that allows more in
+flight looks better here than it would be, because no model server becomes slower. One effect comes
+late: if the candidate dispatches a request earlier than reality did, its slot is free only when
+reality shows how long it took. Metrics of the endpoints are those of reality. Clients do not retry.
 """
 
 from collections.abc import Sequence
@@ -27,28 +26,28 @@ from flowcontrol.replay.ledger import Checkpoint, Turn, restore
 from flowcontrol.request import Outcome
 
 _SERVICE_DEFAULT_NS = 1_000_000_000
-"""Assumed for a request that reality never served, before it served any."""
+"""Service time of a request that was not served in reality, before any was."""
 _MEMORY = 64
-"""Services an average remembers: the first 64 count alike, later ones 1/64 each."""
+"""Service times in a running mean: the first 64 count alike, each later one counts 1/64."""
 
 
 @final
 @dataclass(slots=True)
 class _Course:
-    """One request in both worlds."""
+    """One request, in reality and in the replay."""
 
     request_id: int
     priority: int = 0
     real_dispatched_ns: int | None = None
     service_ns: int | None = None
-    """How long it is served; None while that is not known."""
+    """How long it is served; None: unknown."""
     is_over_in_reality: bool = False
     dispatched_ns: int | None = None
-    """By the candidate."""
+    """When the candidate dispatched it; None: it has not."""
     is_leaving: bool = False
-    """Whether its departure is fixed."""
+    """Whether its departure is scheduled."""
     settled: Settled | None = None
-    """Held back until its departure."""
+    """Its settlement, held back until its departure."""
 
 
 @final
@@ -56,10 +55,10 @@ class Rerun:
     """Drives a candidate through recorded turns. Owner: its caller.
 
     Args:
-        candidate: new, or restored from a checkpoint; it has got no fact yet.
-        has_own_config: whether it is configured otherwise than what was recorded. Then recorded
-            changes of the configuration are not for it, and it is woken at the moments it asks for;
-            else only when what was recorded was, however late that may have been.
+        candidate: new, or restored from a checkpoint; it has taken no facts yet.
+        has_own_config: whether its configuration differs from the recorded one. If so, recorded
+            changes of the configuration are ignored, and it is woken at the times it asks for;
+            else only when the recorded engine was, however late that was.
     """
 
     def __init__(self, candidate: FlowController, *, has_own_config: bool) -> None:
@@ -67,21 +66,21 @@ class Rerun:
         self._has_own_config = has_own_config
         self._courses: dict[int, _Course] = {}
         self._departures: list[tuple[int, int]] = []
-        """When, and who: those whose time differs from reality's."""
+        """Departures at times that differ from reality: time and request id."""
         self._services: dict[int, tuple[float, int]] = {}
-        """By priority: the average service, and how many it rests on."""
+        """By priority: mean service time, and the number of services it is over."""
         self._polled_ns = -1
 
     @property
     def open_count(self) -> int:
-        """Requests that are not over in both worlds."""
+        """Requests that are not over in both reality and the replay."""
         return len(self._courses)
 
     @classmethod
     def restored(
         cls, checkpoint: Checkpoint, config: ControllerConfig, *, has_own_config: bool
     ) -> Self:
-        """Return one that begins at a checkpoint, as if all its requests had just begun."""
+        """Return a replay that begins at a checkpoint, as if its requests had just begun."""
         candidate = restore(checkpoint, config)
         rerun = cls(candidate, has_own_config=has_own_config)
         now_ns = checkpoint.now_ns
@@ -95,7 +94,7 @@ class Rerun:
         return rerun
 
     def turn(self, turn: Turn) -> list[Decision]:
-        """Play one turn; return what the candidate decided in it, and in its own ones before."""
+        """Replay one turn; return the candidate's decisions in it and since the last one."""
         now_ns = turn.now_ns
         decisions = self._advance(now_ns)
         candidate = self.candidate
@@ -139,7 +138,7 @@ class Rerun:
             self._forget(course)
 
     def _translate(self, fact: Fact, now_ns: int) -> Fact | None:
-        """Return the fact that the candidate gets for a recorded one, None for nothing now."""
+        """Return the fact that the candidate gets for a recorded one; None: nothing now."""
         match fact:
             case Arrived(request):
                 self._courses[request.request_id] = _Course(request.request_id)
@@ -162,7 +161,7 @@ class Rerun:
 
     def _left(self, course: _Course, left: Left, now_ns: int) -> Fact | None:
         if course.is_over_in_reality:
-            return None  # refused there; here it goes on
+            return None  # refused in reality; here it goes on
         course.is_over_in_reality = True
         if course.real_dispatched_ns is None:  # its client left
             self._forget(course)
@@ -202,7 +201,7 @@ class Rerun:
             elif decision.outcome is Outcome.RECLAIMED:
                 if self._has_own_config:  # it is gone a moment after the decision
                     course.service_ns = 0
-                    course.is_leaving = False  # when it would have left counts no more
+                    course.is_leaving = False  # its earlier departure no longer applies
                     self._leave_later(course)
             else:
                 self._forget(course)
@@ -210,8 +209,8 @@ class Rerun:
     def _leave_later(self, course: _Course) -> None:
         if course.is_leaving:
             return
-        assert course.dispatched_ns is not None, "who leaves has been dispatched"
-        assert course.service_ns is not None, "and it is known for how long"
+        assert course.dispatched_ns is not None, "a departing request was dispatched"
+        assert course.service_ns is not None, "its service time is known"
         course.is_leaving = True
         heappush(self._departures, (course.dispatched_ns + course.service_ns, course.request_id))
 

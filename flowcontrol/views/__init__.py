@@ -1,1 +1,1 @@
-"""What can be seen of the engine: snapshots, explanations, and questions between turns."""
+"""Read-only views of the engine: snapshots and explanations."""

@@ -1,4 +1,4 @@
-"""Pure. What is it waiting for? Everything there is to say about one live request."""
+"""Pure. Explains one live request: what it waits for, and for how long."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,29 +17,29 @@ from flowcontrol.views.view import endpoint_snapshots, flow_snapshot
 _FLOWS_SHOWN_MAX = 10
 _SECOND_NS: Final = 1_000_000_000
 _HARDLY: Final = 0.01
-"""Part of a turn within which, at random, one turn in a hundred comes."""
+"""Within this part of a mean turn, one random turn in a hundred comes."""
 
 
 class Gate(Enum):
-    """What keeps a request waiting; the first that holds."""
+    """What keeps a request waiting; the first that applies."""
 
     NO_ENDPOINTS = "no-endpoints"
     """The pool is empty."""
     POOL_FULL = "pool-full"
     """No endpoint has room: the saturation is 1 or more."""
     HIGHER_BAND = "higher-band"
-    """A higher band has work waiting, and is gated itself."""
+    """A higher band has work waiting, and is itself gated."""
     CEILING = "ceiling"
     """The pool has room, but not for this band: the saturation is at its ceiling."""
     SUBSET = "subset"
-    """The pool has room, but not at any endpoint that the request may go to, or the first of its
-    flow may."""
+    """The pool has room, but no endpoint has that the request, or the head of its flow, may go
+    to."""
     PROMPTS = "prompts"
-    """There is a place for it, but prompts that were sent before have to be read first."""
+    """There is a place for it, but endpoints must read earlier prompts first."""
     TURN = "turn"
-    """Nothing; it goes in the next turns."""
+    """Nothing: it is dispatched in one of the next turns."""
     NONE = "none"
-    """It does not wait."""
+    """The request does not wait."""
 
 
 @final
@@ -53,44 +53,44 @@ class Explanation:
     flow_id: str
     objective: str | None
     age_ns: int
-    """Since its arrival."""
+    """Time since its arrival."""
     deadline_in_ns: int | None
-    """Until it will have waited too long; None: never, or it does not wait."""
+    """Time until it has waited too long; None: never, or it does not wait."""
     endpoint: str | None
-    """Where it was sent, when the engine is the picker."""
+    """Where it was sent, if the engine picks."""
     is_reclaimed: bool
-    """Whether it has been told to end, for a better request that waits."""
+    """Whether it is being ended for a more important request."""
     gate: Gate
     saturation: float
     ceiling: float
-    """At which its band is gated."""
+    """Saturation at which its band is gated."""
     gating_priority: int
-    """Of the band that it stands behind, or its own."""
+    """Priority of the gated band ahead of it, or of its own."""
     in_flight: int
-    """In the pool."""
+    """Requests in flight in the pool."""
     endpoints: tuple[EndpointSnapshot, ...]
     flow: FlowSnapshot
-    """Its own, with its share and fair share."""
+    """Its flow, with share and fair share."""
     position: int = 0
-    """How many stand ahead of it in all."""
+    """Requests ahead of it in all."""
     ahead_in_flow: int = 0
     ahead_in_band: int = 0
-    """Of all flows, its own included; estimated by turns."""
+    """Requests ahead of it in its band, including its own flow; estimated by turns."""
     ahead_above: Mapping[int, int] = field(default_factory=dict)
-    """Waiting in higher bands, by priority."""
+    """Requests waiting in higher bands, by priority."""
     rivals: tuple[FlowSnapshot, ...] = ()
     """The other flows of its band with the longest backlogs."""
     expected_wait_ns: int | None = None
-    """From now; None while unknown."""
+    """Wait from now within which half of all requests stay; None: unknown."""
     expected_at_arrival_ns: int | None = None
     late_wait_ns: int | None = None
-    """From now, that nine in ten stay within; None while unknown."""
+    """Wait from now within which nine in ten stay; None: unknown."""
     is_hopeless: bool = False
-    """Whether of a hundred such requests 99 would be evicted before their turn."""
+    """Whether 99 in a hundred such requests are evicted before their turn."""
 
 
 def explain(controller: FlowController, request_id: int, now_ns: int) -> Explanation | None:
-    """Return what a live request waits for, None if there is no such request; O(its band)."""
+    """Return what a live request waits for; None: there is no such request. O(its band)."""
     lease = controller.leases.get(request_id)
     if lease is None:
         return None
@@ -152,14 +152,14 @@ def explain(controller: FlowController, request_id: int, now_ns: int) -> Explana
 
 
 def _is_hopeless(lease: Lease, band: Band, forecast: Forecast, now_ns: int) -> bool:
-    """Whether a waiting request hardly has a turn before its deadline; O(waiting of its flow).
+    """Whether a waiting request hardly gets a turn before its deadline. O(waiting of its flow).
 
-    That many stand ahead does not say so: they have deadlines, too. In a flow that gets less than
-    it asks for everybody is first in the end, just before being evicted, and some are served then.
-    So let those before it in its flow go one after the other, by their turn or at their deadline,
-    at the rate of the whole band and as much faster as one wait in a hundred was shorter than the
-    rates said. If the time that is left then has a turn in one case of a hundred, there is no hope:
-    as for most of a job whose requests came all at once.
+    The number ahead does not show that, because those requests have deadlines, too. In a flow that
+    asks for more than it gets, every request becomes the first just before it is evicted, and some
+    are served then. So let the requests before it leave one after the other, by dispatch or at
+    their deadlines, at the rate of the whole band, sped up by as much as the shortest wait in a
+    hundred was below its raw forecast. If a turn comes in the time left in no more than one case in
+    a hundred, the request is hopeless, as are most of a job whose requests arrived at once.
     """
     rate, deadline_ns = band.drain_rate.per_second(now_ns), lease.deadline_ns
     raw_ns, early_ns = forecast.raw_ns, band.calibration.early(forecast)
@@ -182,7 +182,7 @@ def _is_hopeless(lease: Lease, band: Band, forecast: Forecast, now_ns: int) -> b
 def _gate(
     controller: FlowController, lease: Lease, gated: Band, ceiling: float, now_ns: int
 ) -> Gate:
-    """Return the first that holds."""
+    """Return the first gate that applies."""
     pool = controller.pool
     saturation = pool.saturation()
     is_full = saturation >= FULL
@@ -200,5 +200,5 @@ def _gate(
 
 
 def _first_of_flow(lease: Lease) -> tuple[Lease, ...]:
-    """Return a request, and the one of its flow that goes before all others, if any waits."""
+    """Return a request, and the head of its flow, if any request of it waits."""
     return (lease, lease.flow.head) if lease.flow else (lease,)

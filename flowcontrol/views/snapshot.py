@@ -12,9 +12,9 @@ WAIT_BOUNDS_S = (
     *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1, 2.5, 5, 10, 30, 60, 120, 300, 600),
 )
-"""Upper bounds of the wait histogram; the longest is beyond any default time to live."""
+"""Upper bounds of the wait histogram; the largest exceeds any default time to live."""
 FORECAST_BOUNDS = (0.25, 0.5, 0.8, 1.25, 2.0, 4.0)
-"""Upper bounds of the histogram of real waits over predicted ones."""
+"""Upper bounds of the histogram of real over forecast waits."""
 
 
 @final
@@ -28,16 +28,15 @@ class FlowSnapshot:
     in_flight: int
     oldest_wait_ns: int | None
     share: float = 0.0
-    """Part of the token cost its band was served lately, from 0 to 1."""
+    """Its recent part of the token cost that its band was served, 0 to 1."""
     fair_share: float = 0.0
-    """What it would be if all flows of the band that are here now wanted as much as they may get:
-    by weight."""
+    """The share by weight, if all present flows of the band used theirs."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class BandSnapshot:
-    """One band, with its flows of the longest backlog."""
+    """One band, with the flows that have the longest backlogs."""
 
     priority: int
     is_declared: bool
@@ -50,29 +49,29 @@ class BandSnapshot:
     flow_count: int
     flows: tuple[FlowSnapshot, ...]
     expected_wait_ns: int | None = None
-    """What one more request would wait, behind all that wait here and above; None when unknown."""
+    """Expected wait of one more request, behind all that wait here and above; None: unknown."""
     late_wait_ns: int | None = None
-    """The same, that nine in ten stay within."""
+    """The wait within which nine in ten stay; None: unknown."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What became of the requests of one priority since the start; survives its band."""
+    """Outcomes of the requests of one priority since the start; kept when its band is gone."""
 
     outcomes: Mapping[Outcome, int]
     completed: int
     wait_counts: Mapping[Outcome, tuple[int, ...]]
-    """How many waited up to each of `WAIT_BOUNDS_S`, and last how many longer; not cumulated."""
+    """Requests that waited up to each of `WAIT_BOUNDS_S`, and last longer; not cumulative."""
     wait_sum_ns: Mapping[Outcome, int]
     forecasts: HistogramSnapshot | None = None
-    """Real waits over predicted ones, of what was dispatched; a ratio of 1 as a second."""
+    """Real over forecast waits of dispatched requests; a ratio of 1 is counted as 1 s."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class EndpointSnapshot:
-    """One endpoint; `in_flight` is None where only the pool's count is known."""
+    """One endpoint; `in_flight` is None if only the pool's count is known."""
 
     address: str
     in_flight: int | None
@@ -86,7 +85,7 @@ class MoveSnapshot:
 
     ago_ns: int
     address: str | None
-    """Whose limit; None: of all endpoints of the stage together."""
+    """The endpoint of the limit; None: all endpoints of the stage together."""
     before: float
     after: float
     reason: str
@@ -95,7 +94,7 @@ class MoveSnapshot:
 @final
 @dataclass(frozen=True, slots=True)
 class DetectorSnapshot:
-    """What one detector makes of one stage of the pool."""
+    """One detector of one stage of the pool."""
 
     stage: str
     """both, prefill or decode."""
@@ -103,11 +102,11 @@ class DetectorSnapshot:
     """concurrency, utilization, adaptive or auto."""
     saturation: float
     requests_limit: int | None
-    """Requests in flight at which the stage is full, where the detector goes by such a number."""
+    """Requests in flight at which the stage is full; None: the detector has no such limit."""
     moves: tuple[MoveSnapshot, ...] = ()
-    """The latest changes of that number, the newest last."""
+    """The latest moves of that limit, the latest last."""
     raised: int | None = None
-    """How often that number went up in all; None where it is not found but set."""
+    """How often the limit rose in all; None: it is set, not found."""
     lowered: int | None = None
 
 
@@ -119,7 +118,7 @@ class GoodputSnapshot:
     results: Mapping[str, int]
     """By word: good, late, failed."""
     good_tokens: int
-    """Of the answers that were good, as far as model servers said."""
+    """Output tokens of good answers, as far as model servers reported them."""
 
 
 @final
@@ -128,9 +127,9 @@ class Pace:
     """How the processor keeps up."""
 
     turns: HistogramSnapshot
-    """What one turn took, from its one reading of the clock to its decisions handed back."""
+    """Duration of a turn, from reading the clock to delivering the decisions."""
     lags: HistogramSnapshot
-    """How long facts had been in the inbox, the oldest of each turn."""
+    """Age of the oldest fact in the inbox, at the start of each turn."""
 
 
 @final
@@ -157,16 +156,16 @@ class Snapshot:
     goodput: Mapping[str, GoodputSnapshot] = field(default_factory=dict)
     """By objective; empty for requests that named none."""
     recovered: int = 0
-    """Requests that another process dispatched and that hold a slot here."""
+    """Requests of another process that hold a slot here."""
     pace: Pace | None = None
-    """None: the machine was asked, not its processor."""
+    """None: the snapshot was not taken by a processor."""
 
 
 def requests_limit(detectors: Iterable[DetectorSnapshot]) -> int | None:
-    """Return how many in flight fill the pool, None where no detector goes by such a number.
+    """Return how many requests in flight fill the pool; None: no detector has such a limit.
 
-    Every request passes every stage, so the least limit counts; the pool can be full before that,
-    by what else its detectors go by.
+    Every request passes every stage, so the smallest limit counts. Other measurements of the
+    detectors can fill the pool before that.
     """
     limits = (each.requests_limit for each in detectors)
     return min((limit for limit in limits if limit is not None), default=None)

@@ -30,12 +30,12 @@ _NO_WAIT: Final = Forecast(0, 0, 0)
 
 
 def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Snapshot:
-    """Return the state of the machine, frozen; O(bands + flows shown), and a look at each flow.
+    """Return the state of the engine, frozen. O(flows + endpoints).
 
     Args:
-        controller: read, not changed; by its owner only.
+        controller: not changed; only its owner may call this.
         now_ns: the time.
-        flows_max: flows shown per band, those with the longest backlog.
+        flows_max: flows shown of each band, those with the longest backlogs.
     """
     pool = controller.pool
     saturation = pool.saturation()
@@ -68,7 +68,7 @@ def take_snapshot(controller: FlowController, now_ns: int, flows_max: int) -> Sn
 def _next_forecast(
     controller: FlowController, band: Band, now_ns: int, *, has_room: bool
 ) -> Forecast:
-    """Return what one more would wait: nothing, where there is room and no request before it."""
+    """Return the forecast of one more request: no wait, if there is room and nothing is ahead."""
     if has_room and not band.waiting and not controller.bands.waiting_above(band):
         return _NO_WAIT
     return controller.forecast(band, Ahead(band.waiting), now_ns)
@@ -92,7 +92,7 @@ def endpoint_snapshots(controller: FlowController) -> tuple[EndpointSnapshot, ..
 
 
 def detector_snapshots(pool: Pool, now_ns: int) -> tuple[DetectorSnapshot, ...]:
-    """Return what each detector makes of each stage that has endpoints."""
+    """Return the detectors of each stage that has endpoints."""
     return tuple(
         _detector_snapshot(role, len(stage.addresses), detector, now_ns)
         for role, stage in pool.stages.items()
