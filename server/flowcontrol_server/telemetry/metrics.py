@@ -74,7 +74,7 @@ class ShellCollector(Collector):
         )
         yield CounterMetricFamily(
             "flowcontrol_library_faults",
-            "Callbacks of libraries that failed on the event loop; ours end the service.",
+            "Library callbacks that failed on the event loop; one of our own ends the service.",
             self._library_faults,
         )
         yield CounterMetricFamily(
@@ -84,13 +84,13 @@ class ShellCollector(Collector):
         )
         yield CounterMetricFamily(
             "flowcontrol_body_refusals",
-            "Parked requests refused with 429: their bodies, which pass through, were too much.",
+            "Parked requests refused with 429: bodies held for their connection reached a limit.",
             self._body_refusals,
         )
         if self._ledger_turns is not None:
             turns = CounterMetricFamily(
                 "flowcontrol_ledger_turns",
-                "Turns of the engine, by whether they are in the ledger.",
+                "Turns of the engine, by result: written to the ledger, or lost.",
                 labels=["result"],
             )
             for result, count in zip(("written", "lost"), self._ledger_turns, strict=True):
@@ -175,12 +175,12 @@ class SnapshotCollector(Collector):
         )
         limit = GaugeMetricFamily(
             "flowcontrol_detector_requests_limit",
-            "Requests in flight at which a stage is full; with adaptive and auto, as found so far.",
+            "Requests in flight at which a stage is full; for auto and adaptive, as found so far.",
             labels=labels,
         )
         moves = CounterMetricFamily(
             "flowcontrol_detector_limit_moves",
-            "How often that limit moved, where it is found.",
+            "Changes of a limit that the detector finds (auto, adaptive), by direction.",
             labels=[*labels, "direction"],
         )
         for each in self._snapshot.detectors:
@@ -192,12 +192,12 @@ class SnapshotCollector(Collector):
                     moves.add_metric([each.stage, each.kind, direction], count)
         wait = GaugeMetricFamily(
             "flowcontrol_expected_wait_seconds",
-            "Expected wait of a request arriving now: half wait no longer; absent while unknown.",
+            "Expected wait of a request that arrives now (median); absent while unknown.",
             labels=["priority"],
         )
         late = GaugeMetricFamily(
             "flowcontrol_expected_wait_p90_seconds",
-            "The same: nine of ten wait no longer.",
+            "Expected wait of a request that arrives now (90th percentile); absent while unknown.",
             labels=["priority"],
         )
         for band in self._snapshot.bands:
@@ -210,13 +210,17 @@ class SnapshotCollector(Collector):
     def _bands(self) -> Iterator[Metric]:
         gauges: tuple[tuple[str, str, Callable[[BandSnapshot], float]], ...] = (
             ("waiting_requests", "Requests waiting.", lambda band: band.waiting),
-            ("waiting_bytes", "Announced bytes waiting.", lambda band: band.waiting_bytes),
+            (
+                "waiting_bytes",
+                "Bytes of waiting requests, as the byte limits count them.",
+                lambda band: band.waiting_bytes,
+            ),
             ("in_flight_requests", "Requests in flight.", lambda band: band.in_flight),
             ("flows", "Flows with requests waiting or in flight.", lambda band: band.flow_count),
             ("band_ceiling", "Saturation at which the band is gated.", lambda band: band.ceiling),
             (
                 "oldest_wait_seconds",
-                "How long the request that waits longest has waited.",
+                "Wait so far of the request that has waited longest.",
                 lambda band: (band.oldest_wait_ns or 0) / 1e9,
             ),
         )
@@ -228,7 +232,7 @@ class SnapshotCollector(Collector):
         for name in LIMITED:
             family = GaugeMetricFamily(
                 f"flowcontrol_band_{name}_limit",
-                f"{name.capitalize()} that may wait, where limited.",
+                f"Maximum of waiting {name}; absent where unlimited.",
                 labels=["priority"],
             )
             for band in self._snapshot.bands:
@@ -240,20 +244,22 @@ class SnapshotCollector(Collector):
     def _totals(self) -> Iterator[Metric]:
         decided = CounterMetricFamily(
             "flowcontrol_requests",
-            "Decisions; a reclaimed request was dispatched before, and counts twice.",
+            "Decisions, by outcome; a reclaimed request counts as dispatched and as reclaimed.",
             labels=["priority", "outcome"],
         )
         completed = CounterMetricFamily(
-            "flowcontrol_completed_requests", "Dispatched requests ended.", labels=["priority"]
+            "flowcontrol_completed_requests",
+            "Dispatched requests that have ended.",
+            labels=["priority"],
         )
         waits = HistogramMetricFamily(
             "flowcontrol_wait_seconds",
-            "From arrival to decision.",
+            "Time from arrival to decision.",
             labels=["priority", "outcome"],
         )
         ratios = HistogramMetricFamily(
             "flowcontrol_forecast_ratio",
-            "Wait over what was predicted on arrival, of sampled dispatched requests; 1 is exact.",
+            "Wait over the wait predicted on arrival, of sampled dispatched requests; 1 is exact.",
             labels=["priority"],
         )
         totals_of = dict.fromkeys((band.priority for band in self._snapshot.bands), _NO_TOTALS)
@@ -280,7 +286,7 @@ class SnapshotCollector(Collector):
         )
         tokens = CounterMetricFamily(
             "flowcontrol_objective_good_tokens",
-            "Tokens of good responses, as model servers report.",
+            "Tokens of good responses, as model servers report them.",
             labels=["objective"],
         )
         for objective, goodput in self._snapshot.goodput.items():

@@ -81,10 +81,12 @@ class ReferenceCollector(Collector):
 
     def _queues(self) -> Iterator[Metric]:
         sizes = GaugeMetricFamily(
-            f"{PREFIX}queue_size", "Requests of a flow waiting.", labels=_FLOW_LABELS
+            f"{PREFIX}queue_size", "Waiting requests of a flow.", labels=_FLOW_LABELS
         )
         sizes_bytes = GaugeMetricFamily(
-            f"{PREFIX}queue_bytes", "Announced bytes of a flow waiting.", labels=_FLOW_LABELS
+            f"{PREFIX}queue_bytes",
+            "Bytes of waiting requests of a flow, as the byte limits count them.",
+            labels=_FLOW_LABELS,
         )
         left = FLOWS_MAX
         for band in self._snapshot.bands:
@@ -102,7 +104,7 @@ class ReferenceCollector(Collector):
             ("requests", snapshot.waiting, snapshot.limits.requests_max),
             ("bytes", snapshot.waiting_bytes, snapshot.limits.bytes_max),
         ):
-            text = f"Part of a band's limit of {unit} that is used, where it has one."
+            text = f"Waiting {unit} of a band as a share of its limit; absent where unlimited."
             family = GaugeMetricFamily(
                 f"{PREFIX}capacity_utilization_{unit}", text, labels=["priority", "inference_pool"]
             )
@@ -115,7 +117,7 @@ class ReferenceCollector(Collector):
                 if band_max:
                     family.add_metric([str(band.priority), self._pool], waiting / band_max)
             yield family
-            text = f"Part of the limit of {unit} of all bands together that is used."
+            text = f"Waiting {unit} as a share of the limit of all bands; absent where unlimited."
             family = GaugeMetricFamily(
                 f"{PREFIX}global_capacity_utilization_{unit}", text, labels=["inference_pool"]
             )
@@ -131,7 +133,7 @@ class ReferenceCollector(Collector):
         )
         waits = HistogramMetricFamily(
             f"{PREFIX}request_queue_duration_seconds",
-            "From arrival to decision, of all flows together.",
+            "Time from arrival to decision, of all flows together.",
             labels=_WAIT_LABELS,
         )
         for priority, totals in self._snapshot.totals.items():

@@ -58,17 +58,17 @@ class SettlementCollector(Collector):
         for name, text, value in (
             (
                 "access_log_streams_opened",
-                "Streams of Envoy's access log: one for each worker, more when they break.",
+                "Access-log streams that Envoy opened: one for each worker, more on reconnects.",
                 log_join.streams_opened,
             ),
             (
                 "access_log_streams_refused",
-                "Streams of the access log that did not show the secret in listen.secretFile.",
+                "Access-log streams refused for lack of the secret in listen.secretFile.",
                 log_join.streams_refused,
             ),
             (
                 "bounded_settlements",
-                "Settlements that reported more than their request can use, or another endpoint.",
+                "Settlements cut to a bound: more than the request can use, or another endpoint.",
                 log_join.bounded,
             ),
             (
@@ -80,7 +80,7 @@ class SettlementCollector(Collector):
             yield CounterMetricFamily(f"flowcontrol_{name}", text, value)
         entries = CounterMetricFamily(
             "flowcontrol_access_log_entries",
-            "Entries of the access log, by what became of them.",
+            "Access-log entries, by result.",
             labels=["result"],
         )
         for result in EntryResult:
@@ -89,9 +89,9 @@ class SettlementCollector(Collector):
 
     def _accounts(self) -> Iterator[Metric]:
         counters: tuple[tuple[str, str, str, Callable[[Account], dict[str, int]]], ...] = (
-            ("responses", "Responses by class of status.", "status", lambda a: a.statuses),
-            ("tokens", "Tokens used, as model servers report.", "kind", lambda a: a.tokens),
-            ("body_bytes", "Bytes of bodies.", "direction", lambda a: a.bytes),
+            ("responses", "Responses, by status class.", "status", lambda a: a.statuses),
+            ("tokens", "Tokens used, as model servers report them.", "kind", lambda a: a.tokens),
+            ("body_bytes", "Body bytes, by direction.", "direction", lambda a: a.bytes),
         )
         for name, text, label, counts in counters:
             family = CounterMetricFamily(f"flowcontrol_{name}", text, labels=["priority", label])
@@ -101,12 +101,12 @@ class SettlementCollector(Collector):
             yield family
         unmetered = CounterMetricFamily(
             "flowcontrol_unmetered_responses",
-            "Good responses in which Envoy found no token usage.",
+            "Successful responses in which Envoy found no token usage.",
             labels=["priority"],
         )
         ttft = HistogramMetricFamily(
             "flowcontrol_ttft_seconds",
-            "From sending the request to the model server to the first byte of its response.",
+            "Time from sending the request to the model server to the first byte of its response.",
             labels=["priority"],
         )
         for priority, account in self._log_join.accounts.items():
@@ -118,15 +118,15 @@ class SettlementCollector(Collector):
     def _drift(self) -> Iterator[Metric]:
         engine = GaugeMetricFamily(
             "flowcontrol_engine_requests",
-            "Requests, running and waiting, as an endpoint's metrics report.",
+            "Requests running and waiting at an endpoint, as its metrics report.",
             labels=["endpoint"],
         )
         for address, count in self._pool_view.engine_requests(self._now_ns).items():
             engine.add_metric([address], count)
         answers = CounterMetricFamily(
             "flowcontrol_endpoint_responses",
-            "Requests that an endpoint answered, or failed to (5xx, or broke off); "
-            "abandoned ones are neither.",
+            "Requests that an endpoint answered, or failed (5xx, or broken off); "
+            "not those that their clients abandoned.",
             labels=["endpoint", "result"],
         )
         for address, counts in self._pool_view.answers.items():

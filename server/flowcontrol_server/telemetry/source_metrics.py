@@ -47,7 +47,7 @@ class StatusCollector(Collector):
         counts = Counter(problem.kind for problem in self._status.problems())
         family = GaugeMetricFamily(
             "flowcontrol_problems",
-            "Problems that stand now, by kind, as the dashboard and the API list them.",
+            "Current problems, by kind, as the dashboard and the API list them.",
             labels=["kind"],
         )
         for kind in self._status.kinds:
@@ -116,7 +116,7 @@ def _configuration(configuration: Configuration) -> Iterator[Metric]:
     for name, text, value in (
         (
             "hash",
-            "Hash of the configuration in effect, as check-config prints it, as a number.",
+            "Hash of the configuration in effect: that of check-config, as a number.",
             int(configuration.hash, 16),
         ),
         (

@@ -38,7 +38,7 @@ class StateCollector(Collector):
         """Yield every family."""
         yield GaugeMetricFamily(
             "flowcontrol_recovered_leases",
-            "Requests that another process dispatched and that hold a slot.",
+            "Requests that hold a slot and were dispatched by another process.",
             self._recovered,
         )
         yield GaugeMetricFamily(
@@ -53,8 +53,8 @@ class StateCollector(Collector):
             return
         for name, text, value in (
             ("leases", "Requests in flight that the store should hold.", book.live),
-            ("unwritten_changes", "Changes that are not written to the store.", book.unwritten),
-            ("lag_seconds", "Age of the oldest change that is not written.", book.lag_s),
+            ("unwritten_changes", "Changes not yet written to the store.", book.unwritten),
+            ("lag_seconds", "Age of the oldest change not yet written to the store.", book.lag_s),
             ("store_up", "0 while the store cannot be written.", book.is_up),
         ):
             yield GaugeMetricFamily(f"flowcontrol_state_{name}", text, float(value))
@@ -69,12 +69,12 @@ class StateCollector(Collector):
 def _of_election(election: ElectionCounts) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "flowcontrol_election_up",
-        "0 while the lease cannot be asked for.",
+        "0 while requests for the lease fail.",
         float(election.is_up),
     )
     yield CounterMetricFamily(
         "flowcontrol_election_failures",
-        "Times that the lease could not be asked for.",
+        "Failed requests for the lease.",
         election.failures,
     )
     yield CounterMetricFamily(
