@@ -237,10 +237,6 @@ class AdaptiveDetector(WithoutPace):
         """Return what is in flight over the limit."""
         return self._stage.pool().requests / self.limit
 
-    def unheld(self) -> float:
-        """Return the same: nothing is held back."""
-        return self.saturation()
-
     def endpoint_saturation(self, address: str) -> float:
         """Return what is in flight at the endpoint over its limit."""
         load = self._stage.at(address)

@@ -9,6 +9,7 @@ load of the pool is the mean of its endpoints' loads, each 1.0 at most, and the 
 endpoint has room.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, final
@@ -131,8 +132,16 @@ class Detector(Protocol):
         """Return when time alone next changes a load; None: it does not."""
 
 
-class WithoutPace:
+class WithoutPace(ABC):
     """What a detector answers that does not pace prompts."""
+
+    @abstractmethod
+    def saturation(self) -> float:
+        """Return the load of the stage."""
+
+    def unheld(self) -> float:
+        """Return the same: nothing is held back."""
+        return self.saturation()
 
     def holds(self, address: str) -> bool:  # noqa: ARG002 - never
         """Return False: only the load holds requests back."""

@@ -50,10 +50,6 @@ class ConcurrencyDetector(WithoutPace):
         """Return the load of the stage."""
         return _fuller(self._load, self._requests_max, self._tokens_max)
 
-    def unheld(self) -> float:
-        """Return the same: nothing is held back."""
-        return self.saturation()
-
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint; that of the stage if no other is known."""
         load = self._stage.at(address)
@@ -146,10 +142,6 @@ class UtilizationDetector(WithoutPace):
         """Return the mean load of the endpoints."""
         in_flight = self._stage.pool().requests * self._share
         return sum(self._of(each, in_flight) for each in self._readings.values()) * self._share
-
-    def unheld(self) -> float:
-        """Return the same: nothing is held back."""
-        return self.saturation()
 
     def endpoint_saturation(self, address: str) -> float:
         """Return the load of one endpoint; that of the stage while Envoy picks."""
