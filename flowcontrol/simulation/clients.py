@@ -1,8 +1,8 @@
-"""Pure. The clients of one workload at work: they ask, wait, leave, come back.
+"""Pure. The clients of one workload: they send requests, wait, leave and retry.
 
-A call is what a person wants answered; it makes one or more attempts, each of which is a request to
-the gateway with an id of its own. Times of a call count from its first attempt: that is what the
-person waits.
+A call is what a person wants answered. It makes one or more attempts, each of which is a request to
+the gateway with its own id. Times of a call count from its first attempt, as the person's wait
+does.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ from flowcontrol.simulation.workload import AtOnce, ClosedLoop, Poisson, Replaye
 _SECOND_NS = 1_000_000_000
 _BACKOFF_DOUBLINGS_MAX = 20
 _ROUND_TRIP_NS = 1_000_000
-"""No user asks again sooner, and who was not answered not before backing off once: else one who is
-refused at once would never let time pass."""
+"""Least time before a user's next call. After a failure it is at least the first backoff: otherwise
+a user who is refused at once would never let time pass."""
 
 
 class Ending(Enum):
@@ -31,17 +31,17 @@ class Ending(Enum):
 
     ANSWERED = "answered"
     REFUSED = "refused"
-    """By the gateway, and it does not ask again."""
+    """Refused by the gateway, without a retry."""
     GAVE_UP = "gave-up"
-    """Left before the first token."""
+    """The client left before the first token."""
     FAILED = "failed"
-    """By the model server, or by Envoy for want of one."""
+    """Failed by the model server, or by Envoy for lack of one."""
 
 
 @final
 @dataclass(slots=True, eq=False)
 class ClientCall:
-    """What one client wants answered."""
+    """One call of a client."""
 
     workload: Workload
     tenant: str
@@ -50,14 +50,14 @@ class ClientCall:
     patience_ns: int | None
     asked_ns: int
     user: int | None = None
-    """Which user of a closed loop asks."""
+    """Number of the user of a closed loop; None: an open loop."""
     prefix: tuple[int, ...] = ()
-    """Names of the blocks that the prompt begins with."""
+    """Ids of the first blocks of the prompt."""
     priority: int = 0
-    """Of its objective, when it first asked."""
+    """Priority of its objective at the first attempt."""
     attempt_count: int = 0
     attempt: "Attempt | None" = None
-    """The one under way."""
+    """The attempt under way."""
     first_token_ns: int | None = None
     ended_ns: int | None = None
     ending: Ending | None = None
@@ -72,28 +72,28 @@ class Attempt:
     call: ClientCall
     arrived_ns: int
     dispatched_ns: int | None = None
-    """When the gateway let it go on."""
+    """When the gateway dispatched it."""
     address: str | None = None
     """The model server that has it."""
     decoder: str | None = None
-    """The one that it goes to next, while it is with one that only prefills."""
+    """The model server that decodes it, while another prefills it."""
     first_token_ns: int | None = None
 
 
 class Door(Protocol):
-    """What clients can do to the world."""
+    """The world as clients use it."""
 
-    def ask(self, call: ClientCall) -> None:
+    def send(self, call: ClientCall) -> None:
         """Begin an attempt."""
 
-    def hang_up(self, call: ClientCall) -> None:
+    def cancel(self, call: ClientCall) -> None:
         """End the stream of the attempt under way."""
 
     def begun(self, call: ClientCall) -> None:
-        """Hear of a new call."""
+        """Take in that a call has begun."""
 
     def ended(self, call: ClientCall) -> None:
-        """Hear that a call has ended."""
+        """Take in that a call has ended."""
 
 
 @final
@@ -101,12 +101,12 @@ class Clients:
     """All clients of one workload.
 
     Args:
-        workload: what they want.
-        clock: plans what they do.
-        door: where they do it.
-        seed: the same seed asks the same at the same times, whatever becomes of it; only retries
-            and users of a closed loop follow the answers.
-        end_ns: no call begins at or after it.
+        workload: their requests.
+        clock: schedules what they do.
+        door: takes their requests.
+        seed: the same seed makes the same calls at the same times, whatever their outcomes; only
+            retries and users of a closed loop depend on the answers.
+        end_ns: no call begins at or after this time.
     """
 
     def __init__(
@@ -141,25 +141,25 @@ class Clients:
             self._plan_next()
 
     def refused(self, call: ClientCall, decision: Decision) -> None:
-        """Take the gateway's no for an answer, or ask again."""
-        told_s = retry_after_s(decision.retry_after_ns, self._retry_chance.random())
+        """End a refused call, or schedule a retry."""
+        retry_s = retry_after_s(decision.retry_after_ns, self._retry_chance.random())
         retry = self._workload.retry
         if call.attempt_count >= retry.attempts_max:
             self._end(call, Ending.REFUSED)
-        elif retry.honours_retry_after and told_s is not None:
-            self._clock.after(told_s * _SECOND_NS, partial(self._ask, call))
+        elif retry.honours_retry_after and retry_s is not None:
+            self._clock.after(retry_s * _SECOND_NS, partial(self._send, call))
         else:
             self._back_off(call)
 
     def failed(self, call: ClientCall) -> None:
-        """Learn that the model server failed; ask again if there is an attempt left."""
+        """End a call whose server failed, or schedule a retry."""
         if call.attempt_count >= self._workload.retry.attempts_max:
             self._end(call, Ending.FAILED)
         else:
             self._back_off(call)
 
     def answered(self, call: ClientCall) -> None:
-        """Have read the last token."""
+        """End a call that was answered."""
         self._end(call, Ending.ANSWERED)
 
     def _open_loop(self, arrivals: Poisson | AtOnce | Replayed) -> Iterator[TraceRow]:
@@ -189,9 +189,9 @@ class Clients:
 
     def _plan_user(self, user: int, at_ns: int) -> None:
         if at_ns < self._until_ns:
-            self._clock.at(at_ns, partial(self._ask_as, user))
+            self._clock.at(at_ns, partial(self._call_as, user))
 
-    def _ask_as(self, user: int) -> None:
+    def _call_as(self, user: int) -> None:
         chance = self._user_chances[user]
         row = TraceRow(self._clock.now_ns, *self._workload.lengths.draw(chance))
         names = self._shares.names
@@ -209,21 +209,21 @@ class Clients:
             prefix=row.prefix,
         )
         self._door.begun(call)
-        self._ask(call)
+        self._send(call)
 
-    def _ask(self, call: ClientCall) -> None:
+    def _send(self, call: ClientCall) -> None:
         call.attempt_count += 1
         call.first_token_ns = None
-        self._door.ask(call)
+        self._door.send(call)
         if call.patience_ns is not None:
             self._clock.after(call.patience_ns, partial(self._lose_patience, call, call.attempt))
 
     def _lose_patience(self, call: ClientCall, attempt: Attempt | None) -> None:
         if call.attempt is not attempt or attempt is None or call.first_token_ns is not None:
             return
-        self._door.hang_up(call)
+        self._door.cancel(call)
         if call.ending is not None:
-            return  # the last token came at this very moment
+            return  # the last token came at the same time
         retry = self._workload.retry
         if retry.after_patience and call.attempt_count < retry.attempts_max:
             self._back_off(call)
@@ -235,7 +235,7 @@ class Clients:
         doublings = min(call.attempt_count - 1, _BACKOFF_DOUBLINGS_MAX)
         delay_ns = min(retry.backoff_max_ns, retry.backoff_ns << doublings)
         spread = 0.5 + self._retry_chance.random()
-        self._clock.after(round(delay_ns * spread), partial(self._ask, call))
+        self._clock.after(round(delay_ns * spread), partial(self._send, call))
 
     def _end(self, call: ClientCall, ending: Ending) -> None:
         call.ended_ns = self._clock.now_ns

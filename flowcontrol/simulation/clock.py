@@ -1,19 +1,19 @@
-"""Pure. Time that passes only from one event to the next."""
+"""Pure. A virtual clock: time jumps from one event to the next."""
 
 from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import final
 
 Action = Callable[[], None]
-"""What is to happen at a moment; it may plan more, at that moment too."""
+"""Called at its time; it may schedule more actions, at the same time, too."""
 
 
 @final
 class VirtualClock:
-    """The present, and what is to happen at which moment, in integer nanoseconds from 0.
+    """The present time and the scheduled actions, in integer nanoseconds from 0.
 
-    What is planned for the same moment happens in the order in which it was planned, whatever it
-    is: ties are broken by a number, so that nothing depends on hashes or addresses.
+    Actions at the same time run in the order in which they were scheduled: a number breaks ties, so
+    that nothing depends on hashes or addresses.
     """
 
     __slots__ = ("_heap", "_number", "now_ns")
@@ -24,22 +24,22 @@ class VirtualClock:
         self._number = 0
 
     def at(self, when_ns: int, action: Action) -> None:
-        """Plan an action; O(log planned). A moment that has passed is a mistake of the caller."""
-        assert when_ns >= self.now_ns, "the past cannot be planned"
+        """Schedule an action, not in the past. O(log scheduled)."""
+        assert when_ns >= self.now_ns, "an action must not be scheduled in the past"
         self._number += 1
         heappush(self._heap, (when_ns, self._number, action))
 
     def after(self, delay_ns: int, action: Action) -> None:
-        """Plan an action for so long from now."""
+        """Schedule an action so long from now."""
         self.at(self.now_ns + delay_ns, action)
 
     @property
     def next_ns(self) -> int | None:
-        """The moment of the next action, None when none is planned."""
+        """Time of the next action; None: none is scheduled."""
         return self._heap[0][0] if self._heap else None
 
     def advance(self, to_ns: int) -> None:
-        """Let time pass to a moment, and everything happen that is due by then."""
+        """Let time pass, and run every action that is due by then."""
         heap = self._heap
         while heap and heap[0][0] <= to_ns:
             self.now_ns, _, action = heappop(heap)

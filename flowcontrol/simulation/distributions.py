@@ -1,7 +1,7 @@
-"""Pure. Numbers drawn by chance: lengths in tokens, times in nanoseconds.
+"""Pure. Random numbers: lengths in tokens, times in nanoseconds.
 
-Chance is an argument: each user has a `random.Random` with a seed of its own, so that one more user
-changes nothing for the others.
+The source of randomness is an argument: each user has its own `random.Random` with its own seed, so
+that an additional user changes nothing for the others.
 """
 
 from bisect import bisect_right
@@ -13,7 +13,7 @@ from typing import Protocol, final
 
 
 class Distribution(Protocol):
-    """Where a number comes from."""
+    """A distribution of whole numbers."""
 
     def draw(self, chance: Random) -> int:
         """Return the next number."""
@@ -22,7 +22,7 @@ class Distribution(Protocol):
 @final
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Always the same."""
+    """Always the same number."""
 
     value: int
 
@@ -34,20 +34,20 @@ class Fixed:
 @final
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Each whole number of a range is as likely as any other; both ends included."""
+    """Every whole number of a range is equally likely; both ends included."""
 
     least: int
     most: int
 
     def draw(self, chance: Random) -> int:
-        """Return one of them."""
+        """Return a number of the range."""
         return chance.randint(self.least, self.most)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Exponential:
-    """Memoryless, with a mean; times between unrelated events."""
+    """The exponential distribution: times between independent events."""
 
     mean: int
 
@@ -59,7 +59,7 @@ class Exponential:
 @final
 @dataclass(frozen=True, slots=True)
 class Lognormal:
-    """Many short, few long: prompts and answers of people are about so.
+    """The lognormal distribution: many short, few long, like prompts and answers of people.
 
     Half of them are below the median; two thirds lie within a factor of e^sigma of it.
     """
@@ -67,7 +67,7 @@ class Lognormal:
     median: int
     sigma: float
     most: int
-    """What is drawn above counts as this."""
+    """Upper bound; larger numbers are replaced by it."""
 
     def draw(self, chance: Random) -> int:
         """Return a number from 1 to the most."""
@@ -76,10 +76,10 @@ class Lognormal:
 
 @final
 class WeightedNames:
-    """Names, each drawn as often as its share says; O(log names).
+    """Random names, each as often as its share. O(log names).
 
     Args:
-        shares: name to share, above 0; they need not add up to anything.
+        shares: name to share, above 0; the sum does not matter.
     """
 
     def __init__(self, shares: dict[str, float]) -> None:

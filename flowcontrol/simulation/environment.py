@@ -1,4 +1,4 @@
-"""Pure. What happens around gateway and clients: servers come and go, are scraped, things break."""
+"""Pure. Events that neither gateway nor clients cause: servers, scrapes and faults."""
 
 from collections import Counter
 from functools import partial
@@ -26,17 +26,17 @@ from flowcontrol.simulation.pool import ServerPool
 
 
 class Host(Protocol):
-    """Where it takes effect."""
+    """The world as the environment acts on it."""
 
     @property
     def is_busy(self) -> bool:
         """Whether a client still waits for something."""
 
     def post(self, fact: Fact) -> None:
-        """Tell the engine."""
+        """Pass a fact to the engine."""
 
     def lost(self, request_id: int) -> None:
-        """Hear that a request's server has crashed."""
+        """Take in that the server of a request has crashed."""
 
     def stall(self, until_ns: int) -> None:
         """Give the engine no turn until then."""
@@ -47,14 +47,14 @@ class Host(Protocol):
 
 @final
 class Environment:
-    """Plans everything that happens by itself.
+    """Schedules these events.
 
     Args:
-        plan: says what and when.
-        clock: does it then.
+        plan: the events and their times.
+        clock: schedules them.
         pool: whose servers come and go.
-        conditions: what the faults make of scrapes.
-        host: hears of it.
+        conditions: how faults change scrapes.
+        host: where they take effect.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class Environment:
         self._conditions = conditions
         self._host = host
         self._absences = Counter({spec.address: 1 for spec in plan.servers})
-        """For each server, how many reasons keep it from being there; at 0 it is."""
+        """For each server, the number of reasons for which it is down; 0: it is up."""
         self._unlisted = Counter(self._absences)
-        """The same, of being known as an endpoint."""
+        """For each server, the number of reasons for which it is not listed as an endpoint."""
 
     def start(self) -> None:
-        """Tell the engine how it begins, and plan the rest."""
+        """Post the initial facts, and schedule the rest."""
         self._host.post(ObjectivesChanged(dict(self._plan.objectives)))
         for spec in self._plan.servers:
             if spec.from_ns == 0:
@@ -80,7 +80,7 @@ class Environment:
             else:
                 self._clock.at(spec.from_ns, partial(self._rise, spec.address))
                 self._clock.at(spec.from_ns, partial(self._list, spec.address))
-        self._tell_endpoints()
+        self._post_endpoints()
         for fault in self._plan.faults:
             self._plan_fault(fault)
         if self._plan.scrape_interval_ns is not None:
@@ -104,7 +104,7 @@ class Environment:
             case DrainBegins():
                 at(fault.at_ns, partial(host.post, DrainBegan(fault.budget_ns)))
             case MetricsStale() | MetricsLie() | SettlementsSlow() | SettlementsLost():
-                pass  # asked of the conditions when it matters
+                pass  # applied by the conditions
             case DecisionsSlow():
                 pass
             case _:
@@ -123,20 +123,20 @@ class Environment:
 
     def _unlist(self, address: str) -> None:
         self._unlisted[address] += 1
-        self._tell_endpoints()
+        self._post_endpoints()
 
     def _list(self, address: str) -> None:
         self._unlisted[address] -= 1
-        self._tell_endpoints()
+        self._post_endpoints()
 
-    def _tell_endpoints(self) -> None:
+    def _post_endpoints(self) -> None:
         addresses = self._addresses()
         self._pool.set_known(addresses)
         roles = {s.address: s.role for s in self._plan.servers if s.role is not Role.BOTH}
         self._host.post(EndpointsChanged(addresses, roles))
 
     def _addresses(self) -> tuple[str, ...]:
-        """Return what is known as the pool, in the order of the plan."""
+        """Return the listed endpoints, in the order of the plan."""
         return tuple(s.address for s in self._plan.servers if not self._unlisted[s.address])
 
     def _scrape(self) -> None:

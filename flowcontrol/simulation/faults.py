@@ -1,7 +1,7 @@
-"""Pure. What can go wrong, and when. Nothing here is decided by chance: a scenario says it.
+"""Pure. Faults of a scenario. None of them is random: the scenario gives their times.
 
-Times are of the virtual clock; a fault that lasts holds from `from_ns` until just before
-`until_ns`. `addresses` names the servers concerned, None: all.
+Times are of the virtual clock. A fault with a duration lasts from `from_ns` until just before
+`until_ns`. `addresses` names the servers concerned; None: all.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from flowcontrol.events import LoadObserved
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointGone:
-    """A server crashes with all it has, and comes back empty."""
+    """A server crashes with all its requests, and comes back empty."""
 
     address: str
     from_ns: int
     until_ns: int
     noticed_after_ns: int = 0
-    """How long Envoy and the engine believe it there, or not yet back. What is sent to it meanwhile
-    fails when Envoy gives up connecting."""
+    """Delay until Envoy and the engine notice that it is gone, and that it is back. A request sent
+    to it meanwhile fails when Envoy's connect timeout ends."""
 
 
 @final
@@ -37,7 +37,7 @@ class MetricsStale:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsLie:
-    """Scrapes succeed and say what is not true."""
+    """Scrapes succeed with wrong values."""
 
     from_ns: int
     until_ns: int
@@ -46,15 +46,15 @@ class MetricsLie:
     running: int = 0
     kv_usage: float = 0.0
 
-    def tell(self, address: str) -> LoadObserved:
-        """Return the lie."""
+    def observed(self, address: str) -> LoadObserved:
+        """Return the wrong values."""
         return LoadObserved(address, self.waiting, self.running, self.kv_usage)
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettlementsSlow:
-    """The access log of what ends now arrives late."""
+    """Access log entries of requests that end now arrive late."""
 
     from_ns: int
     until_ns: int
@@ -64,7 +64,7 @@ class SettlementsSlow:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettlementsLost:
-    """The access log of what ends now never arrives."""
+    """Access log entries of requests that end now never arrive."""
 
     from_ns: int
     until_ns: int
@@ -73,7 +73,7 @@ class SettlementsLost:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionsSlow:
-    """What the engine decides now takes effect late; a client may leave in between."""
+    """Decisions take effect late; a client may leave in between."""
 
     from_ns: int
     until_ns: int
@@ -83,7 +83,7 @@ class DecisionsSlow:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStalled:
-    """The engine gets no turn; what happens meanwhile reaches it in one batch."""
+    """The engine gets no turn; the facts of that time reach it in one batch."""
 
     from_ns: int
     until_ns: int
@@ -110,7 +110,7 @@ class ObjectivesEdited:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainBegins:
-    """The gateway gets the order to shut down; no successor takes its place."""
+    """The gateway begins to shut down, without a successor."""
 
     at_ns: int
     budget_ns: int
@@ -132,7 +132,7 @@ Fault = (
 
 @final
 class Conditions:
-    """What the faults that last make of a moment. Of several of a kind the last named counts."""
+    """The effect of faults at a time. Of several faults of a kind, the last one named applies."""
 
     def __init__(self, faults: tuple[Fault, ...]) -> None:
         self._metrics = [f for f in faults if isinstance(f, MetricsStale | MetricsLie)]
@@ -140,22 +140,22 @@ class Conditions:
         self._decisions = [f for f in faults if isinstance(f, DecisionsSlow)]
 
     def observed(self, truth: LoadObserved, now_ns: int) -> LoadObserved | None:
-        """Return what a scrape says, None when it fails."""
+        """Return the result of a scrape; None: it fails."""
         for fault in reversed(self._metrics):
             is_meant = fault.addresses is None or truth.address in fault.addresses
             if is_meant and fault.from_ns <= now_ns < fault.until_ns:
-                return fault.tell(truth.address) if isinstance(fault, MetricsLie) else None
+                return fault.observed(truth.address) if isinstance(fault, MetricsLie) else None
         return truth
 
     def settlement_delay_ns(self, usual_ns: int, now_ns: int) -> int | None:
-        """Return after how long the access log arrives, None when it never does."""
+        """Return the delay of the access log; None: it never arrives."""
         for fault in reversed(self._settlement):
             if fault.from_ns <= now_ns < fault.until_ns:
                 return fault.delay_ns if isinstance(fault, SettlementsSlow) else None
         return usual_ns
 
     def decision_delay_ns(self, now_ns: int) -> int:
-        """Return after how long decisions take effect."""
+        """Return the delay until decisions take effect."""
         for fault in reversed(self._decisions):
             if fault.from_ns <= now_ns < fault.until_ns:
                 return fault.delay_ns

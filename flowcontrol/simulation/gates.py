@@ -1,4 +1,4 @@
-"""Pure. What the flow controller is compared with: no gate at all, and a gate that forgets."""
+"""Pure. Gates to compare the flow controller with: none at all, and one that forgets."""
 
 from collections import deque
 from typing import Protocol, final
@@ -8,31 +8,31 @@ from flowcontrol.request import DEFAULT_PRIORITY, Outcome
 
 
 class Decider(Protocol):
-    """What the world asks of what decides; `flowcontrol.controller.FlowController` is one."""
+    """What decides about requests; `flowcontrol.controller.FlowController` is one."""
 
     def handle(self, fact: Fact, now_ns: int) -> None:
         """Take in one fact."""
 
     def poll(self, now_ns: int) -> list[Decision]:
-        """Decide all that can be decided now."""
+        """Decide everything that can be decided now."""
 
     def next_wakeup_ns(self) -> int | None:
         """Return when `poll` must be called even if nothing happens."""
 
     def check_invariants(self) -> None:
-        """Raise AssertionError when the accounts do not add up."""
+        """Raise AssertionError if the accounts do not add up."""
 
 
 @final
 class OpenGate:
-    """Envoy alone: every request goes on at once, in the order of arrival."""
+    """Envoy alone: every request is dispatched at once, in the order of arrival."""
 
     def __init__(self) -> None:
         self._priorities: dict[str, int] = {}
         self._decisions: list[Decision] = []
 
     def handle(self, fact: Fact, now_ns: int) -> None:  # noqa: ARG002 - a Decider
-        """Let a request go on; of the rest only the names of objectives matter."""
+        """Dispatch an arrival; of other facts only objectives matter."""
         match fact:
             case Arrived(request):
                 priority = DEFAULT_PRIORITY
@@ -58,7 +58,7 @@ class OpenGate:
         return decisions
 
     def next_wakeup_ns(self) -> int | None:
-        """Nothing waits, so nothing is due."""
+        """Return None: nothing waits."""
         return None
 
     def check_invariants(self) -> None:
@@ -67,30 +67,30 @@ class OpenGate:
 
 @final
 class ForgetfulGate:
-    """A gate that takes a request for ended when it is in flight for too long.
+    """A gate that takes a request for ended when it has been in flight for too long.
 
-    That is what befell the reference (llm-d-router#2295, #2137): accounts of requests without a
-    response chunk for 5 minutes were cleared away while the requests still ran, so the gate saw
-    room where there was none, sent more, and made everything slower still. Here no answer is
-    streamed: the whole of it comes at its end.
+    The reference had this fault (llm-d-router#2295, #2137): accounts of requests without a response
+    chunk for 5 minutes were removed while the requests still ran. So the gate saw room where there
+    was none, dispatched more, and made everything slower. Here answers are not streamed: an answer
+    comes in one piece at its end.
 
     Args:
-        engine: does everything else.
-        forgets_after_ns: how long a request in flight is remembered.
+        engine: decides everything else.
+        forgets_after_ns: how long a request in flight is counted.
     """
 
     def __init__(self, engine: Decider, forgets_after_ns: int) -> None:
         self._engine = engine
         self._forgets_after_ns = forgets_after_ns
         self._in_flight: deque[tuple[int, int]] = deque()
-        """When each is forgotten, and its id; those that have left are still among them."""
+        """Time to forget and id of each request in flight; includes requests that have left."""
 
     def handle(self, fact: Fact, now_ns: int) -> None:
-        """Pass it on; that a forgotten request leaves means nothing to the engine."""
+        """Pass a fact on; the engine ignores the departure of a forgotten request."""
         self._engine.handle(fact, now_ns)
 
     def poll(self, now_ns: int) -> list[Decision]:
-        """Forget what is due to be, then decide."""
+        """Forget requests that are due, then decide."""
         while self._in_flight and self._in_flight[0][0] <= now_ns:
             self._engine.handle(Left(self._in_flight.popleft()[1]), now_ns)
         decisions = self._engine.poll(now_ns)
@@ -103,12 +103,12 @@ class ForgetfulGate:
         return decisions
 
     def next_wakeup_ns(self) -> int | None:
-        """Return the engine's own wake-up, or when something is forgotten."""
+        """Return the earlier of the engine's wake-up and the next time to forget."""
         wakeups = [self._engine.next_wakeup_ns()]
         if self._in_flight:
             wakeups.append(self._in_flight[0][0])
         return min((wakeup for wakeup in wakeups if wakeup is not None), default=None)
 
     def check_invariants(self) -> None:
-        """The engine's accounts add up; it is the world that they are wrong about."""
+        """The engine's accounts add up; they are only wrong about the world."""
         self._engine.check_invariants()

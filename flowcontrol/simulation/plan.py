@@ -1,4 +1,4 @@
-"""Pure. Everything a simulated run is made of, but for the engine."""
+"""Pure. Everything that a simulated run consists of, except the engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,27 +18,27 @@ from flowcontrol.simulation.workload import Workload
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What happens, apart from what the engine decides."""
+    """What happens in a run, apart from the engine's decisions."""
 
     duration_ns: int
-    """No call begins after it; the run goes on until all are over."""
+    """No call begins after it; the run goes on until all calls are over."""
     servers: tuple[ServerSpec, ...]
     workloads: tuple[Workload, ...]
     objectives: Mapping[str, int] = field(default_factory=dict)
-    """Name to priority, from the beginning."""
+    """Objectives at the start: name to priority."""
     faults: tuple[Fault, ...] = ()
     balancer: Balancer = Balancer.LEAST_REQUEST
     settlement_delay_ns: int | None = 1_000_000_000
-    """After the end of a request, when its access log arrives; None: there is none.
+    """Delay of the access log after the end of a request; None: there is no access log.
     1 s: Envoy's default `buffer_flush_interval` of the access log service."""
     scrape_interval_ns: int | None = None
-    """How often each endpoint's load is observed; None: never."""
+    """Interval between scrapes of each endpoint; None: no scrapes."""
     has_engine_priority: bool = False
-    """Whether model servers take those of higher bands first of what waits inside."""
+    """Whether engines serve waiting requests of higher bands first."""
 
     @property
     def quiet_ns(self) -> int:
-        """When nothing more is done to the gateway: the end of arrivals and of every fault."""
+        """When the run is quiet: the end of arrivals and of every fault."""
         ends = [self.duration_ns]
         for fault in self.faults:
             match fault:

@@ -1,4 +1,4 @@
-"""Pure. The model servers of a pool on the virtual clock, and Envoy's choice between them."""
+"""Pure. The model servers of a pool on the virtual clock, and Envoy's load balancer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ from flowcontrol.simulation.model_server import ModelServer, ModelServerConfig, 
 
 
 class Balancer(Enum):
-    """How Envoy chooses an endpoint when the engine does not."""
+    """How Envoy chooses an endpoint if the engine does not."""
 
     LEAST_REQUEST = "least-request"
-    """Of two drawn by chance, the one with fewer requests: Envoy's default of its kind."""
+    """Of two random endpoints, the one with fewer requests: Envoy's default for this policy."""
     ROUND_ROBIN = "round-robin"
 
 
@@ -27,12 +27,12 @@ class ServerSpec:
     """One model server."""
 
     address: str
-    """As host:port; unique in its pool."""
+    """host:port, unique in its pool."""
     config: ModelServerConfig = field(default_factory=ModelServerConfig)
     from_ns: int = 0
     """When it first joins the pool."""
     role: Role = Role.BOTH
-    """A request goes to one that decodes; if it does nothing else, to one that prefills before."""
+    """A request goes to a server that decodes; first to one that prefills, if that only decodes."""
 
 
 @final
@@ -40,42 +40,42 @@ class SimulatedServer:
     """One model server at work, with an account of how busy it was.
 
     Args:
-        spec: what it is.
-        clock: plans its steps.
-        told: hears every first and last token, at its time.
+        spec: its description.
+        clock: schedules its steps.
+        generated: called with every first and last token, at its time.
     """
 
     def __init__(
-        self, spec: ServerSpec, clock: VirtualClock, told: Callable[[TokenEvent], None]
+        self, spec: ServerSpec, clock: VirtualClock, generated: Callable[[TokenEvent], None]
     ) -> None:
         self.spec = spec
         self.is_up = False
         self.in_flight: dict[int, None] = {}
         """Ids of the requests it has, oldest first."""
         self.up_ns = 0
-        """How long it was there, until it was last looked at."""
+        """How long it was up, until the last update."""
         self.busy_ns = 0
-        """How much of that time it worked on something."""
+        """How much of that time it was working."""
         self.running_ns = 0
-        """Sequences running, summed up over that time."""
+        """Running sequences, integrated over that time."""
         self.in_flight_most = 0
         self.waiting_most = 0
         self._clock = clock
-        self._told = told
+        self._generated = generated
         self._model = ModelServer(spec.config, milestones_only=True)
         self._tokens_before = 0
-        """Generated before its last crash."""
+        """Tokens generated before its last crash."""
         self._looked_ns = 0
         self._planned_ns: int | None = None
 
     @property
     def cached_share(self) -> float:
-        """Part of the prompts' tokens that its prefix cache had, until it was last looked at."""
+        """Part of the prompts' tokens that its prefix cache had, until the last update."""
         return self._model.cached_tokens_total / max(1, self._model.prompt_tokens_total)
 
     @property
     def tokens_generated(self) -> int:
-        """Tokens it has generated, until it was last looked at."""
+        """Tokens it has generated, until the last update."""
         return self._tokens_before + self._model.generated_tokens_total
 
     def load(self) -> LoadObserved:
@@ -101,7 +101,7 @@ class SimulatedServer:
         is_prefilled: bool = False,
         priority: int = 0,
     ) -> bool:
-        """Give it a request while it is up; whether it takes it."""
+        """Submit a request, while the server is up; return whether it accepts it."""
         if self._planned_ns is None:
             self._look()  # it was idle until now
         try:
@@ -123,7 +123,7 @@ class SimulatedServer:
         return True
 
     def abort(self, request_id: int) -> None:
-        """Take a request from it, unless its last token comes at this very moment."""
+        """Remove a request, unless its last token comes at the same time."""
         self._look()
         if request_id in self.in_flight:
             del self.in_flight[request_id]
@@ -131,12 +131,12 @@ class SimulatedServer:
             self._plan()
 
     def rise(self) -> None:
-        """Take requests from now on."""
+        """Accept requests from now on."""
         self._look()
         self.is_up = True
 
     def crash(self) -> list[int]:
-        """Lose everything, and take nothing; return the ids of what it had."""
+        """Lose all requests, and accept none; return the ids of those lost."""
         self._look()
         self.is_up = False
         self._tokens_before += self._model.generated_tokens_total
@@ -147,9 +147,10 @@ class SimulatedServer:
         return lost
 
     def _look(self) -> None:
-        """Bring engine and accounts up to the present.
+        """Bring the engine and the accounts up to now.
 
-        What runs changes only where the engine asks to be woken, so it has run since the last look.
+        The running sequences change only at the engine's wake-ups, so they are those of the last
+        update.
         """
         now_ns = self._clock.now_ns
         if self.is_up:
@@ -161,7 +162,7 @@ class SimulatedServer:
         for event in self._model.advance(now_ns):
             if event.is_last:
                 del self.in_flight[event.job_id]
-            self._told(event)
+            self._generated(event)
         self._plan()
 
     def _plan(self) -> None:
@@ -177,14 +178,14 @@ class SimulatedServer:
 
 @final
 class ServerPool:
-    """All model servers, and Envoy's choice between them.
+    """All model servers, and Envoy's load balancer.
 
     Args:
         specs: the servers; none is up at first.
-        clock: plans their steps.
+        clock: schedules their steps.
         balancer: how Envoy chooses.
         chance: for Envoy's choice.
-        told: hears every first and last token, at its time.
+        generated: called with every first and last token, at its time.
     """
 
     def __init__(
@@ -193,33 +194,33 @@ class ServerPool:
         clock: VirtualClock,
         balancer: Balancer,
         chance: Random,
-        told: Callable[[TokenEvent], None],
+        generated: Callable[[TokenEvent], None],
     ) -> None:
-        self.servers = {spec.address: SimulatedServer(spec, clock, told) for spec in specs}
-        assert len(self.servers) == len(specs), "every server has an address of its own"
+        self.servers = {spec.address: SimulatedServer(spec, clock, generated) for spec in specs}
+        assert len(self.servers) == len(specs), "addresses are unique"
         self._balancer = balancer
         self._chance = chance
         self._decoding: list[str] = []
-        """Endpoints known to Envoy, to choose from."""
+        """Endpoints that Envoy chooses from."""
         self._prefilling: list[SimulatedServer] = []
-        """The same, of those that only prefill, to which decoding servers turn."""
+        """Known servers that only prefill, for those that only decode."""
         self._turn = 0
 
     def set_known(self, addresses: tuple[str, ...]) -> None:
-        """Tell Envoy which endpoints there are, true or not."""
+        """Set the endpoints that Envoy takes to be there."""
         known = [self.servers[address] for address in addresses]
         self._decoding = [s.spec.address for s in known if s.spec.role is not Role.PREFILL]
         self._prefilling = [s for s in known if s.spec.role is Role.PREFILL]
 
     def route(self, address: str | None) -> SimulatedServer | None:
-        """Return the server of an address; None: of Envoy's choice, if it knows any."""
+        """Return the server of an address, or of Envoy's choice; None: Envoy knows none."""
         address = self._choose() if address is None else address
         return None if address is None else self.servers[address]
 
     def prefiller_for(self, server: SimulatedServer) -> SimulatedServer | None:
-        """Return who prefills for a server: of those there are for it, the one with least to do.
+        """Return the least busy server that prefills for a server.
 
-        None if it does so itself, because it does everything, or there is none for it.
+        None: the server prefills itself, because it does everything, or there is no other.
         """
         if server.spec.role is not Role.DECODE:
             return None

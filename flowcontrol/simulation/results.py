@@ -1,4 +1,4 @@
-"""Pure. What a run was like: for whom, by how much, and the transcript of every decision."""
+"""Pure. The results of a run: figures by tenant and band, and a transcript of all decisions."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,53 +16,53 @@ from flowcontrol.simulation.workload import ClosedLoop
 
 _SECOND_NS = 1_000_000_000
 _AT_ONCE_NS = 200_000_000
-"""An error too small to matter."""
+"""Errors up to this are ignored."""
 
 
 class Sample(NamedTuple):
-    """The run at one moment."""
+    """The state of the run at one time."""
 
     at_ns: int
     waiting: int
-    """At the gate."""
+    """Requests waiting at the gate."""
     in_flight: int
-    """At the model servers, queued inside them or running."""
+    """Requests at the model servers, queued or running."""
 
 
 class Waited(NamedTuple):
-    """What an engine said of a wait, and what came of it."""
+    """A forecast of a wait, and the real wait."""
 
     priority: int
     predicted_ns: int
     realised_ns: int
     late_ns: int
-    """What nine in ten were said to stay within."""
+    """The forecast for nine in ten."""
 
     @property
     def is_close(self) -> bool:
-        """Whether it came true within a factor of two, or nearly at once."""
+        """Whether both agree within a factor of two, or nearly."""
         shorter, longer = sorted((self.predicted_ns, self.realised_ns))
         return longer <= max(2 * shorter, shorter + _AT_ONCE_NS)
 
 
 class ForecastAccuracy(NamedTuple):
-    """How well the waits of a band were predicted."""
+    """Accuracy of the forecasts of one band."""
 
     predicted_count: int
     ratio: float
-    """In the middle: of what was waited to what was predicted."""
+    """Median of real over forecast waits."""
     close: float
-    """Share that came true within a factor of two, or nearly at once."""
+    """Share that agrees within a factor of two, or nearly."""
     within: float
-    """Share that stayed within what nine in ten were said to stay within."""
+    """Share of real waits within the forecast for nine in ten."""
 
 
 @final
 @dataclass(slots=True)
 class TenantFigures:
-    """One tenant in one band, or several of them together.
+    """One tenant in one band, or several together.
 
-    Calls are what people want; decisions are about their attempts, of which there may be more.
+    A call is what a person wants; decisions are about attempts, of which a call may have several.
     """
 
     call_count: int = 0
@@ -70,17 +70,17 @@ class TenantFigures:
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     """Of all decisions."""
     waits_ns: list[int] = field(default_factory=list)
-    """At the gate, of each attempt that was dispatched."""
+    """Wait at the gate of each dispatched attempt."""
     ttfts: list[tuple[int, int]] = field(default_factory=list)
-    """Of each answered call: when it was asked, and its time to first token from then."""
+    """For each answered call: when it began, and its time to first token from then."""
     slo_count: int = 0
-    """Calls that have a time to first token to meet."""
+    """Calls with an SLO for the first token."""
     slo_met_count: int = 0
-    """Those of them that were answered and met it."""
+    """Calls that were answered and met it."""
     tokens_wanted: float = 0
-    """In and out, of all calls; without end for users who ask again at once."""
+    """Input and output tokens of all calls; infinite for users without thinking time."""
     tokens_served: int = 0
-    """In and out, of calls answered before the end of arrivals."""
+    """Input and output tokens of calls answered before the end of arrivals."""
     ended_ns: int = 0
     """When the last call ended."""
 
@@ -92,19 +92,19 @@ class TenantFigures:
 
     @property
     def goodput(self) -> float | None:
-        """Share of the calls with an SLO that met it; None when there are none."""
+        """Share of the calls with an SLO that met it; None: there are none."""
         return self.slo_met_count / self.slo_count if self.slo_count else None
 
     def wait_ns(self, percent: float) -> int | None:
-        """Return a percentile of the waits; None when nothing was dispatched."""
+        """Return a percentile of the waits; None: nothing was dispatched."""
         return percentile(self.waits_ns, percent)
 
     def ttft_ns(self, percent: float) -> int | None:
-        """Return a percentile of the times to first token; None when nothing was answered."""
+        """Return a percentile of the times to first token; None: nothing was answered."""
         return percentile([ttft_ns for _, ttft_ns in self.ttfts], percent)
 
     def add(self, other: "TenantFigures") -> None:
-        """Count another's figures in."""
+        """Add other figures."""
         self.call_count += other.call_count
         self.endings += other.endings
         self.outcomes += other.outcomes
@@ -124,23 +124,23 @@ class ServerFigures:
 
     address: str
     utilisation: float
-    """Share of the time it was up in which it worked on something; 0 to 1."""
+    """Part of its time up in which it was working, 0 to 1."""
     running_mean: float
-    """Sequences running, on average while it was up."""
+    """Mean number of running sequences while it was up."""
     tokens_generated: int
     in_flight_most: int
     waiting_most: int
-    """Queued inside it, at most."""
+    """Most requests queued inside it."""
     cached_share: float
     """Part of the prompts' tokens that its prefix cache had, since it last started."""
 
 
 @final
 class Results:
-    """Collects while the world runs; read when it is done.
+    """Collects figures during a run; complete when it is over.
 
     Args:
-        duration_ns: of arrivals; shares and rates are of this time.
+        duration_ns: of arrivals; shares and rates are for this time.
     """
 
     def __init__(self, duration_ns: int) -> None:
@@ -149,11 +149,11 @@ class Results:
         """By priority and fairness id."""
         self.samples: list[Sample] = []
         self.servers: tuple[ServerFigures, ...] = ()
-        """Known when the run is over."""
+        """Set when the run is over."""
         self.transcript: list[str] = []
         """One line per decision: time, id, outcome, priority, flow, wait, endpoint, retry-after."""
         self.waited: list[Waited] = []
-        """Of dispatched requests, where the engine told how long they would wait."""
+        """Waits of dispatched requests with a forecast."""
         self.waiting_most = 0
         self.in_flight_most = 0
         self.ended_ns = 0
@@ -186,7 +186,7 @@ class Results:
             figures.tokens_served += call.prompt_tokens + call.output_tokens
 
     def decided(self, decision: Decision, attempt: Attempt, now_ns: int) -> None:
-        """Count a decision, at the moment the engine took it."""
+        """Count a decision at the time it was made."""
         figures = self._of(decision.priority, decision.flow_id)
         figures.outcomes[decision.outcome] += 1
         waited_ns = now_ns - attempt.arrived_ns
@@ -203,17 +203,17 @@ class Results:
         )
 
     def sampled(self, sample: Sample) -> None:
-        """Keep how the run was at one moment."""
+        """Add a sample."""
         self.samples.append(sample)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the transcript: the same for the same engine, plan and seed."""
+        """SHA-256 of the transcript; the same for the same engine, plan and seed."""
         return sha256("\n".join(self.transcript).encode()).hexdigest()
 
     @property
     def priorities(self) -> tuple[int, ...]:
-        """Of the bands that had calls, highest first."""
+        """Priorities of the bands that had calls, highest first."""
         return tuple(sorted({priority for priority, _ in self.tenants}, reverse=True))
 
     def band(self, priority: int) -> TenantFigures:
@@ -221,10 +221,10 @@ class Results:
         return together(figures for key, figures in self.tenants.items() if key[0] == priority)
 
     def jain(self, priority: int) -> float | None:
-        """Return how fairly tokens were shared in a band, see `jain_index`; None: only one tenant.
+        """Return Jain's index of the tokens served to tenants of a band; None: only one tenant.
 
-        What is fair is the max-min share of what the band was served in all: no tenant gets more
-        than it wanted, and what it leaves is for the others.
+        Fair is the max-min share of what the band was served: no tenant gets more than it wanted,
+        and the rest is for the others.
         """
         mine = [figures for key, figures in self.tenants.items() if key[0] == priority]
         served = [figures.tokens_served for figures in mine]
@@ -234,10 +234,10 @@ class Results:
         return jain_index([got / due for got, due in zip(served, fair, strict=True) if due])
 
     def calibration(self, priority: int) -> ForecastAccuracy | None:
-        """Return how well waits of a band were predicted; None where none was.
+        """Return the accuracy of the forecasts of a band; None: there were none.
 
-        Of requests that were dispatched in the end: what was evicted would have waited
-        longer, it is unknown how long.
+        Only dispatched requests count: an evicted one would have waited longer, but how long is
+        unknown.
         """
         mine = [each for each in self.waited if each.priority == priority]
         if not mine:
@@ -270,7 +270,7 @@ def together(many: Iterable[TenantFigures]) -> TenantFigures:
 
 
 def percentile(values: Sequence[int], percent: float) -> int | None:
-    """Return the smallest value that so many percent of the values do not exceed; None of none."""
+    """Return the smallest value that so many percent do not exceed; None: no values."""
     if not values:
         return None
     ordered = sorted(values)
@@ -280,7 +280,7 @@ def percentile(values: Sequence[int], percent: float) -> int | None:
 def jain_index(shares: Sequence[float]) -> float:
     """Return Jain's index of fairness: 1 when all shares are equal, 1/n when one has everything.
 
-    R. Jain, D. Chiu, W. Hawe: A Quantitative Measure of Fairness, DEC-TR-301, 1984; where demands
+    R. Jain, D. Chiu, W. Hawe: A Quantitative Measure of Fairness, DEC-TR-301, 1984. If demands
     differ, a share is what one got over what would have been fair.
     """
     squares = sum(share * share for share in shares)
@@ -288,7 +288,7 @@ def jain_index(shares: Sequence[float]) -> float:
 
 
 def max_min_shares(wanted: Sequence[float], supply: float) -> list[float]:
-    """Divide a supply so that no share can grow but at the cost of a smaller one."""
+    """Divide a supply so that no share can grow except at the cost of a smaller one."""
     shares = [0.0] * len(wanted)
     by_want = sorted(range(len(wanted)), key=lambda index: wanted[index])
     for place, index in enumerate(by_want):

@@ -1,10 +1,10 @@
-"""Pure. The safety of a run, held against accounts that know nothing of how the engine works.
+"""Pure. Checks the safety of a run with accounts that are independent of the engine.
 
-    every request that arrived is decided, once, for the band and flow it came for
-    a request that has left before being dispatched is never dispatched
-    nothing waits beside a free slot that it may have, and no slot is taken twice
+    every request that arrived is decided once, for its own band and flow
+    a request that has left before its dispatch is never dispatched
+    no request waits while a slot is free that it may have, and no slot is taken twice
 
-The engine's accounts of its own are checked by the engine; these are the world's.
+The engine checks its own accounts itself.
 """
 
 from collections import Counter
@@ -23,23 +23,23 @@ class SafetyError(AssertionError):
 
 
 class LivenessError(AssertionError):
-    """The engine did not do what it must do in the end."""
+    """The engine did not do what it must finally do."""
 
 
 class Slots(NamedTuple):
-    """Of an engine that counts requests and gates no band below the full pool."""
+    """Slots of an engine that counts requests and gates no band below a full pool."""
 
     each: int
-    """At one endpoint."""
+    """Slots at one endpoint."""
     is_picked: bool
-    """Whether the engine chooses the endpoint, so that each has slots of its own."""
+    """Whether the engine picks, so that each endpoint has its own slots."""
 
 
 def slots_of(config: ControllerConfig) -> Slots | None:
-    """Return what an engine so configured may have in flight.
+    """Return the slots of an engine with this configuration.
 
-    None unless it counts requests at each endpoint, nothing else, and gates no band below that: any
-    other rule leaves slots free on purpose.
+    None: it does not only count requests at each endpoint, or it gates bands below a full pool.
+    Such rules leave slots free on purpose.
     """
     detector, *others = config.detectors
     ceilings = config.ceilings
@@ -59,13 +59,13 @@ class _Entry(NamedTuple):
 
 @final
 class SafetyAccounts:
-    """Sees every fact before the engine, and every decision after it. O(1), turns O(endpoints).
+    """Takes in every fact before the engine, and every decision after it.
 
-    Which request is the head of its flow is not known here: a flow may wait beside a free slot
-    while any of its requests cannot have it. Turns in which some cannot are O(flows).
+    O(1), and O(endpoints) for a turn. The head of a flow is unknown here, so a flow may wait while
+    a slot is free that any of its requests cannot have. Turns in which that is so cost O(flows).
 
     Args:
-        slots: what may be in flight; None: the engine has a rule of its own, which is not checked.
+        slots: what may be in flight; None: the engine has another rule, which is not checked.
     """
 
     def __init__(self, slots: Slots | None) -> None:
@@ -74,9 +74,9 @@ class SafetyAccounts:
         self._endpoints: tuple[str, ...] = ()
         self._undecided: dict[int, _Entry] = {}
         self._waiting: dict[FlowKey, Counter[Subset | None]] = {}
-        """The same, by flow and by where they may go."""
+        """Their number by flow and subset."""
         self._left: dict[int, None] = {}
-        """Those of the undecided whose stream has ended."""
+        """Undecided requests whose stream has ended."""
         self._in_flight: dict[int, str | None] = {}
         self._at: Counter[str | None] = Counter()
         self._reclaimed: set[int] = set()
@@ -88,13 +88,13 @@ class SafetyAccounts:
         return len(self._undecided)
 
     def open_ids(self) -> str:
-        """Name some of the requests that are not over, for an error."""
+        """Return some ids of requests that are not over, for an error message."""
         ids = [*self._undecided, *self._in_flight]
         named = ", ".join(map(str, ids[:_SHOWN_MAX]))
         return named + (f" and {len(ids) - _SHOWN_MAX} more" if len(ids) > _SHOWN_MAX else "")
 
     def handle(self, fact: Fact, now_ns: int) -> None:
-        """Take note of a fact before the engine gets it; `now_ns` is the engine's."""
+        """Take in a fact before the engine does; `now_ns` is the engine's time."""
         match fact:
             case Arrived(request):
                 assert request.request_id > self._last_id, "ids are counted up"
@@ -121,10 +121,10 @@ class SafetyAccounts:
                 pass
 
     def decided(self, decision: Decision, now_ns: int) -> None:
-        """Hold a decision against the accounts.
+        """Check a decision against the accounts.
 
         Raises:
-            SafetyError: it is not the one decision of a request, or takes a slot that is not free.
+            SafetyError: it is not the only decision of a request, or takes a slot that is not free.
         """
         request_id = decision.request_id
         if decision.outcome is Outcome.RECLAIMED:
@@ -147,10 +147,10 @@ class SafetyAccounts:
             _demand(has_left, "has not left", decision)
 
     def turn_ended(self) -> None:
-        """Check what must be so between turns.
+        """Check what must hold between turns.
 
         Raises:
-            SafetyError: a request that left was not decided, or one waits beside a free slot.
+            SafetyError: a request that left is undecided, or one waits while a slot is free.
         """
         if self._left:
             message = f"request {next(iter(self._left))} has left and was not decided"
@@ -166,10 +166,10 @@ class SafetyAccounts:
                 raise SafetyError(message)
 
     def check_over(self) -> None:
-        """Check that nothing is left when all calls are over.
+        """Check that no request is left when all calls are over.
 
         Raises:
-            SafetyError: something is.
+            SafetyError: a request is left.
         """
         if self._undecided or self._in_flight:
             message = f"all calls are over, but not {self.open_ids()}"
@@ -190,7 +190,7 @@ class SafetyAccounts:
                 del self._waiting[entry.key]
 
     def _has_slot(self, subset: Subset | None) -> bool:
-        """Whether a request may have a slot that is free, while any is."""
+        """Whether a request may have one of the free slots, while there are any."""
         assert self._slots is not None
         if subset is None or not self._slots.is_picked:
             return True
@@ -212,7 +212,7 @@ class SafetyAccounts:
         self._at[address] += 1
 
     def _taken(self) -> int:
-        """Count what is in flight; where the engine picks, only at endpoints of the pool."""
+        """Count requests in flight; if the engine picks, only those at endpoints of the pool."""
         if self._slots is not None and self._slots.is_picked:
             return sum(self._at[address] for address in self._endpoints)
         return len(self._in_flight)

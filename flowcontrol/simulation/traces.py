@@ -1,12 +1,12 @@
-"""Pure. Recorded traffic: when each request came, and how long it and its answer were.
+"""Pure. Reads recorded traffic: the time of each request, and the lengths of prompt and answer.
 
-Two formats are read, told apart by their first line:
+Two formats are read, distinguished by their first line:
 
     Azure     CSV: TIMESTAMP,ContextTokens,GeneratedTokens (Patel et al., ISCA 2024)
     Mooncake  JSON lines: timestamp, input_length, output_length, hash_ids (Qin et al., FAST'25)
 
-Azure's times are dates with seven digits of a second, Mooncake's are milliseconds. hash_ids name
-the blocks of 512 tokens of a prompt; prompts that begin alike begin with the same.
+Azure's times are dates with seven digits of a second, Mooncake's are milliseconds. hash_ids
+identify the blocks of 512 tokens of a prompt; prompts with the same beginning share the first ids.
 """
 
 import json
@@ -30,7 +30,7 @@ _COUNT_MAX = 10**15
 
 
 class TraceError(FlowControlError):
-    """A trace that cannot be read; says which line and why."""
+    """A trace that cannot be read; gives the line and the reason."""
 
     def __init__(self, line_number: int, problem: str) -> None:
         super().__init__(f"line {line_number}: {problem}")
@@ -40,11 +40,11 @@ class TraceRow(NamedTuple):
     """One request of a trace."""
 
     at_ns: int
-    """From the first request of the trace."""
+    """Time since the first request of the trace."""
     input_tokens: int
     output_tokens: int
     prefix: tuple[int, ...] = ()
-    """Names of the blocks that the prompt begins with; empty where the trace does not say."""
+    """Ids of the blocks of the prompt; empty: not in the trace."""
 
 
 def read_trace(
@@ -53,9 +53,9 @@ def read_trace(
     """Read a trace of either format.
 
     Args:
-        lines: Its lines, with or without their ends. Empty ones are passed over.
+        lines: Its lines, with or without line ends. Empty lines are ignored.
         limit: The most requests to read; None: all.
-        scale: How many times the rate; 2: all times are halved. Above 0.
+        scale: Factor on the rate; 2 halves all times. Above 0.
 
     Returns:
         The requests by time, the first at 0.
@@ -89,7 +89,7 @@ def read_trace(
 
 
 def per_second(rows: list[TraceRow]) -> float:
-    """Return the mean rate of a trace, 0.0 when it lasts no time."""
+    """Return the mean rate of a trace; 0.0: it has no duration."""
     lasts_ns = rows[-1].at_ns if rows else 0
     return (len(rows) - 1) * _SECOND_NS / lasts_ns if lasts_ns else 0.0
 

@@ -1,8 +1,8 @@
-"""Pure. What is asked of the pool: who comes when, wants how much, and how long they are patient.
+"""Pure. Workloads: when requests arrive, how long they are, and how patient clients are.
 
-Open loop: people do not wait for each other's answers, so they come whatever the servers do.
-Closed loop: a number of users each of whom asks again only after the answer, as agents and batch
-jobs do; a slow pool is asked less.
+Open loop: people do not wait for each other's answers, so arrivals do not depend on the servers.
+Closed loop: each of a number of users sends the next request only after the answer, as agents and
+batch jobs do, so a slow pool gets fewer requests.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from flowcontrol.simulation.traces import TraceRow
 
 _SECOND_NS = 1_000_000_000
 BYTES_PER_TOKEN = 4
-"""How large a prompt is announced: OpenAI's rule of thumb for English."""
+"""Announced bytes for each token of a prompt: OpenAI's rule of thumb for English."""
 
 
 class Lengths(Protocol):
@@ -41,42 +41,42 @@ class Independent:
 @final
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """Any request of a trace, so that what was long together stays together."""
+    """The lengths of a random request of a trace, so that prompt and answer belong together."""
 
     rows: tuple[TraceRow, ...]
 
     def draw(self, chance: Random) -> tuple[int, int]:
-        """Return those of one request."""
+        """Return the lengths of one request."""
         row = chance.choice(self.rows)
         return row.input_tokens, row.output_tokens
 
 
 class Window(NamedTuple):
-    """A time in which the rate is another."""
+    """A time with another rate."""
 
     from_ns: int
     until_ns: int
     times: float
-    """What the rate is multiplied by, from 0; where windows overlap, by each."""
+    """Factor on the rate, at least 0; overlapping windows multiply."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Poisson:
-    """Independent people at a rate, which may change: in windows, or on and off by turns."""
+    """Independent arrivals at a rate that may change: in windows, or by turning on and off."""
 
     per_second: float
     windows: tuple[Window, ...] = ()
     on_ns: int | None = None
-    """Comes only this long; None: always."""
+    """Duration of each on phase; None: always on."""
     off_ns: int = 0
-    """Then stays away this long, and so on."""
+    """Duration of each off phase."""
 
     def times(self, from_ns: int, until_ns: int, chance: Random) -> Iterator[int]:
-        """Yield the arrivals of a time in order.
+        """Yield the times of arrivals in order.
 
-        Exact for a rate that is constant in pieces: the rate's integral between two arrivals is
-        exponential with mean 1, whatever lies between.
+        Exact for a piecewise constant rate: the integral of the rate between two arrivals is
+        exponential with mean 1.
         """
         now = float(from_ns)
         wanted = chance.expovariate(1.0)
@@ -116,7 +116,7 @@ class Poisson:
 @final
 @dataclass(frozen=True, slots=True)
 class AtOnce:
-    """A job that is dropped in one piece."""
+    """A job whose requests arrive at once."""
 
     count: int
 
@@ -124,13 +124,13 @@ class AtOnce:
 @final
 @dataclass(frozen=True, slots=True)
 class ClosedLoop:
-    """Users each of whom asks, reads the answer, thinks, and asks again."""
+    """Users, each of whom sends a request, reads the answer, thinks, and sends the next."""
 
     users: int
     think: Distribution = field(default_factory=lambda: Fixed(0))
-    """From an answer, or from having given up, to the next question, ns."""
+    """Time from the end of a call to the next one, ns."""
     ramp_ns: int = 0
-    """The users begin one after another over this long; 0: all at once."""
+    """Time over which the users begin, one after the other; 0: all at once."""
 
 
 @final
@@ -147,17 +147,17 @@ Arrivals = Poisson | AtOnce | ClosedLoop | Replayed
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """What a client does when it is refused."""
+    """What a client does when its request is refused."""
 
     attempts_max: int = 1
-    """How often it asks at all, from 1."""
+    """Attempts in all, at least 1."""
     honours_retry_after: bool = True
-    """Whether it waits for Retry-After; without one, it backs off by itself."""
+    """Whether it waits for Retry-After; if there is none, it backs off."""
     backoff_ns: int = _SECOND_NS
-    """First wait of its own; doubles with each attempt, and is spread by a half either way."""
+    """First backoff; doubles with each attempt, and is spread at random by a half either way."""
     backoff_max_ns: int = 30 * _SECOND_NS
     after_patience: bool = False
-    """Whether it asks again, too, when it ran out of patience."""
+    """Whether it also retries after running out of patience."""
 
 
 @final
@@ -168,23 +168,23 @@ class Workload:
     name: str
     arrivals: Arrivals
     lengths: Lengths
-    """Of each request; a replayed trace has its own."""
+    """Lengths of each request; ignored by a replayed trace."""
     tenants: dict[str, float] = field(default_factory=lambda: {"default-flow": 1.0})
-    """Fairness ids, each with its share of the requests; users are dealt to them in turn."""
+    """Fairness ids, each with its share of the requests; users get them in turn."""
     objective: str | None = None
     from_ns: int = 0
     until_ns: int | None = None
-    """When they stop coming; None: at the end."""
+    """End of arrivals; None: the end of the run."""
     announces_prompt: bool = True
     """Whether the gateway knows the tokens of the prompt, or only its bytes."""
     output_tokens_max: int | None = None
-    """What the client asks for at most; a longer answer is cut there."""
+    """Token limit of the request; longer answers are cut there."""
     ttft_slo_ns: int | None = None
-    """When the first token is due, from when the client first asked."""
+    """When the first token is due, from the first attempt."""
     announces_slo: bool = True
-    """Whether the request says so too; else it only counts in the results."""
+    """Whether the request states that; else it counts in the results only."""
     ttl_ns: int | None = None
-    """Longest wait that the request itself allows."""
+    """Longest wait that the request allows."""
     patience: Distribution | None = None
     """How long a client waits for its first token before it leaves, ns; None: for ever."""
     retry: Retry = field(default_factory=Retry)

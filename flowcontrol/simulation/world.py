@@ -4,10 +4,10 @@
        └── leave ────▶ Left ──▶  ▲                        │
                                  └── Left, Settled, LoadObserved ◀──┘
 
-A turn is what the processor's turn is: everything that happens at one moment reaches the engine in
-one batch, then it is polled once, and then nothing happens to it before the next event or the
-moment it asked to be woken at. Every run is checked for safety (`safety`), and does not end
-before all calls are over; a run in which one never is, fails.
+A turn is like the processor's: the facts of one moment reach the engine in one batch, then it is
+polled once, and then it is left alone until the next event or its wake-up time. Every run is
+checked for safety (`safety`), and ends when all calls are over; a run in which a call never ends
+fails.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,9 +31,9 @@ from flowcontrol.simulation.workload import BYTES_PER_TOKEN
 
 _HOUR_NS = 3_600_000_000_000
 CONNECT_TIMEOUT_NS = 5_000_000_000
-"""How long Envoy tries to reach a server that is gone: its default `connect_timeout`."""
+"""How long Envoy tries to connect to a server that is gone: its default `connect_timeout`."""
 _SAMPLES = 400
-"""Taken over the time of arrivals: as many as a picture can show."""
+"""Samples over the time of arrivals: as many as a picture can show."""
 
 
 @final
@@ -41,11 +41,11 @@ class World:
     """One run. Owner: its caller; the same arguments make the same run.
 
     Args:
-        engine: who decides; new, and told nothing yet.
+        engine: decides; new, without any facts.
         plan: what happens.
-        seed: of all chance.
-        slots: how many requests may be in flight, where the engine counts them.
-        is_checked: let the engine check its own accounts each turn; costs O(requests) a turn.
+        seed: of all random numbers.
+        slots: how many requests may be in flight, if the engine counts them.
+        is_checked: let the engine check its own accounts each turn, at O(requests) a turn.
     """
 
     def __init__(
@@ -71,18 +71,18 @@ class World:
             for workload in plan.workloads
         }
         self._attempts: dict[int, Attempt] = {}
-        """Those that the engine has not decided, or a model server has."""
+        """Attempts that wait for a decision, or are at a model server."""
         self._facts: list[Fact] = []
         self._request_count = 0
         self._open_call_count = 0
         self._in_flight = 0
-        """Attempts that a model server has."""
+        """Attempts at model servers."""
         self._priorities: Mapping[str, int] = plan.objectives
         self._wakeup_ns: int | None = None
         self._moved_ns = 0
-        """When something was last decided, or a client left."""
+        """Time of the last decision or departure."""
         self._delivered_ns = 0
-        """When the decisions made last take effect."""
+        """When the latest decisions take effect."""
         self._stalled_until_ns = 0
         self._clock_ahead_ns = 0
         """How far the engine's clock is ahead of the world's."""
@@ -100,7 +100,7 @@ class World:
         return self._clock.now_ns
 
     def run_until(self, until_ns: int) -> None:
-        """Let everything happen up to a moment, it included.
+        """Run up to and including a time.
 
         Raises:
             SafetyError: the engine did what it must never do.
@@ -113,12 +113,12 @@ class World:
         """Run on until all calls are over, and return the results.
 
         Args:
-            patience_ns: for how long, after the end of arrivals and faults, nothing may be decided
-                and no client may leave while there is a request to decide or serve.
+            patience_ns: longest time, after the end of arrivals and faults, without a decision or
+                departure while there is a request to decide or serve.
 
         Raises:
             SafetyError: the engine did what it must never do.
-            LivenessError: so long nothing moved, or nothing ever will.
+            LivenessError: nothing moved for so long, or nothing ever will.
         """
         self.run_until(self._plan.duration_ns)
         while self._open_call_count or self._facts:
@@ -134,7 +134,7 @@ class World:
         return self.results
 
     def _next_ns(self) -> int | None:
-        """Return the moment of the next turn."""
+        """Return the time of the next turn; None: there is none."""
         next_ns = self._clock.next_ns
         if self._wakeup_ns is None and not self._facts:
             return next_ns
@@ -183,7 +183,7 @@ class World:
     # What clients do
 
     def begun(self, call: ClientCall) -> None:
-        """Hear of a new call."""
+        """Take in that a call has begun."""
         self._open_call_count += 1
         objective = call.workload.objective
         if objective is not None:
@@ -191,11 +191,11 @@ class World:
         self.results.begun(call)
 
     def ended(self, call: ClientCall) -> None:
-        """Hear that a call has ended."""
+        """Take in that a call has ended."""
         self._open_call_count -= 1
         self.results.ended(call)
 
-    def ask(self, call: ClientCall) -> None:
+    def send(self, call: ClientCall) -> None:
         """Begin an attempt."""
         workload = call.workload
         self._request_count += 1
@@ -216,14 +216,14 @@ class World:
         )
         self._facts.append(Arrived(request))
 
-    def hang_up(self, call: ClientCall) -> None:
+    def cancel(self, call: ClientCall) -> None:
         """End the stream of the attempt under way."""
         attempt = call.attempt
         assert attempt is not None
         if self._abort(attempt):
             self._close(attempt)
 
-    # What happens by itself
+    # Events of the environment
 
     @property
     def is_busy(self) -> bool:
@@ -231,13 +231,13 @@ class World:
         return self._open_call_count > 0
 
     def post(self, fact: Fact) -> None:
-        """Tell the engine."""
+        """Pass a fact to the engine."""
         if isinstance(fact, ObjectivesChanged):
             self._priorities = fact.priorities
         self._facts.append(fact)
 
     def lost(self, request_id: int) -> None:
-        """Hear that a request's server has crashed."""
+        """Take in that the server of a request has crashed."""
         self._fail(self._attempts[request_id])
 
     def stall(self, until_ns: int) -> None:
@@ -248,10 +248,10 @@ class World:
         """Put the engine's clock forward."""
         self._clock_ahead_ns += by_ns
 
-    # What becomes of attempts
+    # Attempts
 
     def _deliver(self, attempt: Attempt, decision: Decision) -> None:
-        """Let a decision take effect, unless the client has left while it was on its way."""
+        """Let a decision take effect, unless the client has left in the meantime."""
         call = attempt.call
         if call.attempt is not attempt:
             self._attempts.pop(attempt.request_id, None)
@@ -259,7 +259,7 @@ class World:
         if decision.outcome is Outcome.DISPATCHED:
             self._send(attempt, decision.endpoint)
             return
-        if decision.outcome is Outcome.RECLAIMED:  # wherever it is, on its way to a server too
+        if decision.outcome is Outcome.RECLAIMED:  # wherever it is, even on its way to a server
             if not self._abort(attempt):
                 return
             self._close(attempt)
@@ -283,7 +283,7 @@ class World:
             self._submit(attempt, prefiller, 1)
 
     def _hand_over(self, attempt: Attempt) -> None:
-        """Let a request that is prefilled go on to the server that decodes it."""
+        """Send a prefilled request on to the server that decodes it."""
         assert attempt.decoder is not None
         server, attempt.decoder, attempt.address = self._pool.servers[attempt.decoder], None, None
         self._in_flight -= 1
@@ -313,22 +313,22 @@ class World:
             self.results.in_flight_most = max(self.results.in_flight_most, self._in_flight)
 
     def _abort(self, attempt: Attempt) -> bool:
-        """Take an attempt from its server; whether its last token does not come at this moment."""
+        """Remove an attempt from its server; return False if its last token comes just now."""
         left = None
-        while (address := attempt.address) not in (None, left):  # it may go on at this moment
+        while (address := attempt.address) not in (None, left):  # it may move on just now
             self._pool.servers[address].abort(attempt.request_id)
             left = address
         return attempt.call.attempt is attempt
 
     def _fail(self, attempt: Attempt) -> None:
-        """End an attempt for which there is no answer, unless the client has left."""
+        """End an attempt that gets no answer, unless the client has left."""
         call = attempt.call
         if call.attempt is attempt:
             self._close(attempt, is_success=False)
             self._clients[call.workload.name].failed(call)
 
     def _generated(self, event: TokenEvent) -> None:
-        """Hear of a first or last token."""
+        """Take in a first or last token."""
         attempt = self._attempts[event.job_id]
         call = attempt.call
         if attempt.decoder is not None:
@@ -336,7 +336,7 @@ class World:
             return
         if event.token_index == 0:
             attempt.first_token_ns = call.first_token_ns = event.at_ns
-            if call.priority < 0:  # of sheddable requests alone Envoy is asked to tell
+            if call.priority < 0:  # Envoy reports it for sheddable requests only
                 self._facts.append(Answered(attempt.request_id))
         if event.is_last:
             self._close(attempt, is_whole=True)
@@ -366,7 +366,7 @@ class World:
             settled.output_tokens = attempt.call.output_tokens
         self._clock.after(delay_ns, partial(self.post, settled))
 
-    # What there is to see
+    # Results
 
     def _sample(self) -> None:
         now_ns = self._clock.now_ns
