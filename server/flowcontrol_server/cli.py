@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs: --help does not wait for the rest."""
+"""The command line. Each command imports what it needs, so that --help is fast."""
 
 import os
 import re
@@ -26,8 +26,8 @@ Opened = TypeVar("Opened")
 USAGE_ERROR = 2
 _NAMES = re.compile(r"([a-z0-9.-]+)/([a-z0-9.-]+)/([a-z0-9.-]+)")
 _BUFFER_LIMIT_MAX = 2**32 - 1
-"""Envoy keeps it in 32 bits."""
-_NEED_CA = "--tls-certificate and --tls-key need --tls-ca: who signs the service's certificate"
+"""Envoy stores it in 32 bits."""
+_NEED_CA = "--tls-certificate and --tls-key need --tls-ca: the signers of the service's certificate"
 _PEM = click.Path(path_type=Path, dir_okay=False)
 CONFIG_OPTION = click.option(
     "--config",
@@ -39,9 +39,9 @@ CONFIG_OPTION = click.option(
 
 
 class _Commands(click.Group):
-    """Reports an error of the operating system in one line, as any other error.
+    """Reports an error of the operating system in one line, like any other error.
 
-    Not for commands that run for long: there it is a bug, reported with its traceback.
+    Except in long-running commands: there it is a bug, reported with its traceback.
     """
 
     def invoke(self, context: click.Context) -> object:
@@ -50,14 +50,14 @@ class _Commands(click.Group):
             return super().invoke(context)
         except OSError as error:
             if context.invoked_subcommand in {"serve", "simulate-server"} or error.errno == EPIPE:
-                raise  # click ends quietly when the reader is gone
+                raise  # click exits silently when the reader is gone
             _leave_standard_output()
             where = error.filename or "standard output cannot be written"
             _fail(f"{where}: {error.strerror or error}")
 
 
 def _leave_standard_output() -> None:
-    """Where it takes nothing, drop what it still holds: Python would try again at the end."""
+    """If standard output cannot be written, drop its buffer: Python would write it at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -85,10 +85,10 @@ def main() -> None:
     "--log-level",
     default="info",
     type=click.Choice(["debug", "info", "warning", "error"]),
-    help="info writes one line per request.",
+    help="At info, one line per request is written.",
 )
 def serve(config: Path, log_level: str) -> None:
-    """Run the service until SIGTERM, then drain; a second SIGTERM or ctrl-C ends it at once."""
+    """Run the service. SIGTERM or ctrl-C drains it; a second one ends it at once."""
     exit_at_stop_signals()
     import structlog
     import uvloop
@@ -118,9 +118,9 @@ async def _serve(settings: "Settings", config: Path) -> int:
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
 def check_config(config: Path) -> None:
-    """Say everything that is wrong with a configuration file; exit 2 if anything is.
+    """Report every error of a configuration file; exit 2 if there is one.
 
-    Settings that are valid but probably unintended are warnings, on standard error.
+    Settings that are valid but probably unintended are reported as warnings on standard error.
     """
     from flowcontrol_server.config.advice import advice
     from flowcontrol_server.config.difference import settings_hash
@@ -134,18 +134,20 @@ def check_config(config: Path) -> None:
 
 @main.command()
 @click.option("--config", required=True, type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--header", multiple=True, metavar="NAME: VALUE", help="Of the request; repeatable.")
+@click.option(
+    "--header", multiple=True, metavar="NAME: VALUE", help="Header of the request; repeatable."
+)
 @click.option(
     "--metadata",
     multiple=True,
     metavar="NAMESPACE:KEY=VALUE",
-    help="What another filter of Envoy has found, such as a claim; repeatable.",
+    help="Dynamic metadata from another Envoy filter, such as a claim; repeatable.",
 )
-@click.option("--body", default="", help="JSON, or @FILE.")
+@click.option("--body", default="", help="Body of the request: JSON, or @FILE.")
 def classify(config: Path, header: tuple[str, ...], metadata: tuple[str, ...], body: str) -> None:
-    """Show what a request would become: objective, priority, flow id, and by which rule.
+    """Show how a request would be classified: objective, priority and flow id, and by which rule.
 
-    It is a POST of /v1/chat/completions unless --header ":path: /..." or ":method: ..." say else.
+    The request is POST /v1/chat/completions, unless --header ":path: ..." or ":method: ..." is set.
     """
     from flowcontrol_server.tools import classify as tool
 
@@ -163,9 +165,9 @@ def classify(config: Path, header: tuple[str, ...], metadata: tuple[str, ...], b
 @click.argument("before", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("after", type=click.Path(path_type=Path, dir_okay=False))
 def diff_config(before: Path, after: Path) -> None:
-    """Show in which settings two configuration files differ; exit 1 if they do.
+    """Show the settings in which two configuration files differ; exit 1 if they do.
 
-    Settings that need a restart are marked. The files that they name need not be on this machine.
+    Settings that need a restart are marked. The files they name need not be on this machine.
     """
     from flowcontrol_server.config.difference import differences
 
@@ -182,47 +184,49 @@ def diff_config(before: Path, after: Path) -> None:
     metavar="NAMESPACE/GATEWAY/LISTENER",
     is_flag=False,
     flag_value="models/models/http",
-    help="Write the manifests of Envoy Gateway instead. Without a value: models/models/http.",
+    help="Write manifests for Envoy Gateway instead. Without a value: models/models/http.",
 )
-@click.option("--route", help="HTTPRoute to gate, with --envoy-gateway. Left out: the pool's name.")
-@click.option("--listen", default="0.0.0.0:8080", show_default=True, help="For clients.")
+@click.option("--route", help="HTTPRoute to gate, with --envoy-gateway. Default: the pool's name.")
+@click.option("--listen", default="0.0.0.0:8080", show_default=True, help="Address for clients.")
 @click.option(
     "--admin",
     default="127.0.0.1:9901",
     show_default=True,
-    help="Envoy's own pages: host:port (reading only), unix:/path (all of them), or off.",
+    help="Envoy's admin pages: host:port (read-only), unix:/path (all of them), or off.",
 )
 @click.option(
     "--ext-proc",
-    help="Where Envoy finds the service. Left out: listen.extProc, or if off listen.grpc.",
+    help="Address of the service for Envoy. Default: listen.extProc; if that is off, listen.grpc.",
 )
 @click.option(
     "--tls-ca",
-    help="PEM file on Envoy's machine: the authorities that sign the service's certificate.",
+    help="PEM file on Envoy's machine: CAs that sign the service's certificate.",
 )
-@click.option("--tls-certificate", help="PEM file of Envoy's own certificate, for tls.clientCa.")
-@click.option("--tls-key", help="PEM file with the key of --tls-certificate.")
+@click.option(
+    "--tls-certificate", help="PEM file on Envoy's machine: Envoy's certificate, for tls.clientCa."
+)
+@click.option("--tls-key", help="PEM file on Envoy's machine: the key of --tls-certificate.")
 @click.option(
     "--buffer-limit",
     default="32Mi",
     show_default=True,
-    help="Largest request Envoy buffers; must hold the largest prompt.",
+    help="Largest request that Envoy buffers; the largest prompt must fit.",
 )
 @click.option(
     "--max-connections",
     type=click.IntRange(1, 2**31),
-    help="Clients' connections. Left out: twice flowControl.maxRequests, and at least 10000.",
+    help="Most client connections. Default: twice flowControl.maxRequests, at least 10000.",
 )
 @click.option(
     "--max-heap",
     default="4Gi",
     show_default=True,
-    help="Memory of Envoy: near to it, Envoy resets the requests that hold the most.",
+    help="Memory limit of Envoy. Close to it, Envoy resets the requests that use the most.",
 )
 @click.option(
     "--original-dst",
     is_flag=True,
-    help="Send requests wherever the picker says, also to endpoints that Envoy does not know.",
+    help="Send requests to the picked endpoint even if it is not in Envoy's cluster.",
 )
 def envoy_config(  # noqa: PLR0913 - click's options
     *,
@@ -240,9 +244,9 @@ def envoy_config(  # noqa: PLR0913 - click's options
     max_heap: str,
     original_dst: bool,
 ) -> None:
-    """Write an Envoy configuration that fits this service's configuration.
+    """Write an Envoy configuration that matches the configuration of the service.
 
-    Of the files that it names only listen.secretFile must be on this machine.
+    Of the files it names, only listen.secretFile must be on this machine.
     """
     from flowcontrol_server.common.units import parse_quantity
 
@@ -306,10 +310,10 @@ def _gateway(settings: "Settings", options: "EnvoyOptions", named: str, route: s
     default=ModelServerConfig().sequences_max,
     show_default=True,
     type=click.IntRange(1),
-    help="Requests batched at once.",
+    help="Most requests in a batch.",
 )
 def simulate_server(host: str, port: int, model: str, sequences_max: int) -> None:
-    """Run a simulated model server: OpenAI's API, vLLM's metrics, no model."""
+    """Run a simulated model server with OpenAI's API and vLLM's metrics."""
     from flowcontrol_server.telemetry import logs
     from flowcontrol_server.tools.model_server import run
 
@@ -323,24 +327,27 @@ def simulate_server(host: str, port: int, model: str, sequences_max: int) -> Non
 @main.command()
 @click.option("--keep", is_flag=True, help="Leave everything running until ctrl-C.")
 @click.option("--port-offset", default=0, show_default=True, help="Add this to every port.")
-@click.option("--seed", default=889, show_default=True, help="Of the traffic.")
+@click.option("--seed", default=889, show_default=True, help="Seed of the traffic.")
 @click.option(
     "--seconds",
     default=18.0,
     show_default=True,
     type=click.FloatRange(2, 600),
     callback=_finite,
-    help="How long people keep coming, in each phase.",
+    help="How long people send requests in each of the two phases, in seconds.",
 )
 @click.option(
     "--output",
     default="demo-result",
     show_default=True,
     type=click.Path(path_type=Path, file_okay=False),
-    help="Gets the picture, the samples, the configurations and the logs.",
+    help="Directory for the picture, the samples, the configurations and the logs.",
 )
 def demo(keep: bool, port_offset: int, seed: int, seconds: float, output: Path) -> None:  # noqa: FBT001 - click's flag
-    """Show what flow control does: real Envoy, simulated model servers, people and a batch job."""
+    """Compare Envoy with and without flow control, on simulated model servers.
+
+    Sends the same requests of people and a batch job through both.
+    """
     import asyncio
 
     try:
@@ -360,25 +367,25 @@ def demo(keep: bool, port_offset: int, seed: int, seconds: float, output: Path) 
 @click.option(
     "--compare",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Another scenario, run with the same seed and shown beside it.",
+    help="Another scenario to compare with, run with the same seed.",
 )
 @click.option(
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Request trace to replay: Azure CSV or Mooncake JSONL.",
 )
-@click.option("--seed", type=int, help="In place of the scenario's own.")
+@click.option("--seed", type=int, help="Replaces the scenario's seed.")
 @click.option(
     "--output",
     default="simulation-result",
     show_default=True,
     type=click.Path(path_type=Path, file_okay=False),
-    help="Gets the picture and the transcripts.",
+    help="Directory for the picture and the transcripts.",
 )
 def simulate(
     scenario: Path, compare: Path | None, trace: Path | None, seed: int | None, output: Path
 ) -> None:
-    """Run a scenario on a virtual clock, with the engine that serves."""
+    """Run a scenario on a virtual clock, with the same engine as the service."""
     try:
         from flowcontrol_server.tools.simulate.command import run_simulation
     except ModuleNotFoundError as error:
@@ -393,19 +400,24 @@ def simulate(
 
 @main.command()
 @click.option(
-    "--address", default="127.0.0.1:9003", show_default=True, help="listen.grpc of the service."
+    "--address",
+    default="127.0.0.1:9003",
+    show_default=True,
+    help="Address of the service: its listen.grpc.",
 )
 @click.option(
     "--token",
     envvar="FLOWCONTROL_ADMIN_TOKEN",
-    help="Admin token; in FLOWCONTROL_ADMIN_TOKEN other users do not see it.",
+    help="Admin token. Set it as FLOWCONTROL_ADMIN_TOKEN to hide it from other users.",
 )
 @click.option(
     "--tls-ca",
     type=_PEM,
-    help="PEM file with the authorities that sign the service's certificate; else plain text.",
+    help="PEM file with the CAs that sign the service's certificate. Default: no TLS.",
 )
-@click.option("--tls-certificate", type=_PEM, help="PEM file to show to it, for tls.clientCa.")
+@click.option(
+    "--tls-certificate", type=_PEM, help="PEM file with the client certificate, for tls.clientCa."
+)
 @click.option("--tls-key", type=_PEM, help="PEM file with the key of --tls-certificate.")
 def top(
     address: str,
@@ -414,7 +426,7 @@ def top(
     tls_certificate: Path | None,
     tls_key: Path | None,
 ) -> None:
-    """Show a running service in the terminal: bands, tenants, endpoints, decisions."""
+    """Show a running service in the terminal: bands, tenants, endpoints and decisions."""
     try:
         from flowcontrol_server.tools.top import run
     except ModuleNotFoundError as error:
@@ -429,7 +441,7 @@ def top(
 def _credentials(
     ca: Path | None, certificate: Path | None, key: Path | None
 ) -> "grpc.ChannelCredentials | None":
-    """Return what a client speaks TLS with; None for plain text."""
+    """Return the credentials of a TLS client; None: no TLS."""
     from flowcontrol_server.doors.tls import client_credentials, reason_of
 
     if ca is None:
@@ -445,7 +457,7 @@ def _credentials(
 
 
 def _secret(token: str | None) -> str | None:
-    """Return the admin token as the service reads its own; None if there is none."""
+    """Return the admin token, read like the service reads its own; None: there is none."""
     from flowcontrol_server.common.secret_file import OWN_LENGTHS, checked
 
     text = (token or "").strip()
@@ -460,10 +472,10 @@ def _secret(token: str | None) -> str | None:
 @click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Decide with these settings instead, and show what would have been different.",
+    help="Replay with this configuration, and show what would have been different.",
 )
 def replay(ledger: Path, config: Path | None) -> None:
-    """Decide a ledger again on a virtual clock; exit 1 if not all is decided alike."""
+    """Replay a decision ledger on a virtual clock; exit 1 if any decision differs."""
     from flowcontrol_server.common.yamlfile import naming
     from flowcontrol_server.config.settings import load_policies
     from flowcontrol_server.ledger.replay import replay as decide_again
@@ -486,12 +498,15 @@ def replay(ledger: Path, config: Path | None) -> None:
 @click.argument("ledger", type=click.Path(path_type=Path, dir_okay=False))
 @CONFIG_OPTION
 @click.option(
-    "--listen", default="127.0.0.1:9091", show_default=True, help="Address of its own /metrics."
+    "--listen",
+    default="127.0.0.1:9091",
+    show_default=True,
+    help="Address of this command's own /metrics.",
 )
 def shadow(ledger: Path, config: Path, listen: str) -> None:
-    """Let another configuration decide what a running service decides, without effect.
+    """Run another configuration beside a running service, without effect on it.
 
-    Follows the service's ledger until ctrl-C or SIGTERM, then prints the comparison.
+    Follows the ledger of the service until ctrl-C or SIGTERM, then prints a comparison.
     """
     from flowcontrol_server.common.yamlfile import naming
     from flowcontrol_server.config.settings import load_policies
@@ -510,7 +525,7 @@ def shadow(ledger: Path, config: Path, listen: str) -> None:
 
 
 def _opened(option: str, address: Opened) -> Opened:
-    """Return what Envoy is to listen on: it looks up no name for that, and would not start."""
+    """Return an address for Envoy to listen on; a host name would keep it from starting."""
     from flowcontrol_server.config.settings import Address
 
     if isinstance(address, Address) and not address.is_ip:

@@ -391,7 +391,7 @@ class TestRefused:
 
         result = run("envoy-config", "--config", str(config), option, "x.pem")
 
-        rule = "--tls-certificate and --tls-key need --tls-ca: who signs the service's certificate"
+        rule = "--tls-certificate and --tls-key need --tls-ca: the signers of the service's certificate"
         assert result.stderr == f"{rule}\n"
         assert result.exit_code == 2
 

@@ -1,4 +1,4 @@
-"""What the demo measured: a table, a picture, and the samples as text."""
+"""Shows what the demo measured: a table, a picture, and the samples as text."""
 
 import csv
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Summary:
     refusals: int
     tokens_per_second: float
     done_s: float
-    """When the last of them was answered."""
+    """When its last request ended."""
 
 
 Results = dict[str, list[DemoSample]]
@@ -78,25 +78,25 @@ def table(results: Results) -> Table:
 
 
 BATCH_WAITS = (
-    "The batch job gets its first tokens later with flowcontrol: it waits at the gate instead of in"
-    " front of people in the model servers. What counts for a job is when all of it is done."
-    " Requests that got 429 came again when they were told to."
+    "With flowcontrol the batch job gets its first tokens later, because it waits at the gate"
+    " instead of ahead of people in the model servers. What counts for a job is when all of it is"
+    " done. Requests that got 429 were retried after Retry-After."
 )
 
 
 def caveat(results: Results) -> str | None:
-    """Return what to say of a run in which people waited no less with flow control, or None."""
+    """Return a note on a run in which people waited no less with flow control; None: no need."""
     without, with_it = (summarize(results[name], "interactive") for name in (WITHOUT, WITH))
     if with_it.ttft_s[1] < without.ttft_s[1]:
         return None
     return (
-        "People waited no less with flowcontrol (p95). That is no measure of it: the batch job"
-        " was too short to fill the model servers, or this machine too busy. Take more --seconds."
+        "People waited no less with flowcontrol (p95). This run does not measure it: the batch job"
+        " was too short to fill the model servers, or this machine too busy. Use more --seconds."
     )
 
 
 def picture(results: Results, path: Path) -> None:
-    """Draw the wait of every person, the percentiles of both classes, and what was got done."""
+    """Draw the wait of every person, the percentiles of both classes, and the throughput."""
     figure = Figure(figsize=(14, 4.8))
     over_time, bars, work = figure.subplots(1, 3, width_ratios=(5, 4, 2))
     _draw_people(over_time, results)

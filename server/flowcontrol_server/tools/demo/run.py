@@ -1,4 +1,4 @@
-"""The demo from start to end."""
+"""Runs the demo."""
 
 import asyncio
 import contextlib
@@ -41,13 +41,13 @@ Try next{hint}:
 async def run_demo(
     directory: Path, port_offset: int, seed: int, seconds: float, *, keep: bool
 ) -> int:
-    """Run both phases, show them, save what was seen; return the exit status.
+    """Run both phases, show and save the results; return the exit status.
 
     Args:
-        directory: gets pictures, samples, configurations and logs.
+        directory: for pictures, samples, configurations and logs.
         port_offset: added to every port.
         seed: of the traffic; the same seed sends the same requests at the same times.
-        seconds: how long people keep coming in each of the two phases.
+        seconds: how long people send requests in each of the two phases.
         keep: leave everything running afterwards until ctrl-C.
 
     Raises:
@@ -101,7 +101,7 @@ def _show(console: Console, results: Results, directory: Path) -> None:
     save_samples(results, directory / "requests.csv")
     for suffix in ("png", "svg"):
         picture(results, directory / f"ttft.{suffix}")
-    console.print(f"picture: {directory / 'ttft.png'}   every request: {directory}/requests.csv")
+    console.print(f"picture: {directory / 'ttft.png'}   all requests: {directory}/requests.csv")
 
 
 def _next_steps(ports: Ports, hint: str, directory: Path) -> str:
