@@ -14,6 +14,7 @@ from rich.text import Text
 
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
+from flowcontrol_server.admin.client import channel_options
 from flowcontrol_server.common.plain_text import plain
 from flowcontrol_server.tools.demo.stack import HOST, Ports
 from flowcontrol_server.tools.demo.traffic import DemoSample, Driver, Kind
@@ -38,8 +39,9 @@ class PhaseView:
 
     async def run(self) -> None:
         """Draw until cancelled."""
+        address = f"{HOST}:{self._ports.grpc}"
         async with (
-            grpc.aio.insecure_channel(f"{HOST}:{self._ports.grpc}") as channel,
+            grpc.aio.insecure_channel(address, channel_options(address)) as channel,
             aiohttp.ClientSession() as session,
         ):
             stub = api_grpc.FlowControlStub(channel)  # type: ignore[no-untyped-call] # generated
