@@ -3,10 +3,14 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import click
@@ -211,6 +215,29 @@ class TestDockerfile:
         assert program == "python"
         assert f"http://127.0.0.1:{Listen().http.port}/readyz" in code
         compile(code, "healthcheck", "exec")
+
+    def test_health_check_asks_no_proxy(self) -> None:
+        """Docker gives each container the proxies of its client's settings; loopback is not there.
+
+        So do the checks of docker-compose.yaml.
+        """
+        (check,) = arguments_of("HEALTHCHECK")
+        codes = [json.loads(check.partition(" CMD ")[2])[-1]]
+        checks = [service["healthcheck"]["test"] for service in SERVICES.values()]
+        codes += [test[-1] for test in checks if test[1] == "python"]
+        answers = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+        Thread(target=answers.serve_forever, daemon=True).start()
+        environment = {"http_proxy": "http://127.0.0.1:1"}
+        outcomes = []
+        with answers:
+            for code in codes:
+                here = re.sub(r"127\.0\.0\.1:\d+/\w+", f"127.0.0.1:{answers.server_port}/", code)
+                command = (sys.executable, "-c", here)
+                outcomes.append(subprocess.run(command, env=environment, check=False).returncode)
+            answers.shutdown()
+
+        assert len(codes) == 5
+        assert outcomes == [0] * 5
 
     def test_can_compile(self) -> None:
         """It builds without isolation, and so installs itself what compiling needs."""
