@@ -4,6 +4,7 @@ import asyncio
 import csv
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,14 +26,31 @@ _TIMED_OUT = 124
 PORTS = Ports().shifted(OFFSET)
 
 
+def command_line(output: Path, *more: str) -> list[str]:
+    """Return the demo's command."""
+    options = ("--port-offset", str(OFFSET), "--output", str(output), *more)
+    return [sys.executable, "-m", "flowcontrol_server", "demo", *options]
+
+
 async def demo(output: Path, *more: str) -> asyncio.subprocess.Process:
-    """Start the demo."""
-    command = ("demo", "--port-offset", str(OFFSET), "--output", str(output), *more)
+    """Start the demo, where a proxy is set that nothing on this machine is to be asked through."""
+    environment = {name: value for name, value in os.environ.items() if "no_proxy" not in name}
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "flowcontrol_server", *command),
+        *command_line(output, *more),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        env={**environment, "http_proxy": f"http://{HOST}:1"},
     )
+
+
+async def until_up(process: asyncio.subprocess.Process) -> None:
+    """Wait for the live view: everything runs."""
+    assert process.stdout is not None
+    said = b""
+    while b"Envoy alone, " not in said:
+        line = await process.stdout.readline()
+        assert line, said.decode()
+        said += line
 
 
 async def outcome(process: asyncio.subprocess.Process) -> tuple[int, str]:
@@ -136,20 +154,32 @@ class TestDemo:
             assert answer.returncode == (_TIMED_OUT if is_endless else 0), (command, answer)
             assert answer.stdout, command
 
-    async def test_interrupted(self, tmp_path: Path) -> None:
-        """Ctrl-C in the middle of it leaves nothing running."""
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+    async def test_interrupted(self, tmp_path: Path, number: signal.Signals) -> None:
+        """Ctrl-C in the middle of it, or a terminal that is closed, leaves nothing running."""
         process = await demo(tmp_path)
-        assert process.stdout is not None
-        said = b""
-        while b"Envoy alone, " not in said:  # the live view: everything is up
-            said += await process.stdout.readline()
+        await until_up(process)
         assert listening() == [*PORTS.all()]
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
 
         status, rest = await outcome(process)
 
         assert status == 130
         assert "nothing is left running" in rest
+        assert listening() == []
+
+    async def test_reader_gone(self, tmp_path: Path) -> None:
+        """Behind `| head` it stops, without a traceback, and leaves nothing running."""
+        command = f"{shlex.join(command_line(tmp_path))} | head -2"
+        pipeline = await asyncio.create_subprocess_exec(
+            *("sh", "-c", command),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        said, errors = await pipeline.communicate()
+
+        assert said.splitlines()[1].startswith(b"Envoy alone, ")
+        assert errors == b""
         assert listening() == []
 
     async def test_port_in_use(self, tmp_path: Path) -> None:

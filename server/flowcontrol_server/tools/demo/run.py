@@ -2,8 +2,12 @@
 
 import asyncio
 import contextlib
+import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import final
 
 from rich.console import Console
 
@@ -38,6 +42,26 @@ Try next{hint}:
   dashboard: http://{host}:{http}/    metrics: http://{host}:{http}/metrics    Envoy: http://{host}:{admin}"""
 
 
+@final
+class _Output(Console):
+    """Standard output. Once nobody reads it any more, as behind `| head`, it stops the demo.
+
+    Args:
+        stop: called then.
+        width: None: the terminal's.
+    """
+
+    def __init__(self, stop: Callable[[], object], width: int | None = None) -> None:
+        super().__init__(width=width)
+        self._stop = stop
+
+    def on_broken_pipe(self) -> None:
+        """Write nothing more; rich would raise SystemExit, in whatever task has written."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        self._stop()
+
+
 async def run_demo(
     directory: Path, port_offset: int, seed: int, seconds: float, *, keep: bool
 ) -> int:
@@ -55,12 +79,15 @@ async def run_demo(
     """
     ports = Ports().shifted(port_offset)
     load = DemoLoad(seconds=seconds)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PLAIN_WIDTH)
     task = asyncio.current_task()
     assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
+    console = _Output(task.cancel)
+    if not console.is_terminal:
+        console = _Output(task.cancel, _PLAIN_WIDTH)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     console.print(f"seed {seed}; starting Envoy, three model servers and flowcontrol", style="dim")
     try:
