@@ -74,6 +74,17 @@ class TestLog:
 
             assert process.wait(TIMEOUT_S) == 0
 
+    @pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- >&- 2>&-"])
+    def test_closed_streams(self, config: Path, ports: list[int], closed: str) -> None:
+        """Where a supervisor has closed standard streams, no socket takes their place."""
+        with serving(config, prefix=("sh", "-c", f'exec "$@" {closed}', "sh")) as process:
+            page(ports[2], "/readyz")
+            streams = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+            process.send_signal(signal.SIGTERM)
+
+            assert process.wait(TIMEOUT_S) == 0
+        assert not [stream for stream in streams if stream.startswith(("socket:", "anon_inode:"))]
+
     def test_full_disk(self, config: Path, ports: list[int]) -> None:
         """With no room for its log the service starts, follows its file, and ends as it should."""
         with Path("/dev/full").open("wb") as full, serving(config, full) as process:
