@@ -12,7 +12,8 @@ FIXED = (
     *("ledger", "recentDecisions", "state", "availability"),
 )
 """Settings, with all below them, that hold from start to end: Envoy and the kernel know them, or
-doors are built on them. The files that tls and admin name are read again all the same."""
+doors are built on them. The files that tls and admin name are read again all the same. So does
+`kubernetes` while the leader is elected there."""
 HASH_HEX = 12
 
 
@@ -24,11 +25,8 @@ class Change(NamedTuple):
     before: str
     after: str
     """As JSON; `unset` where there is none."""
-
-    @property
-    def is_live(self) -> bool:
-        """Whether a running service can change it."""
-        return not any(self.where == name or self.where.startswith(f"{name}.") for name in FIXED)
+    is_live: bool
+    """Whether a running service can change it."""
 
     def __str__(self) -> str:
         note = "" if self.is_live else " (needs a restart)"
@@ -40,7 +38,12 @@ def differences(before: Settings, after: Settings) -> list[Change]:
     old, new = dict(_leaves(_plain(before), "")), dict(_leaves(_plain(after), ""))
     names = [*old, *(name for name in new if name not in old)]
     pairs = ((name, old.get(name, "unset"), new.get(name, "unset")) for name in names)
-    return [Change(*each) for each in pairs if each[1] != each[2]]
+    fixed = [*FIXED, "kubernetes"] if before.availability.election == "kubernetes" else FIXED
+    return [
+        Change(*each, is_live=not any(f"{each[0]}.".startswith(f"{name}.") for name in fixed))
+        for each in pairs
+        if each[1] != each[2]
+    ]
 
 
 def settings_hash(settings: Settings) -> str:

@@ -239,6 +239,25 @@ class TestRejections:
 
             assert (configuration.reload_count, configuration.rejection_count) == (1, 1)
 
+    @pytest.mark.parametrize(("election", "hash_changes"), [("off", True), ("kubernetes", False)])
+    async def test_where_the_leader_is_elected(
+        self,
+        path: Path,
+        election: str,
+        hash_changes: bool,  # noqa: FBT001 - a parameter
+    ) -> None:
+        """The Lease does not move with the sources to another namespace: both stay."""
+        fixed = {"availability": {"election": election}}
+        write(path, **fixed, kubernetes={"namespace": "models"})
+        async with followed(path) as (configuration, _told):
+            before = configuration.hash
+            write(path, **fixed, kubernetes={"namespace": "others"})
+            await eventually(lambda: configuration.problems or configuration.reload_count)
+
+            assert (configuration.hash != before) is hash_changes
+            said = [] if hash_changes else ["kubernetes.namespace cannot change"]
+            assert [each.partition(" while")[0] for each in configuration.problems] == said
+
     @pytest.mark.parametrize(
         "changes",
         [{"endpoints": {"file": "n" * 300}}, {"objectives": {"directory": "n" * 300}}],
