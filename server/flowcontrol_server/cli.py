@@ -124,10 +124,10 @@ def check_config(config: Path) -> None:
     """
     from flowcontrol_server.config.advice import advice
     from flowcontrol_server.config.difference import settings_hash
-    from flowcontrol_server.sources.advice import objective_advice
+    from flowcontrol_server.sources.advice import source_advice
 
     settings = _load(config)
-    for line in (*advice(settings), *objective_advice(settings)):
+    for line in (*advice(settings), *source_advice(settings)):
         click.echo(f"{config}: warning: {line}", err=True)
     click.echo(f"{config}: ok, hash {settings_hash(settings)}")
 

@@ -56,8 +56,9 @@ class ApiObjectives(Section):
     """Objectives put and deleted by the gRPC API, flowcontrol.v1, with the admin token."""
 
     file: Annotated[PathBeside | None, Given] = left_out()
-    """File in which objectives set by the API are kept, as manifests. If unset, they are kept in
-    memory only."""
+    """File in which objectives set by the API are kept, as manifests, reloaded on change. If unset,
+    they are kept in memory only. It must hold objectives of this pool only, because each change by
+    the API writes the whole file."""
 
     @field_validator("file")
     @classmethod

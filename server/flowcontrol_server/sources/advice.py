@@ -1,4 +1,4 @@
-"""What `check-config` says of the objectives folder, and of rules that name objectives."""
+"""What `check-config` says of the files that sources read, and of rules that name objectives."""
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -7,15 +7,45 @@ from pathlib import Path
 from flowcontrol.errors import ConfigError
 from flowcontrol_server.common.yamlfile import read_documents
 from flowcontrol_server.config.settings import Settings
+from flowcontrol_server.sources.endpoint_file import read_endpoints
 from flowcontrol_server.sources.folder import ObjectiveFolder
+from flowcontrol_server.sources.mistakes import told
+from flowcontrol_server.sources.objective_store import read_kept
 from flowcontrol_server.sources.objectives import KIND, MalformedObjectiveError, objects_of
 
 
-def objective_advice(settings: Settings) -> Iterator[str]:
-    """Yield a line for each thing to look at; reads the folder."""
-    directory = settings.objectives.directory
-    if directory is None:
-        return
+def source_advice(settings: Settings) -> Iterator[str]:
+    """Yield a line for each thing to look at; reads the files that sources would read."""
+    directory, api = settings.objectives.directory, settings.objectives.api
+    if directory is not None:
+        yield from _folder_advice(directory, settings)
+    if api is not None and api.file is not None:
+        yield from (f"objectives.api.file: {each}" for each in _kept(api.file, settings.pool))
+    file = settings.endpoints.file
+    if file is not None:
+        are_picked = settings.picker != "off"
+        yield from (f"endpoints.file: {each}" for each in _listed(file, are_picked=are_picked))
+
+
+def _kept(file: Path, pool: str) -> Iterator[str]:
+    try:
+        _priorities, problem = read_kept(file, pool)
+    except Exception as error:  # noqa: BLE001 - as the source itself: whatever it is, it is the file's
+        problem = told(error, file)
+    if problem:
+        yield problem
+
+
+def _listed(file: Path, *, are_picked: bool) -> Iterator[str]:
+    try:
+        yield from read_endpoints(file, are_picked=are_picked).oddities
+    except ConfigError as error:
+        yield from error.problems
+    except Exception as error:  # noqa: BLE001 - as above
+        yield told(error, file)
+
+
+def _folder_advice(directory: Path, settings: Settings) -> Iterator[str]:
     folder = ObjectiveFolder(directory, settings.pool)
     for path, problem in folder.survey().items():
         said = problem if problem.startswith(str(directory)) else f"{path}: {problem}"

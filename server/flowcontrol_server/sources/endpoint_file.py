@@ -111,8 +111,8 @@ def read_endpoints(path: Path, *, are_picked: bool = False) -> Listed:
             problems.append(f"{path}: [{index}] must not come again, got {endpoint.address}")
         elif endpoint is not None and are_picked and not parse_address(endpoint.address).is_ip:
             oddities.append(
-                f"{path}: [{index}] is left out, as it must have an IP address while picker is "
-                f"least-loaded, got {endpoint.address}"
+                f"{path}: [{index}] is left out, as it must have an IP address unless picker "
+                f"is off, got {endpoint.address}"
             )
         elif endpoint is not None:
             endpoints[endpoint.address] = endpoint

@@ -6,7 +6,7 @@ that declared objectives and now declares none: that is how one looks that is be
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, final
 
 from flowcontrol.errors import ConfigError
 from flowcontrol_server.common.watched import LOOK_AGAIN_MS, watch_folder
-from flowcontrol_server.common.yamlfile import line_of, read_documents
+from flowcontrol_server.common.yamlfile import FILE_BYTES_MAX, line_of, read_documents
 from flowcontrol_server.sources.mistakes import FileSource, told
 from flowcontrol_server.sources.objectives import (
     OBJECTIVES_MAX,
@@ -134,27 +134,36 @@ def _is_manifest(path: Path) -> bool:
 
 
 def _read_file(path: Path, pool: str) -> list[Objective]:
-    objectives: list[Objective] = []
-    documents = read_documents(path)
+    found = (objective for _object, objective in declared_in(path, pool))
+    objectives = [each for each in found if each is not None]
+    if len(objectives) > OBJECTIVES_MAX:
+        message = f"must declare at most {OBJECTIVES_MAX} objectives, got {len(objectives)}"
+        raise ConfigError([f"{path}: {message}"])
+    return objectives
+
+
+def declared_in(
+    path: Path, pool: str, bytes_max: int = FILE_BYTES_MAX
+) -> Iterator[tuple[Any, Objective | None]]:
+    """Yield each object in a file, and the objective of this pool that it declares, if it does.
+
+    Raises:
+        ConfigError: the file cannot be read, or an object in it; naming the line.
+    """
+    documents = read_documents(path, bytes_max)
     for index, document in enumerate(documents):
         found: Any = None
         place: Place = ()
         try:
             for at, found in objects_of(document):
                 place = at
-                objective = read_objective(found, pool)
-                if objective is not None:
-                    objectives.append(objective)
+                yield found, read_objective(found, pool)
         except MalformedObjectiveError as error:
             line = line_of(path, index, (*place, *error.place))
             which = [f"document {index + 1}"] if len(documents) > 1 else []
             which += _naming(found)
             said = f"{', '.join(which)}: {error}" if which else str(error)
             raise ConfigError([f"{path}:{line}: {said}"]) from error
-    if len(objectives) > OBJECTIVES_MAX:
-        message = f"must declare at most {OBJECTIVES_MAX} objectives, got {len(objectives)}"
-        raise ConfigError([f"{path}: {message}"])
-    return objectives
 
 
 def _naming(found: Any) -> list[str]:

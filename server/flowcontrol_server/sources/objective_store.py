@@ -7,12 +7,12 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, NamedTuple, final
 
 import yaml
 
 from flowcontrol_server.common.watched import watch_folder
-from flowcontrol_server.common.yamlfile import read_documents
+from flowcontrol_server.sources.folder import declared_in
 from flowcontrol_server.sources.mistakes import FileSource, told
 from flowcontrol_server.sources.objectives import (
     GROUPS,
@@ -20,23 +20,26 @@ from flowcontrol_server.sources.objectives import (
     OBJECTIVES_MAX,
     PRIORITY_MAX,
     Objective,
-    objects_of,
     priorities_of,
-    read_objective,
     to_manifest,
 )
 
 FILE_BYTES_MAX = 32 << 20
 """As much as `OBJECTIVES_MAX` of the longest names take."""
+_NONE = "# no objectives\n"
+"""Written where there are none: an empty file is one that somebody is writing."""
 
 
 @final
 class ObjectiveStore(FileSource):
     """Objectives that callers change. Owner: the loop.
 
+    The whole file is written at each change. So one that cannot be read, or holds anything else, is
+    left alone, and no change is taken until it does not; and what others have written is read
+    before each change, and whenever the file changes.
+
     Args:
-        file: where they are kept across restarts; None: nowhere. One that cannot be read is left
-            alone, and no change is taken until it can: it is read whenever it changes.
+        file: where they are kept across restarts; None: nowhere.
         pool: name of the pool.
     """
 
@@ -44,9 +47,12 @@ class ObjectiveStore(FileSource):
         super().__init__("objective_rejected")
         self._file = file
         self._pool = pool
-        self._priorities: dict[str, int] | None = None
+        self._priorities: dict[str, int] | None = None if file else {}
         self._changed: Callable[[Mapping[str, int]], None] | None = None
-        self._writing = asyncio.Lock()
+        self._turn = asyncio.Lock()
+        """Of reading and writing the file."""
+        self._stamp: _FileStamp | None = None
+        """Of the file as it was last read or written."""
 
     async def follow(self, changed: Callable[[Mapping[str, int]], None]) -> None:
         """Tell the whole set as soon as it is known and at every change, until cancelled."""
@@ -55,26 +61,37 @@ class ObjectiveStore(FileSource):
             changed(self._priorities)
         try:
             if self._file is None:
-                await self._look(changed)
                 await asyncio.get_running_loop().create_future()
             else:
-                await watch_folder(self._file.parent, lambda: self._look(changed))
+                await watch_folder(self._file.parent, self._look)
         finally:
             self._changed = None
 
-    async def _look(self, changed: Callable[[Mapping[str, int]], None]) -> None:
-        """Read the file and report what it says, until that has been done once."""
-        if self._priorities is not None:
+    async def _look(self) -> None:
+        async with self._turn:
+            await self._read()
+
+    async def _read(self) -> None:
+        """Read the file if it is another than was last read or written; it is the caller's turn."""
+        if self._file is None:
             return
+        stamp = _stamp(self._file)
+        if self._priorities is not None:
+            if stamp is None:  # removed: it is written again with the next change
+                self.complain({})
+                return
+            if stamp == self._stamp and not self.problems:
+                return
         try:
-            priorities = await asyncio.to_thread(self._read)
+            priorities, problem = await asyncio.to_thread(read_kept, self._file, self._pool)
         except Exception as error:  # noqa: BLE001 - whatever it is, it stands in the file
-            assert self._file is not None, "only a file can be wrong"
             self.complain({self._file: told(error, self._file)})
             return
-        self.complain({})
-        self._priorities = priorities
-        changed(priorities)
+        self._stamp = stamp
+        self.complain({self._file: problem} if problem else {})
+        is_being_written = self._priorities and stamp is not None and not stamp.byte_size
+        if priorities != self._priorities and not is_being_written:
+            self._tell(priorities)
 
     async def put(self, name: str, priority: int) -> None:
         """Declare an objective, new or changed; on return it is on disk and reported.
@@ -89,8 +106,8 @@ class ObjectiveStore(FileSource):
         if not -PRIORITY_MAX - 1 <= priority <= PRIORITY_MAX:
             message = f"priority must fit into 32 bits, got {priority}"
             raise ValueError(message)
-        async with self._writing:
-            known = self._known()
+        async with self._turn:
+            known = await self._known()
             if len(known) >= OBJECTIVES_MAX and name not in known:
                 message = f"there must be at most {OBJECTIVES_MAX} objectives"
                 raise ValueError(message)
@@ -102,46 +119,90 @@ class ObjectiveStore(FileSource):
         Raises:
             OSError: it could not be written, and has not been changed.
         """
-        async with self._writing:
-            known = self._known()
+        async with self._turn:
+            known = await self._known()
             if name not in known:
                 return False
             await self._replace({key: value for key, value in known.items() if key != name})
             return True
 
-    def _known(self) -> dict[str, int]:
-        if self._priorities is None:
+    async def _known(self) -> dict[str, int]:
+        """Return what the file says, if it may be written."""
+        await self._read()
+        if self._priorities is None or self.problems:
             raise OSError(next(iter(self.problems.values()), "not yet read"))
         return self._priorities
 
     async def _replace(self, priorities: dict[str, int]) -> None:
         if self._file is not None:
-            await asyncio.to_thread(_write, self._file, priorities, self._pool)
+            self._stamp = await asyncio.to_thread(_write, self._file, priorities, self._pool)
+        self._tell(priorities)
+
+    def _tell(self, priorities: dict[str, int]) -> None:
         self._priorities = priorities
         if self._changed is not None:
             self._changed(priorities)
 
-    def _read(self) -> dict[str, int]:
-        if self._file is None or not self._file.exists():
-            return {}
-        documents = read_documents(self._file, FILE_BYTES_MAX)
-        objects = (each for document in documents for _place, each in objects_of(document))
-        read = (read_objective(each, self._pool) for each in objects)
-        return dict(priorities_of(objective for objective in read if objective is not None))
+
+def read_kept(file: Path, pool: str) -> tuple[dict[str, int], str]:
+    """Return the objectives of a pool that a file holds, and why it must not be written over.
+
+    Raises:
+        ConfigError: it cannot be read, or an object in it.
+    """
+    if not file.exists():
+        return {}, ""
+    objectives: list[Objective] = []
+    problem = ""
+    for found, objective in declared_in(file, pool, FILE_BYTES_MAX):
+        if objective is not None:
+            objectives.append(objective)
+        elif found is not None:
+            problem = problem or (
+                f"{file}: must hold objectives of pool {pool!r} alone, as a change by the API "
+                f"writes all of it; it also holds {_named(found)}, so none is taken"
+            )
+    return dict(priorities_of(objectives)), problem
 
 
-def _write(path: Path, priorities: Mapping[str, int], pool: str) -> None:
+def _named(found: Any) -> str:
+    """Return what to call an object in a message."""
+    metadata = found.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    return f"{found['kind']} {name!r}" if name else f"a {found['kind']}"
+
+
+class _FileStamp(NamedTuple):
+    """What differs once a file has been replaced or rewritten."""
+
+    inode: int
+    modified_ns: int
+    byte_size: int
+
+
+def _stamp(file: Path) -> _FileStamp | None:
+    """Return what tells a file from another at the same place; None if there is none."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return _FileStamp(stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+def _write(path: Path, priorities: Mapping[str, int], pool: str) -> _FileStamp | None:
     """Write the file whole or not at all, also when the machine fails in between."""
     objectives = (Objective(name, value, GROUPS[0]) for name, value in sorted(priorities.items()))
     text = yaml.safe_dump_all([to_manifest(each, pool) for each in objectives], sort_keys=False)
     new = path.with_name(f"{path.name}.new")
     with new.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(text or _NONE)
         file.flush()
         os.fsync(file.fileno())
+    stamp = _stamp(new)
     new.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+    return stamp

@@ -1,16 +1,16 @@
-"""What check-config says of the objectives folder."""
+"""What check-config says of the files that sources read."""
 
 from pathlib import Path
 
 import pytest
 
 from flowcontrol_server.config.settings import Settings
-from flowcontrol_server.sources.advice import objective_advice
+from flowcontrol_server.sources.advice import source_advice
 
 RULES = [{"match": {"header:x-tier": "batch"}, "objective": "btch"}, {"objective": "chat"}]
 
 
-def said(directory: Path, rules: object = ()) -> list[str]:
+def said(directory: Path, rules: object = (), **more: object) -> list[str]:
     """Every line."""
     settings = Settings.model_validate(
         {
@@ -20,10 +20,11 @@ def said(directory: Path, rules: object = ()) -> list[str]:
             "objectives": {"directory": "."},
             "endpoints": {"static": ["127.0.0.1:8000"]},
             "requests": {"rules": rules},
+            **more,
         },
         context={"directory": directory},
     )
-    return list(objective_advice(settings))
+    return list(source_advice(settings))
 
 
 def manifest(directory: Path, name: str, pool: str = "llama", priority: str = "1") -> Path:
@@ -66,3 +67,45 @@ class TestAdvice:
         manifest(tmp_path, "batch")
         line = "requests.rules[0].objective is 'btch', which no manifest declares: such requests "
         assert said(tmp_path, RULES) == [f"{line}are served at priority 0, did you mean batch?"]
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("[", "{file}:1: is not YAML"),
+            ("a: 1", "{file}:1: must be a mapping with apiVersion and kind"),
+            (
+                "{kind: Service, metadata: {name: x}}",
+                "{file}: must hold objectives of pool 'llama'",
+            ),
+        ],
+    )
+    def test_kept_by_the_api(self, tmp_path: Path, text: str, problem: str) -> None:
+        """A file that the service would not read, or not write over."""
+        file = tmp_path / "kept.yaml"
+        api = {"objectives": {"api": {"file": str(file)}}}
+        assert said(tmp_path, **api) == []
+        file.write_text(text)
+
+        (line,) = said(tmp_path, **api)
+        assert line.startswith(f"objectives.api.file: {problem.format(file=file)}")
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("a: 1", "{file}: must be one list of endpoints"),
+            ("- 10.0.0.5", "{file}: [0] must be host:port"),
+            ("- vllm.example:8000", "{file}: [0] is left out, as it must have an IP address"),
+            ("- !!timestamp a", "{file}: is not YAML"),
+        ],
+    )
+    def test_endpoints(self, tmp_path: Path, text: str, problem: str) -> None:
+        """A file of endpoints that does not count, or not all of it."""
+        manifest(tmp_path, "chat")
+        file = tmp_path / "endpoints.list"
+        file.write_text("- 10.0.0.5:8000")
+        listed = {"endpoints": {"file": str(file)}, "picker": "prefix-affinity"}
+        assert said(tmp_path, **listed) == []
+        file.write_text(text)
+
+        (line,) = said(tmp_path, **listed)
+        assert line.startswith(f"endpoints.file: {problem.format(file=file)}")

@@ -77,7 +77,7 @@ class TestRead:
 
         endpoints, oddities = read_endpoints(path, are_picked=True)
         assert endpoints == (A, Endpoint("[fd00::5]:1"))
-        rule = "is left out, as it must have an IP address while picker is least-loaded"
+        rule = "is left out, as it must have an IP address unless picker is off"
         assert oddities == (
             f"{path}: [0] {rule}, got vllm.test:1",
             f"{path}: [3] {rule}, got b:2",

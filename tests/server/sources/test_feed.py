@@ -181,7 +181,7 @@ class TestApply:
 
             [(source, about, problem)] = feed.problems()
             assert (source, about) == ("endpoints.file", "endpoints")
-            assert problem.endswith("while picker is least-loaded, got vllm.test:1")
+            assert problem.endswith("unless picker is off, got vllm.test:1")
             assert feed.error_counts()["endpoints.file"] == 1
 
     async def test_what_stays_is_not_disturbed(self) -> None:

@@ -571,11 +571,11 @@ class TestFollow:
     ) -> None:
         """It is the file's problem, told once; the others go on, also what changes after it."""
 
-        def read(path: Path) -> list[Any]:
+        def read(path: Path, bytes_max: int) -> list[Any]:
             if path.name == "bad.yaml":
                 message = "what\nnow"
                 raise ZeroDivisionError(message)
-            return read_documents(path)
+            return read_documents(path, bytes_max)
 
         monkeypatch.setattr("flowcontrol_server.sources.folder.read_documents", read)
         (tmp_path / "bad.yaml").touch()

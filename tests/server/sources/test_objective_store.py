@@ -21,6 +21,8 @@ from flowcontrol_server.sources.objectives import (
 from tests.support.told import Told, eventually, following
 
 Priorities = Mapping[str, int]
+CHAT = to_manifest(Objective("chat", 10, GROUPS[0]), "llama")
+OTHER_POOLS = to_manifest(Objective("search", 5, GROUPS[0]), "qwen")
 
 
 @pytest.fixture(name="file")
@@ -173,6 +175,64 @@ class TestFile:
 
         assert told.news == [{"chat": 10}, {"chat": 10, "batch": -1}]
         assert [line["event"] for line in lines] == ["objective_rejected"] * 2
+
+    @pytest.mark.parametrize(
+        ("more", "named"),
+        [
+            (OTHER_POOLS, "InferenceObjective 'search'"),
+            ({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "x"}}, "Service 'x'"),
+            ({"apiVersion": "flowcontrol/v1alpha1", "kind": "FlowControlConfig"}, "a FlowControl"),
+        ],
+        ids=["another pool", "another kind", "no name"],
+    )
+    async def test_what_is_not_ours(self, file: Path, more: object, named: str) -> None:
+        """What each change would write over counts, but no change is taken until it is moved."""
+        text = yaml.safe_dump_all([CHAT, more])
+        file.write_text(text)
+        store, told = ObjectiveStore(file, "llama"), Told[Priorities]()
+        async with following(store, told):
+            await told.until_equal({"chat": 10})
+            with pytest.raises(OSError, match=f"it also holds {named}"):
+                await store.put("batch", -1)
+            assert file.read_text() == text
+            file.write_text(yaml.safe_dump(CHAT))
+            await eventually(lambda: not store.problems)
+            await store.put("batch", -1)
+
+        assert await kept(file) == {"chat": 10, "batch": -1}
+
+    async def test_written_by_others(self, file: Path) -> None:
+        """What others write counts: by hand, or a replica that keeps its objectives there, too."""
+        store, told = ObjectiveStore(file, "llama"), Told[Priorities]()
+        other, heard = ObjectiveStore(file, "llama"), Told[Priorities]()
+        async with following(store, told), following(other, heard):
+            await told.until_equal({})
+            await store.put("chat", 20)
+            await heard.until_equal({"chat": 20})
+            file.write_text(yaml.safe_dump(CHAT))
+            await other.put("batch", -1)
+            await told.until_equal({"chat": 10, "batch": -1})
+            await other.delete("batch")
+            await other.delete("chat")
+            await told.until_equal({})
+
+        assert {"chat": 10} in heard.news
+        assert (store.error_count, other.error_count) == (0, 0)
+
+    @pytest.mark.parametrize("is_there", [True, False])
+    async def test_emptied(self, file: Path, is_there: bool) -> None:  # noqa: FBT001 - a parameter
+        """A file that is being written, or has been removed, takes nothing back."""
+        store, told = ObjectiveStore(file, "llama"), Told[Priorities]()
+        async with following(store, told):
+            await told.until_equal({})
+            await store.put("chat", 10)
+            if is_there:
+                file.write_text("")
+            else:
+                file.unlink()
+            await store.put("batch", -1)
+
+        assert told.news[-1] == await kept(file) == {"chat": 10, "batch": -1}
 
     async def test_followed_again(self) -> None:
         """What is kept in memory alone outlives the following."""
