@@ -1,7 +1,9 @@
 """Watching a folder for as long as it is needed, also while it is missing."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -9,8 +11,10 @@ import structlog
 from watchfiles import awatch
 
 LOOK_AGAIN_MS = 5_000
-"""How often to see whether the folder is still the one watched: inotify follows the folder itself,
-and does not notice when a link above it is swapped (git-sync), or when it is created again."""
+"""How often to see what inotify does not tell. It follows the folder itself, and does not notice
+when a link above it is swapped (git-sync), or when it is created again; nor when a file changes to
+which a link in the folder leads, one that is mounted there by itself (`docker run -v FILE:FILE`),
+or one on a network file system that another machine writes."""
 _DEBOUNCE_MS = 50
 _STEP_MS = 250
 """How often watchfiles looks for changes, and how long it must see no other before it tells. It
@@ -64,6 +68,7 @@ async def _watch(
     pending = asyncio.ensure_future(anext(changes))
     try:
         await asyncio.sleep(0)  # the watch begins before the first look: no gap
+        stamps = await asyncio.to_thread(_stamps, directory)
         await look()
         while _identity(directory) == watched:
             try:
@@ -73,7 +78,8 @@ async def _watch(
             except Exception as error:  # noqa: BLE001 - OSError, or an internal one of watchfiles
                 return error
             pending = asyncio.ensure_future(anext(changes))
-            if has_changed:
+            before, stamps = stamps, await asyncio.to_thread(_stamps, directory)
+            if has_changed or stamps != before:
                 await look()
     finally:
         pending.cancel()
@@ -91,3 +97,14 @@ def _identity(directory: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return (stat.st_dev, stat.st_ino) if directory.is_dir() else None
+
+
+def _stamps(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Return what differs once a file in a folder is replaced or rewritten, links followed."""
+    stamps: dict[str, tuple[int, ...]] = {}
+    with suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            with suppress(OSError):  # a link that leads nowhere, for one
+                stat = entry.stat()
+                stamps[entry.name] = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    return stamps

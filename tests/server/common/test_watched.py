@@ -92,6 +92,38 @@ async def test_a_link_that_is_swapped(tmp_path: Path) -> None:
         await told.until_equal(("from-2", "later"))
 
 
+async def test_what_a_link_leads_to(tmp_path: Path) -> None:
+    """A change outside of the folder, of a file that is in it by a link, is followed by a look."""
+    folder, target = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    target.write_text("old")
+    link = folder / "a"
+    link.symlink_to(target)
+    told: Told[str] = Told()
+
+    async def look() -> None:
+        told.changed(link.read_text() if link.exists() else "gone")
+
+    class _Followed:
+        async def follow(self, _changed: object) -> None:
+            await watch_folder(folder, look, LOOK_AGAIN_MS)
+
+    async with following(_Followed(), told):
+        await told.until_equal("old")
+        target.write_text("written in place")
+        await told.until_equal("written in place")
+        (tmp_path / "new").write_text("replaced")
+        (tmp_path / "new").rename(target)
+        await told.until_equal("replaced")
+        target.unlink()
+        await told.until_equal("gone")
+        looks = len(told.news)
+        (folder / "b").touch()
+        await eventually(lambda: len(told.news) > looks)
+
+    assert told.news[-1] == "gone"
+
+
 async def test_not_there_yet(tmp_path: Path) -> None:
     """A folder that comes later is watched from then on."""
     folder = tmp_path / "folder"
