@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, final
 
 from flowcontrol_server.config.settings import Settings
@@ -14,7 +15,20 @@ FIXED = (
 """Settings, with all below them, that hold from start to end: Envoy and the kernel know them, or
 doors are built on them. The files that tls and admin name are read again all the same. So does
 `kubernetes` while the leader is elected there."""
+IN_ENVOY = (
+    *("pool", "listen.extProc", "listen.grpc", "listen.secretFile", "tls", "traces.exporter"),
+    *("availability.election", "picker", "pickerFallbacks", "endpoints.static", "endpoints.dns"),
+    *("flowControl.maxRequests", "flowControl.requestTTL", "flowControl.noEndpointTTL"),
+    *("flowControl.bands.requestTTL", "requests.exemptPaths", "requests.exemptWithoutGate"),
+    *("requests.onFault", "requests.rules", "requests.trustEngineHeaders", "requests.websockets"),
+    *("requests.inputTokensFrom", "requests.readBodies", "requests.readBodiesUpTo"),
+    *("requests.responseHeaders", "requests.conformance"),
+    *("settlement.accessLog", "settlement.tokenUsage"),
+)
+"""Settings, with all below them, that `envoy-config` writes into Envoy's configuration. Until Envoy
+has it, it goes on as before: it gives up on a request that waits longer than it knows of."""
 HASH_HEX = 12
+_INDEX = re.compile(r"\[[0-9]+\]")
 
 
 @final
@@ -29,7 +43,10 @@ class Change(NamedTuple):
     """Whether a running service can change it."""
 
     def __str__(self) -> str:
-        note = "" if self.is_live else " (needs a restart)"
+        notes = [] if self.is_live else ["needs a restart"]
+        if _is_among(self.where, IN_ENVOY):
+            notes.append("generate Envoy's configuration again")
+        note = f" ({', '.join(notes)})" if notes else ""
         return f"{self.where}: {self.before} -> {self.after}{note}"
 
 
@@ -40,10 +57,14 @@ def differences(before: Settings, after: Settings) -> list[Change]:
     pairs = ((name, old.get(name, "unset"), new.get(name, "unset")) for name in names)
     fixed = [*FIXED, "kubernetes"] if before.availability.election == "kubernetes" else FIXED
     return [
-        Change(*each, is_live=not any(f"{each[0]}.".startswith(f"{name}.") for name in fixed))
-        for each in pairs
-        if each[1] != each[2]
+        Change(*each, is_live=not _is_among(each[0], fixed)) for each in pairs if each[1] != each[2]
     ]
+
+
+def _is_among(where: str, names: Iterable[str]) -> bool:
+    """Whether it is one of these settings, or below one."""
+    place = f"{_INDEX.sub('', where)}."
+    return any(place.startswith(f"{name}.") for name in names)
 
 
 def settings_hash(settings: Settings) -> str:

@@ -118,7 +118,9 @@ class TestChanges:
                 "log_level": "info",
                 "before": before,
                 "hash": configuration.hash,
-                "changes": ['picker: "off" -> "least-loaded"'],
+                "changes": [
+                    'picker: "off" -> "least-loaded" (generate Envoy\'s configuration again)'
+                ],
             }
         ]
 

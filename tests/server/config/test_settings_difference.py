@@ -18,6 +18,7 @@ PLAIN: dict[str, Any] = {
     "objectives": {"directory": "."},
     "endpoints": {"static": ["127.0.0.1:8000"]},
 }
+AGAIN = "generate Envoy's configuration again"
 
 
 def settings(tmp_path: Path, **changes: Any) -> Settings:
@@ -79,26 +80,31 @@ class TestDifferences:
     @pytest.mark.parametrize(
         ("changes", "expected"),
         [
-            ({"picker": "least-loaded"}, ['picker: "off" -> "least-loaded"']),
+            ({"picker": "least-loaded"}, [f'picker: "off" -> "least-loaded" ({AGAIN})']),
             (
                 {"flowControl": {"maxRequests": 5, "maxBytes": "unlimited"}},
                 [
-                    "flowControl.maxRequests: 20000 -> 5",
+                    f"flowControl.maxRequests: 20000 -> 5 ({AGAIN})",
                     'flowControl.maxBytes: 4294967296 -> "unlimited"',
                 ],
             ),
             (
                 {"endpoints": {"static": ["127.0.0.1:8000", "127.0.0.1:8001"]}},
-                ['endpoints.static: ["127.0.0.1:8000"] -> ["127.0.0.1:8000", "127.0.0.1:8001"]'],
+                [
+                    (
+                        'endpoints.static: ["127.0.0.1:8000"] -> '
+                        f'["127.0.0.1:8000", "127.0.0.1:8001"] ({AGAIN})'
+                    )
+                ],
             ),
             (
                 {"flowControl": {"requestTTL": "90s"}},
-                ['flowControl.requestTTL: "60s" -> "90s"'],
+                [f'flowControl.requestTTL: "60s" -> "90s" ({AGAIN})'],
             ),
             (
                 {"load": {"engine": "ollama"}, "endpoints": {"static": []}},
                 [
-                    'endpoints.static: ["127.0.0.1:8000"] -> []',
+                    f'endpoints.static: ["127.0.0.1:8000"] -> [] ({AGAIN})',
                     'load.engine: unset -> "ollama"',
                     'load.scheme: unset -> "http"',
                     'load.interval: unset -> "200ms"',
@@ -107,7 +113,7 @@ class TestDifferences:
                     "load.unreachableAfter: unset -> 3",
                 ],
             ),
-            ({"pool": "qwen"}, ['pool: "llama" -> "qwen" (needs a restart)']),
+            ({"pool": "qwen"}, [f'pool: "llama" -> "qwen" (needs a restart, {AGAIN})']),
             (
                 {"listen": {"http": "127.0.0.1:1"}},
                 ['listen.http: "127.0.0.1:9090" -> "127.0.0.1:1" (needs a restart)'],
@@ -158,8 +164,8 @@ class TestCommand:
 
         assert result.exit_code == 1
         assert result.output.splitlines() == [
-            'pool: "llama" -> "qwen" (needs a restart)',
-            'picker: "off" -> "least-loaded"',
+            f'pool: "llama" -> "qwen" (needs a restart, {AGAIN})',
+            f'picker: "off" -> "least-loaded" ({AGAIN})',
         ]
 
     def test_mistake(self, tmp_path: Path) -> None:

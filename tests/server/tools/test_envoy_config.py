@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from flowcontrol.errors import ConfigError
 from flowcontrol_server.common.extras import install
+from flowcontrol_server.config.difference import differences
 from flowcontrol_server.config.settings import Address, Settings, load_settings, parse_address
 from flowcontrol_server.requests.classify import READ_HEADERS
 from flowcontrol_server.requests.codec import ENGINE_HEADERS
@@ -34,6 +35,7 @@ CLOCKS = frozenset({"stream_idle_timeout", "request_timeout", "max_stream_durati
 pytestmark = pytest.mark.slow
 
 
+STATIC = "10.0.0.5:8000"
 SERVERS = "model_servers"
 _READERS = ("match_delegate", "json_to_metadata")
 _WEBSOCKET = "'exact': 'websocket'"
@@ -218,6 +220,87 @@ class TestPatience:
         seen = impatience(configuration, load_settings(BY_HAND[1]).longest_wait_ns)
 
         assert seen == ["stream_idle_timeout, by default", "message_timeout"]
+
+
+def changed(where: str, value: Any) -> Settings:
+    """Settings in which one differs from `settings_with(STATIC)`, and what it needs beside it."""
+    section, _, name = where.partition(".")
+    sections: dict[str, Any] = {section: {name: value} if name else value}
+    if where == "endpoints.roles":
+        sections["endpoints"]["static"] = [STATIC]
+    if where in {"pickerFallbacks", "requests.conformance"}:
+        sections["picker"] = "least-loaded"
+    return settings_with(**{"endpoints": {"static": [STATIC]}, **sections})
+
+
+class TestChanges:
+    """What a change of the settings says of Envoy's configuration."""
+
+    @pytest.mark.parametrize(
+        ("where", "value"),
+        [
+            ("pool", "qwen"),
+            ("listen.extProc", "127.0.0.1:9012"),
+            ("traces.exporter", "otlp"),
+            ("availability.election", "kubernetes"),
+            ("picker", "least-loaded"),
+            ("pickerFallbacks", 1),
+            ("endpoints.static", ["10.0.0.6:8000"]),
+            ("endpoints.dns", {"names": ["vllm.test:8000"]}),
+            ("flowControl.maxRequests", 50_000),
+            ("flowControl.requestTTL", "90s"),
+            ("flowControl.noEndpointTTL", "90s"),
+            ("flowControl.bands", [{"requestTTL": "90s"}]),
+            ("requests.exemptPaths", ["/echo"]),
+            ("requests.exemptWithoutGate", False),
+            ("requests.onFault", "continue"),
+            ("requests.rules", [{"objectiveFrom": "header:x-tier"}]),
+            ("requests.trustEngineHeaders", True),
+            ("requests.websockets", True),
+            ("requests.inputTokensFrom", "header:x-tokens"),
+            ("requests.readBodies", False),
+            ("requests.readBodiesUpTo", "1Mi"),
+            ("requests.responseHeaders", ["headroom"]),
+            ("requests.conformance", True),
+            ("settlement.accessLog", False),
+            ("settlement.tokenUsage", False),
+        ],
+    )
+    def test_in_envoy(self, where: str, value: Any) -> None:
+        """What would be generated differs, and that is said."""
+        before, after = settings_with(STATIC), changed(where, value)
+
+        assert bootstrap(after, EnvoyOptions()) != bootstrap(before, EnvoyOptions())
+        said = [str(each) for each in differences(before, after)]
+        assert any("generate Envoy's configuration again" in each for each in said), said
+
+    @pytest.mark.parametrize(
+        ("where", "value"),
+        [
+            ("endpoints.roles", {STATIC: "prefill"}),
+            ("load", {}),
+            ("saturation.maxConcurrency", 3),
+            ("flowControl.maxBytes", "1Gi"),
+            ("flowControl.drainBudget", "90s"),
+            ("flowControl.bands", [{"maxRequests": 7}]),
+            ("flowControl.ceilings", {"policy": "static"}),
+            ("flowControl.weights", {"team-a": 2}),
+            ("flowControl.reclaim", {"mode": "any-time"}),
+            ("requests.trustHeaders", False),
+            ("requests.enginePriority", "vllm"),
+            ("requests.unseenHold", "5s"),
+            ("settlement.lostAfter", "5s"),
+            ("metrics.referenceNames", True),
+        ],
+    )
+    def test_in_the_service_alone(self, where: str, value: Any) -> None:
+        """Envoy's configuration stays as it is."""
+        before, after = settings_with(STATIC), changed(where, value)
+
+        assert bootstrap(after, EnvoyOptions()) == bootstrap(before, EnvoyOptions())
+        said = [str(each) for each in differences(before, after)]
+        assert said
+        assert not any("Envoy" in each for each in said), said
 
 
 class TestByHand:
