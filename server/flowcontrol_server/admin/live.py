@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, final
 
 from flowcontrol.controller import FlowController
 from flowcontrol.errors import NotRunningError
-from flowcontrol.request import Group, Outcome
+from flowcontrol.request import DEFAULT_PRIORITY, Group, Outcome, by_group
 from flowcontrol.views.snapshot import Snapshot, requests_limit
 from flowcontrol.views.view import detector_snapshots
 from flowcontrol_server.admin.messages import (
@@ -25,7 +25,7 @@ from flowcontrol_server.admin.messages import (
 from flowcontrol_server.common.status import ServiceStatus
 from flowcontrol_server.requests.gate import FlowGate
 from flowcontrol_server.requests.log_join import LogJoin
-from flowcontrol_server.requests.recent import Decided, RecentDecisions
+from flowcontrol_server.requests.recent import RecentDecisions
 
 INTERVAL_S = 1.0
 HISTORY_MAX = 900
@@ -36,7 +36,7 @@ _DECISIONS_SHOWN_MAX = 40
 """Of each kind, in each view."""
 _MINUTE_NS = 60_000_000_000
 _RECENT_SEEN_MAX = 5_000
-"""Decisions of the last minute that are counted; the newest of them, when there were more."""
+"""Decisions of the last minute that percentiles are of; the newest of them, if there were more."""
 
 
 _ELSEWHERE = frozenset((Outcome.EVICTED_CANCELLED, Outcome.EVICTED_MOVED))
@@ -53,8 +53,31 @@ class Reading(NamedTuple):
     """Requests in flight at which the pool is full; None where no detector goes by a number."""
     waiting: Mapping[int, int]
     """By priority."""
-    undispatched: int
-    """Requests refused or evicted, since the start, without those whose client went away."""
+    outcomes: Mapping[int, Mapping[Outcome, int]]
+    """Decisions since the start, by priority."""
+
+
+class _Counted(NamedTuple):
+    """What had become of requests, since the start."""
+
+    at_ns: int
+    outcomes: Mapping[int, Mapping[Outcome, int]]
+    """By priority, as the engine counts."""
+    unseen: int
+    """Refused before the engine saw them."""
+
+    @property
+    def undispatched(self) -> int:
+        """Requests refused or evicted, without those whose client went away."""
+        return self.unseen + sum(
+            count
+            for outcomes in self.outcomes.values()
+            for outcome, count in outcomes.items()
+            if outcome not in _NOT_OURS
+        )
+
+
+_NONE_YET = _Counted(0, {}, 0)
 
 
 def read(controller: FlowController, now_ns: int) -> Reading:
@@ -64,12 +87,7 @@ def read(controller: FlowController, now_ns: int) -> Reading:
         controller.in_flight,
         requests_limit(detector_snapshots(controller.pool, now_ns)),
         {band.priority: band.waiting for band in controller.bands},
-        sum(
-            count
-            for tally in controller.decisions.tallies.values()
-            for outcome, count in tally.outcomes.items()
-            if outcome not in _NOT_OURS
-        ),
+        {priority: tally.outcomes for priority, tally in controller.decisions.tallies.items()},
     )
 
 
@@ -101,7 +119,8 @@ class LiveView:
         self._log_join = log_join
         self._status = status
         self._interval_s = interval_s
-        self._reading: Reading | None = None
+        self._counted: deque[_Counted] = deque()
+        """Of each sample of the last minute, and of the one before them."""
         self._next: asyncio.Future[str] | None = None
         """Made by who waits for the next view."""
         self._is_over = False
@@ -140,7 +159,7 @@ class LiveView:
         Raises:
             NotRunningError: the processor has ended.
         """
-        if self._reading is None:
+        if not self._counted:
             await self._sample()
         snapshot = await self._gate.snapshot()
         return json.dumps(self._view(snapshot))
@@ -153,8 +172,13 @@ class LiveView:
 
     async def _sample(self) -> None:
         self._status.problems()  # so that each is known since when
-        before, reading = self._reading, await self._gate.ask(read)
-        self._reading = reading
+        reading = await self._gate.ask(read)
+        past, now_ns = self._counted, time.monotonic_ns()
+        before = past[-1] if past else None
+        after = _Counted(now_ns, reading.outcomes, self._gate.inbox_refusals)
+        past.append(after)
+        while len(past) > 1 and past[1].at_ns <= now_ns - _MINUTE_NS:
+            past.popleft()
         self.history.append(
             {
                 "time": round(time.time(), 1),
@@ -162,14 +186,13 @@ class LiveView:
                 "in_flight": reading.in_flight,
                 "limit": reading.limit,
                 "waiting": sum(reading.waiting.values()),
-                "refused": _grown(before, reading),
+                "refused": _grown(before, after),
                 "bands": reading.waiting,
             }
         )
 
     def _view(self, snapshot: Snapshot) -> dict[str, Any]:
-        recent = self._gate.recent
-        minutes = _minutes(recent)
+        waits = _waits(self._gate.recent)
         message = snapshot_message(
             snapshot,
             self._pool,
@@ -179,14 +202,32 @@ class LiveView:
         )
         add_status(message, self._status)
         view = plain_message(message)
+        grown = self._grown_in_a_minute(snapshot)
         for band in view["bands"]:
-            band["minute"] = _minute(minutes.get(band["priority"], []))
+            priority = band["priority"]
+            band["minute"] = _minute(grown.get(priority, Counter()), waits.get(priority, []))
         return {
             **view,
             "limit": requests_limit(snapshot.detectors),
             "decisions": self._newest(),
             "sample": self.history[-1],
         }
+
+    def _grown_in_a_minute(self, snapshot: Snapshot) -> dict[int, Counter[Outcome]]:
+        """Return what became of requests in the last minute, by priority.
+
+        By the counts, as recent decisions are only so many. Counts that were forgotten in between
+        have not grown.
+        """
+        first, now_ns = self._counted[0], time.monotonic_ns()
+        before = first if first.at_ns <= now_ns - _MINUTE_NS else _NONE_YET
+        grown = {
+            priority: Counter(totals.outcomes) - Counter(before.outcomes.get(priority, {}))
+            for priority, totals in snapshot.totals.items()
+        }
+        unseen = self._gate.inbox_refusals - before.unseen
+        grown.setdefault(DEFAULT_PRIORITY, Counter())[Outcome.REJECTED_CAPACITY] += unseen
+        return grown
 
     def _newest(self) -> list[dict[str, Any]]:
         """Return the newest decisions; those that were not dispatched are not crowded out."""
@@ -204,28 +245,25 @@ class LiveView:
         ]
 
 
-def _minutes(recent: RecentDecisions) -> dict[int, list[Decided]]:
-    """Return the decisions of the last minute by priority."""
+def _waits(recent: RecentDecisions) -> dict[int, list[int]]:
+    """Return what those dispatched in the last minute had waited, by priority, in order."""
     since_ns = time.monotonic_ns() - _MINUTE_NS
-    found: dict[int, list[Decided]] = {}
+    found: dict[int, list[int]] = {}
     for decided in recent.newest(_RECENT_SEEN_MAX):
         if decided.decided_ns < since_ns:
             break
-        found.setdefault(decided.decision.priority, []).append(decided)
-    return found
+        decision = decided.decision
+        if decision.outcome is Outcome.DISPATCHED:
+            found.setdefault(decision.priority, []).append(decision.waited_ns)
+    return {priority: sorted(waits) for priority, waits in found.items()}
 
 
-def _minute(decided: Sequence[Decided]) -> dict[str, Any]:
+def _minute(grown: Counter[Outcome], waits: Sequence[int]) -> dict[str, Any]:
     """Return what became of the requests of one band."""
-    outcomes = Counter(
-        each.decision.outcome.group for each in decided if each.decision.outcome not in _ELSEWHERE
-    )
-    waits = sorted(
-        each.decision.waited_ns for each in decided if each.decision.outcome is Outcome.DISPATCHED
-    )
+    groups = by_group({each: count for each, count in grown.items() if each not in _ELSEWHERE})
     return {
-        **{group.value: outcomes[group] for group in Group},
-        "cancelled": len(decided) - outcomes.total(),
+        **{group.value: groups[group] for group in Group},
+        "cancelled": sum(grown[each] for each in _ELSEWHERE),
         "wait_p50": _seconds(waits[len(waits) // 2]) if waits else None,
         "wait_p95": _seconds(waits[len(waits) * 95 // 100]) if waits else None,
     }
@@ -235,6 +273,6 @@ def _seconds(duration_ns: int) -> float:
     return round(duration_ns / 1e9, 4)
 
 
-def _grown(before: Reading | None, after: Reading) -> int:
+def _grown(before: _Counted | None, after: _Counted) -> int:
     """Return how many more were undispatched; 0 where counts were forgotten in between."""
     return 0 if before is None else max(0, after.undispatched - before.undispatched)

@@ -12,6 +12,7 @@ from aiohttp import ClientSession, web
 from flowcontrol.config import Adaptive, Concurrency, ControllerConfig, Detector, Utilization
 from flowcontrol.events import DrainBegan, EndpointsChanged, ObjectivesChanged
 from flowcontrol.request import Request
+from flowcontrol_server.admin import live as live_module
 from flowcontrol_server.admin.live import LiveView
 from flowcontrol_server.admin.pages import WATCHERS_PER_PEER_MAX, add_pages
 from flowcontrol_server.common.plain_text import plain
@@ -206,6 +207,35 @@ class TestEvents:
             minute = view["bands"][0]["minute"]
             assert (minute["evicted"], minute["cancelled"]) == (0, 1), "the client went away"
             assert sum(each["refused"] for each in it.live.history) == 0, "nor is it in the curve"
+
+    async def test_the_last_minute_is_counted_whole(self) -> None:
+        """Also when it had more decisions than are kept."""
+        async with house() as it:
+            blocker = it.park("a")
+            for _ in range(4):
+                gone = [it.park("a") for _ in range(500)]
+                for parked in gone:
+                    it.gate.leave(parked)
+                await asyncio.wait_for(asyncio.shield(gone[-1].future()), TIMEOUT_S)
+            minute = json.loads(await it.live.view())["bands"][0]["minute"]
+
+            assert (len(it.gate.recent), it.gate.inbox_refusals) == (1_000, 0)
+            assert (minute["dispatched"], minute["cancelled"]) == (1, 2_000)
+            it.gate.leave(blocker)
+
+    async def test_the_minute_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was decided before it is not counted."""
+        monkeypatch.setattr(live_module, "_MINUTE_NS", 100_000_000)
+        async with house() as it, asyncio.timeout(TIMEOUT_S):
+            parked = it.park("a")
+            await asyncio.shield(parked.future())
+            seen: list[int] = []
+            while not seen or seen[-1]:
+                minute = json.loads(await it.live.view())["bands"][0]["minute"]
+                seen.append(minute["dispatched"])
+
+            assert set(seen) == {0, 1}
+            assert minute["wait_p50"] is None
 
     async def test_it_ends_with_the_engine(self) -> None:
         """Nobody is kept waiting, and who comes later is told."""
