@@ -3,6 +3,7 @@
 from typing import Final, final
 
 from flowcontrol.events import EndpointsChanged, Fact, LoadObserved
+from flowcontrol.tally import make_room
 from flowcontrol.views.snapshot import Snapshot
 
 _FRESH_NS: Final = 30_000_000_000
@@ -19,7 +20,8 @@ class PoolView:
         self._loads: dict[str, tuple[int, int]] = {}
         """Requests each endpoint says it has, and when it said so."""
         self.answers: dict[str, list[int]] = {}
-        """Of each endpoint, how often it did its part, and how often it failed."""
+        """Of each endpoint, how often it did its part, and how often it failed; of those that have
+        left the pool, because they failed perhaps, only so many."""
 
     def notice(self, fact: Fact, now_ns: int) -> None:
         """Take note of a fact, if it is about endpoints."""
@@ -28,7 +30,10 @@ class PoolView:
                 self._addresses = fact.addresses
                 kept = set(fact.addresses)
                 self._loads = {a: load for a, load in self._loads.items() if a in kept}
-                self.answers = {a: counts for a, counts in self.answers.items() if a in kept}
+                for address in fact.addresses:
+                    if address not in self.answers:
+                        make_room(self.answers, kept.__contains__)
+                        self.answers[address] = [0, 0]
             case LoadObserved():
                 if fact.address in self._addresses and fact.running is not None:
                     self._loads[fact.address] = fact.running + fact.waiting, now_ns
@@ -36,9 +41,10 @@ class PoolView:
                 pass
 
     def answered(self, address: str, is_failure: bool) -> None:  # noqa: FBT001 - its callers pass it by position
-        """Count an answer of an endpoint of the pool."""
-        if address in self._addresses:
-            self.answers.setdefault(address, [0, 0])[is_failure] += 1
+        """Count an answer of an endpoint that is, or was, in the pool."""
+        counts = self.answers.get(address)
+        if counts is not None:
+            counts[is_failure] += 1
 
     @property
     def addresses(self) -> tuple[str, ...]:

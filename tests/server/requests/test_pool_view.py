@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flowcontrol.events import EndpointsChanged, Left, LoadObserved
+from flowcontrol.tally import COUNTED_MAX
 from flowcontrol.views.snapshot import EndpointSnapshot, Snapshot
 from flowcontrol_server.requests.pool_view import PoolView
 
@@ -56,12 +57,29 @@ class TestAnswers:
     """How often each did its part."""
 
     def test_of_the_pool(self, view: PoolView) -> None:
-        """Only endpoints of the pool are counted, and only while they are in it."""
+        """Only endpoints that are, or were, in the pool are counted."""
         for address, is_failure in ((A, False), (A, True), (A, False), (C, True)):
             view.answered(address, is_failure)
-        assert view.answers == {A: [2, 1]}
+        assert view.answers == {A: [2, 1], B: [0, 0]}
+
+    def test_an_endpoint_that_is_taken_out(self, view: PoolView) -> None:
+        """For the failures that are counted: they stay, with what is reported later."""
+        view.answered(A, is_failure=True)
         view.notice(EndpointsChanged((B,)), 0)
-        assert view.answers == {}
+        view.answered(A, is_failure=True)
+        assert view.answers[A] == [0, 2]
+        view.notice(EndpointsChanged((A, B)), 0)
+        view.answered(A, is_failure=False)
+        assert view.answers[A] == [1, 2]
+
+    def test_endpoints_that_are_gone(self, view: PoolView) -> None:
+        """Only so many are kept; none of the pool is dropped for them."""
+        view.answered(B, is_failure=True)
+        for number in range(COUNTED_MAX + 10):
+            view.notice(EndpointsChanged((B, f"10.1.0.{number}:80")), 0)
+        assert len(view.answers) == COUNTED_MAX
+        assert view.answers[B] == [0, 1]
+        assert A not in view.answers
 
 
 class TestDrift:
