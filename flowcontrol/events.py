@@ -72,6 +72,8 @@ class Settled:
     """Whether the model server answered below 400."""
     was_turned_away: bool = False
     """Whether the model server refused it for lack of room: 429 or 503."""
+    was_answered: bool = True
+    """False: its client left before a response had begun."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - its fields
         self,
@@ -83,6 +85,7 @@ class Settled:
         generation_ns: int | None = None,
         is_success: bool = True,  # noqa: FBT001, FBT002 - a field
         was_turned_away: bool = False,  # noqa: FBT001, FBT002 - a field
+        was_answered: bool = True,  # noqa: FBT001, FBT002 - a field
     ) -> None:
         self.request_id = request_id
         self.input_tokens = input_tokens
@@ -92,6 +95,7 @@ class Settled:
         self.generation_ns = generation_ns
         self.is_success = is_success
         self.was_turned_away = was_turned_away
+        self.was_answered = was_answered
 
 
 @final

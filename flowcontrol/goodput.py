@@ -22,6 +22,8 @@ class ResponseResult(Enum):
     """Answered, but the first token came late."""
     FAILED = "failed"
     """Answered with an error, or cut off by the model server."""
+    ABANDONED = "abandoned"
+    """Its client left before a response had begun."""
 
     __hash__ = object.__hash__  # as in Outcome
 
@@ -80,6 +82,8 @@ class Goodput:
 def _result(lease: Lease, settled: Settled) -> ResponseResult:
     if not settled.is_success:
         return ResponseResult.FAILED
+    if not settled.was_answered:
+        return ResponseResult.ABANDONED
     due_ns = lease.request.ttft_slo_ns
     if due_ns is None or settled.ttft_ns is None:
         return ResponseResult.GOOD

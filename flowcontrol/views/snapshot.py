@@ -116,7 +116,7 @@ class GoodputSnapshot:
     """The counts of one objective."""
 
     results: Mapping[str, int]
-    """By word: good, late, failed."""
+    """By word: good, late, failed, abandoned."""
     good_tokens: int
     """Output tokens of good answers, as far as model servers reported them."""
 

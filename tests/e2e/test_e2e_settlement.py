@@ -397,7 +397,7 @@ class TestOutcome:
     async def test_abandoned(self, gateway: Gateway, *, begins: bool) -> None:
         """What the model server would have made of it nobody knows: neither good nor bad."""
         before = await gateway.metrics()
-        caller, call = await started(gateway)
+        caller, call = await started(gateway, objective="chat")
         if begins:
             await call.stream(DELTA)
             await caller.head()
@@ -406,6 +406,10 @@ class TestOutcome:
         await reported(gateway, call)
         after = await gateway.metrics()
 
+        result = "good" if begins else "abandoned"
+        series = f'flowcontrol_objective_responses_total{{objective="chat",result="{result}"}}'
+        unmetered = 'flowcontrol_unmetered_responses_total{priority="10"}'
+        assert [after[name] - before.get(name, 0) for name in (series, unmetered)] == [1, 0]
         names = [name for name in after if name.startswith("flowcontrol_endpoint_responses")]
         assert {name: after[name] - before.get(name, 0) for name in names if after[name]} == {
             name: 0 for name in names if after[name]

@@ -58,8 +58,21 @@ class TestGoodput:
 
         (counted,) = goodput(settled, slo_ms=slo_ms).values()
 
-        assert counted.results == {"good": 0, "late": 0, "failed": 0} | {expected: 1}
+        nothing = {"good": 0, "late": 0, "failed": 0, "abandoned": 0}
+        assert counted.results == nothing | {expected: 1}
         assert counted.good_tokens == (7 if expected == "good" else 0)
+
+    def test_a_client_that_left(self) -> None:
+        """Before a response had begun: of no use, whatever the target; as it was coming: as it is."""
+        for was_answered, ttft_ns, expected in (
+            (False, None, "abandoned"),
+            (True, None, "good"),
+            (True, 400 * MILLISECOND, "good"),
+            (True, 401 * MILLISECOND, "late"),
+        ):
+            settled = Settled(1, ttft_ns=ttft_ns, was_answered=was_answered)
+            (counted,) = goodput(settled, slo_ms=500).values()
+            assert [word for word, count in counted.results.items() if count] == [expected]
 
     @pytest.mark.parametrize("objective", [None, "never-declared"])
     def test_names_are_of_operators(self, objective: str | None) -> None:

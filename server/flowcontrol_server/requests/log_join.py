@@ -157,7 +157,7 @@ class Account:
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("request", "response"), 0))
     """By direction."""
     unmetered: int = 0
-    """Good answers in which Envoy found no token usage."""
+    """Good answers, whole, in which Envoy found no token usage."""
     ttft_counts: list[int] = field(default_factory=lambda: [0] * (len(TTFT_BOUNDS_S) + 1))
     """How many took up to each of `TTFT_BOUNDS_S`, and last how many longer; not cumulated."""
     ttft_sum_us: int = 0
@@ -171,7 +171,8 @@ class Account:
         tokens["input"] += entry.input_tokens or 0
         tokens["cached"] += entry.cached_tokens or 0
         tokens["output"] += entry.output_tokens or 0
-        self.unmetered += entry.is_success and entry.output_tokens is None
+        is_whole = entry.is_success and not entry.was_abandoned
+        self.unmetered += is_whole and entry.output_tokens is None
         self.bytes["request"] += entry.request_bytes
         self.bytes["response"] += entry.response_bytes
         if entry.ttft_us is not None and entry.is_success:
@@ -381,3 +382,4 @@ class LogJoin:
                 entry.was_turned_away,
             )
         )
+                entry.status != 0,

@@ -281,7 +281,8 @@ class SnapshotCollector(Collector):
     def _goodput(self) -> Iterator[Metric]:
         ended = CounterMetricFamily(
             "flowcontrol_objective_responses",
-            "Dispatched requests by result: good, late for x-llm-d-slo-ttft-ms, or failed.",
+            "Dispatched requests by result: good, late for x-llm-d-slo-ttft-ms, failed, or "
+            "abandoned by their client before a response had begun.",
             labels=["objective", "result"],
         )
         tokens = CounterMetricFamily(

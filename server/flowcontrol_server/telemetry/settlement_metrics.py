@@ -101,7 +101,7 @@ class SettlementCollector(Collector):
             yield family
         unmetered = CounterMetricFamily(
             "flowcontrol_unmetered_responses",
-            "Successful responses in which Envoy found no token usage.",
+            "Complete successful responses in which Envoy found no token usage.",
             labels=["priority"],
         )
         ttft = HistogramMetricFamily(

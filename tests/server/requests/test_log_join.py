@@ -362,6 +362,18 @@ class TestAccount:
         assert low.statuses == {"none": 1}
         assert (low.unmetered, sum(low.ttft_counts)) == (0, 0)
 
+    def test_a_client_that_left(self, house: House) -> None:
+        """What the model server would have said of its tokens is unknown; so is its result.
+
+        Before a response had begun there is nothing good about it.
+        """
+        house.in_flight |= {8: Claim(10), 9: Claim(10)}
+        house.take(entry(8, was_abandoned=True))
+        house.take(entry(9, status=0, was_abandoned=True))
+
+        assert house.settlement.accounts[10].unmetered == 0
+        assert [each.was_answered for each in house.settled] == [True, False]
+
     def test_priorities_are_bounded(self, house: House) -> None:
         """Of more priorities than can be kept, the one that was reported on longest ago goes."""
         house.in_flight |= {number: Claim(number) for number in range(10, COUNTED_MAX + 10)}
