@@ -33,6 +33,8 @@ _INPUT_ADDED_MAX: Final = 1_000_000
 pictures that the request only names."""
 _OUTPUT_TOKENS_MAX: Final = 1_000_000
 """Of one response."""
+_STATUSES: Final = ("2xx", "3xx", "4xx", "5xx", "none")
+"""Classes that are shown before there is any: a rate misses a counter's first step."""
 _CHOICES_MAX: Final = 128
 """Responses to one request, each of up to `max_tokens`: OpenAI's bound of `n`."""
 
@@ -148,7 +150,7 @@ class Counts(NamedTuple):
 class Account:
     """What the requests of one priority took, as far as it was reported."""
 
-    statuses: dict[str, int] = field(default_factory=dict)
+    statuses: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_STATUSES, 0))
     """Answers by their class, as in 2xx; none: no answer."""
     tokens: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("input", "cached", "output"), 0)
@@ -380,6 +382,6 @@ class LogJoin:
                 None if entry.generation_us is None else entry.generation_us * _US_NS,
                 entry.is_success,
                 entry.was_turned_away,
+                entry.status != 0,
             )
         )
-                entry.status != 0,

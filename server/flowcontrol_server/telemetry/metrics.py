@@ -18,10 +18,18 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from flowcontrol.config import LIMITED
+from flowcontrol.goodput import ResponseResult
 from flowcontrol.histogram import HistogramSnapshot
-from flowcontrol.request import Outcome
-from flowcontrol.views.snapshot import WAIT_BOUNDS_S, BandSnapshot, Snapshot, Totals
+from flowcontrol.request import DEFAULT_PRIORITY, Outcome
+from flowcontrol.views.snapshot import (
+    WAIT_BOUNDS_S,
+    BandSnapshot,
+    GoodputSnapshot,
+    Snapshot,
+    Totals,
+)
 
+_NO_GOODPUT = GoodputSnapshot({result.value: 0 for result in ResponseResult}, 0)
 _NO_TOTALS = Totals(outcomes={}, completed=0, wait_counts={}, wait_sum_ns={})
 
 
@@ -107,6 +115,7 @@ class SnapshotCollector(Collector):
         inbox_refusals: requests it never saw.
         objective_errors: mistakes met in manifests.
         loop_lag: how late the event loop is.
+        is_reported: whether Envoy is to report what becomes of requests.
     """
 
     def __init__(
@@ -115,11 +124,14 @@ class SnapshotCollector(Collector):
         inbox_refusals: int,
         objective_errors: int,
         loop_lag: HistogramSnapshot | None = None,
+        *,
+        is_reported: bool = False,
     ) -> None:
         self._snapshot = snapshot
         self._inbox_refusals = inbox_refusals
         self._objective_errors = objective_errors
         self._loop_lag = loop_lag
+        self._is_reported = is_reported
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
@@ -262,11 +274,12 @@ class SnapshotCollector(Collector):
             "Wait over the wait predicted on arrival, of sampled dispatched requests; 1 is exact.",
             labels=["priority"],
         )
-        totals_of = dict.fromkeys((band.priority for band in self._snapshot.bands), _NO_TOTALS)
-        totals_of |= self._snapshot.totals
+        # What nothing has come of is there, too, at 0: a rate misses a counter's first step.
+        priorities = (DEFAULT_PRIORITY, *(band.priority for band in self._snapshot.bands))
+        totals_of = {**dict.fromkeys(priorities, _NO_TOTALS), **self._snapshot.totals}
         for priority, totals in totals_of.items():
             completed.add_metric([str(priority)], totals.completed)
-            for outcome in Outcome:  # those of 0, too: a rate misses a counter's first step
+            for outcome in Outcome:
                 labels = [str(priority), outcome.value]
                 decided.add_metric(labels, totals.outcomes.get(outcome, 0))
                 if outcome not in totals.outcomes:
@@ -290,7 +303,9 @@ class SnapshotCollector(Collector):
             "Tokens of good responses, as model servers report them.",
             labels=["objective"],
         )
-        for objective, goodput in self._snapshot.goodput.items():
+        expected = ("", *self._snapshot.objectives) if self._is_reported else ()
+        goodput_of = {**dict.fromkeys(expected, _NO_GOODPUT), **self._snapshot.goodput}
+        for objective, goodput in goodput_of.items():
             for result, count in goodput.results.items():
                 ended.add_metric([objective, result], count)
             tokens.add_metric([objective], goodput.good_tokens)

@@ -11,6 +11,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from flowcontrol.request import DEFAULT_PRIORITY
 from flowcontrol.views.snapshot import Snapshot
 from flowcontrol_server.requests.log_join import TTFT_BOUNDS_S, Account, EntryResult, LogJoin
 from flowcontrol_server.requests.pool_view import PoolView
@@ -27,15 +28,24 @@ class SettlementCollector(Collector):
         snapshot: of the engine; None on a replica that does not decide, and so cannot say what
             passes by the gate.
         now_ns: the time.
+        is_reported: whether Envoy is to report what becomes of requests: then what nothing has
+            come of is there, too, at 0, as a rate misses a counter's first step.
     """
 
     def __init__(
-        self, log_join: LogJoin, pool_view: PoolView, snapshot: Snapshot | None, now_ns: int
+        self,
+        log_join: LogJoin,
+        pool_view: PoolView,
+        snapshot: Snapshot | None,
+        now_ns: int,
+        *,
+        is_reported: bool = False,
     ) -> None:
         self._log_join = log_join
         self._pool_view = pool_view
         self._snapshot = snapshot
         self._now_ns = now_ns
+        self._is_reported = is_reported
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
@@ -88,6 +98,11 @@ class SettlementCollector(Collector):
         yield entries
 
     def _accounts(self) -> Iterator[Metric]:
+        bands = self._snapshot.bands if self._snapshot and self._is_reported else ()
+        expected: tuple[int, ...] = ()
+        if self._is_reported and self._snapshot is not None:
+            expected = (DEFAULT_PRIORITY, *(band.priority for band in self._snapshot.bands))
+        accounts = {**dict.fromkeys(expected, Account()), **self._log_join.accounts}
         counters: tuple[tuple[str, str, str, Callable[[Account], dict[str, int]]], ...] = (
             ("responses", "Responses, by status class.", "status", lambda a: a.statuses),
             ("tokens", "Tokens used, as model servers report them.", "kind", lambda a: a.tokens),
@@ -95,7 +110,7 @@ class SettlementCollector(Collector):
         )
         for name, text, label, counts in counters:
             family = CounterMetricFamily(f"flowcontrol_{name}", text, labels=["priority", label])
-            for priority, account in self._log_join.accounts.items():
+            for priority, account in accounts.items():
                 for kind, count in counts(account).items():
                     family.add_metric([str(priority), kind], count)
             yield family
@@ -109,7 +124,7 @@ class SettlementCollector(Collector):
             "Time from sending the request to the model server to the first byte of its response.",
             labels=["priority"],
         )
-        for priority, account in self._log_join.accounts.items():
+        for priority, account in accounts.items():
             unmetered.add_metric([str(priority)], account.unmetered)
             buckets = buckets_of(TTFT_BOUNDS_S, account.ttft_counts)
             ttft.add_metric([str(priority)], buckets, account.ttft_sum_us / 1e6)
@@ -130,6 +145,8 @@ class SettlementCollector(Collector):
             labels=["endpoint", "result"],
         )
         for address, counts in self._pool_view.answers.items():
+            if not (self._is_reported or any(counts)):
+                continue
             for result, count in zip(("success", "failure"), counts, strict=True):
                 answers.add_metric([address, result], count)
         yield from (engine, answers)

@@ -1,5 +1,6 @@
 """Every metric line of a known snapshot, and what Prometheus reads in it."""
 
+from dataclasses import replace
 from importlib.metadata import version
 
 from prometheus_client import generate_latest
@@ -200,7 +201,7 @@ class TestSnapshotCollector:
         expected = [f'flowcontrol_build_info{{version="{version("flowcontrol")}"}} 1.0']
         expected += EXPECTED.splitlines()
         assert expected == [line for line in got if line not in evicted]
-        assert len(zeros) == 2 * len(Outcome) - 2 + 1
+        assert len(zeros) == 3 * len(Outcome) - 2 + 2, "of band 0, too"
         labels = 'outcome="evicted-ttl",priority="10"'
         assert len(evicted) == 20
         assert all(line.endswith(" 0.0") for line in evicted[:17])
@@ -262,7 +263,28 @@ class TestSnapshotCollector:
             "flowcontrol_inbox_refusals_total 4.0",
             "flowcontrol_unknown_objectives_total 0.0",
             "flowcontrol_objective_errors_total 2.0",
+            *(
+                f'flowcontrol_requests_total{{outcome="{o.value}",priority="0"}} 0.0'
+                for o in Outcome
+            ),
+            'flowcontrol_completed_requests_total{priority="0"} 0.0',
         ]
+
+    def test_objectives_begin_at_zero(self) -> None:
+        """Where their responses will be reported: a rate misses a counter's first step."""
+        snapshot = replace(EMPTY, objectives={"chat": 10})
+        families = SnapshotCollector(snapshot, 0, 0, is_reported=True).collect()
+        samples = [each for family in families for each in family.samples]
+
+        counted = [
+            (each.labels["objective"], each.labels["result"], each.value)
+            for each in samples
+            if each.name == "flowcontrol_objective_responses_total"
+        ]
+        words = ("good", "late", "failed", "abandoned")
+        assert counted == [(name, word, 0) for name in ("", "chat") for word in words]
+        silent = [line for line in lines(rendered(snapshot)) if "objective=" in line]
+        assert silent == [], "but none where nothing reports them"
 
     def test_labels(self) -> None:
         """No label holds what a client says: only what operators declare."""

@@ -8,6 +8,7 @@ from flowcontrol_server.requests.log_codec import LogEntry
 from flowcontrol_server.requests.log_join import Claim, LogJoin
 from flowcontrol_server.requests.pool_view import PoolView
 from flowcontrol_server.requests.tickets import TICKETS
+from flowcontrol_server.telemetry.metrics import registry_of
 from flowcontrol_server.telemetry.settlement_metrics import SettlementCollector
 
 A = "10.0.0.1:80"
@@ -52,7 +53,10 @@ flowcontrol_access_log_entries_total{result="recovered"} 0.0
 flowcontrol_access_log_entries_total{result="forged"} 0.0
 flowcontrol_access_log_entries_total{result="malformed"} 0.0
 flowcontrol_responses_total{priority="10",status="2xx"} 1.0
+flowcontrol_responses_total{priority="10",status="3xx"} 0.0
+flowcontrol_responses_total{priority="10",status="4xx"} 0.0
 flowcontrol_responses_total{priority="10",status="5xx"} 1.0
+flowcontrol_responses_total{priority="10",status="none"} 0.0
 flowcontrol_tokens_total{kind="input",priority="10"} 11.0
 flowcontrol_tokens_total{kind="cached",priority="10"} 0.0
 flowcontrol_tokens_total{kind="output",priority="10"} 7.0
@@ -129,6 +133,23 @@ class TestCollect:
         settlement.take(good, NOW_NS)
 
         assert samples(settlement, view, 10) == FULL
+
+    def test_counters_begin_at_zero(self) -> None:
+        """Where the log will report: a rate misses a counter's first step."""
+        view = PoolView()
+        view.notice(EndpointsChanged((A,)), 0)
+        settlement = LogJoin(10, lambda _id: None, lambda _settled: None)
+        collector = SettlementCollector(settlement, view, SNAPSHOT, 0, is_reported=True)
+        said = generate_latest(registry_of([collector])).decode()
+
+        for series in (
+            'flowcontrol_responses_total{priority="0",status="5xx"} 0.0',
+            'flowcontrol_tokens_total{kind="output",priority="0"} 0.0',
+            'flowcontrol_ttft_seconds_count{priority="0"} 0.0',
+            f'flowcontrol_endpoint_responses_total{{endpoint="{A}",result="failure"}} 0.0',
+        ):
+            assert series in said.splitlines()
+        assert f'endpoint="{A}"' not in samples(settlement, view, 0), "but not where it will not"
 
     def test_standby(self) -> None:
         """What the leader has dispatched has not passed by the gate."""
