@@ -1,9 +1,9 @@
 """Pure. Requests are charged by estimate, and corrected once their actual usage is known.
 
 The access log reports after the fact, in batches, and reports may be lost. So the charge of an
-ended request is kept until its settlement comes. It is kept only after the first settlement ever
-(without an access log nothing is kept), and only for a bounded number. Settlements that never come
-are counted where the log is read, by time.
+ended request is kept until its settlement comes. The number kept is bounded, and small before the
+first settlement, because there may be no access log. Settlements that never come are counted where
+the log is read, by time.
 """
 
 from collections import OrderedDict
@@ -17,6 +17,8 @@ from flowcontrol.request import Request
 
 UNSETTLED_MAX: Final = 65_536
 """Ended requests kept: minutes of traffic, while the access log is seconds behind."""
+UNSETTLED_FIRST_MAX: Final = 1_000
+"""The same before the first settlement, which comes a second after the first request."""
 
 
 @final
@@ -43,10 +45,10 @@ class Charges:
 
     def ended(self, lease: Lease) -> None:
         """Note that a request in flight has ended."""
-        if not self.seen or lease.is_settled:
+        if lease.is_settled:
             return
         self._ended[lease.request.request_id] = lease
-        if len(self._ended) > UNSETTLED_MAX:
+        if len(self._ended) > (UNSETTLED_MAX if self.seen else UNSETTLED_FIRST_MAX):
             self._ended.popitem(last=False)
 
     def lost(self, request_id: int) -> None:

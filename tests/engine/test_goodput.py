@@ -2,6 +2,7 @@
 
 import pytest
 
+from flowcontrol.charges import UNSETTLED_FIRST_MAX
 from flowcontrol.config import ControllerConfig
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Arrived, EndpointsChanged, Left, ObjectivesChanged, Settled
@@ -78,6 +79,22 @@ class TestGoodput:
     def test_names_are_of_operators(self, objective: str | None) -> None:
         """What no objective declares is counted under no name."""
         assert list(goodput(Settled(1), objective)) == [""]
+
+    def test_what_ended_before_the_first_settlement(self) -> None:
+        """Is counted when that comes; of more than are kept, those that ended last."""
+        controller = FlowController(ControllerConfig(), 0)
+        controller.handle(EndpointsChanged(("a",)), 0)
+        numbers = range(1, UNSETTLED_FIRST_MAX + 3)
+        for number in numbers:
+            controller.handle(Arrived(Request(number)), 0)
+            controller.poll(0)
+            controller.handle(Left(number), 0)
+        for number in numbers:
+            controller.handle(Settled(number), 1)
+
+        (counted,) = take_snapshot(controller, 1, 1).goodput.values()
+        assert counted.results["good"] == UNSETTLED_FIRST_MAX
+        assert controller.charges.unsettled == 0
 
     @pytest.mark.slow
     def test_names_are_bounded(self) -> None:
