@@ -64,7 +64,7 @@ class TestGoodput:
         assert counted.good_tokens == (7 if expected == "good" else 0)
 
     def test_a_client_that_left(self) -> None:
-        """Before a response had begun: of no use, whatever the target; as it was coming: as it is."""
+        """Before a response has begun it is abandoned, whatever the target; later it counts."""
         for was_answered, ttft_ns, expected in (
             (False, None, "abandoned"),
             (True, None, "good"),

@@ -79,7 +79,9 @@ class TestLog:
         """Where a supervisor has closed standard streams, no socket takes their place."""
         with serving(config, prefix=("sh", "-c", f'exec "$@" {closed}', "sh")) as process:
             page(ports[2], "/readyz")
-            streams = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+            streams = [
+                str(Path(f"/proc/{process.pid}/fd/{number}").readlink()) for number in range(3)
+            ]
             process.send_signal(signal.SIGTERM)
 
             assert process.wait(TIMEOUT_S) == 0

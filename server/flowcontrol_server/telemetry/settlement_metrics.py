@@ -98,7 +98,6 @@ class SettlementCollector(Collector):
         yield entries
 
     def _accounts(self) -> Iterator[Metric]:
-        bands = self._snapshot.bands if self._snapshot and self._is_reported else ()
         expected: tuple[int, ...] = ()
         if self._is_reported and self._snapshot is not None:
             expected = (DEFAULT_PRIORITY, *(band.priority for band in self._snapshot.bands))
