@@ -6,22 +6,25 @@ from typing import Final
 import structlog
 
 _OWN: Final = 256
-"""For what is no connection of a port: files, sources, endpoints' metrics, the Kubernetes API."""
+"""For what is no connection of a port: files, sources, the metrics of some 200 endpoints."""
 _log = structlog.get_logger()
 
 
 def reserve_descriptors(connections: int) -> float:
-    """Raise the process's limit of open files to what so many connections need.
+    """Raise the process's limit of open files to what the system allows.
+
+    All of it: each endpoint whose load is asked for takes one, too.
 
     Returns:
-        The part of it that the system allows, from 0 to 1; below 1 a warning is logged.
+        The part of so many connections that there is room for, from 0 to 1; below 1 a warning is
+        logged.
     """
     needed = connections + _OWN
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        soft = max(soft, needed) if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return 1.0
-    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    if limit < needed:
-        _log.warning("descriptors_scarce", limit=limit, needed=needed)
-    return limit / needed
+    _log.warning("descriptors_scarce", limit=soft, needed=needed)
+    return soft / needed
