@@ -109,7 +109,8 @@ class Outcome(Enum):
     EVICTED_STOOD_DOWN = "evicted-stood-down"
     """Another replica decides now, and the request cannot be moved: the client gets an error."""
     EVICTED_MOVED = "evicted-moved"
-    """Another replica decides now, and Envoy asks it: the client gets no answer from here."""
+    """Envoy asks again, because another replica decides now or for its next attempt; the client
+    does not see it."""
     RECLAIMED = "reclaimed"
     """Ended in flight for a more important waiting request."""
     INTERNAL = "internal"

@@ -1,5 +1,6 @@
 """An endpoint that cannot be reached: Envoy tries another one, which must have a slot for it."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -33,6 +34,17 @@ async def begun(gateway: Gateway, *names: str) -> list[Caller]:
         callers.append(await gateway.call(name=name, objective="chat", flow_id="tenant"))
         await gateway.until(waiting=number)
     return callers
+
+
+async def of_first(gateway: Gateway, count: int) -> Counter[str]:
+    """Return what became of the attempts at the request "first" when there are so many."""
+
+    def outcomes() -> list[str]:
+        decided = gateway.stack.events("request_decided")
+        return [each["outcome"] for each in decided if each["client_request_id"] == "first"]
+
+    await eventually(lambda: len(outcomes()) >= count, what="the last attempt")
+    return Counter(outcomes())
 
 
 class TestOneOfTwo:
@@ -93,7 +105,10 @@ class TestOneOfTwo:
         assert (call.endpoint, len(call.body)) == (occupant.endpoint, LARGE)
 
     async def test_connection_is_closed(self, start: Start) -> None:
-        """The server closes the connection that waits with it, again and again: it waits on."""
+        """The server closes the connection that waits with it, again and again: it waits on.
+
+        For none of that the endpoint of the first attempt, or the client, is to blame.
+        """
         gateway = await start(self.SPEC)
         occupant = await half_dead(gateway)
         (alive,) = [each for each in gateway.backends if each.address == occupant.endpoint]
@@ -103,8 +118,13 @@ class TestOneOfTwo:
         await gateway.until(waiting=1, in_flight=2)
         await occupant.respond()
         await (await gateway.next_call()).respond()
+        status = (await caller.reply()).status
+        outcomes = await of_first(gateway, CLOSED + 2)
 
-        assert (await caller.reply()).status == 200
+        assert status == 200
+        assert outcomes.keys() == {"evicted-moved", "dispatched"}
+        assert outcomes["dispatched"] == 2
+        assert gateway.stack.events("endpoint_down") == []
 
     async def test_client_leaves(self, start: Start) -> None:
         """A client that leaves meanwhile frees both places."""
@@ -116,6 +136,7 @@ class TestOneOfTwo:
         await occupant.respond()
 
         assert (await gateway.until(in_flight=0)).waiting == 0
+        assert await of_first(gateway, 2) == Counter(("dispatched", "evicted-cancelled"))
 
 
 class TestBothDead:

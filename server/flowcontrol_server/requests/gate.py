@@ -61,6 +61,7 @@ _NO_HEADERS: Final[Mapping[str, str]] = {}
 _DISPATCHED: Final = Outcome.DISPATCHED  # looked up once: each time takes some 200 instructions
 _RECLAIMED: Final = Outcome.RECLAIMED
 _BY_OPERATOR: Final = Outcome.EVICTED_OPERATOR
+_CANCELLED: Final = Outcome.EVICTED_CANCELLED
 
 
 @final
@@ -93,8 +94,10 @@ class Parked:
     """Headers that tell of the trace it belongs to; None while traces are off."""
     former: "Parked | None" = None
     """The attempt before, which Envoy could not send; it leaves when this one is dispatched."""
+    is_followed: bool = False
+    """Whether it was dispatched, could not be sent, and another attempt has come."""
     is_unsent: bool = False
-    """Whether it was dispatched, could not be sent, and another attempt was dispatched since."""
+    """Whether such an attempt was dispatched since."""
 
     def __init__(  # noqa: PLR0913 - its fields; a dataclass's own is interpreted
         self,
@@ -125,7 +128,7 @@ class Parked:
         self.response = response
         self.trace = trace
         self.former = former
-        self.is_unsent = False
+        self.is_followed = self.is_unsent = False
 
     @property
     def request_id(self) -> int:
@@ -309,7 +312,9 @@ class FlowGate:
         return None if parked is None or self.claim_in_flight(parked.request_id) is None else parked
 
     def _unsent_to(self, parked: Parked) -> None:
-        if parked.decision is not None and parked.decision.endpoint is not None:
+        """Note that a request could not be sent, once: attempts that wait since say nothing new."""
+        is_known, parked.is_followed = parked.is_followed, True
+        if not is_known and parked.decision is not None and parked.decision.endpoint is not None:
             self._unsent(parked.decision.endpoint)
 
     def leave(self, parked: Parked, outcome: Outcome = Outcome.EVICTED_CANCELLED) -> None:
@@ -323,6 +328,9 @@ class FlowGate:
         parked.left_ns = time.monotonic_ns()
         decision = parked.decision
         if decision is None:
+            former = parked.former
+            if former is not None and former.left_ns is None and outcome is _CANCELLED:
+                outcome = Outcome.EVICTED_MOVED  # its client stays: the next attempt is to come
             self._put(Left(parked.request_id, outcome))
             return
         if decision.outcome is _DISPATCHED:

@@ -311,18 +311,35 @@ class TestAttempt:
             home.gate.post(self.TWO)
             first = home.gate.park(request("tenant"))
             other = home.gate.park(request("other"))
+            dead = (await decided(first)).endpoint
             alive = (await decided(other)).endpoint
             assert alive is not None
             second = home.gate.park(request(), attempt=attempt(first, alive))
             home.gate.leave(second)
-            assert (await decided(second)).outcome is Outcome.EVICTED_CANCELLED
+            assert (await decided(second)).outcome is Outcome.EVICTED_MOVED
             assert home.requests == [(second, await decided(second))]
             third = home.gate.park(request(), attempt=attempt(first, alive))
             home.gate.leave(other)
 
             assert (await decided(third)).flow_id == "tenant"
             assert [parked for parked, _ in home.requests] == [second, other, first]
+            assert home.unsent == [dead], "one request that could not be sent there"
             home.gate.leave(third)
+
+    async def test_client_leaves(self) -> None:
+        """Its client is gone when the attempt before it has left, too."""
+        async with house(config=self.CONFIG, has_pool=False) as home:
+            home.gate.post(self.TWO)
+            first = home.gate.park(request("tenant"))
+            other = home.gate.park(request("other"))
+            alive = (await decided(other)).endpoint
+            assert alive is not None
+            second = home.gate.park(request(), attempt=attempt(first, alive))
+            home.gate.leave(first)
+            home.gate.leave(second)
+
+            assert (await decided(second)).outcome is Outcome.EVICTED_CANCELLED
+            home.gate.leave(other)
 
     async def test_unknown(self) -> None:
         """An attempt at a request that is not in flight here waits for a slot all the same."""

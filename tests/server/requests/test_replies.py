@@ -18,7 +18,15 @@ from flowcontrol.events import (
     ObjectivesChanged,
 )
 from flowcontrol.request import DEFAULT_FLOW_ID, Outcome, Request, Scope
-from flowcontrol_server.requests.replies import REFUSALS, Exempt, Refuse, answer, refusal
+from flowcontrol_server.requests.dialects import Dialect
+from flowcontrol_server.requests.replies import (
+    REFUSALS,
+    Exempt,
+    Refuse,
+    answer,
+    refusal,
+    unavailable,
+)
 
 SECOND = 1_000_000_000
 
@@ -87,6 +95,12 @@ class TestTable:
 
         assert expected == TABLE.keys()
         assert expected == {outcome.value for outcome in REFUSALS}
+
+    def test_moved(self) -> None:
+        """Nobody is to be told; whoever listens all the same is refused, never let on."""
+        moved = Decision(1, Outcome.EVICTED_MOVED, 0, "tenant", waited_ns=0)
+
+        assert answer(moved, 0.0) == unavailable(Dialect.OPENAI)
 
     @pytest.mark.parametrize("outcome", TABLE)
     def test_status_and_reason(self, outcome: str) -> None:
