@@ -344,6 +344,7 @@ class Service:
             trusts_engine_headers=requests.trust_engine_headers,
             anywhere=self._gate.pool_view.anywhere,
             engine_priority=requests.engine(),
+            reads_responses=settings.settlement.token_usage,
         )
         self._gate.arrivals.longest_ns = settings.longest_wait_ns
         self._call_context.continue_on_fault = requests.on_fault == "continue"

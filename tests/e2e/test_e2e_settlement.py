@@ -101,6 +101,14 @@ class TestTokens:
         assert line["response_bytes"] == len(body)
         assert line["request_bytes"] == len(b"{}")
 
+    async def test_compressed(self, gateway: Gateway) -> None:
+        """No model server is asked to compress what is to be read."""
+        caller, call = await started(gateway, headers={"accept-encoding": "gzip, deflate"})
+        await call.respond()
+        await caller.reply()
+
+        assert "accept-encoding" not in call.headers
+
     async def test_stream_with_usage(self, gateway: Gateway) -> None:
         """The last event of a stream with stream_options.include_usage is read."""
         caller, call = await started(gateway)

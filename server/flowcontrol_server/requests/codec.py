@@ -89,6 +89,8 @@ _KINDS: Final = {kind.value: kind for kind in MessageKind}
 _ANNOUNCED: Final = "content-length"
 _LONG_SIZE: Final = len(str(UNSENT_BYTES_MAX))
 _CLIENT_ID: Final = "x-request-id"
+_CODINGS: Final = "accept-encoding"
+"""Without it nobody may compress the response, of which neither Envoy nor we could read a word."""
 _NO_HEADERS: Final[dict[str, str]] = {}
 _NO_METADATA: Final[Metadata] = {}
 _TRAILERS: Final = {
@@ -327,6 +329,7 @@ class Encoder:
             set them itself.
         anywhere: with `picks`, returns an endpoint for requests that have none picked.
         engine_priority: how the band is passed on to the model server, if it is.
+        reads_responses: whether responses are read, and so must not be compressed.
         tickets: name the request in Envoy's access log.
     """
 
@@ -337,6 +340,7 @@ class Encoder:
         trusts_engine_headers: bool = False,
         anywhere: Callable[[], str | None] = lambda: None,
         engine_priority: EnginePriority | None = None,
+        reads_responses: bool = False,
         tickets: Tickets = TICKETS,
     ) -> None:
         self._tickets = tickets
@@ -348,6 +352,7 @@ class Encoder:
         self._removed = CONTROL_HEADERS + tuple(
             name for name in ENGINE_HEADERS if name in ours or not trusts_engine_headers
         )
+        self._removed_at_dispatch = self._removed + ((_CODINGS,) if reads_responses else ())
         self._templates: dict[tuple[int, int, str | None, Mode, bool], _Template] = {}
         self._exempt = _exempt(self._removed)
 
@@ -411,7 +416,8 @@ class Encoder:
         ours: set[str] = set() if destination is None else {DESTINATION}
         if self._engine_priority is not None:
             ours.add(self._engine_priority.header)
-        mutation.remove_headers.extend(name for name in self._removed if name not in ours)
+        removed = (name for name in self._removed_at_dispatch if name not in ours)
+        mutation.remove_headers.extend(removed)
         own = response.dynamic_metadata.fields[METADATA_NAMESPACE].struct_value.fields
         own[ADMITTED].bool_value = True
         own[TICKET].string_value = (_TICKET_MARK * ticket_bytes).decode()

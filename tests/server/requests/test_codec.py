@@ -533,6 +533,20 @@ class TestDispatched:
 
         assert expected == parsed(Exempt(), encoder)
 
+    @pytest.mark.parametrize("reads", [False, True])
+    def test_codings(self, *, reads: bool) -> None:
+        """A response that is to be read is asked for as it is; an exempt one is not read."""
+        encoder = Encoder(reads_responses=reads)
+        removed = []
+        for reply in (dispatched(1, 0, 0), Exempt()):
+            request = parsed(reply, encoder).request_headers
+            assert request is not None
+            assert request.response is not None
+            assert request.response.header_mutation is not None
+            removed.append("accept-encoding" in request.response.header_mutation.remove_headers)
+
+        assert removed == [reads, False]
+
     @pytest.mark.parametrize(("trusts", "kept"), [(False, set()), (True, {*ENGINE_HEADERS})])
     def test_engine_headers(self, *, trusts: bool, kept: set[str]) -> None:
         """A client's own choice of endpoint or priority is removed unless it is trusted."""
