@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 
 from flowcontrol_server.common.addresses import Address
+from flowcontrol_server.common.sections import PRIORITY_MAX
+from flowcontrol_server.config.engine import BandSection
 from flowcontrol_server.config.requests import RequestRule
 from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.requests.rules import BODY_NAMESPACE
@@ -20,6 +22,7 @@ def advice(settings: Settings) -> list[str]:
         *_conformance(settings),
         *_load(settings),
         *_rules(settings),
+        *_bands(settings.flow_control.bands),
         *_body_rules(settings.requests.rules),
     ]
 
@@ -110,6 +113,28 @@ def _rules(settings: Settings) -> Iterator[str]:
         if not rule.match:
             fixed = [rule.objective is not None, rule.flow_id is not None]
             said = [done or new for done, new in zip(said, fixed, strict=True)]
+
+
+def _bands(bands: Sequence[BandSection]) -> Iterator[str]:
+    for index, band in enumerate(bands):
+        free, top = _range(band)
+        for low, high in sorted(map(_range, bands[:index])):
+            if low <= free <= high:
+                free = high + 1
+        if free > top:
+            yield (
+                f"flowControl.bands[{index}] is never used: the first template that matches a band "
+                "counts, and those before it match all of its priorities; put it before them"
+            )
+
+
+def _range(band: BandSection) -> tuple[int, int]:
+    """Return the lowest and the highest priority that a template matches."""
+    lowest, highest = band.match.min_priority, band.match.max_priority
+    return (
+        -PRIORITY_MAX - 1 if lowest is None else lowest,
+        PRIORITY_MAX if highest is None else highest,
+    )
 
 
 def _is_loopback(address: Address) -> bool:

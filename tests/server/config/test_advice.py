@@ -100,6 +100,38 @@ class TestBodyRules:
         assert said(tmp_path, requests={"rules": rules}) == expected
 
 
+class TestBands:
+    """Templates of which others before them leave nothing."""
+
+    @pytest.mark.parametrize(
+        ("matches", "expected"),
+        [
+            ([{}], []),
+            ([{}, {"maxPriority": -1}], [1]),
+            ([{"maxPriority": -1}, {}], []),
+            ([{"maxPriority": -1}, {"minPriority": 0}, {}, {"minPriority": 5}], [2, 3]),
+            ([{"minPriority": 1}, {"maxPriority": -1}, {}], []),
+            ([{"minPriority": 5}, {"minPriority": 5, "maxPriority": 5}], [1]),
+            ([{"minPriority": 5, "maxPriority": 9}, {"minPriority": 5, "maxPriority": 10}], []),
+            (
+                [
+                    {"minPriority": 8, "maxPriority": 10},
+                    {"minPriority": 5, "maxPriority": 7},
+                    {"minPriority": 5, "maxPriority": 10},
+                ],
+                [2],
+            ),
+        ],
+    )
+    def test_never_used(
+        self, tmp_path: Path, matches: list[dict[str, int]], expected: list[int]
+    ) -> None:
+        """The first that matches counts: a general one before a narrow one takes all of it."""
+        bands = [{"match": match} for match in matches]
+        names = [f"flowControl.bands[{index}]" for index in expected]
+        assert said(tmp_path, flowControl={"bands": bands}) == names
+
+
 class TestRules:
     """Rules that are allowed and do nothing, and facts that nothing provides."""
 
