@@ -193,9 +193,9 @@ def _part(value: object) -> object:
 
 
 def _size_from_1(value: object) -> object:
-    size = _limit_from_1(value)
-    if size is None:
-        rule = "must be a size from 1 such as 500k or 64Mi"
+    size = parse_quantity(value) if isinstance(value, str) else value
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= QUANTITY_MAX:
+        rule = "must be a size from 1 to 1P such as 500k or 64Mi"
         raise broken(rule)
     return size
 

@@ -97,14 +97,14 @@ def _match(value: object) -> object:
 def _exempt_path(value: str) -> str:
     if _EXEMPT.fullmatch(value) is None:
         rule = (
-            "must be a path that begins with / and has * only at the end, alone or after a method, "
-            "as in POST /api/show"
+            "must be a path that begins with /, has * only at the end and no query, alone or after "
+            "a method, as in POST /api/show"
         )
         raise broken(rule)
     return value
 
 
-_EXEMPT = re.compile(r"(([A-Z]+|\*) )?/[^\s*]*\*?")
+_EXEMPT = re.compile(r"(([A-Z]+|\*) )?/[^\s*?#]*\*?")
 
 
 ExemptPath = Annotated[str, AfterValidator(_exempt_path)]

@@ -218,6 +218,18 @@ class Settings(ServiceEngine, _Surroundings):
         return self
 
     @model_validator(mode="after")
+    def _has_metrics(self) -> Self:
+        detectors = self.controller_config().detectors
+        is_asked = any(isinstance(each, Utilization) for each in detectors)
+        if is_asked and self.load is not None and self.load.engine == "ollama":
+            rule = (
+                "saturation.detector must not be utilization where load.engine is ollama, which "
+                "has no metrics: take auto or concurrency"
+            )
+            raise broken(rule)
+        return self
+
+    @model_validator(mode="after")
     def _can_elect(self) -> Self:
         election = self.availability.election
         if election == "valkey" and self.state.valkey is None:
@@ -263,6 +275,16 @@ class Settings(ServiceEngine, _Surroundings):
         if self.tls.self_signed and not isinstance(self.listen.ext_proc, Address):
             shown = "off" if self.listen.ext_proc is None else f"unix:{self.listen.ext_proc}"
             rule = f"listen.extProc must be host:port where tls.selfSigned is true, got {shown}"
+            raise broken(rule)
+        return self
+
+    @model_validator(mode="after")
+    def _certificates_are_asked_for(self) -> Self:
+        if self.admin.clients and self.tls.client_ca is None:
+            rule = (
+                "admin.clients must be empty without tls.clientCa, by which clients show "
+                f"certificates, got {', '.join(self.admin.clients)}"
+            )
             raise broken(rule)
         return self
 
