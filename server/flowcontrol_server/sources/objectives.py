@@ -1,6 +1,7 @@
 """Pure. What an InferenceObjective says, and which counts where several say the same name."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +19,8 @@ OBJECTIVES_MAX = 10_000
 """More than this many in one place are a mistake."""
 PRIORITY_MAX = 2**31 - 1
 POOL_KIND = "InferencePool"
+_NEAR = 0.9
+"""How much alike a misspelt kind is to the right one: a letter too many, too few or wrong."""
 
 
 class Objective(NamedTuple):
@@ -103,7 +106,7 @@ def read_objective(document: Any, pool: str) -> Objective | None:
         raise MalformedObjectiveError(message)
     kind = document["kind"]
     if kind != KIND:
-        if KIND.casefold().startswith(str(kind or "").casefold()):  # misspelt, or half written
+        if _is_meant_by(str(kind or "").casefold()):
             message = f"kind must be {KIND}, or another in full, got {kind!r}"
             raise MalformedObjectiveError(message, ("kind",))
         return None
@@ -120,6 +123,13 @@ def read_objective(document: Any, pool: str) -> Objective | None:
     if spec.poolRef.name != pool or spec.poolRef.kind != POOL_KIND:
         return None
     return Objective(manifest.metadata.name, spec.priority, group, tuple(spec.model_extra or ()))
+
+
+def _is_meant_by(kind: str) -> bool:
+    """Whether it is our kind misspelt, or half written."""
+    return KIND.casefold().startswith(kind) or bool(
+        get_close_matches(kind, [KIND.casefold()], 1, _NEAR)
+    )
 
 
 def to_manifest(objective: Objective, pool: str) -> dict[str, Any]:

@@ -184,6 +184,14 @@ BAD = {
         CHAT.replace("InferenceObjective", "inferenceobjective"),
         f"2: inferenceobjective 'chat': {KIND_RULE} 'inferenceobjective'",
     ),
+    "kind misspelt": (
+        CHAT.replace("InferenceObjective", "InferenceObjectve"),
+        f"2: InferenceObjectve 'chat': {KIND_RULE} 'InferenceObjectve'",
+    ),
+    "kind in the plural": (
+        CHAT.replace("InferenceObjective", "InferenceObjectives"),
+        f"2: InferenceObjectives 'chat': {KIND_RULE} 'InferenceObjectives'",
+    ),
     "version": (
         CHAT.replace("v1alpha2", "v9"),
         f"1: InferenceObjective 'chat': apiVersion must be one of {NEW}, {OLD}, got 'llm-d.ai/v9'",
