@@ -79,7 +79,9 @@ class Decisions:
         )
 
     def settled(self, lease: Lease, settled: Settled) -> None:
-        """Count the result of a dispatched request, once."""
+        """Count the result of a dispatched request, once, by its last attempt."""
+        if not settled.was_sent:
+            return
         named = lease.request.objective
         is_declared = named is not None and named in self._bands.objectives
         objective = named if is_declared and named else ""

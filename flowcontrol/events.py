@@ -74,6 +74,8 @@ class Settled:
     """Whether the model server refused it for lack of room: 429 or 503."""
     was_answered: bool = True
     """False: its client left before a response had begun."""
+    was_sent: bool = True
+    """False: it could not be sent, and another attempt was dispatched in its place."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - its fields
         self,
@@ -86,6 +88,7 @@ class Settled:
         is_success: bool = True,  # noqa: FBT001, FBT002 - a field
         was_turned_away: bool = False,  # noqa: FBT001, FBT002 - a field
         was_answered: bool = True,  # noqa: FBT001, FBT002 - a field
+        was_sent: bool = True,  # noqa: FBT001, FBT002 - a field
     ) -> None:
         self.request_id = request_id
         self.input_tokens = input_tokens
@@ -96,6 +99,7 @@ class Settled:
         self.is_success = is_success
         self.was_turned_away = was_turned_away
         self.was_answered = was_answered
+        self.was_sent = was_sent
 
 
 @final

@@ -407,7 +407,9 @@ class Service:
             self._continuity.ended(parked.request_id)
             is_reported = self._configuration.settings.is_reported
             if parked.is_unsent and is_reported:  # the log tells of the last attempt alone
-                self._gate.post(Settled(parked.request_id, 0, 0, 0, is_success=False))
+                self._gate.post(
+                    Settled(parked.request_id, 0, 0, 0, is_success=False, was_sent=False)
+                )
                 is_reported = False
             self._log_join.request_ended(
                 parked.request_id,

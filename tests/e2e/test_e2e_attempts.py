@@ -90,6 +90,10 @@ class TestOneOfTwo:
         assert (unsent["priority"], sent["priority"]) == (10, 10)
         assert unsent["endpoint"] != sent["endpoint"] == str(occupant.endpoint)
         assert (settled.settlements.awaited, settled.settlements.lost) == (0, 0)
+        counts = (await gateway.metrics()).items()
+        results = [(n, v) for n, v in counts if "objective_responses_total" in n and v]
+        assert sum(count for _, count in results) == 2
+        assert not any("failed" in name for name, _ in results)
 
     async def test_large_body(self, start: Start) -> None:
         """A body larger than Envoy's buffers for model servers waits with it, and comes whole."""

@@ -80,6 +80,10 @@ class TestGoodput:
         """What no objective declares is counted under no name."""
         assert list(goodput(Settled(1), objective)) == [""]
 
+    def test_an_attempt_that_was_not_sent(self) -> None:
+        """Is no response: the next one has it."""
+        assert goodput(Settled(1, 0, 0, 0, is_success=False, was_sent=False)) == {}
+
     def test_what_ended_before_the_first_settlement(self) -> None:
         """Is counted when that comes; of more than are kept, those that ended last."""
         controller = FlowController(ControllerConfig(), 0)
