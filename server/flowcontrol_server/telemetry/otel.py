@@ -23,7 +23,6 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from flowcontrol.events import Decision
-from flowcontrol.request import Outcome
 from flowcontrol_server.requests.gate import Parked
 from flowcontrol_server.requests.replies import REFUSALS, status_of
 
@@ -86,8 +85,8 @@ class RequestTraces:
             if kind != "rejected":
                 span.add_event("queued", timestamp=arrived_ns)
             span.add_event(kind, {"flow_control.waiting": decision.waiting}, decided_ns)
-            if outcome is not Outcome.DISPATCHED:
-                refused = REFUSALS[outcome]
+            refused = REFUSALS.get(outcome)  # not of what moves: its client hears of no error
+            if refused is not None:
                 span.set_attribute("error.type", refused.reason)
                 status = status_of(outcome, continue_on_fault=continue_on_fault)
                 if status is not None:

@@ -128,6 +128,26 @@ class TestTraces:
         assert span.status.code == Status.STATUS_CODE_ERROR
         assert not span.parent_span_id
 
+    async def test_moved(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What another replica decides is no error: its client hears nothing of it."""
+        async with over_grpc() as (collector, address):
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+            moved = parked(), decision(Outcome.EVICTED_MOVED)
+            ((_, span),) = await reported(collector, moved)
+
+        assert [event.name for event in span.events] == ["queued", "evicted"]
+        assert "error.type" not in plain(span.attributes)
+        assert span.status.code == Status.STATUS_CODE_UNSET
+
+    async def test_every_outcome(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Has its span."""
+        async with over_grpc() as (collector, address):
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+            spans = await reported(collector, *((parked(), decision(each)) for each in Outcome))
+
+        told = [plain(span.attributes)["flow_control.outcome"] for _, span in spans]
+        assert told == [each.value for each in Outcome]
+
     async def test_let_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What went on although the engine had failed is an error, but was told no status."""
         async with over_grpc() as (collector, address):
