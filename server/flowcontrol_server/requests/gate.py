@@ -618,11 +618,14 @@ class FlowGate:
         if self._closed_as is not None:
             return
         self._closed_as = Outcome.REJECTED_DRAINING if fault is None else Outcome.INTERNAL
-        self.resume()
+        held, self._held = self._held, []
+        for decision in held:  # each by itself: one that fails keeps no other from it, nor the end
+            self._loop.call_soon(self._settle, decision)
+        decided = {decision.request_id for decision in held}
         self._delivered.clear()  # after a fault of the loop; the processor's end comes behind them
         now_ns = time.monotonic_ns()
         for parked in self._parked.values():
-            if parked.decision is None:  # each by itself: one that fails keeps no other from it
+            if parked.decision is None and parked.request_id not in decided:
                 waited_ns = now_ns - parked.arrived_ns
                 decision = self._own_decision(parked, self._closed_as, waited_ns)
                 self._loop.call_soon(self._settle, decision)

@@ -55,7 +55,9 @@ class House:
             self._request_ended,
             self._processor_ended,
             unsent=self.unsent.append,
+            may_decide=lambda: self.is_leader,
         )
+        self.is_leader = True
         self.requests: list[tuple[Parked, Decision]] = []
         self.tell: Callable[[tuple[Parked, Decision]], None] = self.requests.append
         self.faults: list[BaseException | None] = []
@@ -757,6 +759,30 @@ class TestFault:
             assert outcomes == {Outcome.INTERNAL}
             assert [str(each) for each in complaints] == ["cannot be told"] * 2
             assert complaints[:1] == home.faults
+
+    async def test_of_who_is_told_what_was_held(self) -> None:
+        """Nor does it keep a replica that decides no more from its end."""
+        loop, complaints = asyncio.get_running_loop(), list[str]()
+        async with house(has_pool=False) as home:
+
+            def append(_ended: tuple[Parked, Decision]) -> None:
+                """Fail."""
+                message = "cannot be told"
+                raise RuntimeError(message)
+
+            loop.set_exception_handler(lambda _, it: complaints.append(str(it["exception"])))
+            home.is_leader, home.tell = False, append
+            moved, stays = home.gate.park(request()), home.gate.park(request())
+            home.gate.leave(moved, Outcome.EVICTED_MOVED)
+            await home.gate.snapshot()
+            assert complaints == [], "decisions do not count now"
+            home.gate.post(DrainBegan(0))
+            await home.ended()
+
+            assert (await decided(stays)).outcome is Outcome.EVICTED_DRAINED
+            assert (complaints, home.faults) == (["cannot be told"], [None])
+            home.tell = home.requests.append
+            home.gate.leave(stays)
 
     def test_before_the_news_arrives(self) -> None:
         """Who parks when the processor has failed, but nobody heard yet, gets the same answer."""
