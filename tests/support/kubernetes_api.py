@@ -8,6 +8,7 @@ conventions have them.
 import asyncio
 import copy
 import json
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -294,29 +295,42 @@ def _matches(item: Json, query: Mapping[str, str]) -> bool:
 
 @asynccontextmanager
 async def api_server(
-    directory: Path, user: Mapping[str, Any] | None = None
+    directory: Path,
+    user: Mapping[str, Any] | None = None,
+    context: ssl.SSLContext | None = None,
 ) -> AsyncIterator[tuple[FakeApiServer, Path]]:
-    """A server on a real port, and a kubeconfig that leads to it with those credentials."""
+    """A server on a real port, and a kubeconfig that leads to it with those credentials.
+
+    With a context it speaks TLS, and the kubeconfig trusts the file ca.crt beside it.
+    """
     fake = FakeApiServer()
-    async with TestServer(fake.application()) as server:
-        kubeconfig = directory / "kubeconfig"
-        kubeconfig.write_text(kubeconfig_for(str(server.make_url("")).rstrip("/"), user=user))
-        try:
-            yield fake, kubeconfig
-        finally:
-            fake.end_watches()
+    server = TestServer(fake.application())
+    await server.start_server(ssl=context)
+    url = str(server.make_url("")).rstrip("/")
+    authority = None if context is None else directory / "ca.crt"
+    kubeconfig = directory / "kubeconfig"
+    kubeconfig.write_text(kubeconfig_for(url, user=user, authority=authority))
+    try:
+        yield fake, kubeconfig
+    finally:
+        fake.end_watches()
+        await server.close()
 
 
 def kubeconfig_for(
-    url: str, namespace: str = "models", user: Mapping[str, Any] | None = None
+    url: str,
+    namespace: str = "models",
+    user: Mapping[str, Any] | None = None,
+    authority: Path | None = None,
 ) -> str:
     """A kubeconfig with a token, or other credentials of the user."""
+    trusted = {} if authority is None else {"certificate-authority": str(authority)}
     return yaml.safe_dump(
         {
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "test",
-            "clusters": [{"name": "test", "cluster": {"server": url}}],
+            "clusters": [{"name": "test", "cluster": {"server": url, **trusted}}],
             "users": [{"name": "test", "user": dict(user or {"token": TOKEN})}],
             "contexts": [
                 {

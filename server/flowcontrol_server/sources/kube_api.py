@@ -1,10 +1,11 @@
 """The Kubernetes API, as much of it as is needed: list, watch and patch, of plain dictionaries.
 
 kubernetes-asyncio brings what is hard about it: in-cluster tokens that are renewed, kubeconfigs
-with certificates, contexts and credential plugins. It reads a kubeconfig once, so here it is loaded
-again, plugin and token file included, when the API server answers 401. Its models and its watch are
-not used: the former are hundreds of classes for three fields, the latter decides by itself when to
-list again.
+with certificates, contexts and credential plugins. It reads a kubeconfig and the authority's
+certificates once, so here they are loaded again, plugin and token file included, when the API
+server answers 401, or shows a certificate of another authority. Its models and its watch are not
+used: the former are hundreds of classes for three fields, the latter decides by itself when to list
+again.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ CONNECT_S = 10.0
 CREDENTIALS_S = 30.0
 """How long loading a kubeconfig may take, with the credential plugin it runs."""
 RENEWAL_PAUSE_S = 5.0
-"""Between two loads of a kubeconfig whose credentials the API server refuses."""
+"""Between two loads of credentials that are refused."""
 PAGE_OBJECTS = 100
 """Listed at once: a pod has 10 to 20 KiB, and reading them holds up the loop."""
 PAGE_BYTES_MAX = 32 << 20
@@ -84,13 +85,10 @@ class KubeApi:
     Args:
         client: kubernetes-asyncio's ApiClient.
         namespace: where the pool is.
-        load: makes another client with the credentials as they now are; None where the client
-            renews them itself.
+        load: makes another client with the credentials as they now are.
     """
 
-    def __init__(
-        self, client: Any, namespace: str, load: Callable[[], Awaitable[Any]] | None = None
-    ) -> None:
+    def __init__(self, client: Any, namespace: str, load: Callable[[], Awaitable[Any]]) -> None:
         self.namespace = namespace
         self._client = client
         self._load = load
@@ -107,25 +105,23 @@ class KubeApi:
             FlowControlError: there are none, or kubernetes-asyncio is missing.
         """
         try:
-            from kubernetes_asyncio import client, config  # noqa: PLC0415 - an extra, and slow
+            import kubernetes_asyncio  # noqa: F401, PLC0415 - an extra, and slow
         except ModuleNotFoundError as error:
             raise FlowControlError(missing(error, "kubernetes")) from error
         own_namespace = None if settings.kubeconfig else _own_namespace()
-        if own_namespace is None:
-            loaded, namespace = await _load_kubeconfig(settings)
 
-            async def load() -> Any:
-                """Read the kubeconfig again."""
-                return (await _load_kubeconfig(settings))[0]
+        async def load() -> tuple[Any, str | None]:
+            """Read the credentials."""
+            if own_namespace is None:
+                return await _load_kubeconfig(settings)
+            return _load_service_account(), own_namespace
 
-            return cls(loaded, settings.namespace or namespace or "default", load)
-        configuration = client.Configuration()
-        try:
-            config.load_incluster_config(client_configuration=configuration)
-        except (config.ConfigException, OSError) as error:
-            message = f"kubernetes: no usable credentials: {error}"
-            raise FlowControlError(message) from error
-        return cls(_client(configuration), settings.namespace or own_namespace or "default")
+        async def load_again() -> Any:
+            """Read them as they now are; the namespace stays."""
+            return (await load())[0]
+
+        loaded, namespace = await load()
+        return cls(loaded, settings.namespace or namespace or "default", load_again)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -216,7 +212,12 @@ class KubeApi:
 
     async def _send(self, call: _Call) -> aiohttp.ClientResponse:
         client = self._client
-        response = await _request(client, call)
+        try:
+            response = await _request(client, call)
+        except aiohttp.ClientConnectorCertificateError:
+            if not await self._renew(client):
+                raise
+            response = await _request(self._client, call)
         if response.status == HTTPStatus.UNAUTHORIZED and await self._renew(client):
             response.close()
             response = await _request(self._client, call)
@@ -231,8 +232,6 @@ class KubeApi:
         Loaded on 401 alone and not at `expirationTimestamp`, too: a token file says no time, and a
         request that is refused once is sent again at once.
         """
-        if self._load is None:
-            return False
         async with self._renewal:
             if self._client is not refused:
                 return True  # a request that failed beside this one has renewed them
@@ -249,6 +248,23 @@ class KubeApi:
             self._previous, self._client = self._client, client
             _log.info("kubernetes_credentials_renewed")
             return True
+
+
+def _load_service_account() -> Any:
+    """Return a client with the credentials of the pod.
+
+    Raises:
+        FlowControlError: there are none.
+    """
+    from kubernetes_asyncio import client, config  # noqa: PLC0415 - an extra, and slow
+
+    configuration = client.Configuration()
+    try:
+        config.load_incluster_config(client_configuration=configuration)
+    except (config.ConfigException, OSError) as error:
+        message = f"kubernetes: no usable credentials: {error}"
+        raise FlowControlError(message) from error
+    return _client(configuration)
 
 
 async def _load_kubeconfig(settings: Kubernetes) -> tuple[Any, str | None]:

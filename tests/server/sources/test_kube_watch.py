@@ -1,13 +1,17 @@
 """A copy of a Kubernetes collection, against a server over real HTTP that fails in every way."""
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
+from kubernetes_asyncio.config import incluster_config
 from structlog.testing import capture_logs
 
 from flowcontrol.errors import FlowControlError
@@ -15,6 +19,7 @@ from flowcontrol_server.config.sources import Kubernetes
 from flowcontrol_server.sources import kube_api
 from flowcontrol_server.sources.kube_api import KubeApi
 from flowcontrol_server.sources.kube_watch import Reflector
+from tests.support.certificates import Authority
 from tests.support.kubernetes_api import TOKEN, FakeApiServer, api_server, kubeconfig_for
 from tests.support.told import Told, eventually, following
 
@@ -35,10 +40,23 @@ def item(name: str, **more: Any) -> dict[str, Any]:
     return {"metadata": {"name": name}, **more}
 
 
+def in_pod(monkeypatch: pytest.MonkeyPatch, folder: Path, kubeconfig: Path) -> None:
+    """Have the files and variables of a pod's service account, which leads where another does."""
+    server = urlsplit(yaml.safe_load(kubeconfig.read_text())["clusters"][0]["cluster"]["server"])
+    (folder / "namespace").write_text("models")
+    (folder / "token").write_text(TOKEN)
+    monkeypatch.setattr(kube_api, "_NAMESPACE_FILE", folder / "namespace")
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(folder / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(folder / "ca.crt"))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", str(server.hostname))
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
+
+
 @asynccontextmanager
-async def connected(kubeconfig: Path) -> AsyncIterator[KubeApi]:
-    """A connection with the credentials of a kubeconfig."""
-    api = await KubeApi.connect(Kubernetes(kubeconfig=kubeconfig))
+async def connected(kubeconfig: Path | None) -> AsyncIterator[KubeApi]:
+    """A connection with the credentials of a kubeconfig, or of the pod."""
+    settings = Kubernetes(kubeconfig=kubeconfig) if kubeconfig else Kubernetes()
+    api = await KubeApi.connect(settings)
     try:
         yield api
     finally:
@@ -47,7 +65,7 @@ async def connected(kubeconfig: Path) -> AsyncIterator[KubeApi]:
 
 @asynccontextmanager
 async def reflected(
-    kubeconfig: Path, path: str = PATH, silence_s: float = 5.0, **selection: str
+    kubeconfig: Path | None, path: str = PATH, silence_s: float = 5.0, **selection: str
 ) -> AsyncIterator[tuple[Reflector, Told[Names]]]:
     """A copy that is followed, and the names it has had."""
     async with connected(kubeconfig) as api:
@@ -506,6 +524,34 @@ class TestCredentials:
                 assert tuple(reflector.objects) == ("a",)
         events = [line["event"] for line in lines]
         assert "kubernetes_credentials_not_renewed" in events
+
+    @pytest.mark.parametrize("is_pod", [True, False], ids=["pod", "kubeconfig"])
+    async def test_authority_replaced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_pod: bool
+    ) -> None:
+        """A certificate of another authority is accepted once the file has that authority."""
+        monkeypatch.setattr(kube_api, "RENEWAL_PAUSE_S", 0.0)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        first, second = Authority(), Authority()
+        first.root.issue_cert("127.0.0.1").configure_cert(context)
+        (tmp_path / "ca.crt").write_bytes(first.pem)
+        async with api_server(tmp_path, context=context) as (fake, kubeconfig):
+            fake.serve(PATH)
+            if is_pod:
+                in_pod(monkeypatch, tmp_path, kubeconfig)
+            async with reflected(None if is_pod else kubeconfig) as (reflector, told):
+                await told.until_equal(())
+                await fake.until_asked("GET", PATH, watch="1")
+                second.root.issue_cert("127.0.0.1").configure_cert(context)
+                fake.cut()
+                refused = "ClientConnectorCertificateError: "
+                await eventually(lambda: (reflector.problem or "").startswith(refused))
+                fake.put(PATH, item("a"))
+                (tmp_path / "ca.crt").write_bytes(second.pem)
+                await told.until_equal(("a",))
+                problem = reflector.problem
+
+        assert problem is None
 
     async def test_namespace(self, tmp_path: Path) -> None:
         """The context's namespace counts, unless the settings name one."""
