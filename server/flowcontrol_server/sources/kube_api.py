@@ -303,6 +303,9 @@ async def _load_kubeconfig(settings: Kubernetes) -> tuple[Any, str | None]:
         LookupError,
     ) as error:
         reason = str(error) or "a value in the kubeconfig has the wrong type"
+        if settings.kubeconfig is None:
+            folder = _NAMESPACE_FILE.parent
+            reason = f"no service account in {folder}, and {KUBE_CONFIG_DEFAULT_LOCATION}: {reason}"
         message = f"kubernetes: no usable credentials: {reason}"
         raise FlowControlError(message) from error
     return _client(configuration), namespace

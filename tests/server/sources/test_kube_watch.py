@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from kubernetes_asyncio.config import incluster_config
+from kubernetes_asyncio.config import incluster_config, kube_config
 from structlog.testing import capture_logs
 
 from flowcontrol.errors import FlowControlError
@@ -552,6 +552,17 @@ class TestCredentials:
                 problem = reflector.problem
 
         assert problem is None
+
+    async def test_no_service_account(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A pod without a token is said to have none, not to have a wrong kubeconfig."""
+        monkeypatch.setattr(kube_api, "_NAMESPACE_FILE", tmp_path / "namespace")
+        monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+
+        with pytest.raises(FlowControlError) as caught:
+            await KubeApi.connect(Kubernetes())
+        assert f"no service account in {tmp_path}, and {tmp_path / 'config'}: " in str(caught.value)
 
     async def test_namespace(self, tmp_path: Path) -> None:
         """The context's namespace counts, unless the settings name one."""
