@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from flowcontrol_server.config.settings import Address, Settings
+from flowcontrol_server.service import LOADS_WITHIN_S
+from flowcontrol_server.sources.feed import PATIENCE_S
 from flowcontrol_server.sources.kube_endpoints import POOL_GROUPS
 from flowcontrol_server.sources.objectives import GROUPS, read_objective
 
@@ -94,6 +96,17 @@ class TestFlowcontrol:
         assert {port["name"]: port["port"] for port in service} == ports
         for probe, path in (("readinessProbe", "/readyz"), ("livenessProbe", "/healthz")):
             assert container[probe]["httpGet"] == {"path": path, "port": "http"}
+
+    def test_start(self, container: Document) -> None:
+        """Kubelet leaves a start alone that waits as long as it may for the Kubernetes API.
+
+        Without a startupProbe the third probe of liveness, 10 s after the first, would end it.
+        """
+        probe = container["startupProbe"]
+        longest_s = PATIENCE_S + LOADS_WITHIN_S
+
+        assert probe["httpGet"] == container["livenessProbe"]["httpGet"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] > 2 * longest_s
 
     def test_configuration(self, settings: Settings, container: Document) -> None:
         """The configuration is good, mounted whole where it is read, and outlives its drain."""
