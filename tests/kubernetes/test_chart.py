@@ -268,6 +268,35 @@ class TestChart:
         assert ["coordination.k8s.io"] in groups
 
 
+class TestElection:
+    """Where the leader alone is ready."""
+
+    @pytest.mark.parametrize("election", ["kubernetes", "valkey"])
+    def test_no_wait_for_standbys(self, election: str) -> None:
+        """Nothing waits for pods to be ready that never will be while another leads."""
+        values = {
+            "replicas": 2,
+            "config": {
+                "availability": {"election": election},
+                "state": {"valkey": {"url": "valkey://valkey:6379/0"}},
+            },
+        }
+        documents = rendered(values)
+        rollout = of(documents, "Deployment")["spec"]["strategy"]["rollingUpdate"]
+        budgets = [each for each in documents if each["kind"] == "PodDisruptionBudget"]
+
+        assert rollout == {"maxSurge": "100%", "maxUnavailable": "100%"}
+        assert budgets == []
+
+    def test_without(self) -> None:
+        """All replicas serve: a rollout and a budget keep them."""
+        documents = rendered({"replicas": 2})
+        rollout = of(documents, "Deployment")["spec"]["strategy"]["rollingUpdate"]
+
+        assert rollout == {"maxSurge": 1, "maxUnavailable": 0}
+        assert of(documents, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+
+
 class TestState:
     """What outlives a container that is started again in its pod."""
 

@@ -46,22 +46,30 @@ flowcontrol/pool: {{ .pool.name }}
 {{- toYaml $own }}
 {{- end }}
 
+{{/* The settings that are given for a pool, as YAML. Of: root, pool. */}}
+{{- define "flowcontrol.given" -}}
+{{- toYaml (mergeOverwrite (deepCopy .root.Values.config) (deepCopy (.pool.config | default dict))) }}
+{{- end }}
+
+{{/* How a pool's replicas elect a leader; empty where they do not. Of: root, pool. */}}
+{{- define "flowcontrol.election" -}}
+{{- $election := dig "availability" "election" "off" (include "flowcontrol.given" . | fromYaml) | toString }}
+{{- if not (has $election (list "off" "false")) }}{{ $election }}{{ end }}
+{{- end }}
+
 {{/*
 Whether a pool's pods keep their state in a volume of their own: the configuration names no store,
 and no leader is elected, who could not read another pod's. Of: root, pool.
 */}}
 {{- define "flowcontrol.keepsState" -}}
-{{- $given := mergeOverwrite (deepCopy .root.Values.config) (deepCopy (.pool.config | default dict)) }}
-{{- $state := $given.state | default dict }}
-{{- $election := dig "availability" "election" "off" $given | toString }}
-{{- $isElected := not (has $election (list "off" "false")) }}
-{{- if and .root.Values.stateVolume.enabled (not $isElected) (not (hasKey $state "directory")) (not (hasKey $state "valkey")) }}yes{{ end }}
+{{- $state := (include "flowcontrol.given" . | fromYaml).state | default dict }}
+{{- if and .root.Values.stateVolume.enabled (not (include "flowcontrol.election" .)) (not (hasKey $state "directory")) (not (hasKey $state "valkey")) }}yes{{ end }}
 {{- end }}
 
 {{/* The configuration file of a pool. Of: root, pool. */}}
 {{- define "flowcontrol.config" -}}
 {{- $ports := .root.Values.ports }}
-{{- $given := mergeOverwrite (deepCopy .root.Values.config) (deepCopy (.pool.config | default dict)) }}
+{{- $given := include "flowcontrol.given" . | fromYaml }}
 {{- $listen := dict "extProc" (printf "0.0.0.0:%v" $ports.extProc) "grpc" (printf "0.0.0.0:%v" $ports.grpc) "http" (printf "0.0.0.0:%v" $ports.http) }}
 {{- $base := dict "apiVersion" "flowcontrol/v1alpha1" "kind" "FlowControlConfig" "pool" .pool.name "listen" $listen "picker" "least-loaded" "load" dict "admin" (dict "trustLoopback" false) }}
 {{- if not (hasKey $given "objectives") }}
@@ -87,7 +95,6 @@ and no leader is elected, who could not read another pod's. Of: root, pool.
 {{/* Whether any pool elects its leader by a Lease. */}}
 {{- define "flowcontrol.hasLease" -}}
 {{- range $pool := .Values.pools }}
-{{- $given := mergeOverwrite (deepCopy $.Values.config) (deepCopy ($pool.config | default dict)) }}
-{{- if eq (dig "availability" "election" "off" $given | toString) "kubernetes" }}yes{{ end }}
+{{- if eq (include "flowcontrol.election" (dict "root" $ "pool" $pool)) "kubernetes" }}yes{{ end }}
 {{- end }}
 {{- end }}
