@@ -9,6 +9,7 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
+from flowcontrol_server.config.difference import FIXED
 from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.sources.objectives import read_objective
 from flowcontrol_server.tools.envoy.binary import envoy_binary
@@ -20,6 +21,8 @@ pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(900)]
 Json = dict[str, Any]
 ISTIO: Json = {"gateway": {"provider": "istio", "istio": {"selector": {"app": "gateway"}}}}
 OLD = "inference.networking.x-k8s.io/v1alpha2"
+OTHERS: Json = {"pool": "other", "recentDecisions": 5}
+"""Settings that are no sections."""
 PLAIN: Json = {}
 FULL: Json = {
     "pools": [
@@ -295,6 +298,26 @@ class TestElection:
 
         assert rollout == {"maxSurge": 1, "maxUnavailable": 0}
         assert of(documents, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+
+
+class TestChanges:
+    """What happens to the pods when values change."""
+
+    def test_settings_that_stay_for_life(self) -> None:
+        """Pods are replaced for what a running service cannot change, and for nothing else."""
+
+        def pods(**config: object) -> Json:
+            """The template of the pods."""
+            found: Json = of(rendered({"config": config}), "Deployment")["spec"]["template"]
+            return found
+
+        plain = pods()
+        fixed = [name for name in FIXED if name not in {"apiVersion", "kind"}]
+        live = [name for name in Settings.model_json_schema()["properties"] if name not in FIXED]
+
+        assert [each for each in fixed if pods(**{each: OTHERS.get(each, {"a": 1})}) == plain] == []
+        assert [each for each in live if pods(**{each: {"a": 1}}) != plain] == []
+        assert "flowControl" in live
 
 
 class TestState:

@@ -92,6 +92,11 @@ and no leader is elected, who could not read another pod's. Of: root, pool.
 {{- toYaml (mergeOverwrite $base $given) }}
 {{- end }}
 
+{{/* Changes with the settings that a running service cannot change. Of: root, pool. */}}
+{{- define "flowcontrol.fixed" -}}
+{{- pick (include "flowcontrol.config" . | fromYaml) "pool" "listen" "tls" "admin" "traces" "ledger" "recentDecisions" "state" "availability" | toJson | sha256sum | trunc 12 }}
+{{- end }}
+
 {{/* Whether any pool elects its leader by a Lease. */}}
 {{- define "flowcontrol.hasLease" -}}
 {{- range $pool := .Values.pools }}
