@@ -9,6 +9,7 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
+from flowcontrol_server.common.kubernetes_names import is_service
 from flowcontrol_server.config.difference import FIXED
 from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.sources.objectives import read_objective
@@ -21,6 +22,7 @@ pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(900)]
 Json = dict[str, Any]
 ISTIO: Json = {"gateway": {"provider": "istio", "istio": {"selector": {"app": "gateway"}}}}
 OLD = "inference.networking.x-k8s.io/v1alpha2"
+CHAT: Json = {"inferenceObjectives": [{"name": "chat", "priority": 10}]}
 OTHERS: Json = {"pool": "other", "recentDecisions": 5}
 """Settings that are no sections."""
 PLAIN: Json = {}
@@ -124,6 +126,11 @@ class TestChart:
             ({"stateVolume": {"sizeLimit": "64"}}, "sizeLimit"),
             ({"gateway": {"provider": "envoy-gateway"}}, "needs httpRoute.create"),
             ({"inferencePool": {"create": True}}, "matchLabels must be set"),
+            ({"pools": [{"name": "a.b"}, {"name": "a-b"}]}, "both have objects called"),
+            (
+                {"pools": [{"name": "a"}, {"name": "b"}], **CHAT},
+                "both have InferenceObjective chat",
+            ),
         ],
     )
     def test_refused(self, tmp_path: Path, values: Json, said: str) -> None:
@@ -184,6 +191,30 @@ class TestChart:
         }
         assert route["backendRefs"] == [{"name": "vllm", "port": 9000}]
         assert of(documents, "PodDisruptionBudget")["metadata"]["name"] == "fc-flowcontrol-llama"
+
+    def test_names(self) -> None:
+        """However a pool is called, its objects have names of their own, fit for a Service."""
+        pools = ["llama-3.1-8b", "b", *(f"{'long-' * 10}{each}" for each in "ab")]
+        documents = rendered({"pools": [{"name": each} for each in pools]})
+        names = [each["metadata"]["name"] for each in documents if each["kind"] == "Service"]
+        guarded = {
+            settings(documents, each["metadata"]["name"]).pool
+            for each in documents
+            if each["kind"] == "Deployment"
+        }
+
+        assert len(set(names)) == len(pools)
+        assert all(map(is_service, names))
+        assert "fc-flowcontrol-llama-3-1-8b" in names
+        assert guarded == set(pools)
+
+    def test_objectives_of_one_pool(self) -> None:
+        """A pool without objectives may say so where others have those of the top level."""
+        documents = rendered(
+            {"pools": [{"name": "a", "inferenceObjectives": []}, {"name": "b"}], **CHAT}
+        )
+
+        assert of(documents, "InferenceObjective")["spec"]["poolRef"]["name"] == "b"
 
     def test_objectives(self) -> None:
         """Flowcontrol reads them as what they are."""

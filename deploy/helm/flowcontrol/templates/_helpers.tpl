@@ -2,9 +2,30 @@
 {{- if contains "flowcontrol" .Release.Name }}{{ .Release.Name }}{{ else }}{{ .Release.Name }}-flowcontrol{{ end -}}
 {{- end }}
 
-{{/* Name of a pool's objects. Of: root, pool. */}}
+{{/*
+Name of a pool's objects: one that a Service can have. A longer one is cut, and ends with a digest, so
+that two pools do not share their objects. Of: root, pool.
+*/}}
 {{- define "flowcontrol.name" -}}
-{{ printf "%s-%s" (include "flowcontrol.fullname" .root) .pool.name | trunc 63 | trimSuffix "-" }}
+{{- $name := printf "%s-%s" (include "flowcontrol.fullname" .root) .pool.name | replace "." "-" }}
+{{- if gt (len $name) 63 }}{{ $name = printf "%s-%s" ($name | trunc 54 | trimSuffix "-") ($name | sha256sum | trunc 8) }}{{ end }}
+{{- $name }}
+{{- end }}
+
+{{/* Fails where two pools would have the same objects, of which one would be lost. */}}
+{{- define "flowcontrol.expectDistinct" -}}
+{{- $seen := dict }}
+{{- range $pool := .Values.pools }}
+{{- $of := dict "root" $ "pool" $pool }}
+{{- $names := list (printf "objects called %s" (include "flowcontrol.name" $of)) }}
+{{- range $objective := (include "flowcontrol.merged" $of | fromYaml).inferenceObjectives }}
+{{- $names = append $names (printf "InferenceObjective %s of %s" $objective.name ($objective.apiVersion | default "llm-d.ai/v1alpha2")) }}
+{{- end }}
+{{- range $name := $names }}
+{{- if hasKey $seen $name }}{{ fail (printf "pools[%s] and pools[%s] must not both have %s" (get $seen $name) $pool.name $name) }}{{ end }}
+{{- $_ := set $seen $name $pool.name }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- define "flowcontrol.serviceAccount" -}}
@@ -42,7 +63,7 @@ flowcontrol/pool: {{ .pool.name }}
 {{- $_ := set $own $key (mergeOverwrite (deepCopy (index $.root.Values $key)) (deepCopy (index $.pool $key | default dict))) }}
 {{- end }}
 {{- $_ := set $own "replicas" (ternary .pool.replicas .root.Values.replicas (hasKey .pool "replicas")) }}
-{{- $_ := set $own "inferenceObjectives" (.pool.inferenceObjectives | default .root.Values.inferenceObjectives) }}
+{{- $_ := set $own "inferenceObjectives" (ternary .pool.inferenceObjectives .root.Values.inferenceObjectives (hasKey .pool "inferenceObjectives")) }}
 {{- toYaml $own }}
 {{- end }}
 
