@@ -301,6 +301,21 @@ class TestChart:
         assert config["objectives"] == {"api": {}}
         assert ["coordination.k8s.io"] in groups
 
+    @pytest.mark.parametrize("is_of_pool", [False, True], ids=["all", "pool"])
+    def test_a_default_is_taken_back(self, *, is_of_pool: bool) -> None:
+        """A setting of the chart that is null is left out, as Helm has it for values."""
+        config = {"load": None, "flowControl": {"noEndpointTTL": None, "requestTTL": "5s"}}
+        values: Json = {"config": config}
+        if is_of_pool:
+            values = {"pools": [{"name": "llama", **values}]}
+        name = "fc-flowcontrol-llama"
+        documents = rendered(values)
+        written = yaml.safe_load(of(documents, "ConfigMap", name)["data"]["flowcontrol.yaml"])
+
+        assert settings(rendered(PLAIN), name).load is not None
+        assert settings(documents, name).load is None
+        assert written["flowControl"] == {"requestTTL": "5s", "drainBudget": "30s"}
+
 
 class TestElection:
     """Where the leader alone is ready."""

@@ -110,7 +110,17 @@ and no leader is elected, who could not read another pod's. Of: root, pool.
 {{- if include "flowcontrol.keepsState" . }}
 {{- $_ := set $base "state" (dict "directory" "/var/lib/flowcontrol-state") }}
 {{- end }}
-{{- toYaml (mergeOverwrite $base $given) }}
+{{- include "flowcontrol.withoutNull" (mergeOverwrite $base $given) }}
+{{- end }}
+
+{{/* A mapping without what is null, which takes a default of the chart back. As YAML. */}}
+{{- define "flowcontrol.withoutNull" -}}
+{{- $kept := dict }}
+{{- range $key, $value := . }}
+{{- if kindIs "map" $value }}{{ $_ := set $kept $key (include "flowcontrol.withoutNull" $value | fromYaml) }}
+{{- else if not (kindIs "invalid" $value) }}{{ $_ := set $kept $key $value }}{{ end }}
+{{- end }}
+{{- toYaml $kept }}
 {{- end }}
 
 {{/* Changes with the settings that a running service cannot change. Of: root, pool. */}}
