@@ -52,6 +52,8 @@ class FakeApiServer:
         """Names of objects whose status is refused, and with what status."""
         self.watches_are_gone = False
         """Whether every watch is answered 410."""
+        self.is_mute = False
+        """Whether requests are taken and never answered."""
         self.pages_expire = False
         """Whether every page but the first of a list is answered 410."""
         self.token = TOKEN
@@ -115,6 +117,13 @@ class FakeApiServer:
         self._version += 1
         self._oldest = self._version
 
+    def restore(self) -> None:
+        """Break off, and be as etcd is from an old backup: empty, and counting from far behind."""
+        self.cut()
+        self._version = 1
+        self._collections = {path: {} for path in self._collections}
+        self._events = {path: [] for path in self._events}
+
     def say(self, line: bytes) -> None:
         """Send every watcher a line."""
         for _request, queue in self._watchers.values():
@@ -173,6 +182,8 @@ class FakeApiServer:
         return None
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
+        if self.is_mute:
+            await asyncio.Event().wait()
         verb = "watch" if request.query.get("watch") == "1" else "list"
         refusal = self._note(request, verb, request.path)
         if refusal is not None:
@@ -274,6 +285,8 @@ class FakeApiServer:
         event = _Event(self._version, kind, copy.deepcopy(item))
         self._events[path].append(event)
         for request, queue in self._watchers.values():
+            if self._version <= int(request.query["resourceVersion"]):
+                continue
             if request.path == path and _matches(item, request.query):
                 queue.put_nowait(_line(kind, event.item))
             elif request.path == path and old is not None and _matches(old, request.query):

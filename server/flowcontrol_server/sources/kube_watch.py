@@ -2,7 +2,7 @@
 
     list ──resourceVersion──▶ watch ──ended, cut off──▶ watch again from the version last seen
       ▲                         │
-      └── 410 Gone, or no event ┘      every failure: wait, longer each time, jittered
+      └── 410 Gone, or silence ─┘      every failure: wait, longer each time, jittered
 
 Bookmarks move the version on while nothing changes, so that a watch that is cut off after a quiet
 hour needs no new list. Whatever fails, the copy stays as it was last known.
@@ -16,7 +16,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from http import HTTPStatus
 from typing import NoReturn, final
 
@@ -29,8 +29,9 @@ WATCH_S = 300
 """How long the server is asked to keep one watch open, give or take a fifth: many who began
 together do not end together."""
 SILENCE_S = 90.0
-"""Where anything changes a bookmark comes about every minute. So long without a byte, and the
-connection may be dead: a new watch from the same version costs next to nothing."""
+"""Where anything changes a bookmark comes about every minute. So long without a byte, and nobody
+may be there, or the version may be one that is yet to come: an etcd restored from a backup counts
+from there, and of what it has done until then no watch tells. A list finds out which."""
 RETRY_FIRST_S = 0.5
 RETRY_LONGEST_S = 10.0
 """After an outage a change is seen this much later at most. A try that fails costs next to nothing:
@@ -197,7 +198,7 @@ class Reflector:
         }
         heard_s = time.monotonic()
         watch = self._api.watch(self._path, parameters, self._silence_s)
-        with suppress(TimeoutError):  # the connection may be dead, or nothing has happened
+        try:
             async with aclosing(watch) as events:
                 async for event in events:
                     self._take(event, changed)
@@ -205,6 +206,8 @@ class Reflector:
                     self._backoff.reset()
                     self._is_gone = False
                     heard_s = time.monotonic()
+        except TimeoutError:
+            self._version = None
         if time.monotonic() - heard_s > RETRY_LONGEST_S:
             self._backoff.reset()
 

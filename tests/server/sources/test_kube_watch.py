@@ -328,7 +328,7 @@ class TestInterruptions:
             await told.until_equal(("a",))
 
     async def test_silence(self, server: Served) -> None:
-        """A connection on which nothing comes is given up, without a complaint or a new list."""
+        """A connection on which nothing comes is given up, and what is there listed again."""
         fake, kubeconfig = server
         with capture_logs() as lines:
             async with reflected(kubeconfig, silence_s=0.1) as (_reflector, told):
@@ -337,8 +337,32 @@ class TestInterruptions:
                 fake.put(PATH, item("a"))
                 await told.until_equal(("a",))
 
-        assert fake.list_count == 1
+        assert fake.list_count >= 3
         assert [line for line in lines if line["log_level"] == "warning"] == []
+
+    async def test_restored(self, server: Served) -> None:
+        """What has come and gone with an old backup of etcd is seen, though no watch tells."""
+        fake, kubeconfig = server
+        fake.put(PATH, item("lost"))
+        async with reflected(kubeconfig, silence_s=0.1) as (_reflector, told):
+            await told.until_equal(("lost",))
+            await fake.until_asked("GET", PATH, watch="1")
+            fake.restore()
+            fake.put(PATH, item("a"))
+            await told.until_equal(("a",))
+
+    async def test_no_answer(self, server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A server that takes connections and says nothing is shown to be a problem."""
+        monkeypatch.setattr(kube_api, "ANSWER_S", 0.2)
+        fake, kubeconfig = server
+        async with reflected(kubeconfig, silence_s=0.1) as (reflector, told):
+            await told.until_equal(())
+            await fake.until_asked("GET", PATH, watch="1")
+            fake.is_mute = True
+            fake.cut()
+            await eventually(lambda: reflector.problem == "TimeoutError")
+            fake.is_mute = False
+            await eventually(lambda: reflector.problem is None)
 
 
 class TestOutages:
