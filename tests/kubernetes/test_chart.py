@@ -126,6 +126,7 @@ class TestChart:
             ({"stateVolume": {"sizeLimit": "64"}}, "sizeLimit"),
             ({"gateway": {"provider": "envoy-gateway"}}, "needs httpRoute.create"),
             ({"inferencePool": {"create": True}}, "matchLabels must be set"),
+            ({"serviceAccount": {"create": False}}, "serviceAccount.name must be set"),
             ({"pools": [{"name": "a.b"}, {"name": "a-b"}]}, "both have objects called"),
             (
                 {"pools": [{"name": "a"}, {"name": "b"}], **CHAT},

@@ -29,7 +29,8 @@ that two pools do not share their objects. Of: root, pool.
 {{- end }}
 
 {{- define "flowcontrol.serviceAccount" -}}
-{{ .Values.serviceAccount.name | default (include "flowcontrol.fullname" .) }}
+{{- if .Values.serviceAccount.create }}{{ .Values.serviceAccount.name | default (include "flowcontrol.fullname" .) }}
+{{- else }}{{ required "serviceAccount.name must be set where serviceAccount.create is false" .Values.serviceAccount.name }}{{ end }}
 {{- end }}
 
 {{- define "flowcontrol.adminSecret" -}}
