@@ -94,6 +94,34 @@ class TestGrpc:
             == "rejected-saturated: the queue for this request is full (band 0, limit reached: all)"
         )
 
+    async def test_watched_health(self, gateway: Gateway) -> None:
+        """A client that watches its server's health has its stream all day: it takes no slot."""
+        headers = {"content-type": "application/grpc", "te": "trailers"}
+        await gateway.call("/grpc.health.v1.Health/Watch", headers=headers)
+        watching = await gateway.next_call()
+        caller, serving = await gateway.occupy()
+        await serving.respond()
+        reply = await caller.reply()
+        await watching.respond()
+
+        assert reply.status == 200
+
+
+class TestKserve:
+    """A client of KServe's protocol over HTTP, as Triton's."""
+
+    @pytest.mark.parametrize("path", ["/v2", "/v2/health/live", "/v2/models/llama/ready"])
+    async def test_health(self, gateway: Gateway, path: str) -> None:
+        """A server is not dead because its queue is full."""
+        occupant, occupying = await gateway.occupy()
+        caller = await gateway.call(path, method="GET", body=None)
+        await (await gateway.next_call()).respond()
+        reply = await caller.reply()
+        await occupying.respond()
+        await occupant.reply()
+
+        assert reply.status == 200
+
 
 class TestPlain:
     """Clients that read a text under `error`, as Ollama's does."""

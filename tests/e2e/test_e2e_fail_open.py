@@ -248,6 +248,7 @@ class TestProcessorFails:
 DIALECTS = {
     Dialect.OPENAI: (CHAT, "application/json"),
     Dialect.ANTHROPIC: ("/v1/messages?beta=true", "application/json"),
+    Dialect.GEMINI: ("/v1beta/models/llama:streamGenerateContent?alt=sse", "application/json"),
     Dialect.PLAIN: ("/api/chat", "application/json"),
 }
 

@@ -160,6 +160,12 @@ class Requests(Section):
         *("/health", "/healthz", "/ping", "/ready", "/version", "/metrics"),
         *("/v1/models", "/v1/models/*"),
         *("/", "/api/tags", "/api/ps", "/api/version"),  # Ollama's
+        "/info",  # TGI's
+        *("/v2", "/v2/health/*", "/v2/models/*"),  # KServe's, and so Triton's
+        "POST /grpc.health.v1.Health/*",
+        "POST /inference.GRPCInferenceService/ServerLive",
+        "POST /inference.GRPCInferenceService/ServerReady",
+        "POST /inference.GRPCInferenceService/ModelReady",
     )
     """Requests that pass without queueing and hold no slot. A path is exact, or a prefix that ends
     in *. A path alone covers GET, HEAD and OPTIONS. `POST /api/show` names a method; `* /echo`

@@ -1,8 +1,9 @@
 """Pure. How the clients of each API expect an error to be written.
 
 A client's library reads the error of its own API and no other: Anthropic's looks for `type` at the
-top, OpenAI's for `error`, Ollama's and KServe's for a text. The path says which API it is. A gRPC
-client gets its status from Envoy, and the body as that status' message: plain text, then.
+top, OpenAI's for `error`, Gemini's for a `status` in it, Ollama's and KServe's for a text. The path
+says which API it is. A gRPC client gets its status from Envoy, and the body as that status'
+message: plain text, then.
 """
 
 import json
@@ -17,8 +18,9 @@ class Dialect(Enum):
 
     OPENAI = auto()
     ANTHROPIC = auto()
+    GEMINI = auto()
     PLAIN = auto()
-    """{"error": "text"}: Ollama's /api/, KServe's /v2/."""
+    """{"error": "text"}: Ollama's /api/NAME, KServe's /v2."""
     GRPC = auto()
 
 
@@ -29,6 +31,18 @@ _ANTHROPIC_TYPES: Final = {
     500: "api_error",
     503: "overloaded_error",
 }
+_GEMINI_STATUSES: Final = {
+    429: "RESOURCE_EXHAUSTED",
+    499: "CANCELLED",
+    500: "INTERNAL",
+    503: "UNAVAILABLE",
+}
+GEMINI_METHODS: Final = (
+    *("generateContent", "streamGenerateContent", "countTokens"),
+    *("embedContent", "batchEmbedContents"),
+)
+"""Gemini's, each behind a colon at the end of a path that names the model."""
+_OLLAMA, _KSERVE = "/api/", "/v2"
 
 
 def dialect_of(path: str, content_type: str) -> Dialect:
@@ -42,8 +56,12 @@ def dialect_of(path: str, content_type: str) -> Dialect:
         return Dialect.GRPC
     if path.endswith("/v1/messages") or "/v1/messages/" in path:
         return Dialect.ANTHROPIC
-    if path.startswith(("/api/", "/v2/")):
+    if path.rpartition(":")[2] in GEMINI_METHODS:
+        return Dialect.GEMINI
+    if path == _KSERVE or path.startswith(f"{_KSERVE}/"):
         return Dialect.PLAIN
+    if path.startswith(_OLLAMA) and "/" not in path.removeprefix(_OLLAMA):
+        return Dialect.PLAIN  # others have OpenAI's API there, as /api/v1/chat/completions
     return Dialect.OPENAI
 
 
@@ -69,6 +87,11 @@ def error_body(dialect: Dialect, status: int, reason: str, message: str) -> byte
         case Dialect.ANTHROPIC:
             error = {"type": _ANTHROPIC_TYPES[status], "message": f"{reason}: {message}"}
             content = {"type": "error", "error": error}
+        case Dialect.GEMINI:
+            text = f"{reason}: {message}"
+            content = {
+                "error": {"code": status, "message": text, "status": _GEMINI_STATUSES[status]}
+            }
         case Dialect.OPENAI:
             kind = _OPENAI_TYPES.get(status, "server_error")
             content = {"error": {"message": message, "type": kind, "param": None, "code": reason}}

@@ -272,6 +272,12 @@ class TestDefaults:
             *("/health", "/healthz", "/ping", "/ready", "/version", "/metrics"),
             *("/v1/models", "/v1/models/*"),
             *("/", "/api/tags", "/api/ps", "/api/version"),
+            *("/info", "/v2", "/v2/health/*", "/v2/models/*"),
+            "POST /grpc.health.v1.Health/*",
+            *(
+                f"POST /inference.GRPCInferenceService/{name}"
+                for name in ("ServerLive", "ServerReady", "ModelReady")
+            ),
         )
 
     @pytest.mark.parametrize(

@@ -21,7 +21,14 @@ class TestDialectOf:
             ("/anthropic/v1/messages", "", Dialect.ANTHROPIC),
             ("/v1/messages/count_tokens", "application/json", Dialect.ANTHROPIC),
             ("/api/chat", "application/json", Dialect.PLAIN),
+            ("/api/chat/completions", "application/json", Dialect.OPENAI),
+            ("/api/v1/chat/completions", "application/json", Dialect.OPENAI),
             ("/v2/models/llama/infer", "application/json", Dialect.PLAIN),
+            ("/v2", "", Dialect.PLAIN),
+            ("/v2beta/chat", "", Dialect.OPENAI),
+            ("/v1beta/models/llama:generateContent", "application/json", Dialect.GEMINI),
+            ("/v1beta/models/a/b:c:streamGenerateContent", "", Dialect.GEMINI),
+            ("/v1/models/llama:predict", "application/json", Dialect.OPENAI),
             ("/v1/messages", "application/grpc", Dialect.GRPC),
             ("/inference.GRPCInferenceService/ModelInfer", "application/grpc+proto", Dialect.GRPC),
         ],
@@ -53,6 +60,18 @@ class TestErrorBody:
 
         error = {"type": "overloaded_error", "message": "no-room: there is no room"}
         assert json.loads(body) == {"type": "error", "error": error}
+
+    def test_gemini(self) -> None:
+        """Google's, with its word for the status."""
+        body = error_body(Dialect.GEMINI, 429, "no-room", "there is no room")
+
+        assert json.loads(body) == {
+            "error": {
+                "code": 429,
+                "message": "no-room: there is no room",
+                "status": "RESOURCE_EXHAUSTED",
+            }
+        }
 
     def test_plain(self) -> None:
         """A text under `error`."""

@@ -20,6 +20,8 @@ from flowcontrol_server.config.difference import differences
 from flowcontrol_server.config.settings import Address, Settings, load_settings, parse_address
 from flowcontrol_server.requests.classify import READ_HEADERS
 from flowcontrol_server.requests.codec import ENGINE_HEADERS
+from flowcontrol_server.requests.dialects import content_type_of, dialect_of, error_body
+from flowcontrol_server.requests.replies import UNREACHABLE
 from flowcontrol_server.tools.envoy.binary import envoy_binary
 from flowcontrol_server.tools.envoy.config import EnvoyOptions, bootstrap
 from flowcontrol_server.tools.envoy.filters import greater_than
@@ -320,6 +322,65 @@ class TestByHand:
         comments = [line for line in lines if line.startswith("#")]
 
         assert len(lines) < 4 * len(comments)
+
+
+class TestDenials:
+    """What clients get from Envoy while this service is gone."""
+
+    @pytest.mark.parametrize("content_type", ["application/json", "application/grpc+proto"])
+    @pytest.mark.parametrize("query", ["", "?x=/v1/messages", "?x=:countTokens"])
+    def test_in_the_same_words(self, query: str, content_type: str) -> None:
+        """Envoy knows the API of each request as this service does."""
+        local_replies = manager_of(parsed(BY_HAND[0].read_text()))["local_reply_config"]
+        paths = (
+            *(
+                "/v1/chat/completions",
+                "/v1/messages",
+                "/x/v1/messages/count_tokens",
+                "/v1/messagesx",
+            ),
+            *(
+                "/api/chat",
+                "/api/",
+                "/api",
+                "/api/v1/chat/completions",
+                "/v2",
+                "/v2/",
+                "/v2/health",
+            ),
+            *("/v2beta", "/v1beta/models/a/b:generateContent", "/v1/models/a:predict"),
+            "/countTokens",
+        )
+        said = [said_by_envoy(local_replies, path + query, content_type) for path in paths]
+
+        assert said == [said_by_service(path, content_type) for path in paths]
+
+
+def said_by_envoy(local_replies: dict[str, Any], path: str, content_type: str) -> tuple[str, str]:
+    """What Envoy answers where it denies a request: content type and body."""
+    headers = {":path": path, "content-type": content_type}
+    body = next(
+        mapper["body_format_override"]
+        for mapper in local_replies["mappers"]
+        if all(
+            re.fullmatch(each["string_match"]["safe_regex"]["regex"], headers[each["name"]])
+            for each in headers_asked(mapper["filter"])
+        )
+    )
+    return body["content_type"], body["text_format_source"]["inline_string"]
+
+
+def headers_asked(condition: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conditions on headers in the filter of a local reply."""
+    parts = condition.get("and_filter", {}).get("filters", [])
+    return [each["header_filter"]["header"] for each in parts if "header_filter" in each]
+
+
+def said_by_service(path: str, content_type: str) -> tuple[str, str]:
+    """The same, where this service answers."""
+    dialect = dialect_of(path, content_type)
+    body = error_body(dialect, UNREACHABLE.status, UNREACHABLE.reason, UNREACHABLE.message)
+    return content_type_of(dialect), body.decode()
 
 
 class TestGate:

@@ -21,7 +21,12 @@ from envoy_data_plane.google import protobuf
 
 from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.requests.codec import ADMITTED, METADATA_NAMESPACE
-from flowcontrol_server.requests.dialects import Dialect, content_type_of, error_body
+from flowcontrol_server.requests.dialects import (
+    GEMINI_METHODS,
+    Dialect,
+    content_type_of,
+    error_body,
+)
 from flowcontrol_server.requests.replies import REASON_HEADER, UNREACHABLE, UNREACHABLE_RETRY_S
 from flowcontrol_server.tools.envoy.filters import fail_over, secret_metadata
 
@@ -34,7 +39,8 @@ _DENIED: Final = f"response.code_details == 'rbac_access_denied_matched_policy[{
 _DIALECTS: Final = {
     Dialect.GRPC: ("content-type", "application/grpc.*"),
     Dialect.ANTHROPIC: (":path", r"[^?]*/v1/messages([/?].*)?"),
-    Dialect.PLAIN: (":path", "/(api|v2)/.*"),
+    Dialect.GEMINI: (":path", rf"[^?]*:({'|'.join(GEMINI_METHODS)})([?].*)?"),
+    Dialect.PLAIN: (":path", r"/(v2([/?].*)?|api/[^/?]*([?].*)?)"),
     Dialect.OPENAI: None,
 }
 """Header and regex by which Envoy knows the dialect of a client, in the order in which `dialect_of`
