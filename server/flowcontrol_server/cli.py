@@ -28,6 +28,10 @@ _NAMES = re.compile(r"([a-z0-9.-]+)/([a-z0-9.-]+)/([a-z0-9.-]+)")
 _BUFFER_LIMIT_MAX = 2**32 - 1
 """Envoy stores it in 32 bits."""
 _NEED_CA = "--tls-certificate and --tls-key need --tls-ca: the signers of the service's certificate"
+_HTTP2_THERE = (
+    "--http2 cannot be used with --envoy-gateway, where the Service decides it: set appProtocol: "
+    "kubernetes.io/h2c at the port of the model servers"
+)
 _PEM = click.Path(path_type=Path, dir_okay=False)
 CONFIG_OPTION = click.option(
     "--config",
@@ -228,6 +232,11 @@ def diff_config(before: Path, after: Path) -> None:
     is_flag=True,
     help="Send requests to the picked endpoint even if it is not in Envoy's cluster.",
 )
+@click.option(
+    "--http2",
+    is_flag=True,
+    help="Use HTTP/2 to the model servers, which gRPC needs. Default: HTTP/1.1.",
+)
 def envoy_config(  # noqa: PLR0913 - click's options
     *,
     config: Path,
@@ -243,6 +252,7 @@ def envoy_config(  # noqa: PLR0913 - click's options
     max_connections: int | None,
     max_heap: str,
     original_dst: bool,
+    http2: bool,
 ) -> None:
     """Write an Envoy configuration that matches the configuration of the service.
 
@@ -261,6 +271,8 @@ def envoy_config(  # noqa: PLR0913 - click's options
         _fail(_NEED_CA)
     if route and envoy_gateway is None:
         _fail("--route needs --envoy-gateway: a whole configuration has a route of its own")
+    if http2 and envoy_gateway is not None:
+        _fail(_HTTP2_THERE)
     try:
         from flowcontrol_server.tools.envoy.config import (
             EnvoyOptions,
@@ -277,6 +289,7 @@ def envoy_config(  # noqa: PLR0913 - click's options
             connections_max=max_connections,
             heap_bytes_max=heap,
             original_dst=original_dst,
+            http2=http2,
         )
         if envoy_gateway is None:
             click.echo(bootstrap(settings, options), nl=False)

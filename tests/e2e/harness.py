@@ -83,6 +83,8 @@ class Spec:
     picker_fallbacks: int = 0
     original_dst: bool = False
     """Whether Envoy sends requests wherever the picker says, known to it or not."""
+    is_http2: bool = False
+    """Whether Envoy speaks HTTP/2 to the model servers."""
     flow_control: Mapping[str, Any] = field(default_factory=dict)
     requests: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -338,6 +340,7 @@ class Stack:
             admin=admin,
             tls=EnvoyTls(*files) if files else None,
             original_dst=self.spec.original_dst,
+            http2=self.spec.is_http2,
         )
         configuration: dict[str, Any] = yaml.safe_load(
             bootstrap(load_settings(self.config), options)

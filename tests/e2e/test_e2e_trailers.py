@@ -1,7 +1,6 @@
 """Model servers that really send trailers: gRPC through the gateway, as Triton is spoken to."""
 
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 import grpc
@@ -10,23 +9,13 @@ import pytest
 from flowcontrol_server.config.settings import Address
 from tests.e2e.conftest import Start
 from tests.e2e.gateway import FREED_S, Gateway
-from tests.e2e.gateway_shapes import SHAPES, Shape
+from tests.e2e.gateway_shapes import SHAPES
 from tests.e2e.harness import Spec
 
 pytestmark = pytest.mark.e2e
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 END: object = getattr(grpc.aio, "EOF")  # noqa: B009 - its stubs do not know it
-HTTP2 = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-
-
-def speak_http2(configuration: dict[str, Any], shape: Shape | None = None) -> None:
-    """Let Envoy speak HTTP/2 to the model servers, wired as one of the gateways if one is named."""
-    if shape is not None:
-        shape(configuration)
-    clusters = {each["name"]: each for each in configuration["static_resources"]["clusters"]}
-    protocol = clusters["model_servers"]["typed_extension_protocol_options"][HTTP2]
-    protocol["explicit_http_config"] = {"http2_protocol_options": {}}
 
 
 def open_channel(address: Address) -> Any:
@@ -35,11 +24,13 @@ def open_channel(address: Address) -> Any:
 
 
 SPECS = {
-    "ours": Spec(edit_envoy=speak_http2),
+    "ours": Spec(is_http2=True),
+    "original-dst": Spec(is_http2=True, original_dst=True, picker="least-loaded"),
     **{
         shape.__name__: Spec(
             picker="least-loaded",
-            edit_envoy=partial(speak_http2, shape=shape),
+            is_http2=True,
+            edit_envoy=shape,
             settings={"tls": {"selfSigned": True}},
         )
         for shape in SHAPES

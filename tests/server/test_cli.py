@@ -378,6 +378,15 @@ class TestRefused:
         assert result.stderr == f"{rule}\n"
         assert result.exit_code == 2
 
+    def test_http2_for_a_gateway(self, tmp_path: Path) -> None:
+        """Envoy Gateway asks the Service how to speak to its pods."""
+        config = configuration(tmp_path, [1, 2, 3, 4])
+
+        result = run("envoy-config", "--config", str(config), "--http2", "--envoy-gateway")
+
+        assert result.stderr.startswith("--http2 cannot be used with --envoy-gateway")
+        assert result.exit_code == 2
+
     def test_token_from_a_file(self) -> None:
         """What an editor leaves at the end of a line does not count."""
         result = run("top", "--token", "open-sesame-open-sesame\r\n")

@@ -692,6 +692,20 @@ class TestPicker:
         }
         assert "outlier_detection" not in cluster
 
+    @pytest.mark.parametrize("original_dst", [False, True])
+    @pytest.mark.parametrize(
+        ("http2", "expected"),
+        [(False, {"http_protocol_options": {}}), (True, {"http2_protocol_options": {}})],
+    )
+    def test_protocol(
+        self, *, original_dst: bool, http2: bool, expected: dict[str, dict[str, Any]]
+    ) -> None:
+        """HTTP/1.1, which every model server speaks, or HTTP/2, which gRPC needs."""
+        options = EnvoyOptions(original_dst=original_dst, http2=http2)
+        configuration = generated(settings_with("10.0.0.1:1", picker="least-loaded"), options)
+
+        assert the_only(cluster_of(configuration, SERVERS), "explicit_http_config") == expected
+
     def test_other_attempts_are_asked_about(self) -> None:
         """Envoy asks the service before it sends a request to another endpoint than was picked."""
         configuration = generated(settings_with("10.0.0.1:8000", picker="least-loaded"))

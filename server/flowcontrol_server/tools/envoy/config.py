@@ -118,6 +118,9 @@ class EnvoyOptions:
     original_dst: bool = False
     """Send each request to whatever address the service picks, in place of choosing among
     endpoints.static: for endpoints that come and go. Needs the picker."""
+    http2: bool = False
+    """Whether model servers are spoken to over HTTP/2 without TLS, as gRPC needs it, in place of
+    HTTP/1.1."""
 
 
 def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
@@ -161,7 +164,9 @@ def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
             clusters=[
                 _service_cluster(settings, door, options.tls),
                 *([log_cluster(settings, door, options.tls)] if settings.is_reported else []),
-                _original_dst_cluster() if options.original_dst else _model_cluster(settings),
+                _original_dst_cluster(options)
+                if options.original_dst
+                else _model_cluster(settings, options),
             ],
         ),
     )
@@ -302,7 +307,7 @@ def log_cluster(
     )
 
 
-def _original_dst_cluster() -> cluster.Cluster:
+def _original_dst_cluster(options: EnvoyOptions) -> cluster.Cluster:
     return cluster.Cluster(
         name="model_servers",
         type=cluster.ClusterDiscoveryType.ORIGINAL_DST,
@@ -311,11 +316,11 @@ def _original_dst_cluster() -> cluster.Cluster:
         connect_timeout=timedelta(seconds=2),
         circuit_breakers=_NO_LIMITS,
         upstream_connection_options=cluster.UpstreamConnectionOptions(tcp_keepalive=_TCP_KEEPALIVE),
-        typed_extension_protocol_options=_model_protocol(),
+        typed_extension_protocol_options=_model_protocol(options),
     )
 
 
-def _model_cluster(settings: Settings) -> cluster.Cluster:
+def _model_cluster(settings: Settings, options: EnvoyOptions) -> cluster.Cluster:
     discovery, family = _discovery(settings.endpoints.written)
     return cluster.Cluster(
         name="model_servers",
@@ -327,7 +332,7 @@ def _model_cluster(settings: Settings) -> cluster.Cluster:
         load_balancing_policy=_load_balancing(settings),
         common_lb_config=_BETTER_SICK_THAN_NONE,
         outlier_detection=_outlier_detection() if settings.picker == "off" else None,
-        typed_extension_protocol_options=_model_protocol(upstream_filters(settings)),
+        typed_extension_protocol_options=_model_protocol(options, upstream_filters(settings)),
         load_assignment=_assignment("model_servers", settings.endpoints.written),
     )
 
@@ -347,15 +352,22 @@ def _outlier_detection() -> cluster.OutlierDetection:
     )
 
 
-def _model_protocol(filters: Sequence[hcm.HttpFilter] = ()) -> dict[str, protobuf.Any]:
+def _model_protocol(
+    options: EnvoyOptions, filters: Sequence[hcm.HttpFilter] = ()
+) -> dict[str, protobuf.Any]:
+    explicit = upstreams.HttpProtocolOptionsExplicitHttpConfig(
+        http_protocol_options=core.Http1ProtocolOptions()
+    )
+    if options.http2:
+        explicit = upstreams.HttpProtocolOptionsExplicitHttpConfig(
+            http2_protocol_options=core.Http2ProtocolOptions()
+        )
     return _protocol(
         upstreams.HttpProtocolOptions(
             common_http_protocol_options=core.HttpProtocolOptions(
                 idle_timeout=timedelta(seconds=4)
             ),
-            explicit_http_config=upstreams.HttpProtocolOptionsExplicitHttpConfig(
-                http_protocol_options=core.Http1ProtocolOptions()
-            ),
+            explicit_http_config=explicit,
             http_filters=[*filters],
         )
     )
