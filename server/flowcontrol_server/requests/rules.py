@@ -9,6 +9,7 @@ A fact is named by where it is found:
 A header and a body are the client's word unless Envoy overwrites them; a verified claim is not.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
@@ -29,6 +30,13 @@ FACT_RULE: Final = (
 
 Metadata = Mapping[str, Mapping[str, Any]]
 """By namespace; values are what JSON can hold."""
+_KEY_HEADERS: Final = (
+    *("authorization", "proxy-authorization", "cookie"),
+    *("x-api-key", "api-key", "x-goog-api-key"),
+)
+"""They hold secrets, which no log, ledger or page may show: what is named by one of them is named
+by its fingerprint."""
+_FINGERPRINT_DIGITS: Final = 16
 _STREAM: Final = ("stream",)
 _FLAGS: Final = {"0": "false", "1": "true"}
 """How Envoy writes a boolean of a body."""
@@ -154,5 +162,14 @@ def judge(rules: tuple[Rule, ...], headers: Mapping[str, str], metadata: Metadat
 
 def _said(said: str | Fact | None, headers: Mapping[str, str], metadata: Metadata) -> str:
     if isinstance(said, Fact):
-        return said.first(headers, metadata)
+        found = said.first(headers, metadata)
+        return _fingerprint(said.header, found) if found and said.header in _KEY_HEADERS else found
     return said or ""
+
+
+def _fingerprint(header: str, key: str) -> str:
+    """Return what stands for a key: the same whichever header holds it, behind a scheme or not."""
+    if header.endswith("authorization"):
+        key = key.rpartition(" ")[2]
+    digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
+    return f"key-{digest[:_FINGERPRINT_DIGITS]}"

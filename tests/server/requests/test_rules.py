@@ -179,6 +179,37 @@ class TestJudge:
 
         assert judge(rules, HEADERS, METADATA) == ("", "later", None, 1)
 
+    @pytest.mark.parametrize(
+        ("header", "value"),
+        [
+            ("authorization", "Bearer sk-of-acme"),
+            ("authorization", "sk-of-acme"),
+            ("x-api-key", "sk-of-acme"),
+            ("api-key", "sk-of-acme"),
+            ("x-goog-api-key", "sk-of-acme"),
+        ],
+    )
+    def test_key(self, header: str, value: str) -> None:
+        """A tenant that is named by its key is named by the key's fingerprint: it is no secret."""
+        rules = (Rule(flow_id=fact(f"header:{header}")),)
+
+        assert judge(rules, {header: value}, {}).flow_id == "key-0a24644562042472"
+        assert judge(rules, {header: f"{value}2"}, {}).flow_id != "key-0a24644562042472"
+        assert judge(rules, {header: ""}, {}).flow_id == ""
+
+    def test_cookies(self) -> None:
+        """All of them count."""
+        rules = (Rule(flow_id=fact("header:cookie")),)
+        verdicts = [judge(rules, {"cookie": f"user={n}; theme=dark"}, {}) for n in (1, 2, 1)]
+
+        assert verdicts[0].flow_id == verdicts[2].flow_id != verdicts[1].flow_id
+
+    def test_objective_of_a_key(self) -> None:
+        """Nor is an objective, which a log names when nobody declares it."""
+        rules = (Rule(objective=fact("header:authorization")),)
+
+        assert judge(rules, {"authorization": "Bearer \udcff"}, {}).objective.startswith("key-")
+
     def test_no_rules(self) -> None:
         """Without rules nothing is said."""
         assert judge((), HEADERS, METADATA) == ("", "", None, None)
