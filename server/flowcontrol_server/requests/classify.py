@@ -14,6 +14,7 @@ from flowcontrol_server.common.units import parse_duration, parse_whole
 from flowcontrol_server.requests.conformance import Conformance
 from flowcontrol_server.requests.prefix import prefix_of_flow
 from flowcontrol_server.requests.rules import (
+    ANSWER_FIELDS,
     BODY_NAMESPACE,
     BODY_UNREAD,
     Fact,
@@ -186,7 +187,7 @@ def classify_with_origin(
         parse_whole(headers.get("content-length", ""), _DIGITS_MAX) or 0,
         parse_duration(headers.get(TTL_HEADER, "")),
         _prompt(intake, headers, metadata),
-        _count(body.get("max_completion_tokens", body.get("max_tokens"))),
+        _answer_max(body),
         None if slo_ms is None else slo_ms * _MS_NS,
         str(body.get("model", ""))[:NAME_LENGTH_MAX],
         _subset(intake, headers, metadata),
@@ -254,10 +255,13 @@ def _subset(
     return tuple(sorted(addresses)[:SUBSET_LENGTH_MAX])
 
 
-def _count(value: object) -> int | None:
-    """Return a number of the body's as a count; None if it is none."""
-    if isinstance(value, float) and 0 <= value < 10**_DIGITS_MAX:
-        return int(value)
+def _answer_max(body: Mapping[str, Any]) -> int | None:
+    """Return the most tokens of the answer that a body asks for; None: it says no such number."""
+    for name in ANSWER_FIELDS:
+        value = body.get(name)
+        if value is not None:
+            is_count = isinstance(value, float) and 0 <= value < 10**_DIGITS_MAX
+            return int(value) if is_count else None
     return None
 
 

@@ -16,9 +16,9 @@ from typing import Any, Final, NamedTuple, final
 
 BODY_NAMESPACE: Final = "flowcontrol.request"
 """Dynamic metadata that Envoy makes of a request's body."""
-BODY_FIELDS: Final = (
-    *("model", "stream", "max_tokens", "max_completion_tokens", "user", "service_tier"),
-)
+ANSWER_FIELDS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+"""The most tokens of an answer, as each API names it; the first that is there counts."""
+BODY_FIELDS: Final = ("model", "stream", *ANSWER_FIELDS, "user", "service_tier")
 """What Envoy reads from a body."""
 BODY_UNREAD: Final = "unread"
 """Set in that namespace where Envoy could not read a body: it is no JSON to Envoy, which knows no

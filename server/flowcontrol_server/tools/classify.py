@@ -14,12 +14,16 @@ from flowcontrol_server.requests.classify import (
     is_body_unread,
     path_of,
 )
-from flowcontrol_server.requests.rules import BODY_FIELDS, BODY_NAMESPACE, BODY_UNREAD
+from flowcontrol_server.requests.rules import (
+    ANSWER_FIELDS,
+    BODY_FIELDS,
+    BODY_NAMESPACE,
+    BODY_UNREAD,
+)
 from flowcontrol_server.sources.folder import ObjectiveFolder
 
 _DEFAULT_METHOD = "POST"
 _DEFAULT_PATH = "/v1/chat/completions"
-_NUMBERS = ("max_tokens", "max_completion_tokens")
 
 
 def read_headers(given: Iterable[str]) -> dict[str, str]:
@@ -78,7 +82,7 @@ def body_metadata(body: str) -> dict[str, Any]:
             value = str(int(value))
         if isinstance(value, str | int | float):
             with suppress(ValueError, OverflowError):  # a text that is no number is left out
-                found[name] = float(value) if name in _NUMBERS else str(value)
+                found[name] = float(value) if name in ANSWER_FIELDS else str(value)
     return found
 
 

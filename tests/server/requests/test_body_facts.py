@@ -83,7 +83,10 @@ class TestFacts:
     @given(st.binary(max_size=300) | st.text('{}[]:,"\\ model1').map(str.encode))
     def test_any(self, body: bytes) -> None:
         """Whatever it is, nothing is raised."""
-        assert body_facts(body).keys() <= FOUND.keys() | {"max_completion_tokens"}
+        assert body_facts(body).keys() <= FOUND.keys() | {
+            "max_completion_tokens",
+            "max_output_tokens",
+        }
 
     @given(
         st.dictionaries(

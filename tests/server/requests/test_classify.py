@@ -197,6 +197,13 @@ class TestMetadata:
 
         assert classify({}, {BODY: body}).output_tokens_max == 2
 
+    def test_name_of_responses(self) -> None:
+        """OpenAI's responses have a name of their own for it."""
+        assert classify({}, {BODY: {"max_output_tokens": 16.0}}).output_tokens_max == 16
+        assert classify({}, {BODY: {"max_output_tokens": None, "max_tokens": 4.0}}) == classify(
+            {}, {BODY: {"max_tokens": 4.0}}
+        )
+
     @pytest.mark.parametrize(
         "value", [None, "512", -1.0, 1e300, float("nan"), float("inf"), True, [1.0], {"a": 1.0}]
     )
@@ -234,7 +241,7 @@ class TestMetadata:
         st.dictionaries(
             st.sampled_from([BODY, HINT, "other"]),
             st.dictionaries(
-                st.sampled_from(["model", "max_tokens", "max_completion_tokens", SUBSET]),
+                st.sampled_from(["model", "max_tokens", "max_output_tokens", SUBSET]),
                 st.recursive(
                     st.none() | st.booleans() | st.floats() | st.text(max_size=300),
                     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

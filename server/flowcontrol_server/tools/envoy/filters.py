@@ -31,7 +31,12 @@ from flowcontrol_server.doors.envoy_secret import METADATA_KEY
 from flowcontrol_server.requests.classify import SUBSET_NAMESPACE
 from flowcontrol_server.requests.codec import METADATA_NAMESPACE, TICKET
 from flowcontrol_server.requests.log_codec import REPORT_FORMAT, REPORT_TAG, USAGE_NAMESPACE
-from flowcontrol_server.requests.rules import BODY_FIELDS, BODY_NAMESPACE, BODY_UNREAD
+from flowcontrol_server.requests.rules import (
+    ANSWER_FIELDS,
+    BODY_FIELDS,
+    BODY_NAMESPACE,
+    BODY_UNREAD,
+)
 from flowcontrol_server.requests.usage import EARLY_EVENTS, ERROR_WORDS, FIELDS, WRAPPERS
 from flowcontrol_server.sources import orca
 
@@ -56,7 +61,6 @@ _RESPONSE_HEADERS: Final = {
 _JSON: Final = matcher.RegexMatcher(regex="(?i)application/json( *;.*)?")
 """Without it a charset beside the media type makes a body one that is not read."""
 _LOG_BUFFER_BYTES: Final = 65_536
-_NUMBERS: Final = ("max_tokens", "max_completion_tokens")
 _STREAM_READER: Final = r"""
 local function set(state, key, value)
   state.handle:streamInfo():dynamicMetadata():set("flowcontrol.usage", key, value)
@@ -375,7 +379,7 @@ def response_headers(settings: Settings) -> list[core.HeaderValueOption]:
 
 
 def _body_reader(*, reads_requests: bool, reads_usage: bool) -> hcm.HttpFilter:
-    fields = [_rule((n,), BODY_NAMESPACE, n, is_number=n in _NUMBERS) for n in BODY_FIELDS]
+    fields = [_rule((n,), BODY_NAMESPACE, n, is_number=n in ANSWER_FIELDS) for n in BODY_FIELDS]
     fields[0].on_error = json_metadata.JsonToMetadataKeyValuePair(
         metadata_namespace=BODY_NAMESPACE,
         key=BODY_UNREAD,
