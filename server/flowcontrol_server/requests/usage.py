@@ -21,7 +21,7 @@ FIELDS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("cache_read_tokens", ("usage", "cache_read_input_tokens")),
     ("cache_creation_tokens", ("usage", "cache_creation_input_tokens")),
     ("total_tokens", ("usage", "total_tokens")),
-    ("input_tokens", ("prompt_eval_count",)),
+    ("total_tokens", ("prompt_eval_count",)),
     ("output_tokens", ("eval_count",)),
 )
 """Our name, and the keys that lead to the number. The last that is there counts."""
@@ -94,16 +94,17 @@ def tokens(counts: Sequence[int | None]) -> tuple[int | None, int | None, int | 
         counts: in the order of `COUNTS`; None: not said.
 
     Anthropic counts what it reads from its cache, and writes into it, beside the input; OpenAI
-    within it. Embeddings and reranking have no answer: their total says that it is zero.
+    within it. Embeddings and reranking have no answer: their total says that it is zero. Ollama
+    leaves a count of zero out: what it says of the prompt is all there is, unless it counts an
+    answer.
     """
     input_, cached, output, cache_read, cache_creation, total = counts
     if cache_read is not None or cache_creation is not None:
         input_ = (input_ or 0) + (cache_read or 0) + (cache_creation or 0)
         cached = cache_read
     if total is not None:
-        input_ = total if input_ is None and output is None else input_
-        if output is None and input_ is not None:
-            output = max(0, total - input_)
+        input_ = total if input_ is None else input_
+        output = max(0, total - input_) if output is None else output
     return input_, cached, output
 
 

@@ -117,7 +117,7 @@ class TestObject:
     @pytest.mark.parametrize(
         ("answer", "expected"),
         [
-            ({"embeddings": [[0.123] * 3_000], "prompt_eval_count": 11}, (11, None, None)),
+            ({"embeddings": [[0.123] * 3_000], "prompt_eval_count": 11}, (11, None, 0)),
             ({"context": [1] * 9_000, "prompt_eval_count": 11, "eval_count": 7}, (11, None, 7)),
             ({"response": '"eval_count": 9' + "x" * 20_000, "eval_count": 7}, (None, None, 7)),
             ({"response": "x" * 20_000, "eval_count": 7.5}, (None, None, None)),

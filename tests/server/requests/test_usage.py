@@ -136,6 +136,15 @@ class TestUsage:
 
         assert read_of(lines, kind=b"application/x-ndjson") == USAGE
 
+    def test_ollama_without_an_answer(self, read_of: Reader) -> None:
+        """It leaves out a count of zero."""
+        line = b'{"response":"","done":true,"prompt_eval_count":11}\n'
+
+        assert read_of(line, kind=b"application/x-ndjson") == {
+            "input_tokens": 11,
+            "output_tokens": 0,
+        }
+
     @pytest.mark.parametrize("size", [1_000, 100_000])
     @pytest.mark.parametrize(
         ("end", "expected"),
