@@ -1,1 +1,1 @@
-"""What every room may use, and what knows nothing of requests."""
+"""Helpers that every package of the service may use; none of them deals with requests."""

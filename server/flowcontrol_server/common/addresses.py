@@ -11,20 +11,20 @@ from pydantic import BeforeValidator, PlainSerializer
 from flowcontrol_server.common.sections import broken, can_be_a_path
 
 _SOCKET_PATH_BYTES_MAX = 107
-"""Linux's sun_path, without the byte that ends it."""
+"""Size of Linux's sun_path, without its final NUL."""
 _ADDRESS_RULE = "must be host:port with a port from 1 to 65535, such as 10.0.0.5:8000 or [::1]:8000"
 
 _ADDRESS = re.compile(r"(?:\[([^\s\[\]]{1,64})\]|([^\s:\[\]/]{1,253})):([0-9]{1,5})")
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
-"""Of a host; with the underscores of Compose and of SRV records."""
+"""A host name; underscores are allowed, as in Compose service names and SRV records."""
 _NAME_LENGTH_MAX = 253
 _BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _IPV4 = re.compile(rf"{_BYTE}(?:\.{_BYTE}){{3}}")
 
 
 class Address(NamedTuple):
-    """A host and a port; an IPv6 host stands in brackets when written."""
+    """A host and a port; the text form puts an IPv6 host in brackets."""
 
     host: str
     port: int
@@ -44,7 +44,7 @@ class Address(NamedTuple):
 
 
 def parse_address(value: object) -> Address:
-    """Read host:port, or raise what pydantic reports as a rule."""
+    """Parse host:port, or raise the error that pydantic reports as a broken rule."""
     match = _ADDRESS.fullmatch(str(value))
     if match is None or not 0 < int(match[3]) <= 65535:  # noqa: PLR2004 - the largest port
         raise broken(_ADDRESS_RULE)
@@ -54,7 +54,7 @@ def parse_address(value: object) -> Address:
             raise broken(_ADDRESS_RULE)
     else:
         address, percent, zone = match[1].partition("%")
-        try:  # in one spelling only: Envoy's
+        try:  # normalized to the spelling that Envoy uses
             host = inet_ntop(AF_INET6, inet_pton(AF_INET6, address)) + percent + zone
         except OSError as error:
             raise broken(_ADDRESS_RULE) from error
@@ -62,14 +62,14 @@ def parse_address(value: object) -> Address:
 
 
 def _is_host(text: str) -> bool:
-    """Whether it is an IPv4 address or a name; what ends in a number can only be an address."""
+    """Whether it is an IPv4 address or a name; a text whose last label is a number is no name."""
     if text.rstrip(".").rpartition(".")[2].isdigit():
         return _IPV4.fullmatch(text) is not None
     return len(text) <= _NAME_LENGTH_MAX and _NAME.fullmatch(text) is not None
 
 
 def parse_address_or_socket(value: object) -> Address | Path | None:
-    """Read host:port, unix:/path or off (None), or raise what pydantic reports as a rule."""
+    """Parse host:port, unix:/path or off (None), or raise the error of a broken rule."""
     if value is False or value == "off":
         return None
     if not isinstance(value, str) or not value.startswith("unix:"):
@@ -88,8 +88,8 @@ def _as_written(address: Address | Path | None) -> str:
 
 HostPort = Annotated[Address, BeforeValidator(parse_address), PlainSerializer(str)]
 AddressText = Annotated[str, BeforeValidator(lambda value: str(parse_address(value)))]
-"""The same as text, in the one spelling that sources use."""
+"""An address as text, in the normalized spelling that sources use."""
 DirectAddress = Annotated[
     Address | Path | None, BeforeValidator(parse_address_or_socket), PlainSerializer(_as_written)
 ]
-"""Also unix:/path, or off."""
+"""host:port, unix:/path, or off (None)."""

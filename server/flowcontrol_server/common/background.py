@@ -1,4 +1,4 @@
-"""Tasks that are not awaited: a failure is logged at once."""
+"""Tasks that nothing awaits: a failure is logged at once."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -10,15 +10,15 @@ _log = structlog.get_logger()
 
 
 def in_background(work: Coroutine[Any, Any, None], failure: str) -> asyncio.Task[None]:
-    """Begin work; the caller keeps a reference to the task.
+    """Start a task; the caller keeps a reference to it.
 
     Args:
-        work: may end, or be cancelled, without a word.
-        failure: what is logged if it ends by an exception, in the past tense.
+        work: the work; its end, or its cancellation, is not logged.
+        failure: the log event if it raises an exception, in the past tense.
     """
 
     def ended(task: asyncio.Task[None]) -> None:
-        """Say so, if it failed."""
+        """Log the exception, if there is one."""
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error(failure, exc_info=error)
 

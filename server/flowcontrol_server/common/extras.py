@@ -1,15 +1,15 @@
-"""What an installation without one of the extras says: the one place that knows how to install."""
+"""The error text of an installation that lacks an extra, with the command to install it."""
 
 
 def install(extra: str) -> str:
-    """Return how to install an extra.
+    """Return the command that installs an extra.
 
-    Never by name from a package index: there, this project is not published yet, and anyone who
-    registers the name decides what such a command would run.
+    It never installs by name from a package index: this project is not published there yet, and
+    whoever registers the name would decide what the command runs.
     """
     return f"run pip install '.[{extra}]' in a checkout of flowcontrol"
 
 
 def missing(error: ModuleNotFoundError, extra: str) -> str:
-    """Return what is missing, and how to get it."""
+    """Return which module is missing, and how to install it."""
     return f"{error.name} is missing: {install(extra)}"

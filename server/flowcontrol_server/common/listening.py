@@ -1,4 +1,4 @@
-"""Opening a TCP port or a Unix socket, and saying which one it was that could not be opened."""
+"""Opening a TCP port or a Unix socket, with errors that name the address."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 from flowcontrol.errors import ListenError
 
 _BACKLOG = 1_024
-"""Connections the system accepts ahead of us."""
+"""Connections that the system queues until they are accepted."""
 _REASONS = {
     errno.EADDRINUSE: "in use by another process",
     errno.EADDRNOTAVAIL: "address not assigned to this host",
@@ -28,12 +28,12 @@ async def listen(
     """Open an address.
 
     Args:
-        protocol: makes what serves one connection.
+        protocol: makes the protocol object of one connection.
         address: host and port, or the path of a Unix socket.
         ssl_context: None for plain text.
 
     Raises:
-        ListenError: naming the address.
+        ListenError: it cannot be opened; the error names the address.
     """
     loop = asyncio.get_running_loop()
     if isinstance(address, Path):
@@ -44,37 +44,37 @@ async def listen(
             )
     host, port = address
     with naming(f"{host}:{port}"):
-        # Without reuse_port: two processes on one port would share its requests, unnoticed.
+        # Without reuse_port: two processes would silently share the requests of one port.
         return await loop.create_server(protocol, host, port, ssl=ssl_context, backlog=_BACKLOG)
 
 
 @contextlib.contextmanager
 def naming(address: str) -> Iterator[None]:
-    """Say of an address that could not be opened which it was, and why.
+    """Turn an OSError into an error that names the address and the reason.
 
     Raises:
-        ListenError: in place of OSError.
+        ListenError: in place of the OSError.
     """
     try:
         yield
     except OSError as error:
         reason = "host name does not resolve"
         if not isinstance(error, socket.gaierror):
-            said = error.strerror or str(error)
-            reason = _REASONS.get(error.errno or 0, said)
+            text = error.strerror or str(error)
+            reason = _REASONS.get(error.errno or 0, text)
         raise ListenError(address, reason) from error
 
 
 async def _expect_unused(path: Path) -> None:
-    """Leave a Unix socket to the process that answers on it; a stale one may be replaced.
+    """Check that no process answers on a Unix socket; a stale socket may be replaced.
 
     Raises:
-        ListenError: there is such a process, or something else.
+        ListenError: a process answers on it, or the path is not a socket.
     """
     try:
         _, writer = await asyncio.open_unix_connection(str(path))
     except OSError as error:
-        if _is_something_else(path):
+        if _is_no_socket(path):
             reason = "the path exists and is not a socket"
             raise ListenError(str(path), reason) from error
         return
@@ -84,5 +84,5 @@ async def _expect_unused(path: Path) -> None:
     raise ListenError(str(path), _REASONS[errno.EADDRINUSE])
 
 
-def _is_something_else(path: Path) -> bool:
+def _is_no_socket(path: Path) -> bool:
     return path.exists() and not path.is_socket()

@@ -1,6 +1,7 @@
-"""A file that grows in parts: the newest has its name, older ones have .1, .2 and so on behind it.
+"""A file that grows in parts: the newest has its name, older ones add .1, .2 and so on to it.
 
-Older parts are renamed and the oldest is overwritten, so every file among them must be one of ours.
+Older parts are renamed and the oldest is overwritten, so every file among them must be a part that
+this service wrote.
 """
 
 from itertools import takewhile
@@ -8,19 +9,19 @@ from pathlib import Path
 from typing import Final
 
 SMALL_MAX: Final = 100
-"""Parts that may be kept beyond those that are set, for restarts that leave small ones."""
+"""Parts that may be kept beyond the number set, because restarts leave small ones."""
 
 
 def stranger_among(path: Path, files_max: int, beginning: bytes) -> Path | None:
-    """Return the first file that would be renamed or overwritten and begins otherwise, if any does.
+    """Return the first file in the way of the parts that is not a part itself; None: there is none.
 
     Args:
-        path: of the newest part.
+        path: path of the newest part.
         files_max: parts kept.
-        beginning: of every part; a crash may have left less of it.
+        beginning: first bytes of every part; a crash may have left fewer of them.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a part cannot be read.
     """
     for number in range(files_max):
         part = part_path(path, number)
@@ -30,19 +31,19 @@ def stranger_among(path: Path, files_max: int, beginning: bytes) -> Path | None:
 
 
 def make_room(path: Path, files_max: int, bytes_max: int, beginning: bytes) -> None:
-    """Give every part the number after its own, and delete the oldest; nothing is called `path`.
+    """Increase the number of every part by one, which frees `path`, and delete the oldest.
 
-    As many are kept as may be, with the one to come; and older ones while all would have room in
-    them. So a restart that leaves a small part pushes none out.
+    `files_max` parts are kept, the next one included. More are kept while their total size stays
+    within that of `files_max` full parts, so a restart that leaves a small part removes none.
 
     Args:
-        path: of the newest part.
+        path: path of the newest part.
         files_max: parts kept whatever their size.
-        bytes_max: of a part.
-        beginning: of every part; a file beyond `files_max` that begins otherwise is left alone.
+        bytes_max: size of a full part.
+        beginning: first bytes of every part; a file beyond `files_max` without them is left alone.
 
     Raises:
-        OSError: one cannot be read or renamed.
+        OSError: a part cannot be read or renamed.
     """
     last = files_max - 1
     while last < files_max - 1 + SMALL_MAX and _may_take(part_path(path, last + 1), beginning):
@@ -71,7 +72,7 @@ def _is_part(part: Path, beginning: bytes) -> bool:
 
 
 def part_path(path: Path, number: int) -> Path:
-    """Return where a part is, 0 being the newest."""
+    """Return the path of a part; 0 is the newest."""
     return path if number == 0 else path.with_name(f"{path.name}.{number}")
 
 

@@ -1,4 +1,4 @@
-"""Pure. Places that are few: so many in all, and so many for each peer."""
+"""Pure. A limited number of places, with a limit in all and one for each peer."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,16 +7,16 @@ from typing import final
 
 
 class NoPlaceError(Exception):
-    """Every place is taken, or every one of this peer's."""
+    """Every place is taken, or every place of this peer."""
 
 
 @final
 class Places:
-    """Counts who takes one.
+    """Counts the places taken.
 
     Args:
         count_max: places in all.
-        per_peer_max: of them, for one peer.
+        per_peer_max: places that one peer may hold.
     """
 
     def __init__(self, count_max: int, per_peer_max: int) -> None:
@@ -29,7 +29,7 @@ class Places:
         """Hold a place for a peer.
 
         Raises:
-            NoPlaceError: naming the limit that is reached.
+            NoPlaceError: a limit is reached; the error names it.
         """
         if self._taken.total() >= self._count_max:
             message = f"must be at most {self._count_max} at once"

@@ -1,21 +1,21 @@
-r"""Pure. Text that clients chose, as people are shown it.
+r"""Pure. Makes text that clients chose safe to show.
 
-A tenant, a model or a request id may hold what a terminal obeys (ESC, or U+009B alone, which passes
-Envoy in a header), what reverses the text after it, or the end of the line. Logs are JSON in ASCII
-and need nothing; whatever else shows such text shows it through `plain`, with each of those
-characters as an escape: `\x9b`, `\u202e`.
+A tenant, a model or a request id may hold terminal control characters (ESC, or U+009B alone, which
+Envoy accepts in a header), characters that reverse the text after them, or line ends. Logs are JSON
+in ASCII and need no treatment. All other output passes such text through `plain`, which writes each
+of those characters as an escape: `\x9b`, `\u202e`.
 """
 
 import unicodedata
 from typing import Final
 
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-"""Categories of Unicode: control, format (directions, joiners), surrogate, private, unassigned,
-and separators of lines and paragraphs."""
+"""Unicode categories: control, format (directions, joiners), surrogate, private use, unassigned,
+line separator and paragraph separator."""
 
 
 def plain(text: str) -> str:
-    """Return the text with every character that is not shown as itself written as an escape."""
+    """Return the text with an escape for every character that is invisible or has side effects."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(map(_shown, text))

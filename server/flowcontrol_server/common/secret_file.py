@@ -1,15 +1,15 @@
-"""Pure, but for the reading. Secrets in files: checked without being shown, never logged."""
+"""Pure, except that it reads files. Secrets in files; errors and logs never contain them."""
 
 from pathlib import Path
 from typing import Final
 
 OWN_LENGTHS: Final = range(16, 1025)
-"""Of secrets that others show us: long enough not to be guessed."""
+"""Lengths of secrets that peers present to this service: too long to be guessed."""
 _FILE_BYTES_MAX: Final = 65_536
 
 
 def read_secret(path: Path, lengths: range) -> str:
-    """Return the one secret of a file, without the spaces and line ends around it.
+    """Return the secret in a file, without the spaces and line ends around it.
 
     Raises:
         OSError: the file cannot be read.
@@ -19,7 +19,7 @@ def read_secret(path: Path, lengths: range) -> str:
 
 
 def read_secrets(path: Path, count_max: int) -> tuple[str, ...]:
-    """Return the secrets of a file, one a line; each as long as those that others show us.
+    """Return the secrets in a file, one a line, each with a length in `OWN_LENGTHS`.
 
     Raises:
         OSError: the file cannot be read.
@@ -33,10 +33,10 @@ def read_secrets(path: Path, count_max: int) -> tuple[str, ...]:
 
 
 def checked(secret: str, lengths: range) -> str:
-    """Return a secret as it is.
+    """Return a secret unchanged.
 
     Raises:
-        ValueError: its length is not one of these, or a header cannot carry it.
+        ValueError: its length is not in `lengths`, or a header cannot carry it.
     """
     if len(secret) not in lengths or not all("!" <= letter <= "~" for letter in secret):
         rule = f"must hold {lengths.start} to {lengths.stop - 1} visible ASCII characters"

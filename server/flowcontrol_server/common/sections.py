@@ -1,7 +1,7 @@
-"""What sections of a configuration file are made of: their strictness, their units, their rules.
+"""Building blocks for the sections of a configuration file: strict models, units, rules.
 
-Every field of a section carries its meaning as a docstring; the README's reference is generated
-from them.
+Every field of a section has its meaning as a docstring; the reference of settings is generated from
+them.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from pydantic_core import PydanticCustomError
 from flowcontrol_server.common.units import format_duration, parse_duration, parse_quantity
 
 QUANTITY_MAX = 10**15
-"""Of whatever is limited: far beyond any use, and in sums and products still a number for a metric,
-for the API's 64 bits and for a fraction."""
+"""Largest value of any limit: far beyond any use, and its sums and products still fit a metric, the
+API's 64 bits and a float."""
 COUNT_MAX = 1_000_000_000
-"""Of what is counted one by one."""
+"""Largest number of things that are counted one by one."""
 PRIORITY_MAX = 2**31 - 1
-"""An InferenceObjective has 32 bits for it."""
+"""An InferenceObjective stores the priority in 32 bits."""
 _NUMBER_MAX = 1e15
 _DURATION_MAX_HOURS = 10_000
 """More than a year."""
@@ -36,7 +36,7 @@ _DURATION_MAX_NS = _DURATION_MAX_HOURS * 3_600_000_000_000
 
 
 class Section(BaseModel):
-    """A mapping of the file: settings in camelCase, none unknown, none changed once read."""
+    """A mapping in the file: keys in camelCase, unknown keys rejected, immutable once read."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -48,12 +48,12 @@ class Section(BaseModel):
 
 
 def broken(rule: str) -> PydanticCustomError:
-    """Return the error to raise for a rule that does not hold."""
+    """Return the error to raise for a broken rule."""
     return PydanticCustomError("rule", "{rule}", {"rule": rule})
 
 
 def written(default: object, alias: str | None = None) -> Any:
-    """Return a field whose default is given as one would write it in the file."""
+    """Return a field whose default is given as it would be written in the file."""
     return Field(default=default, alias=alias)
 
 
@@ -63,37 +63,37 @@ def written_duration(default_ns: int) -> Any:
 
 
 def switched_off(value: object) -> object:
-    """Read what YAML makes of a bare off."""
+    """Return "off" for the value that YAML reads from a bare off."""
     return "off" if value is False else value
 
 
 def can_be_a_path(text: str) -> bool:
-    """Whether the system can be asked for a path that is called so."""
+    """Whether the operating system accepts a text as a path."""
     return not any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _path(value: object) -> object:
-    if value == "":  # pathlib's for it is the folder itself
+    if value == "":  # pathlib would read it as the folder itself
         rule = "must not be empty"
         raise broken(rule)
     if isinstance(value, str) and not can_be_a_path(value):
-        rule = "must be a path without a NUL or half a character"
+        rule = "must be a path without NUL or a lone surrogate"
         raise broken(rule)
     return value
 
 
 def _beside(value: Path, info: ValidationInfo) -> Path:
     directory: Path = (info.context or {}).get("directory", Path())
-    return (directory / value).absolute()  # one spelling, wherever one stands: one hash
+    return (directory / value).absolute()  # one hash, whatever the working directory
 
 
 def is_read_elsewhere(info: ValidationInfo) -> bool:
-    """Whether the file is read on another machine than the service's, which has what it names."""
+    """Whether this machine only checks the file, so that the paths in it need not exist here."""
     return bool((info.context or {}).get("is_elsewhere"))
 
 
 def expect(path: Path, rule: str, is_so: Callable[[Path], bool], info: ValidationInfo) -> Path:
-    """Return a path, or raise that it is missing, or not accessible."""
+    """Return a path, or raise the error that it breaks the rule or is not accessible."""
     if is_read_elsewhere(info):
         return path
     try:
@@ -107,7 +107,7 @@ def expect(path: Path, rule: str, is_so: Callable[[Path], bool], info: Validatio
 
 
 def can_be_a_file(path: Path) -> bool:
-    """Whether a file is there, or could be made there."""
+    """Whether a file exists at this path, or could be created there."""
     return path.parent.is_dir() and not path.is_dir()
 
 
@@ -116,9 +116,9 @@ def _is_a_file(value: Path, info: ValidationInfo) -> Path:
 
 
 PathBeside = Annotated[Path, BeforeValidator(_path), AfterValidator(_beside)]
-"""Starts at the file it stands in, unless it is absolute."""
+"""Relative to the folder of the file that contains it, unless it is absolute."""
 FileBeside = Annotated[PathBeside, AfterValidator(_is_a_file)]
-"""The same, of a file that is there."""
+"""A `PathBeside` of an existing file."""
 
 
 def _duration(value: object) -> object:
@@ -155,7 +155,7 @@ def _limit_from(least: int, value: object, examples: str) -> object:
 
 
 def plain_number(value: object) -> float | None:
-    """Return a plain number of a size one can count with, None for anything else."""
+    """Return a number of at most 1e15 in magnitude; None: it is anything else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and abs(value) <= _NUMBER_MAX else None  # type: ignore[arg-type]  # seen
 

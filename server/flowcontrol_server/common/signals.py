@@ -1,7 +1,7 @@
-"""Signals before the service can handle them itself.
+"""Handling of signals until the service installs its own handlers.
 
-In a container the process is number 1, for which SIGTERM and SIGINT have no default action: sent
-before there is a handler they are lost, and the container is killed after its grace period.
+In a container the process has number 1, for which SIGTERM and SIGINT have no default action. Sent
+before there is a handler, they are lost, and the container is killed after its grace period.
 """
 
 import os
@@ -15,12 +15,12 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 def exit_at_stop_signals() -> None:
     """Let SIGTERM and SIGINT end the process at once with status 0, and ignore SIGHUP.
 
-    Right as long as no port is open and no file is written.
+    Valid while no port is open and no file is being written.
     """
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it asks to read the file, and must not end us
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it requests a reload, and must not end us
     for number in STOP_SIGNALS:
         signal.signal(number, _exit)
 
 
 def _exit(_number: int, _frame: FrameType | None) -> None:
-    os._exit(0)  # an exception could be caught by whatever module is being imported
+    os._exit(0)  # the module being imported could catch an exception

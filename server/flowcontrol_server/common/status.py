@@ -1,48 +1,48 @@
-"""What is wrong now, and what runs: the same for the dashboard, the API and the metrics."""
+"""Current problems, and the running version: the same for the dashboard, the API and metrics."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple, final
 
 PROBLEMS_MAX: Final = 200
-"""Shown at once, of each kind."""
+"""Problems of one kind that are shown at once."""
 TEXT_LENGTH_MAX: Final = 500
 
 Found = Iterable[tuple[str, str]]
-"""What each problem is about, and what is wrong."""
+"""The subject of each problem, and its description."""
 
 
 class Problem(NamedTuple):
-    """Something that is wrong now."""
+    """A problem that exists now."""
 
     kind: str
     about: str
     text: str
     since_s: float
-    """When it was first seen, seconds since 1970."""
+    """When it was first found, seconds since 1970."""
 
 
 class About(NamedTuple):
-    """What runs."""
+    """The running version and configuration."""
 
     version: str
     configuration: str
     """Hash of the configuration in force."""
     changed_s: float
-    """When it was put into force, seconds since 1970."""
+    """When it came into force, seconds since 1970."""
     changes: tuple[str, ...]
-    """What the last reload changed; empty before the first."""
+    """Changes of the last reload; empty before the first."""
     is_deciding: bool
-    """Whether requests are decided here, and not by another replica."""
+    """Whether this replica decides requests, and not another one."""
 
 
 @final
 class ServiceStatus:
-    """Gathers problems, and remembers since when each stands. Owner: the loop.
+    """Gathers problems, and remembers since when each exists. Owner: the loop.
 
     Args:
-        finders: by the kind of the problems that each finds.
-        about: says what runs.
+        finders: functions that find problems, by kind.
+        about: returns the running version and configuration.
         wall_s: the time, seconds since 1970.
     """
 
@@ -59,11 +59,11 @@ class ServiceStatus:
 
     @property
     def kinds(self) -> Iterable[str]:
-        """Every kind of problem that is looked for."""
+        """Every kind of problem that can be found."""
         return self._finders.keys()
 
     def problems(self) -> list[Problem]:
-        """Return what is wrong now; one that is still there keeps its time."""
+        """Return the current problems; one that persists keeps its time."""
         now_s = self._wall_s()
         found = [
             Problem(kind, about, text[:TEXT_LENGTH_MAX], self._since_s.get((kind, about), now_s))

@@ -22,20 +22,20 @@ _LENGTH_MAX = 64
 
 
 def parse_duration(text: str) -> int | None:
-    """Return the nanoseconds of a Go duration such as 90s, 1m30s or 1.5h; None if it is none."""
+    """Return the nanoseconds of a Go duration such as 90s, 1m30s or 1.5h; None: it is not one."""
     if not text or len(text) > _LENGTH_MAX or not re.fullmatch(f"({_PART.pattern})+", text):
         return None
     return round(sum(float(number) * _UNIT_NS[unit] for number, unit in _PART.findall(text)))
 
 
 def parse_quantity(text: str) -> int | None:
-    """Return the number a whole Kubernetes quantity such as 20k or 4Gi stands for; None if none."""
+    """Return the value of a whole Kubernetes quantity such as 20k or 4Gi; None: it is not one."""
     match = _QUANTITY.fullmatch(text) if len(text) <= _LENGTH_MAX else None
     return int(match[1]) * _SUFFIX[match[2]] if match else None
 
 
 def parse_whole(text: str, digits_max: int) -> int | None:
-    """Return the number that so many ASCII digits at most stand for; None if it is none."""
+    """Return the number written in at most so many ASCII digits; None: it is not one."""
     is_whole = text.isascii() and text.isdigit() and len(text) <= digits_max
     return int(text) if is_whole else None
 

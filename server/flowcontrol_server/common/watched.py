@@ -1,4 +1,4 @@
-"""Watching a folder for as long as it is needed, also while it is missing."""
+"""Watching a folder, also while it is missing."""
 
 import asyncio
 import os
@@ -11,14 +11,14 @@ import structlog
 from watchfiles import awatch
 
 LOOK_AGAIN_MS = 5_000
-"""How often to see what inotify does not tell. It follows the folder itself, and does not notice
-when a link above it is swapped (git-sync), or when it is created again; nor when a file changes to
-which a link in the folder leads, one that is mounted there by itself (`docker run -v FILE:FILE`),
-or one on a network file system that another machine writes."""
+"""How often to check for changes that inotify does not report. It watches the folder itself, and
+misses a swapped link above it (git-sync), a new folder in its place, and changes of a file that a
+link in the folder leads to, that is mounted there by itself (`docker run -v FILE:FILE`), or that
+another machine writes on a network file system."""
 _DEBOUNCE_MS = 50
 _STEP_MS = 250
-"""How often watchfiles looks for changes, and how long it must see no other before it tells. It
-wakes up for each look: ten times a second would be 0.05 % of a core for each folder."""
+"""Interval at which watchfiles polls its events; it reports once an interval passes without a new
+one. Each poll wakes a thread: ten times a second would be 0.05 % of a core for each folder."""
 _log = structlog.get_logger()
 
 
@@ -27,10 +27,10 @@ async def watch_folder(
 ) -> NoReturn:
     """Call `look` now and whenever something in a folder may have changed, until cancelled.
 
-    Each change is followed by a look that begins after it; changes close together share one. A
-    folder that is missing is looked at again and again until it is there; one that cannot be
-    watched, because it may not be read or the system's limits for inotify are reached, until it
-    can. Whatever `look` raises is raised.
+    Each change is followed by a call that begins after it; changes close together share one. A
+    folder that is missing is polled until it exists. A folder that cannot be watched, because it is
+    not readable or an inotify limit of the system is reached, is polled until it can be. Exceptions
+    of `look` are passed on.
     """
     is_refused = False
     while True:
@@ -56,7 +56,7 @@ async def _watch(
     look: Callable[[], Awaitable[None]],
     look_again_ms: int,
 ) -> Exception | None:
-    """Watch the folder as long as it is the same one; return why it cannot be watched, if so."""
+    """Watch the folder while it stays the same one; return the error if it cannot be watched."""
     changes = awatch(
         directory,
         debounce=_DEBOUNCE_MS,
@@ -67,7 +67,7 @@ async def _watch(
     )
     pending = asyncio.ensure_future(anext(changes))
     try:
-        await asyncio.sleep(0)  # the watch begins before the first look: no gap
+        await asyncio.sleep(0)  # the watch begins before the first look, so no change is missed
         stamps = await asyncio.to_thread(_stamps, directory)
         await look()
         while _identity(directory) == watched:
@@ -91,7 +91,7 @@ async def _watch(
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:
-    """Return what tells this folder from another at the same place; None if there is none."""
+    """Return an identifier of the folder now at this path; None: there is none."""
     try:
         stat = directory.stat()
     except OSError:

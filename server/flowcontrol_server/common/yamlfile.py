@@ -1,6 +1,6 @@
-"""YAML files as people write them: read strictly, with errors on one line that say where.
+"""YAML files written by people: read strictly, with one-line errors that name file and line.
 
-And within bounds: a file of 464 bytes, of aliases of aliases, took 35 s and 1.7 GB.
+Reading is bounded: a file of 464 bytes with aliases of aliases took 35 s and 1.7 GB.
 """
 
 import os
@@ -15,22 +15,22 @@ import yaml
 from flowcontrol.errors import ConfigError
 
 FILE_BYTES_MAX = 2**20
-"""As much as a ConfigMap holds."""
+"""The size limit of a ConfigMap."""
 DEPTH_MAX = 64
-"""Mappings and lists inside each other."""
+"""Nesting depth of mappings and lists."""
 REPEATED_MAX = 2**16
-"""Characters that all aliases of a file repeat, each mapping, list and value counted as one more;
-merge keys (<<) are aliases, too."""
+"""Characters that all aliases of a file repeat; each mapping, list and value counts as one more.
+Merge keys (<<) are aliases, too."""
 NUMBER_LENGTH_MAX = 1000
-"""Characters of a number or a date. Python takes a number as 1:1:1:... in quadratic time."""
+"""Characters of a number or a date. Python parses a number such as 1:1:1:... in quadratic time."""
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
     """Read a file that must hold one mapping.
 
     Raises:
-        ConfigError: it cannot be read, is not YAML, sets a key twice, is beyond a bound or is not
-            a mapping.
+        ConfigError: it cannot be read, is not YAML, sets a key twice, exceeds a bound or is not a
+            mapping.
     """
     documents = read_documents(path, loader=_PlainNumbers)
     if len(documents) > 1:
@@ -46,12 +46,12 @@ def read_documents(
     """Read every document of a file.
 
     Args:
-        path: of the file.
-        bytes_max: of a file that is read.
-        loader: a stricter one.
+        path: path of the file.
+        bytes_max: size limit of the file.
+        loader: a stricter loader.
 
     Raises:
-        ConfigError: it cannot be read, is not YAML, sets a key twice or is beyond a bound.
+        ConfigError: it cannot be read, is not YAML, sets a key twice or exceeds a bound.
     """
     try:
         return list(yaml.load_all(_text(path, bytes_max), loader or _Loader))
@@ -62,28 +62,28 @@ def read_documents(
         raise ConfigError([f"{path}:{error.line}: {error}"]) from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError([f"{path}{line}: is not YAML: {said}"]) from error
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError([f"{path}{line}: is not YAML: {problem}"]) from error
     except yaml.reader.ReaderError as error:
-        said = str(error).partition("\n")[0]
-        raise ConfigError([f"{path}: is not YAML: {said}"]) from error
+        problem = str(error).partition("\n")[0]
+        raise ConfigError([f"{path}: is not YAML: {problem}"]) from error
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
-        # what its tags and scalars trip over
+        # raised by PyYAML for invalid tags and scalars
         raise ConfigError([f"{path}: is not YAML: {error}"]) from error
 
 
 def line_of(path: Path, document: int, place: Sequence[int | str]) -> int:
-    """Return the line of a value in a file that has been read, or of the nearest one above it.
+    """Return the line of a value in a file that has been read, or of its nearest parent.
 
     Args:
-        path: of the file.
+        path: path of the file.
         document: index of the document.
-        place: keys and indices from its top.
+        place: keys and indices that lead from the top of the document to the value.
     """
     try:
         node = list(yaml.compose_all(_text(path, FILE_BYTES_MAX), _Loader))[document]
     except (OSError, ValueError, LookupError, ConfigError, yaml.YAMLError, _BoundError):
-        return 1  # it has changed since
+        return 1  # the file has changed since
     line = node.start_mark.line
     for part in place:
         if isinstance(node, yaml.MappingNode):
@@ -100,21 +100,21 @@ def line_of(path: Path, document: int, place: Sequence[int | str]) -> int:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have every mistake that is found begin with the file it is in.
+    """Make every problem of a ConfigError begin with the file that it is in.
 
     Raises:
-        ConfigError: in place of the one that was raised.
+        ConfigError: in place of the original one.
     """
     try:
         yield
     except ConfigError as error:
-        said = f"{path}:"
-        problems = [each if each.startswith(said) else f"{said} {each}" for each in error.problems]
+        name = f"{path}:"
+        problems = [each if each.startswith(name) else f"{name} {each}" for each in error.problems]
         raise ConfigError(problems) from error
 
 
 def _text(path: Path, bytes_max: int) -> str:
-    """Return what a regular file holds; opening or reading a pipe could block."""
+    """Return the text of a regular file. Others are refused: reading a pipe could block."""
     with open(path, "rb", opener=_opened_at_once) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -132,7 +132,7 @@ def _opened_at_once(path: str, flags: int) -> int:
 
 
 class _BoundError(Exception):
-    """A file is beyond a bound, at this mark of PyYAML's."""
+    """A file exceeds a bound at this position."""
 
     def __init__(self, mark: Any, problem: str) -> None:
         super().__init__(problem)
@@ -142,31 +142,31 @@ class _BoundError(Exception):
 class _Loader(yaml.SafeLoader):
     """Reads strictly and within bounds.
 
-    YAML says keys are unique; PyYAML lets the last one win. A lost setting is an error here.
+    YAML requires unique keys; PyYAML silently keeps the last one. Here a repeated key is an error.
     """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
         self._size = 0
-        """Of what has been read, in characters as `REPEATED_MAX` counts, aliases written out."""
+        """Size read so far with aliases expanded, in characters as `REPEATED_MAX` counts them."""
         self._repeated = 0
         self._sizes: dict[str | None, int] = {}
-        """Of what has an anchor, once it has been read to its end."""
+        """Size of each anchored value that has been read to its end."""
 
     def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:  # noqa: N803 - PyYAML's
-        """Read a bracket; of those not yet closed, PyYAML looks at each with every token."""
+        """Read a bracket, within the depth bound: each token costs PyYAML time per open bracket."""
         if self.flow_level == DEPTH_MAX:
             raise _BoundError(self.get_mark(), _TOO_DEEP)
         super().fetch_flow_collection_start(TokenClass)
 
     def compose_document(self) -> yaml.Node | None:
-        """Read a document; anchors end with it."""
+        """Read a document; anchors are valid only within it."""
         self._sizes = {}
         return super().compose_document()
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Read a node; aliases are counted as if each were written out."""
+        """Read a node; an alias counts as its expansion."""
         event: yaml.NodeEvent = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML's stubs
         if isinstance(event, yaml.AliasEvent):
             self._repeat(event)
@@ -192,7 +192,7 @@ class _Loader(yaml.SafeLoader):
 
     def _repeat(self, event: yaml.AliasEvent) -> None:
         if event.anchor in self.anchors and event.anchor not in self._sizes:
-            problem = f"*{event.anchor} must not stand inside of what it repeats"
+            problem = f"*{event.anchor} must not be inside the value that it repeats"
             raise _BoundError(event.start_mark, problem)
         size = self._sizes.get(event.anchor, 0)
         self._size += size
@@ -209,7 +209,7 @@ class _Loader(yaml.SafeLoader):
         node: yaml.MappingNode,
         deep: bool = False,  # noqa: FBT001, FBT002 - PyYAML's signature
     ) -> dict[Hashable, Any]:
-        """Build a mapping, once its keys are known to be unique."""
+        """Build a mapping after checking that its keys are unique."""
         seen: set[str] = set()
         for key, _value in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -221,10 +221,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _PlainNumbers(_Loader):
-    """Rejects whole numbers that say something else as text: 0012345 is 5349, 2024_01 is 202401."""
+    """Rejects integers that YAML reads as another number: 0012345 is 5349, 2024_01 is 202401."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Return the number, if it is what it looks like."""
+        """Return the number if its text is its decimal form."""
         number: int = super().construct_yaml_int(node)
         if node.value != str(number):
             problem = f"YAML reads {node.value} as {number}: quote it, or write it in decimal"

@@ -75,7 +75,7 @@ class TestAliases:
 
     def test_of_itself(self, path: Path) -> None:
         """What contains itself has no end."""
-        expected = f"{path}:1: *a must not stand inside of what it repeats"
+        expected = f"{path}:1: *a must not be inside the value that it repeats"
         assert problem_of(path, "&a [*a]") == expected
 
 
