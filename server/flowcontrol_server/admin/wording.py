@@ -17,7 +17,7 @@ _REASONS = {
     Outcome.EVICTED_DRAINED: "the drain's budget was spent before its turn, after {waited}",
     Outcome.EVICTED_OPERATOR: "an operator evicted what waited of its flow, this one for {waited}",
     Outcome.EVICTED_STOOD_DOWN: "another replica decides now; its client was told after {waited}",
-    Outcome.EVICTED_MOVED: "Envoy asks again, another replica or for its next attempt, after {waited} here",
+    Outcome.EVICTED_MOVED: "Envoy asked again, after {waited} here",
     Outcome.RECLAIMED: "it was ended in flight for a waiting request of higher priority",
     Outcome.INTERNAL: "flow control failed",
 }

@@ -129,8 +129,8 @@ class RequestRule(Section):
     """Tenant of requests that match."""
     flow_id_from: FactName | None = None
     """Fact whose value is the tenant. For a header that holds a key (authorization, x-api-key,
-    api-key, x-goog-api-key, cookie) the tenant is `key-` and 16 digits of the key's SHA-256, so that
-    no log, ledger or page shows the key. `flowcontrol classify` shows the digits."""
+    api-key, x-goog-api-key, cookie), the tenant is `key-` and 16 digits of the key's SHA-256, so
+    that no log, ledger or page shows the key. `flowcontrol classify` shows the digits."""
 
     @model_validator(mode="after")
     def _says_something_once(self) -> Self:

@@ -1,13 +1,13 @@
-"""Pure. What the JSON body of a request says of it, read from its first bytes.
+"""Pure. Fields of a request's JSON body, read from its first bytes.
 
-Where Envoy's own filters read bodies, they find more and this is not asked. Behind a gateway that
-streams the body through here, the fields that matter are looked for in what has come of it when the
-request is parked, and never waited for: an engine's client may put them behind a long prompt. They
-are good for estimates and accounts, not for authorisation: of a key that comes twice the model
-server may take the one that is not read here.
+If Envoy's own filters read bodies, they find more, and this module is not used. Behind a gateway
+that streams bodies through this service, the fields are searched in the part of the body that has
+come when the request is parked. The service does not wait for more, because a client may put the
+fields behind a long prompt. They serve estimates and accounting, not authorisation: if a key is
+repeated, the model server may use the value that is not read here.
 
-Only strings, numbers and booleans right inside the outermost object count; what is around them is
-skipped, not parsed.
+Only strings, numbers and booleans directly inside the outermost object count; all else is skipped,
+not parsed.
 """
 
 import json
@@ -20,13 +20,13 @@ from typing import Any, Final
 from flowcontrol_server.requests.rules import BODY_FIELDS
 
 READ_BYTES_MAX: Final = 65_536
-"""Of a body, from its beginning: no more of it is here while its request is parked."""
+"""Bytes read from the beginning of a body. No more of it is held while its request is parked."""
 _TOKENS_MAX: Final = 4_096
-"""Of JSON: some ms of work for a prompt that is a list of numbers."""
+"""JSON tokens read: some ms of work for a prompt that is a list of numbers."""
 _TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+|"', re.DOTALL)
 _OPENING, _CLOSING = (b"{", b"["), (b"}", b"]")
 _PAIR: Final = 3
-"""Tokens of a field whose value is no list and no object."""
+"""Tokens of a field whose value is neither a list nor an object."""
 _FIELDS: Final = frozenset(BODY_FIELDS)
 
 
@@ -35,12 +35,12 @@ def body_facts(body: bytes) -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     pair: list[bytes] = []
     depth = 0
-    begin = len(BOM_UTF8) if body.startswith(BOM_UTF8) else 0  # Envoy, too, reads what is behind it
+    begin = len(BOM_UTF8) if body.startswith(BOM_UTF8) else 0  # Envoy skips it, too
     for match in islice(_TOKEN.finditer(body, begin, READ_BYTES_MAX), _TOKENS_MAX):
         token = match.group()
         if token == b'"' or (depth == 0 and token != b"{"):
-            break  # cut off, or no object
-        if depth == 1 and token in {b",", b"}"}:  # only now is a number known to be whole
+            break  # cut off, or not an object
+        if depth == 1 and token in {b",", b"}"}:  # only now is a number known to be complete
             _note(pair, found)
             pair = []
         elif depth == 1:
@@ -55,7 +55,7 @@ def body_facts(body: bytes) -> Mapping[str, Any]:
 
 
 def _note(pair: list[bytes], found: dict[str, Any]) -> None:
-    """Take down a name, a colon and a value, if they are that and wanted."""
+    """Note a field, if the tokens are a name, a colon and a value and the field is wanted."""
     if len(pair) != _PAIR or pair[1] != b":":
         return
     name, value = _scalar(pair[0]), _scalar(pair[2])
@@ -69,7 +69,7 @@ def _scalar(token: bytes) -> Any:
         if isinstance(value, bool):
             return "1" if value else "0"
         if isinstance(value, str):
-            value.encode()  # JSON can hold half of a pair of surrogates, which is no text
+            value.encode()  # raises for a lone surrogate, which JSON can hold
         return float(value) if isinstance(value, int) else value
     except (ValueError, OverflowError):
         return None

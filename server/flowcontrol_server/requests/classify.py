@@ -1,6 +1,6 @@
-"""Pure. From request headers, and what Envoy's filters found, to what the engine needs to know.
+"""Pure. Makes the engine's request from request headers and the metadata of Envoy's filters.
 
-Nothing here refuses: what is missing or malformed falls to a documented default.
+Nothing here refuses a request: a missing or malformed value gets a documented default.
 """
 
 import re
@@ -29,13 +29,13 @@ OBJECTIVE_HEADERS: Final = ("x-llm-d-inference-objective", "x-gateway-inference-
 TTFT_SLO_HEADERS: Final = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 TTL_HEADER: Final = "x-llm-d-inference-ttl"
 CONTROL_HEADERS: Final = (*FLOW_ID_HEADERS, *OBJECTIVE_HEADERS, *TTFT_SLO_HEADERS, TTL_HEADER)
-"""Meant for us: removed before the model server sees the request."""
+"""Meant for this service, and removed before the model server gets the request."""
 
 READ_HEADERS: Final = (
     *(":method", ":path", "content-length", "content-type", "x-request-id"),
     *CONTROL_HEADERS,
 )
-"""All that is read of a request, but for those that rules ask for; Envoy sends no others."""
+"""All headers of a request that are read, besides those in rules; Envoy sends no others."""
 
 SUBSET_NAMESPACE: Final = "envoy.lb.subset_hint"
 SUBSET_KEY: Final = "x-gateway-destination-endpoint-subset"
@@ -43,22 +43,22 @@ SUBSET_KEY: Final = "x-gateway-destination-endpoint-subset"
 
 _SERVED_NAMESPACE: Final = "envoy.lb"
 _SERVED: Final = "x-gateway-destination-endpoint-served"
-"""Endpoint picker protocol: in that metadata of the response."""
+"""Endpoint picker protocol: the endpoint that served, in that metadata of the response."""
 
 NAME_LENGTH_MAX: Final = 256
-"""Characters of a flow id, an objective or a model that count; the rest is cut off."""
+"""Length in characters to which a flow id, an objective or a model is cut."""
 SUBSET_LENGTH_MAX: Final = 1024
-"""Endpoints of a subset that count, the first in order of their names: to fewer the request may go
-just as well, and each is looked at when the request is dispatched."""
+"""Endpoints of a subset that count, the first by name. Each one is checked when the request is
+dispatched, and any part of the subset is allowed for the request."""
 _DIGITS_MAX: Final = 15
-"""Of a number that is taken for one: a petabyte, a day of microseconds."""
+"""Digits of a number; longer ones are ignored. 15 are enough for any size below a petabyte."""
 _MS_NS: Final = 1_000_000
 _JSON: Final = "application/json"
 _AMBIGUOUS: Final = re.compile(r"%2f|%5c|\\|/(\.|%2e){1,2}(/|$)", re.IGNORECASE)
-"""Slashes in disguise, and segments of dots: a server may take such a path for another."""
+"""Encoded slashes, backslashes and dot segments: a server may read such a path as another one."""
 _NO_METADATA: Final[Metadata] = {}
 SAFE_METHODS: Final = ("GET", "HEAD", "OPTIONS")
-"""What an exempt path without a method stands for."""
+"""Methods of an exempt path that names none."""
 _ANY_METHOD: Final = "*"
 
 
@@ -66,9 +66,9 @@ _ANY_METHOD: Final = "*"
 class ExemptPaths:
     """Requests that pass ungated, as `PATH` or `METHOD PATH`.
 
-    A path is exact, or a prefix with a trailing *. Without a method it stands for SAFE_METHODS;
-    the method * stands for every method. Envoy has normalized a path before it comes here; an
-    ambiguous one matches no prefix.
+    A path is exact, or a prefix if it ends in *. Without a method the entry is for SAFE_METHODS;
+    the method * is for every method. Envoy normalizes paths before they come here; a path that is
+    still ambiguous matches no prefix.
     """
 
     def __init__(self, entries: tuple[str, ...] = ()) -> None:
@@ -86,7 +86,7 @@ class ExemptPaths:
         self._prefixes = prefixes
 
     def passes(self, method: str, path: str) -> bool:
-        """Return whether a request passes ungated; path without its query."""
+        """Return whether a request passes ungated; the path is without its query."""
         return self._matches(method, path) or self._matches(_ANY_METHOD, path)
 
     def _matches(self, method: str, path: str) -> bool:
@@ -104,7 +104,7 @@ def _exempt_entry(entry: str) -> tuple[tuple[str, ...], str]:
 
 @final
 class BodyReads:
-    """Counts the bodies that Envoy was to read."""
+    """Counts bodies that Envoy failed to read."""
 
     def __init__(self) -> None:
         self.unread = 0
@@ -114,25 +114,25 @@ class BodyReads:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Intake:
-    """How requests are read, as the operator decided."""
+    """How requests are read, as configured."""
 
     exempt: ExemptPaths = field(default_factory=ExemptPaths)
     trusts_headers: bool = True
     """Whether objective, flow id and TTFT target are taken from their headers."""
     rules: tuple[Rule, ...] = ()
-    """Come before the headers."""
+    """Take precedence over the headers."""
     input_tokens: Fact | None = None
-    """Where the size of the prompt is found, if it is given."""
+    """Where the number of tokens of the prompt is found; None: nowhere."""
     bodies: BodyReads | None = None
-    """Counts what Envoy has not read, where it is to read bodies."""
+    """Counts bodies that Envoy could not read; None: Envoy reads no bodies."""
     conformance: Conformance | None = None
     """For conformance tests: lets a request choose its endpoint."""
     reads_prefixes: bool = False
-    """Whether the picker asks what a prompt begins with."""
+    """Whether the picker uses hashes of the beginning of the prompt."""
 
 
 class Origin(NamedTuple):
-    """What named the objective and the flow of a request: a rule, a header, or nothing."""
+    """The source of a request's objective and of its flow: a rule, a header, or the default."""
 
     objective: str
     flow_id: str
@@ -140,7 +140,7 @@ class Origin(NamedTuple):
 
 _UNNAMED: Final = "by default"
 _ORIGINS_MAX: Final = 1024
-"""Kept to be given again: most requests are named in one of a few ways."""
+"""Origins that are cached: most requests share a few."""
 
 
 def is_body_unread(headers: Mapping[str, str], body: Mapping[str, Any]) -> bool:
@@ -154,9 +154,9 @@ def classify(
     """Read a request for the engine; the gate gives it its id.
 
     Args:
-        headers: names in lower case; the first value of each counts.
-        metadata: of the request, as Envoy's filters left it.
-        intake: how to read it; None: as by default.
+        headers: names in lower case; only the first value of each counts.
+        metadata: of the request, as Envoy's filters set it.
+        intake: how to read it; None: the defaults.
     """
     return classify_with_origin(headers, metadata, intake or _DEFAULT_INTAKE)[0]
 
@@ -164,7 +164,7 @@ def classify(
 def classify_with_origin(
     headers: Mapping[str, str], metadata: Metadata, intake: Intake
 ) -> tuple[Request, Origin]:
-    """Return what `classify` does, and what named its objective and its flow."""
+    """Return what `classify` does, and the origin of the objective and the flow."""
     verdict = judge(intake.rules, headers, metadata) if intake.rules else _NO_VERDICT
     objective, flow_id = verdict.objective, verdict.flow_id
     objective_header = flow_id_header = ""
@@ -203,14 +203,14 @@ def path_of(headers: Mapping[str, str]) -> str:
 
 
 def client_request_id_of(headers: Mapping[str, str]) -> str:
-    """Return x-request-id, for people who read logs; never used as an identity."""
+    """Return x-request-id, for readers of logs; never used as an identity."""
     return headers.get("x-request-id", "")[:NAME_LENGTH_MAX]
 
 
 def served_endpoint(metadata: Metadata) -> str:
-    """Return the endpoint that served a request, where the gateway says so; else nothing."""
-    said = metadata.get(_SERVED_NAMESPACE)
-    served = said.get(_SERVED) if isinstance(said, Mapping) else None
+    """Return the endpoint that served a request, as the gateway reports it; empty: unknown."""
+    fields = metadata.get(_SERVED_NAMESPACE)
+    served = fields.get(_SERVED) if isinstance(fields, Mapping) else None
     return served if isinstance(served, str) else ""
 
 
@@ -256,7 +256,7 @@ def _subset(
 
 
 def _answer_max(body: Mapping[str, Any]) -> int | None:
-    """Return the most tokens of the answer that a body asks for; None: it says no such number."""
+    """Return the token limit of the answer in a body; None: there is none, or it is no count."""
     for name in ANSWER_FIELDS:
         value = body.get(name)
         if value is not None:
@@ -266,7 +266,7 @@ def _answer_max(body: Mapping[str, Any]) -> int | None:
 
 
 def _first(headers: Mapping[str, str], names: tuple[str, ...]) -> str:
-    """Return the first of these headers that says something, or nothing."""
+    """Return the name of the first of these headers that is not empty; empty: all are."""
     for name in names:
         if headers.get(name):
             return name

@@ -1,7 +1,9 @@
-"""The only file that knows Envoy's messages. Bytes in, plain values out, and back.
+"""Decodes Envoy's ext_proc messages to plain values, and encodes the replies.
 
-Google's protobuf (upb) decodes a request in microseconds, where the typed dataclasses of
-envoy-data-plane take most of a millisecond; those are the independent second codec of the tests.
+Only this module and `log_codec` use Envoy's message classes.
+
+Google's protobuf (upb) decodes a request in microseconds. The typed dataclasses of envoy-data-plane
+take most of a millisecond; they are the independent second codec of the tests.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,32 +49,34 @@ SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 DESTINATION: Final = "x-gateway-destination-endpoint"
 """Endpoint picker protocol: the same value as header and as dynamic metadata."""
 ENGINE_HEADERS: Final = (DESTINATION, *(each.header for each in ENGINE_PRIORITIES.values()))
-"""With these a client would choose its model server, or its priority there."""
+"""With these headers a client would choose its model server, or its priority there."""
 METADATA_NAMESPACE: Final = "flowcontrol"
 ADMITTED: Final = "admitted"
-"""True in that metadata for every request that we let on, dispatched or exempt: the filter behind
-ext_proc refuses a request without it, so that none passes while this service is gone."""
+"""True in that metadata for every request that may pass, dispatched or exempt. The filter behind
+ext_proc refuses a request without it, so that none passes while this service is unreachable."""
 TICKET: Final = "ticket"
-"""Names the request in that metadata: by it the access log's entry is joined with the request. The
+"""Identifies the request in that metadata, to join the entry in the access log with it. The
 client's x-request-id may be missing, or used twice."""
 SIZE_ATTRIBUTE: Final = "request.size"
-"""What Envoy knows of a body's size: what was announced, else what has arrived of it by then; where
-Envoy holds the body to read it, that is all of it."""
+"""Size of the body as Envoy knows it: the announced one, else the bytes that have arrived, which is
+the whole body if Envoy buffers it."""
 
 ARRIVED_ATTRIBUTE: Final = "request.total_size"
-"""Bytes of the request that Envoy has got so far, its headers included."""
+"""Bytes of the request that Envoy has received so far, headers included."""
 UNSENT_BYTES_MAX: Final = 1_048_576
-"""Announced bytes that count before they have come. A client may announce a gigabyte, send nothing,
-and leave no room in its band for others. Most prompts are smaller, and Envoy holds a JSON body
-until it is whole: those count as announced, for limits and for the estimate of their tokens."""
+"""Announced bytes that count before they have arrived. Without a bound, a client could announce a
+gigabyte, send nothing, and leave no room in its band for others. Most prompts are smaller, and
+Envoy buffers a JSON body until it is complete: both count as announced, for limits and for the
+estimate of their tokens."""
 TIME_ATTRIBUTE: Final = "request.time"
-"""When Envoy first saw the request: the same when it sends it again, to another replica."""
+"""When Envoy first saw the request; unchanged if Envoy sends it again, to another replica."""
 ID_ATTRIBUTE: Final = "request.id"
-"""x-request-id, where it is not among the headers that are sent to us."""
+"""x-request-id, if it is not among the headers that are sent to this service."""
 ATTRIBUTES: Final = (ID_ATTRIBUTE, SIZE_ATTRIBUTE, TIME_ATTRIBUTE, ARRIVED_ATTRIBUTE)
-"""What Envoy is asked to send beside the headers."""
+"""Attributes that Envoy is asked to send with the headers."""
 ATTEMPT_ATTRIBUTE: Final = "upstream.address"
-"""Asked for where Envoy sends a request again, and known there alone: where it would send it."""
+"""The endpoint of a further attempt at a request. Only the filter for such attempts asks for it,
+and only there Envoy knows it."""
 
 _TICKET_MARK: Final = b"?"
 _MARKS: Final = {
@@ -80,11 +84,11 @@ _MARKS: Final = {
     "headroom": -1.7976931348623155e308,
     "position": -1.7976931348623153e308,
 }
-"""Stand in a template for the numbers of one request; none of them is ever below 0."""
+"""Placeholders in a template for the numbers of one request, which are never below 0."""
 _TEMPLATES_MAX: Final = 1_024
 _double: Final = Struct("<d").pack
 _numbers: Final = Struct("<3d").pack
-"""Those of _MARKS, in their order."""
+"""Packs the numbers of _MARKS, in that order."""
 _KINDS: Final = {kind.value: kind for kind in MessageKind}
 _ANNOUNCED: Final = "content-length"
 _LONG_SIZE: Final = len(str(UNSENT_BYTES_MAX))
@@ -97,21 +101,21 @@ _TRAILERS: Final = {
     True: Message(MessageKind.REQUEST_TRAILERS, _NO_HEADERS),
     False: Message(MessageKind.RESPONSE_TRAILERS, _NO_HEADERS),
 }
-"""By whether they are the request's. What they hold is not read."""
+"""By whether they are the request's. Their content is not read."""
 _DUPLEX: Final[int] = ProcessingMode.FULL_DUPLEX_STREAMED
 _NO_BODIES: Final[int] = ProcessingMode.NONE
 _AWAITS_ANSWER: Final = ProcessingMode(
     response_header_mode=ProcessingMode.SEND,
     response_trailer_mode=ProcessingMode.SEND,
 )
-"""For one request: the headers of its response are sent to us, too; all else as configured."""
+"""For one request: also send the headers of its response here; all else as configured."""
 
 
 def _without_bodies(mode: Mode, *, reads_response: bool) -> Any:
-    """Return what asks Envoy to keep the bodies; ignored where that is not allowed.
+    """Return the mode that keeps bodies in Envoy; Envoy ignores it where that is not allowed.
 
-    The body of a duplex request is already on its way. The headers of the response tell its status
-    and who served it, where no access log does.
+    The body of a duplex request is already on its way. The headers of the response carry the status
+    and the endpoint that served, in case there is no access log.
     """
     is_duplex = mode is Mode.DUPLEX
     return ProcessingMode(
@@ -125,14 +129,14 @@ def _without_bodies(mode: Mode, *, reads_response: bool) -> Any:
 
 
 class MalformedMessageError(Exception):
-    """The bytes are not the message they should be, or one that asks for nothing."""
+    """The bytes are not the expected message, or the message is empty."""
 
 
 def parsed(kind: type[Kind], data: bytes) -> Kind:
     """Read one message.
 
     Raises:
-        MalformedMessageError: naming what it should have been.
+        MalformedMessageError: it cannot be read; the error names the expected message.
     """
     try:
         return kind.FromString(data)
@@ -151,19 +155,25 @@ def decode(data: bytes) -> Message | BodyPart:
     if part is not None:
         return part
     try:
-        said = Opening(data)
+        opening = Opening(data)
     except (UnexpectedError, UnicodeDecodeError):
         is_of_request = trailers_of(data)
         return _decode_any(data) if is_of_request is None else _TRAILERS[is_of_request]
-    if said.is_response:
-        metadata = _NO_METADATA if said.metadata is None else said.metadata
+    if opening.is_response:
+        metadata = _NO_METADATA if opening.metadata is None else opening.metadata
         kind = MessageKind.RESPONSE_HEADERS
-        return Message(kind, said.headers, metadata, is_end=said.is_end)
-    return _opening(said.headers, said.attributes, said.metadata, said.modes, is_end=said.is_end)
+        return Message(kind, opening.headers, metadata, is_end=opening.is_end)
+    return _opening(
+        opening.headers,
+        opening.attributes,
+        opening.metadata,
+        opening.modes,
+        is_end=opening.is_end,
+    )
 
 
 def _decode_any(data: bytes) -> Message | BodyPart:
-    """Read whatever else a ProcessingRequest may be."""
+    """Read any ProcessingRequest with protobuf."""
     request = parsed(ProcessingRequest, data)
     which = request.WhichOneof("request")
     if which is None:
@@ -175,8 +185,8 @@ def _decode_any(data: bytes) -> Message | BodyPart:
     if kind is not MessageKind.REQUEST_HEADERS:
         if kind not in {MessageKind.REQUEST_BODY, MessageKind.RESPONSE_BODY}:
             return Message(kind, _NO_HEADERS)
-        said = getattr(request, which)
-        return BodyPart(kind is MessageKind.REQUEST_BODY, said.body, said.end_of_stream)
+        part = getattr(request, which)
+        return BodyPart(kind is MessageKind.REQUEST_BODY, part.body, part.end_of_stream)
     modes = request.protocol_config
     return _opening(
         _headers(request.request_headers),
@@ -191,15 +201,15 @@ def _decode_any(data: bytes) -> Message | BodyPart:
 
 def _response(request: Any) -> Message:
     """Read the headers of a response."""
-    said = request.response_headers
+    response = request.response_headers
     metadata = _metadata(request) if request.HasField("metadata_context") else _NO_METADATA
-    headers = _headers(said)
-    return Message(MessageKind.RESPONSE_HEADERS, headers, metadata, is_end=said.end_of_stream)
+    headers = _headers(response)
+    return Message(MessageKind.RESPONSE_HEADERS, headers, metadata, is_end=response.end_of_stream)
 
 
-def _headers(said: Any) -> dict[str, str]:
+def _headers(message: Any) -> dict[str, str]:
     headers: dict[str, str] = {}
-    for header in said.headers.headers:
+    for header in message.headers.headers:
         name = header.key
         if name not in headers:
             raw = header.raw_value
@@ -248,7 +258,7 @@ def _further_attempt(
 
 
 def _mode(modes: tuple[int, int]) -> Mode:
-    """Return the conversation that follows from what Envoy does with bodies."""
+    """Return the conversation that follows from Envoy's modes for bodies."""
     of_request, of_response = modes
     if _DUPLEX in {of_request, of_response}:
         return Mode.DUPLEX
@@ -256,7 +266,7 @@ def _mode(modes: tuple[int, int]) -> Mode:
 
 
 def _kept(modes: tuple[int, int]) -> MessageKind | None:
-    """Return the body that Envoy does not wait to get back while it waits for the other."""
+    """Return the body that Envoy does not expect back, if it expects only the other one back."""
     of_request, of_response = modes
     if (of_request == _DUPLEX) is (of_response == _DUPLEX):
         return None
@@ -264,7 +274,7 @@ def _kept(modes: tuple[int, int]) -> MessageKind | None:
 
 
 def _read_attributes(attributes: dict[str, dict[str, Any]], headers: dict[str, str]) -> str:
-    """Return when the request came; what else Envoy knows stands for headers that are missing."""
+    """Return when the request came, and fill in missing headers from the attributes."""
     began, size = "", 0.0
     for fields in attributes.values():
         began = _text_of(fields, TIME_ATTRIBUTE) or began
@@ -287,7 +297,7 @@ def _number_of(fields: dict[str, Any], name: str) -> float:
 
 
 def _bound_announced(headers: dict[str, str], attributes: dict[str, dict[str, Any]]) -> None:
-    """Count of an announced body what has come, and a part of the rest."""
+    """Bound the announced size: bytes that have arrived, plus `UNSENT_BYTES_MAX`."""
     arrived = max(
         (
             int(_number_of(fields, ARRIVED_ATTRIBUTE))
@@ -298,14 +308,14 @@ def _bound_announced(headers: dict[str, str], attributes: dict[str, dict[str, An
     )
     announced = headers[_ANNOUNCED]
     if arrived is None or not (announced.isascii() and announced.isdigit()):
-        return  # an Envoy that does not say it: then it is as announced
+        return  # Envoy does not send the attribute: the size stays as announced
     bound = str(arrived + UNSENT_BYTES_MAX)
     if (len(announced), announced) > (len(bound), bound):
         headers[_ANNOUNCED] = bound
 
 
 def plain(struct: struct_pb2.Struct) -> dict[str, Any]:
-    """Return a Struct as what JSON can hold; numbers are floats."""
+    """Return a Struct as JSON values; numbers are floats."""
     fields = struct.fields
     return {name: _plain_value(fields[name]) for name in fields}
 
@@ -321,19 +331,19 @@ def _plain_value(value: struct_pb2.Value) -> Any:
 
 @final
 class Encoder:
-    """Writes what we answer.
+    """Encodes replies.
 
     Args:
         picks: whether this service sets the destination.
-        trusts_engine_headers: let ENGINE_HEADERS of a client pass, where this service does not
-            set them itself.
-        anywhere: with `picks`, returns an endpoint for requests that have none picked.
-        engine_priority: how the band is passed on to the model server, if it is.
-        reads_responses: whether responses are read, and so must not be compressed.
-        tickets: name the request in Envoy's access log.
+        trusts_engine_headers: let ENGINE_HEADERS of a client pass, unless this service sets them
+            itself.
+        anywhere: with `picks`, returns an endpoint for requests for which none was picked.
+        engine_priority: how the model server gets the band; None: it does not.
+        reads_responses: whether Envoy reads responses, which then must not be compressed.
+        tickets: issues the tickets that identify requests in Envoy's access log.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that differs between deployments
         self,
         *,
         picks: bool = False,
@@ -357,7 +367,7 @@ class Encoder:
         self._exempt = _exempt(self._removed)
 
     def encode(self, reply: Reply, mode: Mode = Mode.ANSWERS) -> list[bytes]:
-        """Write the ProcessingResponses of a reply: one, but for a body, which may take more."""
+        """Encode a reply as ProcessingResponses: one, or several for a long body."""
         match reply:
             case Decision():
                 return [self._dispatched(reply, mode)]
@@ -372,7 +382,7 @@ class Encoder:
             case Refuse():
                 return [_refuse(reply)]
             case Acknowledge():
-                return [_naming(reply.served) if reply.served else _ACKNOWLEDGEMENTS[reply.kind]]
+                return [_served_by(reply.served) if reply.served else _ACKNOWLEDGEMENTS[reply.kind]]
             case BodyPart():
                 return list(echoes(reply))
 
@@ -402,14 +412,14 @@ class Encoder:
         mode: Mode,
         awaits_answer: bool,  # noqa: FBT001 - part of a key
     ) -> "_Template":
-        """Return an answer in which only what differs with every request is left open.
+        """Return an answer with placeholders for what differs with every request.
 
         Args:
             ticket_bytes: length of the ticket; all lengths before it depend on it.
             priority: of the band.
-            destination: where the request goes, if that is ours to say.
+            destination: where the request goes; None: Envoy picks.
             mode: which conversation it is.
-            awaits_answer: whether the response headers are asked for.
+            awaits_answer: whether to ask for the response headers.
         """
         response = ProcessingResponse()
         mutation = response.request_headers.response.header_mutation
@@ -439,11 +449,11 @@ class Encoder:
 
 @final
 class _Template:
-    """An answer in which only what differs with every request is left open.
+    """An answer with placeholders for what differs with every request.
 
     Args:
         data: the answer.
-        marks: what stands for the ticket in it, and for the numbers.
+        marks: the placeholder of the ticket, and those of the numbers.
     """
 
     __slots__ = ("_order", "_pieces")
@@ -451,7 +461,7 @@ class _Template:
     def __init__(self, data: bytes, marks: list[bytes]) -> None:
         assert all(data.count(mark) == 1 for mark in marks), "a mark is what nothing else can be"
         self._order = sorted(range(len(marks)), key=lambda number: data.index(marks[number]))
-        """Which mark comes when: 0 is the ticket."""
+        """The marks in their order in the answer; 0 is the ticket."""
         self._pieces: list[bytes] = []
         at = 0
         for number in self._order:
@@ -461,7 +471,7 @@ class _Template:
         self._pieces.append(data[at:])
 
     def filled(self, ticket: bytes, numbers: bytes) -> bytes:
-        """Return the answer for one request; numbers as they are in _MARKS, 8 bytes each."""
+        """Return the answer for one request; numbers in the order of _MARKS, 8 bytes each."""
         parts: list[bytes] = []
         for at, number in enumerate(self._order):
             parts.append(self._pieces[at])
@@ -490,7 +500,7 @@ def _refuse(reply: Refuse) -> bytes:
 
 def _set_header(option: Any, name: str, value: str) -> None:
     option.header.key = name
-    option.header.raw_value = value.encode()  # Envoy takes `value` for an empty header here
+    option.header.raw_value = value.encode()  # Envoy reads `value` as an empty header here
     option.append_action = HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
@@ -502,8 +512,8 @@ def _acknowledgement(kind: MessageKind) -> bytes:
     return _serialized(response)
 
 
-def _naming(served: str) -> bytes:
-    """Return the acknowledgement of response headers that are to say who served the request."""
+def _served_by(served: str) -> bytes:
+    """Return the acknowledgement of response headers that adds the endpoint that served."""
     response = ProcessingResponse()
     mutation = response.response_headers.response.header_mutation
     _set_header(mutation.set_headers.add(), SERVED_HEADER, served)
@@ -511,7 +521,7 @@ def _naming(served: str) -> bytes:
 
 
 def _send_to(response: Any, destination: str) -> None:
-    """Say where the request goes, in both places that must agree."""
+    """Set the destination of the request, in the two places that must agree."""
     mutation = response.request_headers.response.header_mutation
     _set_header(mutation.set_headers.add(), DESTINATION, destination)
     response.dynamic_metadata.fields["envoy.lb"].struct_value.fields[

@@ -1,9 +1,9 @@
-"""Pure. How the clients of each API expect an error to be written.
+"""Pure. The format of errors that the clients of each API expect.
 
-A client's library reads the error of its own API and no other: Anthropic's looks for `type` at the
-top, OpenAI's for `error`, Gemini's for a `status` in it, Ollama's and KServe's for a text. The path
-says which API it is. A gRPC client gets its status from Envoy, and the body as that status'
-message: plain text, then.
+A client library understands the errors of its own API only: Anthropic's looks for `type` at the
+top, OpenAI's for `error`, Gemini's for `status` in it, Ollama's and KServe's for a text. The path
+shows which API it is. A gRPC client gets the status from Envoy, with the body as its message, so
+the body is plain text.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Final
 
 
 class Dialect(Enum):
-    """An API's way to say an error."""
+    """The error format of an API."""
 
     __hash__ = object.__hash__  # as in Outcome
 
@@ -46,11 +46,11 @@ _OLLAMA, _KSERVE = "/api/", "/v2"
 
 
 def dialect_of(path: str, content_type: str) -> Dialect:
-    """Return how the client of a request is to be answered.
+    """Return the error format for the client of a request.
 
     Args:
         path: of the request, without its query.
-        content_type: of the request, empty if it says none.
+        content_type: of the request; empty: it has none.
     """
     if content_type.startswith("application/grpc"):
         return Dialect.GRPC
@@ -66,7 +66,7 @@ def dialect_of(path: str, content_type: str) -> Dialect:
 
 
 def content_type_of(dialect: Dialect) -> str:
-    """Return what an error's body is."""
+    """Return the content type of an error's body."""
     return "text/plain" if dialect is Dialect.GRPC else "application/json"
 
 
@@ -74,10 +74,10 @@ def error_body(dialect: Dialect, status: int, reason: str, message: str) -> byte
     """Return the body of an error.
 
     Args:
-        dialect: of the client.
-        status: of HTTP.
-        reason: stable, for machines.
-        message: for people.
+        dialect: error format of the client.
+        status: HTTP status.
+        reason: stable code, for machines.
+        message: text, for people.
     """
     match dialect:
         case Dialect.GRPC:

@@ -1,22 +1,22 @@
-"""Pure. The ext_proc conversation of one request, whatever carries it.
+"""Pure. The ext_proc conversation of one request, independent of the transport.
 
-Envoy opens a stream and sends the request headers. Nothing else is owed until the headers are
-answered. What follows is one of two conversations, which Envoy names in its first message:
+Envoy opens a stream and sends the request headers. Nothing else is answered before the headers.
+What follows is one of these conversations, which Envoy names in its first message:
 
 ANSWERS. Envoy keeps the bodies. The stream stays open until the request is over (response trailers
-SEND), and at most one more message comes, the trailers of the response, if the model server really
-sends any. BUFFERED is the same where the answer to the headers must ask Envoy to keep the bodies;
-one that comes before Envoy has read that is acknowledged.
+SEND). At most one more message comes: the trailers of the response, if the model server sends any.
+BUFFERED is the same, except that the answer to the headers must ask Envoy to keep the bodies. A
+body that comes before Envoy has read the answer is acknowledged.
 
-DUPLEX (FULL_DUPLEX_STREAMED, as gateways wire endpoint pickers). Envoy sends both bodies in parts
-and waits for them to be sent back. Parts that come while the request is parked are held, and sent
-back behind the answer to the headers; all others are sent back at once. The end of a body is sent
-back once, and what comes behind it is ignored (envoyproxy/envoy#46237). Nothing follows an
-ImmediateResponse. Where only one of the bodies is to be sent back, parts of the other are
+DUPLEX (FULL_DUPLEX_STREAMED, as gateways configure endpoint pickers). Envoy sends both bodies in
+parts and waits until they are sent back. Parts that come while the request is parked are held, and
+sent back after the answer to the headers; all others are sent back at once. The end of a body is
+sent back once, and whatever follows it is ignored (envoyproxy/envoy#46237). Nothing follows an
+ImmediateResponse. If Envoy expects only one of the bodies back, parts of the other are
 acknowledged.
 
-Messages and answers are plain slots classes, built once and read once: frozen ones take four times
-as long to make.
+Messages and answers are plain classes with slots, built once and read once: frozen ones take four
+times as long to make.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,16 +43,16 @@ _NO_METADATA: Final[Metadata] = {}
 
 
 class Phase(Enum):
-    """Where a conversation stands."""
+    """The state of a conversation."""
 
     OPENING = auto()
-    """Nothing has been said."""
+    """No message has come."""
     PARKED = auto()
-    """The headers are here and owed an answer."""
+    """The headers have come and are not answered yet."""
     GOING = auto()
-    """The request was let on; its stream is the lease on its slot."""
+    """The request may go on to its endpoint; its stream is the lease on its slot."""
     OVER = auto()
-    """Nothing more is to be said: refused, exempt, or ended."""
+    """Nothing more is sent: the request was refused, is exempt, or has ended."""
 
     __hash__ = object.__hash__  # as in Outcome
 
@@ -63,15 +63,15 @@ class Mode(Enum):
     ANSWERS = "answers"
     """Envoy keeps the bodies."""
     BUFFERED = "buffered"
-    """Envoy would send bodies, and is asked not to; what it sends all the same passes."""
+    """Envoy is asked not to send bodies; those that it sends all the same are acknowledged."""
     DUPLEX = "duplex"
-    """Envoy sends the bodies, and gets them back."""
+    """Envoy sends the bodies and gets them back."""
 
     __hash__ = object.__hash__
 
 
 class MessageKind(Enum):
-    """What Envoy can send."""
+    """Kinds of messages that Envoy can send."""
 
     REQUEST_HEADERS = "request_headers"
     REQUEST_BODY = "request_body"
@@ -84,10 +84,10 @@ class MessageKind(Enum):
 
 
 class FurtherAttempt(NamedTuple):
-    """Another attempt at a request: Envoy could not send it where it was to go."""
+    """Another attempt at a request that Envoy could not send to its endpoint."""
 
     ticket: str
-    """Of the attempt before; empty where that had none."""
+    """Ticket of the attempt before; empty: it had none."""
     endpoint: str
     """Where Envoy would send it now."""
 
@@ -95,23 +95,23 @@ class FurtherAttempt(NamedTuple):
 @final
 @dataclass(slots=True, init=False)
 class Message:
-    """One message of Envoy's that is no part of a body."""
+    """One message of Envoy that is not a part of a body."""
 
     kind: MessageKind
     headers: Mapping[str, str]
-    """Of the request or the response, names in lower case; of trailers they are not read."""
+    """Headers of the request or the response, names in lower case; trailers are not read."""
     metadata: Metadata = field(default_factory=dict)
-    """What Envoy's filters found in it, where Envoy forwards that."""
+    """Metadata of Envoy's filters, if Envoy forwards it."""
     began: str = ""
-    """When Envoy first saw the request, RFC 3339; empty where it does not say."""
+    """When Envoy first saw the request, RFC 3339; empty: unknown."""
     mode: Mode | None = None
-    """Which conversation follows; None where Envoy does not say."""
+    """Which conversation follows; None: Envoy does not name it."""
     is_end: bool = False
     """Whether no body follows these headers."""
     attempt: FurtherAttempt | None = None
-    """None where Envoy has not tried to send the request yet."""
+    """None: Envoy has not tried to send the request yet."""
     kept: MessageKind | None = None
-    """The body that Envoy does not wait to get back in a duplex conversation, if there is one."""
+    """The body that Envoy does not expect back in a duplex conversation; None: there is none."""
 
     def __init__(  # noqa: PLR0913 - its fields; a dataclass's own is interpreted
         self,
@@ -138,22 +138,22 @@ class Message:
 @final
 @dataclass(frozen=True, slots=True)
 class Acknowledge:
-    """Let a later part of the request or response pass as it is."""
+    """Let a later message of the request or response pass unchanged."""
 
     kind: MessageKind
     served: str = ""
-    """For conformance tests: the endpoint that the headers of the response are to name."""
+    """For conformance tests: the endpoint to name in the headers of the response."""
 
 
 Reply = Answer | Acknowledge | BodyPart
 
 
 class ProtocolError(Exception):
-    """The client of this stream sent a message that must not come now; nothing has changed."""
+    """The client of this stream sent a message that is not allowed now; the state is unchanged."""
 
 
 class Move(Enum):
-    """What is done about a message."""
+    """How a message is handled."""
 
     PARK = "park"
     """Ask for the decision."""
@@ -164,7 +164,7 @@ class Move(Enum):
     ACKNOWLEDGE = "acknowledge"
     """Let it pass."""
     GIVE_UP = "give up"
-    """Envoy itself responds while the request is parked; let that pass, and leave the queue."""
+    """Envoy itself responds while the request is parked: let the response pass, leave the queue."""
 
 
 _OPENS: Final = "the first message must be request_headers"
@@ -179,8 +179,8 @@ _ACK: Final = Move.ACKNOWLEDGE
 _GIVE_UP: Final = Move.GIVE_UP
 
 MOVES: Final[Mapping[tuple[Mode, Phase], Sequence[Move | str]]] = {
-    # By the kinds of messages: those of the request (headers, body, trailers), of the response.
-    # A text says why the message must not come.
+    # One entry for each kind of message: headers, body, trailers of the request, then the same of
+    # the response. A text is the error if the message is not allowed.
     (Mode.ANSWERS, Phase.OPENING): (_PARK, _OPENS, _OPENS, _OPENS, _OPENS, _OPENS),
     (Mode.ANSWERS, Phase.PARKED): (_TWICE, _BODIES, _BODIES, _GIVE_UP, _BODIES, _BODIES),
     (Mode.ANSWERS, Phase.GOING): (_TWICE, _ACK, _ACK, _ACK, _ACK, _ACK),
@@ -197,17 +197,17 @@ MOVES: Final[Mapping[tuple[Mode, Phase], Sequence[Move | str]]] = {
 
 
 class Parting(Enum):
-    """What is done about a request when this replica is to decide no more, or closes."""
+    """What happens to a request when this replica stops deciding, or closes."""
 
     MOVE = "move"
     """End the stream unanswered: Envoy asks the next replica."""
     REFUSE = "refuse"
-    """Tell the client. Envoy keeps nothing of a body that it has sent here, and gateways wire no
-    second try: it would answer with a bare 500, or let the request on undecided."""
+    """Refuse the request. Envoy keeps no copy of a body that it has sent here, and gateways
+    configure no second try: Envoy would answer a bare 500, or let the request pass undecided."""
     END = "end"
     """End the stream: the response goes on without it."""
     STAY = "stay"
-    """Let the bodies pass to their end."""
+    """Keep the stream until the bodies have passed."""
 
     __hash__ = object.__hash__
 
@@ -236,9 +236,10 @@ _DUPLEX: Final = Mode.DUPLEX
 
 @final
 class Exchange:
-    """One conversation: messages and decisions go in, replies come out.
+    """One conversation: takes messages and decisions, returns replies.
 
-    Legal moves are the table above; an illegal one raises `ProtocolError` and changes nothing.
+    Moves are those of the table above. A message that is not allowed raises `ProtocolError` and
+    changes nothing.
     """
 
     __slots__ = (
@@ -260,38 +261,38 @@ class Exchange:
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
         self.origin: Origin | None = None
-        """What named the objective and the flow of the request; None: it is not classified."""
+        """Origin of the objective and the flow of the request; None: it is not classified."""
         self.phase = _OPENING
         self.mode = _ANSWERS
         self._has_asked = False
-        """Whether Envoy has said which conversation it wants."""
+        """Whether Envoy has named the conversation."""
         self._has_only_asked = False
-        """All of a request came without a word of conversations, and no response."""
+        """Whether all of a request came without a named conversation, and no response has come."""
         self._held: list[bytes] | None = None
-        """Of the request's body, while it is parked."""
+        """Parts of the request's body, while the request is parked."""
         self.held_bytes = 0
         self._is_end_held = False
         self._owed: list[Reply] | None = None
-        """Acknowledgements that wait for the answer to the headers."""
+        """Acknowledgements to send after the answer to the headers."""
         self._is_request_ended = False
         """The end of the request's body has come."""
         self._is_response_ended = False
         self._kept: MessageKind | None = None
-        """The body whose parts are acknowledged."""
+        """The body whose parts are acknowledged, not sent back."""
 
-    def receive(self, said: Message | BodyPart) -> Request | Reply | None:
-        """Take what Envoy says; return the answer, or the request whose decision will be it.
+    def receive(self, message: Message | BodyPart) -> Request | Reply | None:
+        """Take a message; return the reply, or the request whose decision will be the reply.
 
-        None: nothing is owed now.
+        None: no reply is due now.
         """
-        if isinstance(said, BodyPart):
-            return self._receive_body(said)
-        kind = said.kind
+        if isinstance(message, BodyPart):
+            return self._receive_body(message)
+        kind = message.kind
         move = _MOVES[self.mode, self.phase, kind]
         if isinstance(move, str):
             raise ProtocolError(move)
         if move is _PARK:
-            return self._begin(said)
+            return self._begin(message)
         if move is _HOLD:
             self._owe(kind)
             return None
@@ -301,14 +302,14 @@ class Exchange:
             self._drop_held()
             self.phase = _GOING
         if self._intake.conformance is not None and kind is MessageKind.RESPONSE_HEADERS:
-            return Acknowledge(kind, served_endpoint(said.metadata))
+            return Acknowledge(kind, served_endpoint(message.metadata))
         return Acknowledge(kind)
 
     def with_body(self, request: Request, message: Message) -> Request:
-        """Return a request with what has come of its body taken into account.
+        """Return a request updated with the part of its body that has come.
 
         Args:
-            request: as the headers have it.
+            request: as classified by its headers.
             message: the headers.
         """
         if self._held is None:
@@ -325,34 +326,34 @@ class Exchange:
     def awaits_end(self) -> bool:
         """Whether a half-close is not the end of the request.
 
-        A client that does not say which conversation it wants (NGINX Gateway Fabric) ends its side
-        behind the request, and reads the answers then.
+        A client that does not name the conversation (NGINX Gateway Fabric) half-closes the stream
+        after the request, and then reads the answers.
         """
         return not self._has_asked and self._is_request_ended
 
     @property
     def takes_bodies(self) -> bool:
-        """Whether a part of a body may come and is sent back, in however many parts."""
+        """Whether a part of a body may come and is sent back, in any number of parts."""
         return self.mode is _DUPLEX or not self._has_asked
 
     @property
     def parting(self) -> Parting | None:
-        """Return what is done when this replica is to decide no more; None: nothing is left."""
+        """What happens when this replica stops deciding; None: nothing is left to do."""
         return PARTINGS.get((self.mode, self.phase))
 
     @property
     def is_unseen(self) -> bool:
-        """Whether nothing will tell of the response: the same client asks only where to send."""
+        """Whether the response stays unseen: such a client asks only where to send a request."""
         return self._has_only_asked and self.phase is _GOING
 
     def recall(self, refusal: Refuse) -> Reply:
-        """Take the decision that ends a request in flight; return it as the reply to be sent."""
+        """Take the decision that ends a request in flight; return the reply to send."""
         assert self.phase is _GOING, "only a request in flight is recalled"
         self.phase = Phase.OVER
         return refusal
 
     def decide(self, answer: Answer) -> list[Reply]:
-        """Take the decision about the parked request; return what is owed, in order."""
+        """Take the decision about the parked request; return the replies to send, in order."""
         assert self.phase is _PARKED, "only a parked request is decided"
         replies: list[Reply] = [answer]
         is_going = isinstance(answer, Decision) or (
@@ -377,7 +378,7 @@ class Exchange:
         self._has_only_asked = message.is_end and not self._has_asked
         headers = message.headers
         if message.attempt is not None and not message.attempt.ticket:
-            self.phase = Phase.OVER  # exempt, or let on while this service was gone
+            self.phase = Phase.OVER  # exempt, or passed while this service was unreachable
             return Acknowledge(message.kind)
         if self._intake.exempt.passes(headers.get(":method", ""), path_of(headers)):
             self.phase = _GOING if self.mode is _DUPLEX else Phase.OVER
@@ -418,7 +419,7 @@ class Exchange:
         return None
 
     def _has_ended(self, part: BodyPart) -> bool:
-        """Whether the end of a part's body came before it; take note of the part."""
+        """Note a part; return whether the end of its body came before it."""
         if part.is_request:
             has_ended = self._is_request_ended
             self._is_request_ended = has_ended or part.is_end

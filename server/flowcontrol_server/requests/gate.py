@@ -1,10 +1,11 @@
 """The bridge between the event loop and the processor thread.
 
-Everything here runs on the loop's thread, except that `deliver` and `ended` are called by the
-processor and hop over at once. Per turn of the loop the processor is woken once, however many
-requests came; per batch of decisions the loop is woken once, and each request's owner is called in
-that same turn. While nothing waits there is nothing to decide, and what is not an arrival wakes no
-thread: it is read before the next arrival, or a moment later if none comes.
+Everything here runs on the loop's thread. Only `_deliver` and `_ended` are called by the processor,
+and pass their arguments to the loop at once. In one turn of the loop the processor is woken once,
+however many requests came. For one batch of decisions the loop is woken once, and the owner of each
+request is called in that same turn. While no request waits there is nothing to decide, so a fact
+that is not an arrival wakes no thread: the processor reads it before the next arrival, or a moment
+later if none comes.
 """
 
 import asyncio
@@ -45,18 +46,18 @@ Answer = TypeVar("Answer")
 _STOPPED: Final = "the processor has stopped"
 
 NEWS_WITHIN_S: Final = 0.005
-"""How long a fact that decides nothing may stay unread. To wake the processor for each departure,
-too, would double its turns."""
+"""Longest time that a fact stays unread while no request waits. Waking the processor for each
+departure, too, would double its turns."""
 
 
 SETTLED_AT_ONCE_MAX: Final = 256
-"""Decisions settled in one turn of the loop. A queue of thousands may end in one turn of the
-processor, and each costs the loop about 20 us until its answer is written."""
+"""Decisions settled in one turn of the loop. One turn of the processor may decide a queue of
+thousands, and each decision costs the loop about 20 us until its answer is written."""
 SUBSETS_MAX: Final = 256
-"""Distinct subsets of endpoints that requests may wait with; the engine looks at each at every
-dispatch, about 0.6 us. A request with one more is refused as if the queue were full."""
+"""Distinct subsets of endpoints among the waiting requests. The engine checks each at every
+dispatch, which takes about 0.6 us. A request with one more is refused as if the queue were full."""
 _ROOM_NS: Final = 1_000_000_000
-"""Retry-After of a request that the engine did not see."""
+"""Retry-After of a request that never reached the engine."""
 _NO_HEADERS: Final[Mapping[str, str]] = {}
 _DISPATCHED: Final = Outcome.DISPATCHED  # looked up once: each time takes some 200 instructions
 _RECLAIMED: Final = Outcome.RECLAIMED
@@ -70,34 +71,34 @@ class Parked:
     """A request at the gate, from its arrival to the end of its stream."""
 
     request: Request
-    """As the engine knows it."""
+    """The request as the engine gets it."""
     decision: Decision | None = None
-    """About it; set once."""
+    """The decision about it; set once."""
     decided: Callable[[Decision], None] | None = None
-    """Called once, with the decision when it comes; by then all else is known of it."""
+    """Called once with the decision, after all other fields are set."""
     client_request_id: str = ""
     path: str = ""
-    """Without its query."""
+    """Path without the query."""
     dialect: Dialect = Dialect.OPENAI
-    """How errors are written for its client."""
+    """Error format of its client."""
     arrived_ns: int = 0
     decided_ns: int = 0
     left_ns: int | None = None
     recall: asyncio.Future[Decision] | None = None
-    """Resolves with a second decision, if one comes: to end the request in flight. None where none
-    can come."""
+    """Resolves with a second decision, if one comes, which ends the request in flight. None: no
+    second one can come."""
     origin: Origin | None = None
-    """What named its objective and its flow; None where nothing is known of that."""
+    """Origin of its objective and its flow; None: unknown."""
     response: ResponseReader | None = None
-    """Reads the response, where that passes through here."""
+    """Reads the response; None: it does not pass through here."""
     trace: Mapping[str, str] | None = None
-    """Headers that tell of the trace it belongs to; None while traces are off."""
+    """Headers of the trace that it belongs to; None: traces are off."""
     former: "Parked | None" = None
     """The attempt before, which Envoy could not send; it leaves when this one is dispatched."""
     is_followed: bool = False
     """Whether it was dispatched, could not be sent, and another attempt has come."""
     is_unsent: bool = False
-    """Whether such an attempt was dispatched since."""
+    """Whether it was dispatched and not sent, and another attempt has been dispatched since."""
 
     def __init__(  # noqa: PLR0913 - its fields; a dataclass's own is interpreted
         self,
@@ -132,11 +133,11 @@ class Parked:
 
     @property
     def request_id(self) -> int:
-        """Our own id of the request."""
+        """The id that this process gave the request."""
         return self.request.request_id
 
     def future(self) -> asyncio.Future[Decision]:
-        """Return a future of the decision, in place of `decided`: one, never to be cancelled."""
+        """Return a future of the decision, in place of `decided`; once, and not to be cancelled."""
         future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
         if self.decision is None:
             assert self.decided is None, "there is one decision"
@@ -149,7 +150,7 @@ class Parked:
 @final
 @dataclass(slots=True, eq=False)
 class _Eviction:
-    """One caller's wish that a flow be evicted, and how many of it were since."""
+    """A call that evicts a flow, and how many of its requests have been evicted since."""
 
     key: FlowKey
     count: int = 0
@@ -160,14 +161,15 @@ class FlowGate:
     """Parks requests and settles them with the processor's decisions.
 
     Args:
-        config: for the flow controller it builds.
-        arrivals_max: arrivals the processor may be behind before more are refused on the spot.
-        request_ended: called once for every request, when it is both decided and gone.
-        processor_ended: called once, with what went wrong or None after a drain.
-        recorder: is shown every turn of the processor.
-        recent_max: decisions kept to be asked about.
+        config: of the flow controller that it builds.
+        arrivals_max: arrivals that the processor has not read yet, beyond which more are refused at
+            once.
+        request_ended: called once for every request, when it is decided and its stream has ended.
+        processor_ended: called once, with the fault; None: after a drain.
+        recorder: records every turn of the processor.
+        recent_max: recent decisions kept for queries.
         dispatched: called at every dispatch, before the request is answered.
-        may_decide: whether decisions count now; those that do not are held until `resume`.
+        may_decide: whether decisions count now; others are held until `resume`.
         unsent: called with each endpoint to which Envoy could not send a request.
     """
 
@@ -195,7 +197,7 @@ class FlowGate:
         self._may_decide = may_decide
         self._unsent = unsent
         self._held: list[Decision] = []
-        """Decisions that came while none counted; at most one or two for each live request."""
+        """Decisions that came while they did not count; one or two at most per live request."""
         self._inbox = Inbox(arrivals_max)
         self.made_ns = time.monotonic_ns()
         """When the engine was made."""
@@ -209,40 +211,40 @@ class FlowGate:
         self._ids = itertools.count(1)
         self._parked: dict[int, Parked] = {}
         self._unseen: dict[Parked, asyncio.TimerHandle] = {}
-        """Dispatched requests that have no stream any more, and what lets them leave."""
+        """Dispatched requests whose stream has ended, with the timers that make them leave."""
         self._undecided = 0
-        """Of them, those that wait for their decision."""
+        """Parked requests that wait for their decision."""
         self._subsets: dict[tuple[str, ...], int] = {}
-        """Of those, the subsets, and how many wait with each."""
+        """Subsets of undecided requests, with the number of requests that have each."""
         self._delivered: deque[Decision | Callable[[], None]] = deque()
-        """By the processor, and not settled yet, with what is to be done after."""
+        """Decisions of the processor that are not settled yet, and actions to run after them."""
         self._is_bell_due = False
         self._is_news_due = False
         self._snapshot: asyncio.Future[Snapshot] | None = None
         self._next_snapshot: asyncio.Future[Snapshot] | None = None
         """For callers that ask while one is being taken."""
         self._questions: set[asyncio.Future[Any]] = set()
-        """Asked and not answered yet."""
+        """Questions without an answer yet."""
         self._evictions: set[_Eviction] = set()
-        """Asked for and not answered yet."""
+        """Evictions of flows under way."""
         self._closed_as: Outcome | None = None
-        """How arrivals are answered once the processor has ended."""
+        """Outcome of arrivals once the processor has ended; None: it has not."""
 
     def start(self) -> None:
         """Start the processor."""
         self._processor.start()
 
     def fail(self, fault: Exception) -> None:
-        """Settle all that is parked, as when the processor fails, and let the processor end.
+        """Settle all parked requests, as when the processor fails, and let the processor end.
 
-        For a callback on the loop that failed: what it was doing is half done, perhaps of ours.
+        For a callback on the loop that failed: it may have left the gate in an invalid state.
         """
         self._inbox.post(DrainBegan(0))
         self._inbox.ring()
         self._close(fault)
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the processor thread, which has said it ended; whether it did."""
+        """Wait for the processor thread, which has reported its end; return whether it ended."""
         return self._processor.join(timeout_s)
 
     def park(
@@ -256,19 +258,19 @@ class FlowGate:
         """Take in a request, which may be decided at once. `leave` must follow, once.
 
         Args:
-            request: as `classify` read it; it gets its id here.
-            headers: for what the engine need not know.
-            began: when Envoy first saw it, RFC 3339; empty where that is unknown.
-            origin: what named its objective and its flow, where that is known.
-            attempt: that Envoy makes to send it again, if it is one: it waits as before for a slot
-                where Envoy would send it now.
+            request: as `classify` returned it; it gets its id here.
+            headers: source of fields that the engine does not need.
+            began: when Envoy first saw it, RFC 3339; empty: unknown.
+            origin: origin of its objective and its flow; None: unknown.
+            attempt: set if Envoy sends the request again: it waits as before, for a slot at the
+                endpoint where Envoy would send it now.
         """
         now_ns = time.monotonic_ns()
         former = None if attempt is None else self._dispatched_as(attempt.ticket)
         request.arrived_ns = now_ns
         if began:
             request.arrived_ns -= self.arrivals.age_ns(began, time.time_ns(), now_ns)
-        if former is not None:  # what named its flow has been removed, and `began` is the attempt
+        if former is not None:  # its control headers have been removed; `began` is the attempt's
             request = former.request
             origin = former.origin
             self._unsent_to(former)
@@ -297,7 +299,7 @@ class FlowGate:
         try:
             is_taken = self._inbox.offer(Arrived(request))
         except NotRunningError:
-            return parked  # that news is on its way, and settles it
+            return parked  # the processor's end is on its way, and settles it
         if is_taken:
             self._ring()
         else:
@@ -318,11 +320,11 @@ class FlowGate:
             self._unsent(parked.decision.endpoint)
 
     def leave(self, parked: Parked, outcome: Outcome = Outcome.EVICTED_CANCELLED) -> None:
-        """Note that the request's stream has ended, whatever state the request is in.
+        """Note that the request's stream has ended, in any state of the request.
 
         Args:
             parked: the request.
-            outcome: what becomes of it where it waits.
+            outcome: its outcome if it still waits.
         """
         assert parked.left_ns is None, "a request leaves once"
         parked.left_ns = time.monotonic_ns()
@@ -338,11 +340,11 @@ class FlowGate:
         self._finish(parked, decision)
 
     def leave_later(self, parked: Parked, after_ns: int) -> None:
-        """Let a dispatched request leave in a while: its response is not seen, and may go on."""
+        """Make a dispatched request leave later: its response is unseen, and may go on."""
         self._unseen[parked] = self._loop.call_later(after_ns / 1e9, self._leave_unseen, parked)
 
     def release_unseen(self) -> None:
-        """Let all of them leave now."""
+        """Make all requests of `leave_later` leave now."""
         for parked in list(self._unseen):
             self._leave_unseen(parked)
 
@@ -352,7 +354,7 @@ class FlowGate:
 
     @staticmethod
     def refused(parked: Parked | None) -> Decision:
-        """Return the decision about a request for whose body there is no room.
+        """Return the decision about a request whose body has no room here.
 
         Args:
             parked: the request; None: it was not parked yet.
@@ -366,34 +368,34 @@ class FlowGate:
             retry_after_ns=_ROOM_NS,
         )
 
-    def responded(self, parked: Parked, said: Message | BodyPart, mode: Mode) -> None:
-        """Note what a message tells of the request's response, if anything.
+    def responded(self, parked: Parked, message: Message | BodyPart, mode: Mode) -> None:
+        """Note a message, if it belongs to the response.
 
         Args:
             parked: the request, dispatched.
-            said: any message of its conversation.
-            mode: of its conversation; ANSWERS leaves what the response says to the access log.
+            message: any message of its conversation.
+            mode: of its conversation; in ANSWERS the access log reports on the response.
         """
-        if isinstance(said, BodyPart):
-            if parked.response is not None and not said.is_request:
-                parked.response.take(said.body, time.monotonic_ns(), is_end=said.is_end)
-        elif said.kind is MessageKind.RESPONSE_HEADERS:
-            served = served_endpoint(said.metadata)
+        if isinstance(message, BodyPart):
+            if parked.response is not None and not message.is_request:
+                parked.response.take(message.body, time.monotonic_ns(), is_end=message.is_end)
+        elif message.kind is MessageKind.RESPONSE_HEADERS:
+            served = served_endpoint(message.metadata)
             self._put(Answered(parked.request_id, served))
             if mode is not Mode.ANSWERS:
-                parked.response = ResponseReader(said.headers, served)
-                if said.is_end:
+                parked.response = ResponseReader(message.headers, served)
+                if message.is_end:
                     parked.response.end(time.monotonic_ns())
-        elif said.kind is MessageKind.RESPONSE_TRAILERS and parked.response is not None:
+        elif message.kind is MessageKind.RESPONSE_TRAILERS and parked.response is not None:
             parked.response.end(time.monotonic_ns())
 
     def post(self, fact: Fact) -> None:
-        """Tell the engine anything but an arrival or a departure."""
+        """Pass the engine a fact other than an arrival or a departure."""
         self.pool_view.notice(fact, time.monotonic_ns())
         self._put(fact)
 
     def claim_in_flight(self, request_id: int) -> Claim | None:
-        """Return what bounds the settlement of a request that is dispatched and not gone."""
+        """Return the bounds of the settlement of a request in flight; None: it is not."""
         parked = self._parked.get(request_id)
         if parked is None or parked.decision is None:
             return None
@@ -401,20 +403,20 @@ class FlowGate:
         return claim_of(parked, decision) if decision.outcome is _DISPATCHED else None
 
     def live(self, request_id: int) -> Parked | None:
-        """Return a request of ours that has not left, or whose decision has not come."""
+        """Return a request that has not left, or whose decision has not come; None: no such one."""
         return self._parked.get(request_id)
 
     def find(self, request_id: str) -> Parked | None:
-        """Return a live request: by our id, else by the client's, the latest; O(live) for that."""
+        """Return a live request by our id, else the latest with this client's id, in O(live)."""
         own = own_id(request_id)
         known = None if own is None else self._parked.get(own)
-        if known is not None or not request_id:  # many requests have no id of their client's
+        if known is not None or not request_id:  # many requests have no client's id
             return known
         theirs = (p for p in self._parked.values() if p.client_request_id == request_id)
         return max(theirs, key=lambda parked: parked.request_id, default=None)
 
     async def evict_flow(self, key: FlowKey) -> int:
-        """Refuse all of a flow that waits; return how many, those of other callers included.
+        """Evict all waiting requests of a flow; return how many, by this call and others meanwhile.
 
         Raises:
             NotRunningError: the processor has ended.
@@ -423,13 +425,13 @@ class FlowGate:
         self._evictions.add(eviction)
         self.post(FlowEvicted(key.priority, key.flow_id))
         try:
-            await self.ask(_nothing)  # its answer comes behind the evictions
+            await self.ask(_nothing)  # its answer comes after the evictions
             return eviction.count
         finally:
             self._evictions.discard(eviction)
 
     async def ask(self, question: Callable[[FlowController, int], Answer]) -> Answer:
-        """Return the processor's answer to a question: all posted before it has been decided.
+        """Return the processor's answer to a question, after all facts posted before it.
 
         Raises:
             NotRunningError: the processor has ended.
@@ -440,7 +442,7 @@ class FlowGate:
         self._questions.add(future)
 
         def reply(answer: object) -> None:
-            """Hop over to the loop."""
+            """Pass the answer to the loop."""
             self._loop.call_soon_threadsafe(self._in_turn, partial(self._answered, future, answer))
 
         self._inbox.post(Asked(question, reply))
@@ -478,9 +480,9 @@ class FlowGate:
             self._ring()
         elif not self._is_news_due:
             self._is_news_due = True
-            self._loop.call_later(NEWS_WITHIN_S, self._tell_news)
+            self._loop.call_later(NEWS_WITHIN_S, self._ring_news)
 
-    def _tell_news(self) -> None:
+    def _ring_news(self) -> None:
         self._is_news_due = False
         self._inbox.ring()
 
@@ -498,7 +500,7 @@ class FlowGate:
 
     def _receive(self, decisions: list[Decision], snapshot: Snapshot | None) -> None:
         if self._closed_as is not None:
-            return  # we have failed meanwhile, and decided ourselves
+            return  # the gate has failed meanwhile, and settled every request itself
         is_idle = not self._delivered
         self._delivered.extend(decisions)
         if snapshot is not None:
@@ -507,7 +509,7 @@ class FlowGate:
             self._settle_some()
 
     def _settle_some(self) -> None:
-        """Take so many of what the processor has delivered, and the rest in the next turn."""
+        """Settle a part of what the processor has delivered, and the rest in later turns."""
         delivered = self._delivered
         is_held = bool(self._held) or not self._may_decide()
         for _ in range(min(len(delivered), SETTLED_AT_ONCE_MAX)):
@@ -522,7 +524,7 @@ class FlowGate:
             self._loop.call_soon(self._settle_some)
 
     def _in_turn(self, action: Callable[[], None]) -> None:
-        """Do something after what the processor delivered before it."""
+        """Run an action after everything that the processor delivered before it."""
         if self._delivered:
             self._delivered.append(action)
         else:
@@ -536,13 +538,13 @@ class FlowGate:
                 self._processor.want_snapshot()
 
     def resume(self) -> None:
-        """Settle what was held: decisions count again, or their requests have left."""
+        """Settle the decisions that are held: they count again, or their requests have left."""
         held, self._held = self._held, []
         for decision in held:
             self._settle(decision)
 
     def _settle(self, decision: Decision) -> None:
-        """Set a request's decision, and tell its owner: the one place where that is done."""
+        """Set a request's decision and call its owner; nothing else does."""
         if decision.outcome is _RECLAIMED:
             self._recall(decision)
             return
@@ -568,9 +570,9 @@ class FlowGate:
                 eviction.count += eviction.key == key
         if parked.left_ns is not None:
             self._finish(parked, decision)
-        self._tell(parked, decision)
+        self._call_owner(parked, decision)
 
-    def _tell(self, parked: Parked, decision: Decision) -> None:
+    def _call_owner(self, parked: Parked, decision: Decision) -> None:
         decided, parked.decided = parked.decided, None
         if decided is not None:
             try:
@@ -580,8 +582,8 @@ class FlowGate:
 
     def _recall(self, decision: Decision) -> None:
         parked = self._parked.get(decision.request_id)
-        if parked is not None:  # else it has ended meanwhile: what was wanted of it
-            assert parked.recall is not None, "only what is reclaimable is reclaimed"
+        if parked is not None:  # else it has ended by itself meanwhile
+            assert parked.recall is not None, "only a reclaimable request is reclaimed"
             parked.recall.set_result(decision)
             self._keep(parked, decision, time.monotonic_ns())
 
@@ -596,7 +598,7 @@ class FlowGate:
         self._request_ended(parked, decision)
 
     def _count_subset(self, subset: tuple[str, ...]) -> bool:
-        """Count a request that waits with this subset; False if too many others differ."""
+        """Count a waiting request with this subset; return False if there are too many others."""
         count = self._subsets.get(subset, 0)
         if not count and len(self._subsets) >= SUBSETS_MAX:
             return False
@@ -614,15 +616,15 @@ class FlowGate:
         self._loop.call_soon_threadsafe(self._in_turn, partial(self._close, fault))
 
     def _close(self, fault: BaseException | None) -> None:
-        """Settle what the processor left behind: nothing after a drain, all after a fault."""
+        """Settle all requests that the processor left undecided: none after a drain."""
         if self._closed_as is not None:
             return
         self._closed_as = Outcome.REJECTED_DRAINING if fault is None else Outcome.INTERNAL
         held, self._held = self._held, []
-        for decision in held:  # each by itself: one that fails keeps no other from it, nor the end
+        for decision in held:  # one callback each, so that a failing one stops no other
             self._loop.call_soon(self._settle, decision)
         decided = {decision.request_id for decision in held}
-        self._delivered.clear()  # after a fault of the loop; the processor's end comes behind them
+        self._delivered.clear()  # not empty only after a fault of the loop
         now_ns = time.monotonic_ns()
         for parked in self._parked.values():
             if parked.decision is None and parked.request_id not in decided:
@@ -640,7 +642,7 @@ class FlowGate:
         self._processor_ended(fault)
 
     def _own_decision(self, parked: Parked, outcome: Outcome, waited_ns: int = 0) -> Decision:
-        """Decide in the engine's place, where the engine never saw the request or is no more."""
+        """Decide in place of the engine, which never got the request or has ended."""
         retry_after_ns = _ROOM_NS if outcome is not Outcome.INTERNAL else None
         return Decision(
             parked.request_id,
@@ -653,7 +655,7 @@ class FlowGate:
 
 
 def claim_of(parked: Parked, decision: Decision) -> Claim:
-    """Return what bounds the settlement of a request that was dispatched."""
+    """Return the bounds of the settlement of a dispatched request."""
     request = parked.request
     endpoints = () if decision.endpoint is None else (decision.endpoint, *decision.fallbacks)
     return claim(
@@ -666,7 +668,7 @@ def claim_of(parked: Parked, decision: Decision) -> Claim:
 
 
 def report_of(parked: Parked) -> LogEntry | None:
-    """Return what the response of a dispatched request that has left said of itself, if known."""
+    """Return the report of the response of a dispatched request that has left; None: unknown."""
     if parked.response is None:
         return None
     return parked.response.report(parked.decided_ns, parked.left_ns or parked.decided_ns)
@@ -678,12 +680,12 @@ def trace_of(
     """Return the headers of a request's trace.
 
     Args:
-        fields: names of the headers that do.
-        metadata: of the stream: Envoy's own span, where Envoy traces.
-        headers: of the request: the client's span, where Envoy does not.
+        fields: names of the headers that carry a trace.
+        metadata: of the stream: has Envoy's own span, if Envoy traces.
+        headers: of the request: have the client's span, used if Envoy does not trace.
     """
-    said = {name: text for name in fields if isinstance(text := metadata.get(name), str)}
-    return said or {name: headers[name] for name in fields if name in headers}
+    own = {name: text for name in fields if isinstance(text := metadata.get(name), str)}
+    return own or {name: headers[name] for name in fields if name in headers}
 
 
 def _raise(fault: Exception) -> None:

@@ -1,4 +1,4 @@
-"""The only file that knows Envoy's access log messages. Bytes in, plain values out."""
+"""Decodes Envoy's access log messages to plain values."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from flowcontrol_server.requests.wire import LogReport, UnexpectedError, log_rep
 
 SERVICE: Final = "envoy.service.accesslog.v3.AccessLogService"
 USAGE_NAMESPACE: Final = "flowcontrol.usage"
-"""Dynamic metadata that Envoy makes of a response's token usage."""
+"""Dynamic metadata in which Envoy stores the token usage of a response."""
 REPORT_TAG: Final = "flowcontrol"
-"""Custom tag of an entry that says all we want to know in one line of words, as Envoy writes it.
-To ask protobuf for the same, field by field, takes a third longer."""
+"""Custom tag of an entry with all that is read of it, as one line of words that Envoy formats.
+Reading the same field by field with protobuf takes a third longer."""
 _REPORT: Final = (
     f"%DYNAMIC_METADATA({METADATA_NAMESPACE}:{TICKET})%",
     "%RESPONSE_CODE_DETAILS%",
     "%RESPONSE_FLAGS%",
     "%RESPONSE_CODE%",
-    # The time to the first byte that Envoy itself logs is that of the headers, which come long
+    # The time to the first byte that Envoy itself logs is the time to the headers, which come long
     # before a token.
     "%COMMON_DURATION(US_TX_BEG:US_RX_BODY_BEG:us)%",
     "%COMMON_DURATION(US_RX_BODY_BEG:US_RX_END:us)%",
@@ -38,56 +38,56 @@ _REPORT: Final = (
     "%UPSTREAM_REMOTE_ADDRESS%",
 )
 REPORT_FORMAT: Final = " ".join(_REPORT)
-"""What Envoy does not know it writes as a dash."""
+"""Envoy writes a dash for an unknown value."""
 
 _FAULTS: Final = frozenset(("UT", "UR", "UF", "UC", "UPE", "UH", "URX", "SI", "UMSDR"))
-"""Flags of a response that the model server failed to give, whatever its status: upstream timeout,
-reset, connect failure, termination, protocol error; none healthy, no try left; idle, too long."""
+"""Response flags of a failure of the model server, whatever the status: upstream timeout, reset,
+connect failure, termination, protocol error; none healthy, no retry left; idle, too long."""
 _UNREACHABLE: Final = "UF"
 _CLIENT_LEFT: Final = frozenset(("DC", "DR"))
 CLIENT_ERROR, SERVER_ERROR, _STATUSES_END = 400, 500, 600
 NO_ROOM: Final = frozenset({429, 503, 529})
-"""529 is Anthropic's word for overloaded."""
+"""529 is Anthropic's status for overloaded."""
 _BY_UPSTREAM: Final = "via_upstream"
-"""Envoy's word for a response that it did not make itself."""
+"""Envoy's response code details of a response that the model server made."""
 _NO_HOST: Final = ("-", "/")
-"""How an address begins that is not known, and one of a Unix socket."""
+"""Prefixes of an unknown address, and of a Unix socket."""
 _ENTRIES_MAX: Final = 10_000
-"""Of one message. Envoy's own have some hundred; 1 MiB could hold 500,000 that say nothing."""
+"""Entries of one message. Envoy sends some hundred; 1 MiB could hold 500,000 empty ones."""
 _MS_US: Final = 1000
 _WORDS: Final = len(_REPORT)
 _NUMBERS_FROM: Final = 3
-"""Words before the numbers; one stands behind them."""
+"""Words before the numbers; one word follows them."""
 _ZERO: Final = 48
 _NINE: Final = 9
 _DIGITS_MAX: Final = 15
-"""Of a number that a request can have: years of microseconds."""
+"""Digits of a number: enough for years in microseconds."""
 
 
 @final
 @dataclass(slots=True, init=False)
 class LogEntry:
-    """What Envoy says of one finished request. None: it does not know."""
+    """Envoy's report of one finished request. None: unknown."""
 
     ticket: str
     status: int
-    """0: there was no response. Of a response of 200 with an error inside, the error's."""
+    """HTTP status; 0: there was no response. For a 200 with an error inside, that of the error."""
     is_success: bool
-    """Whether it was answered below 400, without an error inside the response, and in full, unless
-    it was the client who went away."""
+    """Whether the status is below 400 and the model server did not break the response off."""
     is_failure: bool = False
-    """Whether the model server is to blame: 5xx, also inside a response of 200, or it broke off."""
+    """Whether the model server failed: 5xx, also inside a 200, or it broke the response off."""
     is_unreachable: bool = False
     """Whether no connection to the model server could be made."""
     was_turned_away: bool = False
-    """Whether the model server answered that it has no room: 429, 503 or 529, and not Envoy."""
+    """Whether the model server, not Envoy, refused it for lack of room: 429, 503 or 529."""
     was_abandoned: bool = False
-    """Whether the client left, or Envoy answered, before the model server's own answer was whole:
-    what it would have been is unknown."""
+    """Whether the client left, or Envoy answered, before the model server's response was complete,
+    so that its result is unknown."""
     ttft_us: int | None = None
     generation_us: int | None = None
     parked_us: int | None = None
-    """From the client's first byte to the model server's; more than our part of it."""
+    """From the client's first byte to the first byte sent to the model server, which includes more
+    than the wait here."""
     input_tokens: int | None = None
     cached_tokens: int | None = None
     output_tokens: int | None = None
@@ -96,7 +96,7 @@ class LogEntry:
     endpoint: str = ""
     """The endpoint tried last; empty if none was."""
     load_report: Mapping[str, str] | None = None
-    """Headers in which the endpoint spoke of its load."""
+    """Response headers in which the endpoint reported its load."""
 
     def __init__(  # noqa: PLR0913, PLR0917 - its fields; a dataclass's own is interpreted
         self,
@@ -138,12 +138,12 @@ class LogEntry:
 
 
 def decode_log(data: bytes) -> Iterator[LogEntry]:
-    """Read one StreamAccessLogsMessage; an entry that is not of our requests has no ticket.
+    """Read one StreamAccessLogsMessage; an entry of another request than ours has no ticket.
 
-    The message is parsed at once, each entry is read as it is asked for.
+    The message is parsed at once. Each entry is read when the iterator reaches it.
 
     Raises:
-        MalformedMessageError: it cannot be read, or has more entries than are read.
+        MalformedMessageError: it cannot be read, or has more than 10,000 entries.
     """
     try:
         reports = log_reports(data, REPORT_TAG, _ENTRIES_MAX)
@@ -153,7 +153,7 @@ def decode_log(data: bytes) -> Iterator[LogEntry]:
 
 
 def _reports_of_any(data: bytes) -> list[LogReport]:
-    """Read whatever else a StreamAccessLogsMessage may be."""
+    """Read any StreamAccessLogsMessage with protobuf."""
     entries = parsed(StreamAccessLogsMessage, data).http_logs.log_entry
     if len(entries) > _ENTRIES_MAX:
         message = f"a message must have at most {_ENTRIES_MAX} entries, got {len(entries)}"
@@ -167,8 +167,8 @@ def _reports_of_any(data: bytes) -> list[LogReport]:
     ]
 
 
-def _entry(said: LogReport) -> LogEntry:
-    words = said.report.split(b" ", _WORDS - 1)  # an address comes last: a path may have spaces
+def _entry(report: LogReport) -> LogEntry:
+    words = report.report.split(b" ", _WORDS - 1)  # the address is last: a path may have spaces
     if len(words) != _WORDS:
         return _NO_REPORT
     try:
@@ -211,12 +211,12 @@ def _entry(said: LogReport) -> LogEntry:
         received or 0,
         sent or 0,
         "" if address.startswith(_NO_HOST) else address,
-        said.load,
+        report.load,
     )
 
 
 def _count(word: bytes) -> int | None:
-    """Return the number that a word is, None if it is none or too long."""
+    """Return the number in a word; None: it is not one, or too long."""
     size = len(word)
     if not 0 < size <= _DIGITS_MAX:
         return None

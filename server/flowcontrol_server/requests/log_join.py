@@ -1,12 +1,12 @@
-"""Joins Envoy's access log with the requests it is about. Belongs to the event loop's thread.
+"""Joins the entries of Envoy's access log with their requests. Owner: the event loop's thread.
 
-The log comes after the fact, in batches, perhaps twice, perhaps never: each dispatched request is
-settled at most once, and one that ended a while ago without is counted as lost. What it took then
-stays an estimate; nothing else depends on the log.
+Entries come after the fact, in batches, perhaps twice, perhaps never. Each dispatched request is
+settled at most once. A request without an entry some time after its end is counted as lost, and its
+usage stays an estimate; nothing else depends on the log.
 
-What a settlement can change is bounded by the request it belongs to (`Claim`): a model server that
-reports false usage, or a client that writes to the log in Envoy's place, changes no more than one
-of that size can.
+The effect of a settlement is bounded by the request it belongs to (`Claim`): a model server that
+reports false usage, or a client that writes to the log in place of Envoy, can change no more than a
+request of that size can.
 """
 
 from bisect import bisect_left
@@ -22,35 +22,35 @@ from flowcontrol_server.requests.log_codec import LogEntry
 from flowcontrol_server.requests.tickets import TICKETS, Flaw, Tickets
 
 AWAITED_MAX = 65_536
-"""Ended requests waited for at once; the oldest is lost to a newer one."""
+"""Ended requests that await their entry; beyond that the oldest one is counted as lost."""
 TTFT_BOUNDS_S = (
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1, 2.5, 5, 10, 30, 60, 120),
 )
 _US_NS: Final = 1_000
 _INPUT_ADDED_MAX: Final = 1_000_000
-"""Tokens that a model server may add to a prompt of its own: a stored conversation, a template,
-pictures that the request only names."""
+"""Tokens that a model server may add to a prompt: a stored conversation, a template, pictures that
+the request only refers to."""
 _OUTPUT_TOKENS_MAX: Final = 1_000_000
-"""Of one response."""
+"""Output tokens of one response."""
 _STATUSES: Final = ("2xx", "3xx", "4xx", "5xx", "none")
-"""Classes that are shown before there is any: a rate misses a counter's first step."""
+"""Classes reported from the start: a rate misses the first step of a new counter."""
 _CHOICES_MAX: Final = 128
 """Responses to one request, each of up to `max_tokens`: OpenAI's bound of `n`."""
 
 
 class EntryResult(Enum):
-    """What became of an entry of the log."""
+    """The result of an entry of the log."""
 
     SETTLED = "settled"
     UNKNOWN = "unknown"
-    """A ticket of ours that is settled already, or given up."""
+    """A ticket of this process whose request is settled already, or given up."""
     FOREIGN = "foreign"
-    """The ticket of another replica, or of this one before it was restarted."""
+    """The ticket of another replica, or of this one before a restart."""
     RECOVERED = "recovered"
     """The ticket of another process, whose request was counted as in flight here until now."""
     FORGED = "forged"
-    """A ticket that names us, and that we have not issued."""
+    """A ticket that names this process, which has not issued it."""
     MALFORMED = "malformed"
     """No ticket, or a message that cannot be read."""
 
@@ -59,7 +59,7 @@ class EntryResult(Enum):
 
 @final
 class Claim:
-    """A dispatched request, as far as it bounds its settlement."""
+    """The fields of a dispatched request that bound its settlement."""
 
     __slots__ = (
         *("dispatched_ns", "endpoints", "input_tokens_max", "output_tokens_max", "priority"),
@@ -78,10 +78,10 @@ class Claim:
         self.input_tokens_max = input_tokens_max
         self.output_tokens_max = output_tokens_max
         self.endpoints = endpoints
-        """Where it was sent; empty where Envoy chooses."""
+        """Where it was sent; empty: Envoy picks."""
 
     def bounded(self, entry: LogEntry, now_ns: int) -> LogEntry:
-        """Return what of an entry can be true of the request, at most."""
+        """Return the entry, with values reduced to what is possible for the request."""
         input_tokens = _at_most(entry.input_tokens, self.input_tokens_max)
         output_tokens = _at_most(entry.output_tokens, self.output_tokens_max)
         cached_tokens = _at_most(entry.cached_tokens, input_tokens or 0)
@@ -123,9 +123,9 @@ def claim(
     Args:
         priority: of the request.
         dispatched_ns: when it was dispatched.
-        byte_size: of its body, as announced; a token takes at least a byte.
-        output_tokens_max: the most tokens that its client asked for, if it said so.
-        endpoints: where it was sent; empty where Envoy chooses.
+        byte_size: announced size of its body; a token takes at least a byte.
+        output_tokens_max: the most tokens that its client asked for; None: unknown.
+        endpoints: where it was sent; empty: Envoy picks.
     """
     output_max = _OUTPUT_TOKENS_MAX
     if output_tokens_max is not None:
@@ -138,7 +138,7 @@ def _at_most(value: int | None, bound: int) -> int | None:
 
 
 class Counts(NamedTuple):
-    """How many requests the log has reported, and how many it has not."""
+    """Numbers of requests that the log has reported, has not, and may still report."""
 
     received: int
     lost: int
@@ -148,20 +148,20 @@ class Counts(NamedTuple):
 @final
 @dataclass(slots=True)
 class Account:
-    """What the requests of one priority took, as far as it was reported."""
+    """Usage of the requests of one priority, as far as it was reported."""
 
     statuses: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_STATUSES, 0))
-    """Answers by their class, as in 2xx; none: no answer."""
+    """Responses by the class of their status, as in 2xx; none: no response."""
     tokens: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("input", "cached", "output"), 0)
     )
-    """By kind."""
+    """Tokens by kind."""
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("request", "response"), 0))
-    """By direction."""
+    """Bytes by direction."""
     unmetered: int = 0
-    """Good answers, whole, in which Envoy found no token usage."""
+    """Complete successful responses without token usage."""
     ttft_counts: list[int] = field(default_factory=lambda: [0] * (len(TTFT_BOUNDS_S) + 1))
-    """How many took up to each of `TTFT_BOUNDS_S`, and last how many longer; not cumulated."""
+    """Responses per interval of `TTFT_BOUNDS_S`, and last those beyond it; not cumulated."""
     ttft_sum_us: int = 0
 
     def add(self, entry: LogEntry) -> None:
@@ -187,17 +187,16 @@ class LogJoin:
     """Settles requests, each once.
 
     Args:
-        lost_after_ns: how long after its end a request is waited for.
-        claim_in_flight: returns the bounds of a request that was dispatched and has not ended; None
-            if there is no such request.
+        lost_after_ns: time after its end from which a request counts as lost.
+        claim_in_flight: returns the bounds of a request in flight; None: there is no such request.
         settled: called for each settlement, and for each that will not come; for the engine.
-        recovered_ended: gets the ticket of each request that another process dispatched; returns
-            the bounds of its report, None if it was not counted as in flight.
-        answered: called with each endpoint that answered, or failed to, and whether it failed.
-        refused: called with each endpoint that could not be connected to. That includes an endpoint
-            picked where another one served: Envoy tries again only where nothing was sent.
+        recovered_ended: called with the ticket of a request that another process dispatched;
+            returns the bounds of its settlement. None: it was not counted as in flight.
+        answered: called with each endpoint that answered or failed, and whether it failed.
+        refused: called with each endpoint that Envoy could not connect to. That includes a picked
+            endpoint if another one served: Envoy retries only requests that were not sent.
         load_reported: called with each endpoint's report of its load, as headers.
-        tickets: reads what names a request in the log.
+        tickets: reads the tickets in the log.
     """
 
     def __init__(  # noqa: PLR0913 - each is one wire of the shell
@@ -221,35 +220,35 @@ class LogJoin:
         self._load_reported = load_reported
         self._tickets = tickets
         self._awaited: OrderedDict[int, tuple[int, Claim]] = OrderedDict()
-        """Ended requests to be settled: when each ended, and its bounds; oldest first."""
+        """Ended requests that await their entry: time of their end, and bounds; oldest first."""
         self._early: set[int] = set()
         """Requests in flight that are settled already."""
         self.streams = 0
         """Log streams that are open."""
         self.streams_opened = 0
-        """Log streams there ever were: one for each of Envoy's workers, more when they break."""
+        """Log streams opened so far: one for each of Envoy's workers, more when they break."""
         self.streams_refused = 0
-        """Log streams that did not show Envoy's secret."""
+        """Log streams refused because they did not present Envoy's secret."""
         self.results: Counter[EntryResult] = Counter()
         self.bounded = 0
-        """Settlements that said more than their request can have taken, or another endpoint."""
+        """Settlements that reported more than is possible for the request, or another endpoint."""
         self.lost = 0
-        """Dispatched requests that ended and were never reported, since there is a log."""
+        """Dispatched requests that ended without an entry, since the first log stream."""
         self.accounts: OrderedDict[int, Account] = OrderedDict()
-        """By priority; of more than can be kept, those reported on last."""
+        """By priority; if there are too many, those with the latest entries are kept."""
 
     def counts(self, now_ns: int) -> Counts:
-        """Return the counts that dashboard, metrics and API show."""
+        """Return the counts for dashboard, metrics and API."""
         self.give_up(now_ns)
         return Counts(self.results[EntryResult.SETTLED], self.lost, self.awaited)
 
     @property
     def awaited(self) -> int:
-        """Ended requests that are still waited for."""
+        """Ended requests that still await their entry."""
         return len(self._awaited)
 
     def stream_opened(self) -> None:
-        """Note that Envoy has begun to report."""
+        """Note that Envoy has opened a log stream."""
         self.streams += 1
         self.streams_opened += 1
 
@@ -281,9 +280,9 @@ class LogJoin:
             request_id: of the request.
             claim: bounds of its settlement.
             now_ns: when it ended.
-            is_reported: whether there is a log that will tell of it; else it is not waited for.
-            report: what its response said as it passed through here; settles the request while no
-                log is open, which knows more.
+            is_reported: whether the log will report it; if not, no entry is awaited.
+            report: read from its response as it passed through here; settles the request if no log
+                stream is open, which would report more.
         """
         if request_id in self._early:
             self._early.discard(request_id)
@@ -297,7 +296,7 @@ class LogJoin:
         self.give_up(now_ns)
 
     def give_up(self, now_ns: int) -> None:
-        """Count as lost what has been waited for too long. O(1) for each."""
+        """Count requests as lost that have waited too long for their entry. O(1) for each."""
         while self._awaited:
             request_id, (ended_ns, _claim) = next(iter(self._awaited.items()))
             if now_ns - ended_ns < self.lost_after_ns:
@@ -305,7 +304,7 @@ class LogJoin:
             self._lose(request_id)
 
     def take(self, entry: LogEntry, now_ns: int) -> EntryResult:
-        """Settle the request of an entry, if it is one of ours and not settled yet."""
+        """Settle the request of an entry, if it is one of this process and not settled yet."""
         result = self._take(entry, now_ns)
         self.results[result] += 1
         return result
@@ -317,7 +316,7 @@ class LogJoin:
     def _lose(self, request_id: int) -> None:
         del self._awaited[request_id]
         self._settled(SettlementLost(request_id))
-        if self.streams_opened:  # else there is no log; Envoy opens it with its first entry
+        if self.streams_opened:  # else there is no log: Envoy opens it with its first entry
             self.lost += 1
 
     def _take(self, entry: LogEntry, now_ns: int) -> EntryResult:
@@ -341,10 +340,10 @@ class LogJoin:
         return EntryResult.SETTLED
 
     def _apply(self, request_id: int | None, claim: Claim, entry: LogEntry, now_ns: int) -> None:
-        """Settle a request with as much of an entry as can be true of it.
+        """Settle a request with its entry, within the bounds of the request.
 
-        One without an id was dispatched by another process: it is accounted for, and the engine
-        here has charged no flow for it.
+        A request without an id was dispatched by another process: it enters the accounts, but not
+        the engine, which has charged no flow for it.
         """
         bounded = claim.bounded(entry, now_ns)
         self.bounded += bounded is not entry

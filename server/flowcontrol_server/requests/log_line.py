@@ -1,4 +1,4 @@
-"""Pure. The canonical log line of a request that is decided and gone."""
+"""Pure. The canonical log line of a request that is decided and has left."""
 
 from json.encoder import encode_basestring_ascii
 from typing import Final
@@ -13,7 +13,7 @@ _RATIO_MAX: Final = 1e6
 _THOUSAND: Final = 1000
 _THOUSANDTHS: Final = tuple(f".{number:03d}" for number in range(_THOUSAND))
 _WORDS: Final = {outcome: (outcome.value, outcome.was_dispatched) for outcome in Outcome}
-"""Of each outcome its word, and whether it was dispatched: to ask an enum's member is Python."""
+"""By outcome: its name, and whether it was dispatched. An attribute of an enum runs Python code."""
 _DISPATCHED: Final = Outcome.DISPATCHED
 _quoted: Final = encode_basestring_ascii
 
@@ -21,13 +21,13 @@ _quoted: Final = encode_basestring_ascii
 def request_line(
     parked: Parked, decision: Decision, timestamp: str, *, continue_on_fault: bool = False
 ) -> str:
-    """Return the line as JSON, by hand: json.dumps takes twice as long.
+    """Return the line as JSON, formatted by hand: json.dumps takes twice as long.
 
     Args:
         parked: the request.
-        decision: about it, the last if there were two.
+        decision: the decision about it, the last if there were two.
         timestamp: of the line, ISO 8601.
-        continue_on_fault: when it was the engine that failed, the request was let on.
+        continue_on_fault: whether the request passed if the engine failed.
     """
     request, outcome = parked.request, decision.outcome
     word, was_dispatched = _WORDS[outcome]
@@ -57,12 +57,12 @@ def request_line(
 
 
 def _ms(duration_ns: int) -> str:
-    """Write a duration in milliseconds, to the nearest microsecond."""
+    """Format a duration in milliseconds, to the nearest microsecond."""
     return _thousandths((duration_ns + _US_NS // 2) // _US_NS)
 
 
 def _thousandths(count: int) -> str:
-    """Write so many thousandths, by hand: to format a float takes ten times as long."""
+    """Format so many thousandths by hand: formatting a float takes ten times as long."""
     if count < _THOUSAND:
         return "0" + _THOUSANDTHS[count]
     return str(count // _THOUSAND) + _THOUSANDTHS[count % _THOUSAND]

@@ -1,4 +1,4 @@
-"""Pure. What was last said of the endpoints, seen as it passes on its way to the engine."""
+"""Pure. The latest facts about endpoints, noted on their way to the engine."""
 
 from typing import Final, final
 
@@ -7,24 +7,24 @@ from flowcontrol.tally import make_room
 from flowcontrol.views.snapshot import Snapshot
 
 _FRESH_NS: Final = 30_000_000_000
-"""A load that old says nothing of now."""
+"""Older loads are ignored."""
 
 
 @final
 class PoolView:
-    """Knows the endpoints and what each last said of its own load."""
+    """The endpoints of the pool, and the load that each last reported."""
 
     def __init__(self) -> None:
         self._addresses: tuple[str, ...] = ()
         self._turn = 0
         self._loads: dict[str, tuple[int, int]] = {}
-        """Requests each endpoint says it has, and when it said so."""
+        """By endpoint: requests that it reported, and when."""
         self.answers: dict[str, list[int]] = {}
-        """Of each endpoint, how often it did its part, and how often it failed; of those that have
-        left the pool, because they failed perhaps, only so many."""
+        """By endpoint: how many answers were good, and how many were failures; bounded for
+        endpoints that have left the pool."""
 
     def notice(self, fact: Fact, now_ns: int) -> None:
-        """Take note of a fact, if it is about endpoints."""
+        """Note a fact, if it is about endpoints."""
         match fact:
             case EndpointsChanged():
                 self._addresses = fact.addresses
@@ -52,31 +52,31 @@ class PoolView:
         return self._addresses
 
     def anywhere(self) -> str | None:
-        """Return an endpoint, each in turn; None if there is none."""
+        """Return an endpoint, each in turn; None: there is none."""
         if not self._addresses:
             return None
         self._turn += 1
         return self._addresses[self._turn % len(self._addresses)]
 
     def engine_requests(self, now_ns: int) -> dict[str, int]:
-        """Return the requests, running and waiting, that endpoints have said they have of late."""
+        """Return the requests, running and waiting, that each endpoint has reported recently."""
         return {a: n for a, (n, at_ns) in self._loads.items() if now_ns - at_ns < _FRESH_NS}
 
     def drift(self, snapshot: Snapshot, now_ns: int) -> int | None:
-        """Return how many more requests the endpoints have than we have in flight there.
+        """Return how many more requests the endpoints report than are in flight there.
 
-        Above zero: traffic passes by the gate. Below: requests end at the endpoint but not here.
-        None when too little is known: of no endpoint, or while Envoy picks of not every one.
+        Above zero: traffic bypasses the gate. Below: requests have ended at the endpoint but not
+        here. None: no endpoint reports, or Envoy picks and not every endpoint does.
         """
-        said = self.engine_requests(now_ns)
-        if not said:
+        theirs = self.engine_requests(now_ns)
+        if not theirs:
             return None
         ours = 0
         for endpoint in snapshot.endpoints:
             if endpoint.in_flight is None:
-                is_whole = all(each.address in said for each in snapshot.endpoints)
+                is_whole = all(each.address in theirs for each in snapshot.endpoints)
                 ours = snapshot.in_flight + snapshot.recovered
-                return sum(said.values()) - ours if is_whole else None
-            if endpoint.address in said:
+                return sum(theirs.values()) - ours if is_whole else None
+            if endpoint.address in theirs:
                 ours += endpoint.in_flight
-        return sum(said.values()) - ours
+        return sum(theirs.values()) - ours

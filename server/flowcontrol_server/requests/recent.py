@@ -1,4 +1,4 @@
-"""The newest decisions, kept in memory so that they can be asked about."""
+"""The newest decisions, kept in memory for queries."""
 
 import time
 from collections import deque
@@ -14,7 +14,7 @@ from flowcontrol_server.requests.classify import Origin
 
 @final
 class Decided:
-    """One decision, with what the gate knows of its request."""
+    """One decision, with its request."""
 
     __slots__ = ("client_request_id", "decided_ns", "decision", "origin", "request", "wall_ns")
 
@@ -33,9 +33,9 @@ class Decided:
         self.decided_ns = decided_ns
         """Monotonic."""
         self.wall_ns = wall_ns
-        """The same since 1970, as the clock stood then: monotonic time stops with the machine."""
+        """The same by the wall clock, since 1970: monotonic time stops while a machine sleeps."""
         self.origin = origin
-        """What named the objective and the flow of the request, where that is known."""
+        """Origin of the objective and the flow of the request; None: unknown."""
 
 
 @final
@@ -67,7 +67,7 @@ class RecentDecisions:
         decided_ns: int,
         origin: Origin | None = None,
     ) -> None:
-        """Take in a decision, and forget the oldest if there are too many."""
+        """Add a decision, and drop the oldest if there are too many."""
         wall_ns = self._wall_clock()
         decided = Decided(request, client_request_id, decision, decided_ns, wall_ns, origin)
         self._ring.append(decided)
@@ -78,7 +78,7 @@ class RecentDecisions:
             self._forget(self._ring.popleft())
 
     def find(self, request_id: str) -> Decided | None:
-        """Return the latest decision about a request of this id: ours, else the client's."""
+        """Return the latest decision about a request with this id: ours, else the client's."""
         own = own_id(request_id)
         known = None if own is None else self._by_id.get(own)
         return known or self._by_client_id.get(request_id)
@@ -91,7 +91,7 @@ class RecentDecisions:
         flow_id: str | None = None,
         outcome: str | None = None,
     ) -> list[Decided]:
-        """Return the latest decisions that fit, the newest first; O(kept)."""
+        """Return the latest decisions that match, the newest first; O(kept)."""
         return list(islice(self._fitting(priority, flow_id, outcome), count))
 
     def _fitting(
@@ -116,7 +116,7 @@ class RecentDecisions:
 
 
 def own_id(request_id: str) -> int | None:
-    """Return a text as an id of ours, a number of at most 18 digits; None if it cannot be one."""
+    """Return a text as an id of this process, at most 18 digits; None: it cannot be one."""
     return parse_whole(request_id, _DIGITS_MAX)
 
 

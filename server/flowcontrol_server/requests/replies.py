@@ -1,4 +1,4 @@
-"""Pure. What a client gets: the one table from outcomes to HTTP."""
+"""Pure. Answers to clients: the table from outcomes to HTTP."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,18 +13,18 @@ REASON_HEADER: Final = "x-llm-d-request-dropped-reason"
 DURATION_HEADER: Final = "x-llm-d-flow-queue-duration-ms"
 BAND_HEADER: Final = "x-llm-d-flow-priority"
 LIMIT_HEADER: Final = "x-llm-d-flow-limit"
-"""Which limits refused it: of its flow, its band, of all bands, or a time."""
+"""The limits that refused the request: of its flow, its band, all bands, or a time."""
 SHOULD_RETRY_HEADER: Final = "x-should-retry"
 """Read by the official clients of OpenAI and Anthropic, which retry 429 twice by themselves."""
 REFUSALS_MAX: Final = 2_048
-"""Those of a second differ by outcome, dialect, band, Retry-After and the seconds waited. Each is
-made once, when it first comes: to make them was a quarter of what it costs to expire a queue."""
+"""Refusals that are cached. Those of one second differ by outcome, dialect, band, Retry-After and
+seconds waited. Building each of them was a quarter of the cost of expiring a queue."""
 _RETRY_AFTER_MAX_S: Final = 30
 _SECOND_NS: Final = 1_000_000_000
 
 
 class Refused(NamedTuple):
-    """How one outcome looks to a client."""
+    """The answer to a client for one outcome."""
 
     status: int
     reason: str
@@ -36,9 +36,9 @@ _RESOURCE_EXHAUSTED, _INTERNAL, _UNAVAILABLE, _CANCELLED = 8, 13, 14, 1
 UNREACHABLE: Final = Refused(
     503, "rejected-unavailable", "flow control is not available", _UNAVAILABLE
 )
-"""What Envoy answers in our place while this service is gone (`envoy-config`)."""
+"""The answer of Envoy itself while this service is unreachable (`envoy-config`)."""
 UNREACHABLE_RETRY_S: Final = 5
-"""Its Retry-After. Envoy has tried for 15 s by then."""
+"""Retry-After of that answer. Envoy has tried for 15 s by then."""
 
 REFUSALS: Final = {
     Outcome.REJECTED_CAPACITY: Refused(
@@ -77,38 +77,38 @@ REFUSALS: Final = {
     ),
     Outcome.INTERNAL: Refused(500, "internal", "flow control failed", _INTERNAL),
 }
-"""Every outcome that clients see. Statuses and reasons are the reference implementation's.
+"""Every outcome that clients see. Statuses and reasons are those of the reference implementation.
 
-429: there is capacity, others hold it. 503: there is none.
+429: the capacity is in use by others. 503: there is no capacity.
 """
 
-_NOT_TOLD: Final = (Outcome.DISPATCHED, Outcome.EVICTED_MOVED)
+_UNANSWERED: Final = (Outcome.DISPATCHED, Outcome.EVICTED_MOVED)
 _TIMES: Final[dict[Outcome, tuple[str, ...]]] = {
     Outcome.EVICTED_TTL: ("ttl",),
     Outcome.EVICTED_NO_ENDPOINTS: ("no-endpoint-ttl",),
 }
-"""Refused by a limit of time."""
+"""Outcomes of a limit on time, with the name of the limit."""
 
 
 class EnginePriority(NamedTuple):
-    """How the band is passed on to a model server that schedules by priority."""
+    """How the band is passed to a model server that schedules by priority."""
 
     header: str
     sign: int
-    """1 where it serves larger numbers first, as we do; -1 where smaller ones."""
+    """1: it serves larger numbers first, as this service does; -1: smaller ones."""
 
 
 ENGINE_PRIORITIES: Final = {
     "vllm": EnginePriority("x-vllm-priority", -1),
     "sglang": EnginePriority("x-override-priority", 1),
 }
-"""Both let the header overrule the `priority` of the body, which Envoy cannot change unbuffered."""
+"""In both, the header overrides `priority` in the body, which Envoy cannot change unbuffered."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Exempt:
-    """Let the request go on as if we were not there."""
+    """Let the request pass as if this service did not exist."""
 
 
 @final
@@ -124,15 +124,15 @@ class Refuse:
     retry_after_s: int | None = None
     content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
-    """Further ones."""
+    """Further headers."""
 
     def __hash__(self) -> int:
-        """Return the body's, which is kept: the fields' would be made anew each time."""
+        """Return the hash of the body, which bytes cache; one of all fields would not be cached."""
         return hash(self.body)
 
 
 Answer = Decision | Exempt | Refuse
-"""A decision that is an answer dispatches its request."""
+"""A decision as an answer dispatches its request."""
 
 
 def answer(
@@ -146,9 +146,9 @@ def answer(
 
     Args:
         decision: of the engine, or of the gate when the engine has failed.
-        chance: from 0 to 1, spreads Retry-After so that a crowd does not come back as one.
-        dialect: how errors are written for its client.
-        continue_on_fault: let a request on, ungated, when it was the engine that failed.
+        chance: from 0 to 1, spreads Retry-After so that clients do not all come back at once.
+        dialect: error format of its client.
+        continue_on_fault: let the request pass ungated if the engine failed.
     """
     if decision.outcome is Outcome.DISPATCHED:
         return decision
@@ -161,7 +161,7 @@ def answer(
 
 def status_of(outcome: Outcome, *, continue_on_fault: bool) -> int | None:
     """Return the HTTP status a client gets; None: its request goes on, here or elsewhere."""
-    if outcome in _NOT_TOLD or (outcome is Outcome.INTERNAL and continue_on_fault):
+    if outcome in _UNANSWERED or (outcome is Outcome.INTERNAL and continue_on_fault):
         return None
     return REFUSALS[outcome].status
 
@@ -172,12 +172,12 @@ def refusal(decision: Decision, chance: float, dialect: Dialect = Dialect.OPENAI
     Args:
         decision: of the engine, or of the gate when the engine has failed.
         chance: from 0 to 1, as for `answer`.
-        dialect: how errors are written for its client.
+        dialect: error format of its client.
     """
     waited_s = decision.waited_ns // _SECOND_NS
     retry_s = retry_after_s(decision.retry_after_ns, chance)
     if retry_s is None and decision.outcome is Outcome.EVICTED_DISPLACED:
-        retry_s = min(max(1, waited_s), _RETRY_AFTER_MAX_S)  # nothing has moved so far
+        retry_s = min(max(1, waited_s), _RETRY_AFTER_MAX_S)  # no rate of dispatches is known
     limits = _TIMES.get(decision.outcome)
     if limits is None:
         limits = tuple([scope.value for scope in decision.without_room])
@@ -186,9 +186,9 @@ def refusal(decision: Decision, chance: float, dialect: Dialect = Dialect.OPENAI
 
 @lru_cache
 def unavailable(dialect: Dialect) -> Refuse:
-    """Return the answer where another replica decides and Envoy cannot ask it.
+    """Return the answer if another replica decides and Envoy cannot ask it.
 
-    It is what Envoy answers where it can ask, and none is there.
+    It is the same as Envoy's own answer while no replica is reachable.
     """
     status, reason, message, grpc_status = UNREACHABLE
     return Refuse(
@@ -218,7 +218,7 @@ def _refusal(  # noqa: PLR0913, PLR0917 - all that refusals differ in
     if limits:
         circumstances.append(f"limit reached: {', '.join(limits)}")
         headers.append((LIMIT_HEADER, ", ".join(limits)))
-    if outcome is Outcome.EVICTED_TTL:  # it has had its time: another try doubles the wait
+    if outcome is Outcome.EVICTED_TTL:  # it has waited its time; a retry would double that
         headers.append((SHOULD_RETRY_HEADER, "false"))
     message = refused.message if is_internal else f"{refused.message} ({', '.join(circumstances)})"
     return Refuse(

@@ -1,4 +1,4 @@
-"""The canonical lines of requests, put together as they end, and written many at once."""
+"""The canonical log lines of requests: formatted as requests end, and written many at once."""
 
 import time
 from collections.abc import Callable
@@ -11,20 +11,20 @@ from flowcontrol_server.requests.log_line import request_line
 
 _SECOND_NS: Final = 1_000_000_000
 _THREE: Final = tuple(f"{number:03d}" for number in range(1000))
-"""Numbers of three digits, made once."""
+"""Numbers of three digits, formatted once."""
 
 
 @final
 class RequestLog:
-    """The canonical lines of requests that are decided and gone.
+    """The canonical log lines of requests that are decided and have left.
 
-    They are put together as requests end, and written many at once, a moment later: through
-    structlog's processors, one by one, they cost as much as all else that is done for a request.
+    Lines are formatted as requests end, and written many at once, a moment later. Passing each
+    through structlog's processors costs as much as all other work for a request.
 
     Args:
-        soon: calls what it is given a moment later.
-        write: takes lines.
-        is_wanted: whether lines are to be written at all.
+        soon: calls its argument a moment later.
+        write: writes lines.
+        is_wanted: whether to write lines at all.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class RequestLog:
     def request_ended(
         self, parked: Parked, decision: Decision, *, continue_on_fault: bool = False
     ) -> None:
-        """Take note of a request that is decided and gone.
+        """Add the line of a request that is decided and has left.
 
         Args:
             parked: the request.
-            decision: about it, the last if there were two.
-            continue_on_fault: when it was the engine that failed, the request was let on.
+            decision: the decision about it, the last if there were two.
+            continue_on_fault: whether the request passed if the engine failed.
         """
         if not self._is_wanted:
             return
@@ -60,7 +60,7 @@ class RequestLog:
         )
 
     def _timestamp(self) -> str:
-        """Return the time as structlog writes it; of that the second is written once."""
+        """Return the time in structlog's format; the part up to the second is cached."""
         now_ns = time.time_ns()
         second = now_ns // _SECOND_NS
         micros = now_ns % _SECOND_NS // 1000
@@ -70,7 +70,7 @@ class RequestLog:
         return f"{self._written}.{_THREE[micros // 1000]}{_THREE[micros % 1000]}Z"
 
     def write(self) -> None:
-        """Write what has been put together so far."""
+        """Write the lines added so far."""
         lines, self._lines = self._lines, []
         if lines:
             self._write("".join(lines))

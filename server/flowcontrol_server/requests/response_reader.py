@@ -1,11 +1,11 @@
-"""Pure. What one response says of itself, read from its parts as they pass.
+"""Pure. Reads status, times and token usage of one response from its parts as they pass.
 
-Behind a gateway that streams bodies through its endpoint picker this stands in for Envoy's access
-log: status, time to the first token, tokens, an error inside a response of 200, and which endpoint
-served it. Nothing here delays or changes a response, and what cannot be read is passed over.
+Behind a gateway that streams bodies through its endpoint picker, this replaces Envoy's access log:
+status, time to the first token, tokens, an error inside a response of 200, and the endpoint that
+served it. Nothing here delays or changes a response; unreadable parts are skipped.
 
-A stream is read event by event. Of a line of more than 64 KiB, as of a response that is one JSON
-object, the last 16 KiB are searched for counts: engines write them behind the answer.
+A stream is read event by event. In a line of more than 64 KiB, and in a response that is one JSON
+object, the last 16 KiB are searched for counts: engines write them after the answer.
 """
 
 import json
@@ -23,10 +23,10 @@ _STREAM, _LINES, _OBJECT, _UNREAD = range(4)
 _EVENTS: Final = "text/event-stream"
 _JSON_LINES: Final = "application/x-ndjson"
 _JSON: Final = re.compile(r"application/json\s*(;|$)")
-_TELLING: Final = re.compile(rb'"usage"|"error|_count"|^error:', re.MULTILINE)
-"""In everything that counts or fails."""
+_RELEVANT: Final = re.compile(rb'"usage"|"error|_count"|^error:', re.MULTILINE)
+"""Matches every event with counts or an error."""
 _BLANK_LINES: Final = (b"\n\n", b"\n\r\n", b"\r\r")
-"""At the end of an event."""
+"""Ends of an event."""
 _TYPE: Final = re.compile(rb'"type"\s*:\s*"([\w.]+)"')
 _EARLY: Final = frozenset(kind.encode() for kind in usage.EARLY_EVENTS)
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
@@ -43,7 +43,7 @@ class ResponseReader:
 
     Args:
         headers: of the response, names in lower case.
-        endpoint: that served it; empty where that is not known.
+        endpoint: the endpoint that served it; empty: unknown.
     """
 
     __slots__ = (
@@ -68,24 +68,24 @@ class ResponseReader:
         self._endpoint = endpoint
         self._form = _form_of(headers)
         self._rest = bytearray()
-        """Of a line that has not ended; of an object, its last bytes."""
+        """Bytes of a line that has not ended; for an object, its last bytes."""
         self._json = b""
-        """Of an event whose JSON has several lines."""
+        """JSON so far of an event that has it on several lines."""
         self._is_return_last = False
-        """The last line ended in CR: an LF to come belongs to that, and is no line of its own."""
+        """The last line ended in CR; an LF that follows belongs to it and is not a blank line."""
         self._is_cut = False
-        """The line that has not ended is longer than is read: this is its end so far."""
+        """The line that has not ended is too long, and only its last bytes are held."""
         self._counts: dict[str, int] = {}
         self._error: int | None = None
         self._has_number = False
         self._first_ns: int | None = None
         self._bytes = 0
         self._is_passing = False
-        """The body passes through here; else nothing is known of it, nor of its end."""
+        """The body passes through here; otherwise neither it nor its end is known."""
         self._is_whole = False
 
     def take(self, body: bytes, now_ns: int, *, is_end: bool) -> None:
-        """Take the next part of the body; cost is linear in it."""
+        """Take the next part of the body; the cost is linear in its length."""
         self._is_passing = True
         self._is_whole |= is_end
         self._bytes += len(body)
@@ -102,15 +102,15 @@ class ResponseReader:
                 self._read_object()
 
     def end(self, now_ns: int) -> None:
-        """Take note that the response has ended, with its headers or its trailers."""
+        """Note that the response has ended, with its headers or its trailers."""
         if not self._is_whole:
             self.take(b"", now_ns, is_end=True)
 
     def report(self, dispatched_ns: int, ended_ns: int) -> LogEntry:
-        """Return what is known of the response, as the access log would tell it.
+        """Return the report of the response, in the form of an access log entry.
 
         Args:
-            dispatched_ns: when its request was let on.
+            dispatched_ns: when its request was dispatched.
             ended_ns: when its stream ended.
         """
         status = self._status
@@ -151,7 +151,7 @@ class ResponseReader:
             del rest[:-_TAIL_BYTES]
             self._is_cut = True
         is_apart = not self._json and (self._form == _LINES or whole.endswith(_BLANK_LINES))
-        if self._first_ns is not None and is_apart and not _TELLING.search(whole):
+        if self._first_ns is not None and is_apart and not _RELEVANT.search(whole):
             return
         for line in whole.splitlines():
             if is_cut or len(line) > _EVENT_BYTES_MAX:
@@ -163,9 +163,9 @@ class ResponseReader:
             self._read_event()
 
     def _read_end(self, line: bytes) -> None:
-        """Read what can be read of a line that is too long: its end."""
+        """Read the end of a line that is too long."""
         self._read_event()
-        self._read(_said_at_end(line[-_TAIL_BYTES:]))
+        self._read(_counts_at_end(line[-_TAIL_BYTES:]))
 
     def _read_line(self, line: bytes, now_ns: int) -> None:
         if not line:
@@ -199,15 +199,15 @@ class ResponseReader:
     def _read_object(self) -> None:
         text = bytes(self._rest[-_TAIL_BYTES:]).lstrip()
         self._rest.clear()
-        said = _object(text)
-        self._read(_said_at_end(text) if said is None else said)
+        content = _object(text)
+        self._read(_counts_at_end(text) if content is None else content)
 
-    def _read(self, said: dict[str, Any] | None) -> bool:
-        """Note what an object says; False if it is none."""
-        if said is None:
+    def _read(self, content: dict[str, Any] | None) -> bool:
+        """Note counts and error of an object; return False if there is no object."""
+        if content is None:
             return False
-        self._counts.update(usage.read_counts(said))
-        error = usage.read_error(said)
+        self._counts.update(usage.read_counts(content))
+        error = usage.read_error(content)
         if error is not None and (error[1] or not self._has_number):
             self._error, self._has_number = error
         return True
@@ -224,23 +224,23 @@ def _form_of(headers: Mapping[str, str]) -> int:
     return _OBJECT if _JSON.match(kind) else _UNREAD
 
 
-def _said_at_end(text: bytes) -> dict[str, Any]:
-    """Return the counts in the end of an object whose beginning is not known."""
-    said: dict[str, Any] = {name.decode(): int(count) for name, count in _COUNTS.findall(text)}
+def _counts_at_end(text: bytes) -> dict[str, Any]:
+    """Return the counts at the end of an object whose beginning is unknown."""
+    content: dict[str, Any] = {name.decode(): int(count) for name, count in _COUNTS.findall(text)}
     found = list(_USAGE.finditer(text))
-    said["usage"] = _object(text[found[-1].end() :], is_open=True) if found else None
-    return said
+    content["usage"] = _object(text[found[-1].end() :], is_open=True) if found else None
+    return content
 
 
 def _object(text: bytes, *, is_open: bool = False) -> dict[str, Any] | None:
-    """Return the JSON object that a text is, or begins with."""
+    """Return the JSON object in a text, with `is_open` the one that begins it; None: no object."""
     if not text.startswith(b"{"):
         return None
     try:
         if is_open:
-            said, _ = json.JSONDecoder().raw_decode(text.decode())
+            content, _ = json.JSONDecoder().raw_decode(text.decode())
         else:
-            said = json.loads(text)
+            content = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return said if isinstance(said, dict) else None
+    return content if isinstance(content, dict) else None

@@ -1,12 +1,12 @@
-"""Pure. Facts about a request that its operator trusts, and what follows from them.
+"""Pure. Facts about a request that its operator trusts, and the rules on them.
 
-A fact is named by where it is found:
+A fact is named by its place:
 
     header:NAME                        a request header, its name in lower case
-    body:NAME                          a field of the JSON body, as Envoy has read it
-    metadata:NAMESPACE:KEY[:KEY...]    what another filter of Envoy's has found, a JWT's claim say
+    body:NAME                          a field of the JSON body, as read by Envoy
+    metadata:NAMESPACE:KEY[:KEY...]    metadata of another filter of Envoy, such as a claim of a JWT
 
-A header and a body are the client's word unless Envoy overwrites them; a verified claim is not.
+The client chooses header and body unless Envoy overwrites them; it cannot choose a verified claim.
 """
 
 import hashlib
@@ -15,45 +15,44 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, final
 
 BODY_NAMESPACE: Final = "flowcontrol.request"
-"""Dynamic metadata that Envoy makes of a request's body."""
+"""Dynamic metadata in which Envoy stores fields of a request's body."""
 ANSWER_FIELDS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-"""The most tokens of an answer, as each API names it; the first that is there counts."""
+"""The token limit of an answer, by its name in each API; the first that is set counts."""
 BODY_FIELDS: Final = ("model", "stream", *ANSWER_FIELDS, "user", "service_tier")
-"""What Envoy reads from a body."""
+"""Fields that Envoy reads from a body."""
 BODY_UNREAD: Final = "unread"
-"""Set in that namespace where Envoy could not read a body: it is no JSON to Envoy, which knows no
-integer beyond 64 bits, no NaN, and no nesting of thousands."""
+"""Set in that namespace if Envoy could not parse a body as JSON. Envoy also rejects integers beyond
+64 bits, NaN, and thousands of nested levels."""
 FACT_RULE: Final = (
     "must be header:NAME, metadata:NAMESPACE:KEY or one of "
     f"{', '.join(f'body:{name}' for name in BODY_FIELDS)}"
 )
 
 Metadata = Mapping[str, Mapping[str, Any]]
-"""By namespace; values are what JSON can hold."""
+"""By namespace; values are JSON values."""
 _KEY_HEADERS: Final = (
     *("authorization", "proxy-authorization", "cookie"),
     *("x-api-key", "api-key", "x-goog-api-key"),
 )
-"""They hold secrets, which no log, ledger or page may show: what is named by one of them is named
-by its fingerprint."""
+"""Headers with secrets, which no log, ledger or page may show: the tenant is a fingerprint."""
 _FINGERPRINT_DIGITS: Final = 16
 _STREAM: Final = ("stream",)
 _FLAGS: Final = {"0": "false", "1": "true"}
-"""How Envoy writes a boolean of a body."""
+"""Text for each of Envoy's values of a boolean in a body."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Where something about a request is found."""
+    """The place of a value in a request."""
 
     header: str = ""
-    """Name of a header; empty: it is metadata."""
+    """Name of a header; empty: the value is in metadata."""
     namespace: str = ""
     path: tuple[str, ...] = ()
 
     def find(self, headers: Mapping[str, str], metadata: Metadata) -> str | list[str]:
-        """Return what is there, as text: empty when it is absent; each of a list's values."""
+        """Return the value as text, or each value of a list; empty: it is absent."""
         if self.header:
             return headers.get(self.header, "")
         found: Any = metadata.get(self.namespace)
@@ -66,13 +65,13 @@ class Fact:
         return _FLAGS.get(text, text) if is_flag else text
 
     def first(self, headers: Mapping[str, str], metadata: Metadata) -> str:
-        """Return what is there, the first value of a list; empty when it is absent."""
+        """Return the value, or the first non-empty one of a list; empty: it is absent."""
         found = self.find(headers, metadata)
         return next(filter(None, found), "") if isinstance(found, list) else found
 
 
 def parse_fact(text: str) -> Fact | None:
-    """Return the fact that a name stands for, None if it names none."""
+    """Return the fact of a name; None: it names none."""
     kind, _, name = text.partition(":")
     if kind == "header" and name and name == name.strip():
         return Fact(header=name.lower())
@@ -85,7 +84,7 @@ def parse_fact(text: str) -> Fact | None:
 
 
 def as_text(value: object) -> str:
-    """Return a plain value as one writes it, nothing for what has parts or is not there."""
+    """Return a scalar as text; empty: it is absent, or a list or mapping."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -96,13 +95,13 @@ def as_text(value: object) -> str:
 
 
 class Condition(NamedTuple):
-    """What a fact must be: exactly that text, or what begins like it where it ends in *."""
+    """A required value of a fact: exactly the pattern, or with that prefix if it ends in *."""
 
     fact: Fact
     pattern: str
 
     def holds(self, headers: Mapping[str, str], metadata: Metadata) -> bool:
-        """Whether any value of the fact fits; an absent fact fits nothing."""
+        """Whether any value of the fact matches; an absent fact matches nothing."""
         found = self.fact.find(headers, metadata)
         if isinstance(found, list):
             return any(map(self._fits, found))
@@ -117,11 +116,11 @@ class Condition(NamedTuple):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What follows where all conditions hold: an objective, a flow id, or both."""
+    """Sets an objective, a flow id, or both, if all conditions hold."""
 
     match: tuple[Condition, ...] = ()
     objective: str | Fact | None = None
-    """A name, or where it is found; None: the rule says nothing about it."""
+    """A name, or the place of the name; None: the rule does not set it."""
     flow_id: str | Fact | None = None
 
     def holds(self, headers: Mapping[str, str], metadata: Metadata) -> bool:
@@ -133,42 +132,44 @@ class Rule:
 
 
 class Verdict(NamedTuple):
-    """What the rules say of a request, and which of them says it."""
+    """Objective and flow id that rules set for a request, and the rules that set them."""
 
     objective: str = ""
     flow_id: str = ""
     objective_rule: int | None = None
-    """Index of the rule; None: no rule says it."""
+    """Index of the rule; None: no rule sets it."""
     flow_id_rule: int | None = None
 
 
 def judge(rules: tuple[Rule, ...], headers: Mapping[str, str], metadata: Metadata) -> Verdict:
-    """Return objective and flow id, each by the first rule that holds and says it; else empty.
+    """Return objective and flow id, each set by the first rule that holds and sets it; else empty.
 
-    A rule that takes it from an absent fact says nothing, and a later one may.
+    A rule does not set a value that it takes from an absent fact; a later rule may.
     """
     objective = flow_id = ""
     objective_rule = flow_id_rule = None
     for index, rule in enumerate(rules):
         if rule.holds(headers, metadata):
-            if not objective and (objective := _said(rule.objective, headers, metadata)):
+            if not objective and (objective := _text(rule.objective, headers, metadata)):
                 objective_rule = index
-            if not flow_id and (flow_id := _said(rule.flow_id, headers, metadata)):
+            if not flow_id and (flow_id := _text(rule.flow_id, headers, metadata)):
                 flow_id_rule = index
             if objective and flow_id:
                 break
     return Verdict(objective, flow_id, objective_rule, flow_id_rule)
 
 
-def _said(said: str | Fact | None, headers: Mapping[str, str], metadata: Metadata) -> str:
-    if isinstance(said, Fact):
-        found = said.first(headers, metadata)
-        return _fingerprint(said.header, found) if found and said.header in _KEY_HEADERS else found
-    return said or ""
+def _text(value: str | Fact | None, headers: Mapping[str, str], metadata: Metadata) -> str:
+    if isinstance(value, Fact):
+        found = value.first(headers, metadata)
+        return (
+            _fingerprint(value.header, found) if found and value.header in _KEY_HEADERS else found
+        )
+    return value or ""
 
 
 def _fingerprint(header: str, key: str) -> str:
-    """Return what stands for a key: the same whichever header holds it, behind a scheme or not."""
+    """Return the fingerprint of a key: the same in any header, with or without a scheme."""
     if header.endswith("authorization"):
         key = key.rpartition(" ")[2]
     digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()

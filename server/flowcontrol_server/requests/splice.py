@@ -1,8 +1,9 @@
-"""Pure. Bodies in Envoy's messages: cut out of what comes, and put into what goes back.
+"""Pure. Cuts bodies out of ProcessingRequests, and puts them into ProcessingResponses.
 
-A body that Envoy streams to us (FULL_DUPLEX_STREAMED) must be sent back. To decode each message and
-to encode it again would copy every byte several times; here the fields around the bytes are read
-and written by hand. What is not written as protobuf's own encoders write it goes to the codec.
+A body that Envoy streams to this service (FULL_DUPLEX_STREAMED) must be sent back. Decoding each
+message and encoding it again would copy every byte several times, so here the fields around the
+bytes are read and written by hand. A message with another encoding than that of protobuf's own
+encoders is left to the codec.
 
     ProcessingRequest   request_body = 4, response_body = 5, request_trailers = 6,
                         response_trailers = 7
@@ -18,18 +19,18 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple, final
 
 CHUNK_BYTES_MAX: Final = 62_000
-"""Of one answer: gateways refuse messages beyond 64 KiB."""
+"""Bytes of a body in one response: gateways refuse messages beyond 64 KiB."""
 _LENGTH_DELIMITED: Final = 2
 _REQUEST_TAG, _RESPONSE_TAG = 0x22, 0x2A
 _REQUEST_TRAILERS_TAG, _RESPONSE_TRAILERS_TAG = 0x32, 0x3A
 _BODY_TAG, _END_TAG = 0x0A, 0x10
 _FIRST_AFTER: Final = 8
-"""The least field number behind those of the oneof."""
+"""The least field number after those of the oneof."""
 _VARINT_BYTES_MAX: Final = 5
 _HEAD_BYTES_MAX: Final = 2 + 2 * _VARINT_BYTES_MAX
-"""Of a message with a part of a body, before the body."""
+"""Bytes before the body, in a message with a part of a body."""
 _AROUND_BYTES_MAX: Final = 65_536
-"""Of such a message, behind the body."""
+"""Bytes after the body, in such a message."""
 _END: Final = b"\x10\x01"
 
 
@@ -37,7 +38,7 @@ class BodyPart(NamedTuple):
     """A part of a body."""
 
     is_request: bool
-    """Else it is of the response."""
+    """Whether it belongs to the request, not to the response."""
     body: bytes
     is_end: bool
 
@@ -45,7 +46,7 @@ class BodyPart(NamedTuple):
 def body_of(message: bytes) -> BodyPart | None:
     """Return the part of a body that a ProcessingRequest carries.
 
-    None if it carries none, or is not written as expected: the codec reads all that there is.
+    None: it carries none, or has an unexpected encoding, which the codec can read.
     """
     if not message or message[0] not in {_REQUEST_TAG, _RESPONSE_TAG}:
         return None
@@ -73,9 +74,9 @@ def body_of(message: bytes) -> BodyPart | None:
 
 
 def trailers_of(message: bytes) -> bool | None:
-    """Whether it is the request's trailers that a ProcessingRequest carries, not the response's.
+    """Whether the trailers in a ProcessingRequest are the request's, not the response's.
 
-    None if it carries none, or is not written as expected. Text around them need not be UTF-8.
+    None: it carries none, or has an unexpected encoding. Text around them need not be UTF-8.
     """
     if not message or message[0] not in {_REQUEST_TRAILERS_TAG, _RESPONSE_TRAILERS_TAG}:
         return None
@@ -87,35 +88,37 @@ def trailers_of(message: bytes) -> bool | None:
 
 
 class NoBodyError(Exception):
-    """A large message is no part of a body, or is not written as expected."""
+    """A large message is not a part of a body, or has an unexpected encoding."""
 
 
 @final
 class LargeBody:
-    """A message with a part of a body too large to be kept whole: smaller ones are made of it.
+    """Splits a message whose part of a body is too large to be held, into smaller messages.
 
     Args:
-        size: of the message.
+        size: bytes of the message.
     """
 
     __slots__ = ("_body_left", "_inner_bytes", "_left", "_rest", "_tag")
 
     def __init__(self, size: int) -> None:
         self._left = size
-        """Bytes of the message to come."""
+        """Bytes of the message that are still to come."""
         self._tag = 0
-        """Of what the message carries; 0 until its beginning is known."""
+        """Tag of the field that has the body; 0: not read yet."""
         self._body_left = 0
         self._inner_bytes = 0
-        """Behind the body, of what the message carries."""
+        """Bytes after the body, in that field."""
         self._rest = b""
-        """What has come of the message and was not passed on."""
+        """Bytes of the message that have come and were not passed on."""
 
     def take(self, data: bytes) -> tuple[list[bytes], bytes | None]:
-        """Take more of it; return smaller messages, and what follows it once it is whole.
+        """Take more of the message; return smaller ones, and the bytes after its end.
+
+        None: its end has not come.
 
         Raises:
-            NoBodyError: the message is not what is taken here.
+            NoBodyError: the message is not a part of a body, or has an unexpected encoding.
         """
         own, after = self._rest + data[: self._left], data[self._left :]
         self._left -= len(data) - len(after)
@@ -137,7 +140,7 @@ class LargeBody:
         return messages, after
 
     def _begin(self, data: bytes) -> int | None:
-        """Read where the body begins; None while too little has come."""
+        """Return where the body begins; None: too little has come."""
         if len(data) < _HEAD_BYTES_MAX:
             return None
         inner_bytes, inner = _varint(data, 1)
@@ -154,7 +157,7 @@ class LargeBody:
 
 
 def echoes(part: BodyPart) -> Iterator[bytes]:
-    """Write the answers that send a part back; none for a part that is empty and ends nothing."""
+    """Return the responses that send a part back; none if it is empty and not the end."""
     body, size = part.body, len(part.body)
     tag = b"\x1a" if part.is_request else b"\x22"
     if size <= CHUNK_BYTES_MAX:
@@ -179,7 +182,7 @@ def _echo(tag: bytes, body: bytes, *, is_end: bool) -> bytes:
 
 
 def _is_without_more(message: bytes, position: int) -> bool:
-    """Whether what follows has no part of the oneof, only fields with a length or a number."""
+    """Whether only delimited and varint fields follow, none of them of the oneof."""
     total = len(message)
     while position < total:
         tag, position = _varint(message, position)
@@ -200,14 +203,14 @@ def _is_without_more(message: bytes, position: int) -> bool:
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """Return a number and where it ends; -1 for what is cut off, or too large to be a length."""
+    """Return a number and where it ends; -1: it is cut off, or too large for a length."""
     value = shift = 0
     last = min(len(data), position + _VARINT_BYTES_MAX)
     while position < last:
         byte = data[position]
         position += 1
         value |= (byte & 0x7F) << shift
-        if byte < 0x80:  # noqa: PLR2004 - the bit that says that more follows
+        if byte < 0x80:  # noqa: PLR2004 - the bit that marks that more follows
             return value, position
         shift += 7
     return -1, position

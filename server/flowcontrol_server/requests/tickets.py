@@ -1,13 +1,13 @@
-"""Pure. Tickets: how Envoy's access log names a request, and why it cannot be forged.
+"""Pure. Tickets identify requests in Envoy's access log, and cannot be forged.
 
     INSTANCE.NUMBER.CODE
 
 INSTANCE names the process that dispatched the request, NUMBER is its request id, and CODE is a
-message authentication code of both under a key that never leaves the process. Whoever reaches the
-access-log port can count request ids, but not the codes.
+message authentication code of both under a key that never leaves the process. A client that reaches
+the access-log port can guess request ids, but not the codes.
 
-A ticket travels as text. As a number of Envoy's dynamic metadata it would be a double, exact below
-2^53 only: that holds a request id or a code of use, not both.
+A ticket is text. A number in Envoy's dynamic metadata would be a double, exact below 2^53 only:
+that holds a request id or a sufficient code, not both.
 """
 
 from enum import Enum
@@ -21,11 +21,11 @@ from flowcontrol_server.common.units import parse_whole
 _CODE_BYTES: Final = 8
 """One guess in 2^64 is right."""
 _DIGITS_MAX: Final = 19
-"""Of a request id: 64 bits."""
+"""Digits of a request id: 64 bits."""
 
 
 class Flaw(Enum):
-    """Why a ticket is not one of ours. The values are those of `settlement.Result`."""
+    """Why a ticket is not one of this process. The values are those of `log_join.EntryResult`."""
 
     FOREIGN = "foreign"
     FORGED = "forged"
@@ -36,8 +36,8 @@ class Flaw(Enum):
 class Tickets:
     """Issues tickets and reads them.
 
-    A process that takes over the requests of another one knows their tickets whole, from the store
-    of what is in flight: it needs no key but its own.
+    A process that takes over the requests of another one reads their complete tickets from the
+    store of requests in flight, so it needs no key but its own.
 
     Args:
         instance: names the process, in hexadecimal digits.
@@ -54,7 +54,7 @@ class Tickets:
         return text + b"." + self._code(text)
 
     def read(self, ticket: str) -> int | Flaw:
-        """Return the request id of a ticket of ours, or why it is none."""
+        """Return the request id of a ticket of this process, or why it is not one."""
         instance, _, rest = ticket.partition(".")
         number, _, code = rest.partition(".")
         request_id = parse_whole(number, _DIGITS_MAX)
@@ -68,11 +68,11 @@ class Tickets:
         return request_id
 
     def _code(self, text: bytes) -> bytes:
-        digest = self._keyed.copy()  # two thirds of what it costs to take in the key each time
+        digest = self._keyed.copy()  # two thirds of the cost of hashing the key each time
         digest.update(text)
         return digest.hexdigest().encode()
 
 
 TICKETS: Final = Tickets(token_hex(4), token_bytes(32))
-"""Those of this process. Counters begin at 1 in each, and the log may bring what another replica,
-or a former process at this address, has dispatched."""
+"""The tickets of this process. Request ids begin at 1 in each process, and the log may report
+requests that another replica, or a former process at this address, has dispatched."""

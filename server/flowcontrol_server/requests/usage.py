@@ -1,7 +1,7 @@
-"""Pure. What model servers say in a response of the tokens it took, and of errors inside it.
+"""Pure. Where model servers report token usage in a response, and errors inside it.
 
 One table for all readers: the filters of the generated Envoy configuration are made from it
-(`tools/envoy`), and a response that passes through this service is read by it (`ResponseReader`).
+(`tools/envoy`), and `ResponseReader` uses it for a response that passes through this service.
 """
 
 import re
@@ -24,15 +24,15 @@ FIELDS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("total_tokens", ("prompt_eval_count",)),
     ("output_tokens", ("eval_count",)),
 )
-"""Our name, and the keys that lead to the number. The last that is there counts."""
+"""Our name, and the keys that lead to the number. The last one present counts."""
 COUNTS: Final = (
     *("input_tokens", "cached_tokens", "output_tokens"),
     *("cache_read_tokens", "cache_creation_tokens", "total_tokens"),
 )
-"""What `tokens` is made of, in the order in which it takes them."""
+"""The counts that `tokens` takes, in that order."""
 WRAPPERS: Final = ("response", "message")
-"""Objects inside an event of a stream that hold what a whole response has outside: OpenAI's
-responses, Anthropic's messages."""
+"""Objects inside an event of a stream with the fields that a complete response has at its top:
+OpenAI's responses, Anthropic's messages."""
 EARLY_EVENTS: Final = (
     *("ping", "message_start"),
     *("response.created", "response.queued", "response.in_progress"),
@@ -47,56 +47,56 @@ ERROR_WORDS: Final = (
     ("validation", 400),
     ("not_?found", 400),
 )
-"""Part of an error's type in lower case, and the HTTP status that it stands for; the first that
-fits. Both as a regex and as a pattern of Lua."""
+"""Part of an error's type in lower case, and the HTTP status that it means; the first match counts.
+Each is valid both as a regular expression and as a pattern of Lua."""
 ERROR: Final = 500
-"""The status that any other error stands for."""
+"""The status of any other error."""
 
 _ERROR_STATUSES: Final = range(400, 600)
 _MESSAGE: Final = "message"
 _WORDS: Final = tuple((re.compile(word), status) for word, status in ERROR_WORDS)
 _PATHS: Final = tuple((name, path) for name, path in FIELDS if path[0] == "usage")
 OUTERMOST: Final = {path[0]: name for name, path in FIELDS if path[0] != "usage"}
-"""Our names by the keys of numbers that stand beside the usage."""
+"""Our names of numbers at the top of a response, by key."""
 _DIGITS_MAX: Final = 15
 
 
-def read_counts(said: Mapping[str, Any]) -> dict[str, int]:
+def read_counts(content: Mapping[str, Any]) -> dict[str, int]:
     """Return the numbers of tokens in a response or an event, by our names."""
     found: dict[str, int] = {}
     for key, name in OUTERMOST.items():
-        _note(found, name, said.get(key))
-    _read_usage(found, said, is_begin=False)
+        _note(found, name, content.get(key))
+    _read_usage(found, content, is_begin=False)
     for wrapper in WRAPPERS:
-        inner = said.get(wrapper)
+        inner = content.get(wrapper)
         if isinstance(inner, dict):
             _read_usage(found, inner, is_begin=wrapper == _MESSAGE)
     return found
 
 
-def read_error(said: Mapping[str, Any]) -> tuple[int, bool] | None:
-    """Return the status of the error in a response or an event, and whether it said it as a number.
+def read_error(content: Mapping[str, Any]) -> tuple[int, bool] | None:
+    """Return the status of the error in a response or an event, and whether it was a number there.
 
     None: it has no error.
     """
     found: tuple[int, bool] | None = None
     for wrapper in ("", *WRAPPERS):
-        inner = said.get(wrapper) if wrapper else said
+        inner = content.get(wrapper) if wrapper else content
         if isinstance(inner, dict):
             found = _error_of(inner) or found
     return found
 
 
 def tokens(counts: Sequence[int | None]) -> tuple[int | None, int | None, int | None]:
-    """Return the tokens of the whole prompt, those of them from a cache, and of the answer.
+    """Return the tokens of the whole prompt, of its cached part, and of the answer.
 
     Args:
-        counts: in the order of `COUNTS`; None: not said.
+        counts: in the order of `COUNTS`; None: not reported.
 
-    Anthropic counts what it reads from its cache, and writes into it, beside the input; OpenAI
-    within it. Embeddings and reranking have no answer: their total says that it is zero. Ollama
-    leaves a count of zero out: what it says of the prompt is all there is, unless it counts an
-    answer.
+    Anthropic counts tokens read from its cache, or written to it, in addition to the input; OpenAI
+    counts them as part of it. Embeddings and reranking have no answer: their total shows that its
+    tokens are zero. Ollama omits counts of zero: with a count for the prompt alone, the answer has
+    none.
     """
     input_, cached, output, cache_read, cache_creation, total = counts
     if cache_read is not None or cache_creation is not None:
@@ -108,13 +108,13 @@ def tokens(counts: Sequence[int | None]) -> tuple[int | None, int | None, int | 
     return input_, cached, output
 
 
-def _read_usage(found: dict[str, int], said: Mapping[str, Any], *, is_begin: bool) -> None:
-    usage = said.get("usage")
+def _read_usage(found: dict[str, int], content: Mapping[str, Any], *, is_begin: bool) -> None:
+    usage = content.get("usage")
     if not isinstance(usage, dict):
         return
     for name, path in _PATHS:
         if is_begin and name == "output_tokens":
-            continue  # Anthropic's first event counts no answer yet, and may be the last that comes
+            continue  # Anthropic's first event has no answer to count yet, and may be the only one
         value: Any = usage
         for key in path[1:]:
             value = value.get(key) if isinstance(value, dict) else None
@@ -128,7 +128,7 @@ def _note(found: dict[str, int], name: str, value: Any) -> None:
 
 
 def _number(value: Any) -> int | None:
-    """Return a whole number of 15 digits at most, also from a text or a float."""
+    """Return a whole number of 15 digits at most, also from a text or a float; None: no number."""
     if isinstance(value, str):
         return parse_whole(value, _DIGITS_MAX)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -136,12 +136,12 @@ def _number(value: Any) -> int | None:
     return int(value) if 0 <= value < 10**_DIGITS_MAX else None
 
 
-def _error_of(said: Mapping[str, Any]) -> tuple[int, bool] | None:
-    error, kind = said.get("error"), said.get("error_type")
+def _error_of(content: Mapping[str, Any]) -> tuple[int, bool] | None:
+    error, kind = content.get("error"), content.get("error_type")
     if isinstance(error, dict):
         return _status_of(error)
-    if said.get("object") == "error" or said.get("type") == "error":
-        return _status_of(said)
+    if content.get("object") == "error" or content.get("type") == "error":
+        return _status_of(content)
     if isinstance(kind, str):
         return _status_of_word(kind), False
     return (ERROR, False) if isinstance(error, str) and error else None

@@ -1,8 +1,8 @@
-"""Pure. What Envoy sends for every request, read from its bytes without protobuf's objects.
+"""Pure. Decodes the messages that Envoy sends for every request, without protobuf's objects.
 
-Each field that is asked of such an object costs as much as to find it here. What is not written as
-protobuf's own encoders write it, or is more than Envoy sends for a request, is left to protobuf: it
-reads all there is, and says what is malformed.
+Reading a field of such an object costs as much as finding it here. A message with another encoding
+than that of protobuf's own encoders, or with more than Envoy sends for a request, is left to
+protobuf, which reads every message and reports malformed ones.
 
     ProcessingRequest   request_headers = 2, response_headers = 3, metadata_context = 8,
                         attributes = 9, observability_mode = 10, protocol_config = 11
@@ -29,7 +29,7 @@ _VARINT: Final = 0
 _FIXED64: Final = 1
 _DELIMITED: Final = 2
 _FIXED32: Final = 5
-"""How the value of a field is written: the lowest bits of its tag, below its number."""
+"""Wire types: the lowest bits of a tag, below the field number."""
 _FIRST: Final = 0x0A
 _SECOND: Final = 0x12
 _THIRD: Final = 0x1A
@@ -38,19 +38,19 @@ _METADATA: Final = 0x42
 _ATTRIBUTES: Final = 0x4A
 _CONFIG: Final = 0x5A
 _CUSTOM_TAGS: Final = 0xB2
-"""Tags of fields that say how long they are, of the numbers 1, 2, 3, 4, 8, 9, 11, and 22."""
+"""Tags of delimited fields with the numbers 1, 2, 3, 4, 8, 9, 11, and 22."""
 _HEADERS: Final = frozenset((_SECOND, _THIRD))
-"""Of a ProcessingRequest."""
+"""Tags of headers in a ProcessingRequest."""
 _FIRST_NUMBER: Final = 0x08
 _SECOND_NUMBER: Final = 0x10
 _THIRD_NUMBER: Final = 0x18
 _FOURTH_NUMBER: Final = 0x20
 _OBSERVES: Final = 0x50
-"""Tags of numbers and booleans, the last of the field 10."""
+"""Tags of numbers and booleans, with the numbers 1, 2, 3, 4, and 10."""
 _DOUBLE: Final = 0x11
 _STRUCT: Final = 0x2A
 _LIST: Final = 0x32
-"""Of a Value."""
+"""Tags in a Value."""
 _MORE: Final = 0x80
 _SHIFT_MAX: Final = 28
 _DOUBLE_BYTES: Final = 8
@@ -59,12 +59,12 @@ _double: Final = Struct("<d").unpack_from
 
 
 class UnexpectedError(Exception):
-    """The bytes are not written as expected."""
+    """The bytes have an unexpected encoding."""
 
 
 @final
 class FieldReader:
-    """A place in a message, and what can be read there.
+    """A position in a message, with methods that read fields there.
 
     Args:
         data: the message.
@@ -77,7 +77,7 @@ class FieldReader:
         self.at = 0
 
     def varint(self, end: int) -> int:
-        """Read a number of up to 35 bits, which ends before that place."""
+        """Read a number of up to 35 bits, which must end before `end`."""
         data, at = self.data, self.at
         if at >= end:
             raise UnexpectedError
@@ -100,7 +100,7 @@ class FieldReader:
         return value
 
     def end_of(self, end: int) -> int:
-        """Read the length of what begins here; return where it ends."""
+        """Read the length of a delimited value; return where the value ends."""
         size = self.varint(end)
         after = self.at + size
         if after > end:
@@ -108,17 +108,17 @@ class FieldReader:
         return after
 
     def raw(self, end: int) -> bytes:
-        """Read bytes that say how many they are."""
+        """Read a delimited value as bytes."""
         after = self.end_of(end)
         begin, self.at = self.at, after
         return self.data[begin:after]
 
     def text(self, end: int) -> str:
-        """Read a text that says how long it is; raises UnicodeDecodeError."""
+        """Read a delimited value as text; raises UnicodeDecodeError."""
         return self.raw(end).decode()
 
     def skip(self, tag: int, end: int) -> None:
-        """Pass by the value of a field."""
+        """Skip the value of a field."""
         kind = tag & 7
         if kind == _DELIMITED:
             self.at = self.end_of(end)
@@ -137,7 +137,7 @@ class FieldReader:
             raise UnexpectedError
 
     def struct(self, end: int, depth: int = 0) -> dict[str, Any]:
-        """Read a Struct as what JSON can hold; numbers are floats."""
+        """Read a Struct as JSON values; numbers are floats."""
         fields: dict[str, Any] = {}
         while self.at < end:
             if self.varint(end) != _FIRST:
@@ -193,7 +193,7 @@ class FieldReader:
         tag = self.varint(end)
         value: Any = None
         if tag == _THIRD:
-            value = header_text(self.raw(end))  # it may be what a client sent in a header
+            value = header_text(self.raw(end))  # it may come from a client's header
         elif tag == _DOUBLE:
             if end - self.at != _DOUBLE_BYTES:
                 raise UnexpectedError
@@ -233,8 +233,8 @@ class Opening:
         data: the message.
 
     Raises:
-        UnexpectedError: it is not written as expected.
-        UnicodeDecodeError: nor are its names.
+        UnexpectedError: it has an unexpected encoding.
+        UnicodeDecodeError: a name is not UTF-8.
     """
 
     __slots__ = ("attributes", "headers", "is_end", "is_response", "metadata", "modes")
@@ -325,7 +325,7 @@ def _modes(wire: FieldReader, end: int) -> tuple[int, int]:
 
 
 def header_text(raw: bytes) -> str:
-    """Read a header as UTF-8, as bodies and settings are; what is none byte by byte."""
+    """Decode a header as UTF-8, like bodies and settings, or as Latin-1 if it is not UTF-8."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -334,15 +334,15 @@ def header_text(raw: bytes) -> str:
 
 @final
 class LogReport:
-    """What is read of one entry of the access log."""
+    """The fields read from one entry of the access log."""
 
     __slots__ = ("load", "report")
 
     def __init__(self, report: bytes, load: dict[str, str] | None) -> None:
         self.report = report
-        """A custom tag, empty where there is none."""
+        """The custom tag; empty: there is none."""
         self.load = load
-        """Headers of the response that are logged."""
+        """Logged headers of the response; None: there are none."""
 
 
 def log_reports(data: bytes, tag: str, entries_max: int) -> list[LogReport]:
@@ -350,12 +350,12 @@ def log_reports(data: bytes, tag: str, entries_max: int) -> list[LogReport]:
 
     Args:
         data: the message.
-        tag: names the custom tag that is wanted.
-        entries_max: of the message.
+        tag: name of the custom tag to read.
+        entries_max: most entries of the message.
 
     Raises:
-        UnexpectedError: it is not written as expected, or has more entries.
-        UnicodeDecodeError: nor are its names.
+        UnexpectedError: it has an unexpected encoding, or more entries.
+        UnicodeDecodeError: a name is not UTF-8.
     """
     reports: list[LogReport] = []
     wire, end = FieldReader(data), len(data)
