@@ -413,7 +413,7 @@ class TestRefused:
                 "--tls-certificate and --tls-key need each other",
             ),
             ({"ca": "none.pem"}, "none.pem: No such file or directory\n"),
-            ({"ca": "empty.pem"}, "one is not a PEM file of its kind\n"),
+            ({"ca": "empty.pem"}, "a file is not PEM, or not of the expected kind\n"),
             ({"ca": "ca.pem", "certificate": "ca.pem", "key": "pair.pem"}, "does not match"),
             ({"ca": "ca.pem"}, "top needs a terminal"),
             (

@@ -1,1 +1,1 @@
-"""What Envoy connects to: ext_proc on grpcio, ext_proc on our own HTTP/2, the access log."""
+"""The ports that Envoy connects to: ext_proc on grpcio or on our own HTTP/2, and the access log."""

@@ -1,6 +1,6 @@
-"""What Envoy's access log reports of finished requests: taken off its streams, settled in turns.
+"""Takes the messages of Envoy's access log from its streams, and settles their requests.
 
-Messages wait here as they came, and a bounded part of them is settled in each turn of the loop: one
+Messages wait here undecoded, and a bounded part of them is settled in each turn of the loop: one
 message can hold thousands of entries, and requests come through the same door.
 """
 
@@ -19,15 +19,16 @@ from flowcontrol_server.requests.log_codec import LogEntry, decode_log
 from flowcontrol_server.requests.log_join import LogJoin
 
 MESSAGE_BYTES_MAX: Final = 131_072
-"""Of one message. Envoy sends one when 64 KiB have gathered, as `envoy-config` writes it, and by
-default 16 KiB: an entry beyond that fits. To parse this many bytes of empty entries takes 10 ms."""
+"""Size limit of one message. Envoy sends a message once it has 64 KiB (with `envoy-config`) or
+16 KiB (by default), so one entry more always fits. Parsing this many bytes of empty entries takes
+10 ms."""
 WAITING_BYTES_MAX: Final = 16_777_216
-"""Of all messages that wait. A stream with one waiting is not read on, beyond its window: it takes
-some 200 streams that report faster than can be settled."""
+"""Size limit of all waiting messages. A stream with a waiting message is read up to its window
+only, so some 200 streams must report faster than entries are settled to reach this."""
 MESSAGE_COST_BYTES: Final = 128
-"""What a message takes beside its bytes."""
+"""Memory of a message in addition to its bytes."""
 TURN_NS: Final = 1_000_000
-"""How long entries are settled in one turn of the loop: some fifty of them."""
+"""Time for settling entries in one turn of the loop: enough for about fifty."""
 _log = structlog.get_logger()
 
 
@@ -35,21 +36,21 @@ class LogStream(Protocol):
     """An open stream of the log."""
 
     def settled(self) -> None:
-        """Take note that one more of its messages is settled."""
+        """Note that one more of its messages is settled."""
 
     def move(self) -> None:
-        """End, so that Envoy opens another."""
+        """End the stream, so that Envoy opens another."""
 
 
 @final
 class AccessLog:
-    """Settles what the streams of all connections report.
+    """Settles the entries from the streams of all connections.
 
-    Nothing of a message is kept, and what cannot be read is counted and skipped. A message of a
-    stream that has ended meanwhile counts all the same.
+    Nothing of a message is kept. A message that cannot be read is counted and skipped. A message
+    counts even if its stream has ended meanwhile.
 
     Args:
-        log_join: takes each entry.
+        log_join: gets each entry.
     """
 
     def __init__(self, log_join: LogJoin) -> None:
@@ -60,29 +61,29 @@ class AccessLog:
         self._waiting: deque[tuple[LogStream, bytes]] = deque()
         self._waiting_bytes = 0
         self._entries: Iterator[LogEntry] | None = None
-        """What is left of the first message that waits, if it has begun."""
+        """Remaining entries of the first waiting message; None: it is not decoded yet."""
         self._is_work_due = False
 
     def serve(self, *, is_served: bool) -> None:
-        """Take streams from now on, or refuse them and end those that are open."""
+        """Accept streams from now on, or refuse them and end the open ones."""
         self.is_served = is_served
         if not is_served:
             for stream in list(self._streams):
                 stream.move()
 
     def opened(self, stream: LogStream) -> None:
-        """Take note of a stream."""
+        """Note that a stream has opened."""
         self._streams.add(stream)
         self.log_join.stream_opened()
 
     def closed(self, stream: LogStream) -> None:
-        """Take note that a stream is over."""
+        """Note that a stream has ended."""
         if stream in self._streams:
             self._streams.discard(stream)
             self.log_join.stream_closed()
 
     def take(self, stream: LogStream, message: bytes) -> bool:
-        """Settle a message soon; return False if too much waits already."""
+        """Queue a message for settlement; return False if too many bytes wait already."""
         cost_bytes = len(message) + MESSAGE_COST_BYTES
         if self._waiting_bytes + cost_bytes > WAITING_BYTES_MAX:
             return False
@@ -97,11 +98,11 @@ class AccessLog:
             self._loop.call_soon(self._work)
 
     def _work(self) -> None:
-        """Settle what waits, as far as the time of a turn allows."""
+        """Settle waiting entries for the time of one turn."""
         self._is_work_due = False
         now_ns = time.monotonic_ns()
         end_ns = now_ns + TURN_NS
-        is_told = _log.is_enabled_for(logging.DEBUG)  # to say nothing costs as much as to settle
+        is_logged = _log.is_enabled_for(logging.DEBUG)  # a line costs as much as settling
         while self._waiting and now_ns < end_ns:
             if self._entries is None:
                 self._entries = self._read(self._waiting[0][1])
@@ -110,7 +111,7 @@ class AccessLog:
                 self._finish_message()
             else:
                 result = self.log_join.take(entry, now_ns)
-                if is_told:
+                if is_logged:
                     _log.debug("request_reported", result=result.value, **asdict(entry))
             now_ns = time.monotonic_ns()
         if self._waiting:

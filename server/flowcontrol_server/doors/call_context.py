@@ -1,4 +1,4 @@
-"""Settings and collaborators that all ext_proc calls share, whichever door they come through."""
+"""Settings and collaborators that all ext_proc calls share, at either door."""
 
 import contextvars
 import random
@@ -21,36 +21,36 @@ STANDBY: Final = "another replica decides"
 @final
 @dataclass(slots=True, kw_only=True)
 class CallContext:
-    """What all ext_proc calls share; a change applies from the next answer on."""
+    """Settings and collaborators of all ext_proc calls; a change applies from the next answer."""
 
     gate: FlowGate
     """Where requests are parked."""
     intake: Intake = field(default_factory=Intake)
     """How requests are read."""
     encoder: Encoder = field(default_factory=Encoder)
-    """How answers are written."""
+    """Encodes replies."""
     may_decide: Callable[[], bool] = lambda: True
-    """Whether this replica decides now; else streams end with UNAVAILABLE, which Envoy takes to the
-    next."""
+    """Whether this replica decides now. If not, streams end with UNAVAILABLE, and Envoy asks the
+    next replica."""
     continue_on_fault: bool = False
-    """What becomes of requests when the engine has failed."""
+    """Whether requests pass ungated after the engine has failed, or are refused."""
     secret: EnvoySecret | None = None
-    """What Envoy must show on each stream; None: nothing."""
+    """The secret that Envoy must present on each stream; None: none is needed."""
     trace_fields: tuple[str, ...] = ()
-    """Names of headers that tell of a trace; none while traces are off."""
+    """Names of the headers that carry a trace; empty: traces are off."""
     health: Health = field(default_factory=Health)
     """At the direct door: answers health checks."""
     access_log: AccessLog | None = None
-    """At the direct door: takes what Envoy reports of finished requests; None: it is not served."""
+    """At the direct door: takes Envoy's access log; None: it is not served."""
     limits: Http2Limits = field(default_factory=Http2Limits)
-    """What a client of the direct door may ask for."""
+    """Limits of the connections of the direct door."""
     unseen_ns: int = 10_000_000_000
-    """How long a request keeps its slot whose response no message tells of."""
+    """How long a request keeps its slot if no message reports its response."""
     body_refusals: int = 0
-    """Parked requests refused because too much of bodies was held."""
+    """Parked requests refused because too many bytes of bodies were held."""
     is_closing: bool = False
     """At the direct door: streams end once they are answered, and new connections are refused."""
     chance: random.Random = field(default_factory=random.Random)
-    """Spreads retries, keeps no secret."""
+    """Spreads retries; not for secrets."""
     callbacks: contextvars.Context = field(default_factory=contextvars.copy_context)
-    """The context of all callbacks at the direct door: asyncio would copy one for each request."""
+    """Context of all callbacks at the direct door; otherwise asyncio would copy one per request."""

@@ -1,4 +1,4 @@
-"""Warnings about connections, at a bounded rate: clients decide how many there are."""
+"""Warnings about connections, at a bounded rate: clients can cause any number of them."""
 
 from typing import Any, final
 
@@ -16,7 +16,7 @@ class ConnectionLog:
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[int, dict[str, Any]]] = {}
-        """By event: warnings since its last line, and the fields of the latest."""
+        """By event: number of warnings since its last line, and fields of the latest warning."""
 
     def report(self, event: str, **fields: Any) -> None:
         """Log a warning, or count it."""
@@ -27,7 +27,7 @@ class ConnectionLog:
             _log.warning(event, **fields)
 
     def flush(self) -> None:
-        """Log what was counted: the latest of each kind, and how many there were."""
+        """Log the latest counted warning of each kind, with their number."""
         held, self._held = self._held, {}
         for event, (count, fields) in held.items():
             if count:

@@ -1,4 +1,4 @@
-"""The grpcio door: carries the ext_proc conversation between Envoy and the gate, nothing else."""
+"""The grpcio door: carries the ext_proc conversation between Envoy and the gate."""
 
 import asyncio
 from typing import Any, Final, final
@@ -26,9 +26,9 @@ from flowcontrol_server.requests.splice import BodyPart
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 _Reading = asyncio.Future[Message | BodyPart | None]
 HELD_BYTES_MAX: Final = 65_536
-"""Of the body of a parked request, beyond which no more is read until it is decided."""
+"""Held bytes of a parked request's body, beyond which no more is read until it is decided."""
 BODY_S: Final = 0.005
-"""How long a request waits to be parked for what comes of its body with its headers."""
+"""How long a request waits, before it is parked, for a part of its body after its headers."""
 
 
 @final
@@ -46,15 +46,15 @@ class ExtProcDoor:
         """Resolves, and is replaced, when another replica is to take up all streams."""
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """Return what a grpc.aio server takes up."""
+        """Return the handler for a grpc.aio server."""
         process = grpc.stream_stream_rpc_method_handler(self._process)
         return grpc.method_handlers_generic_handler(SERVICE, {"Process": process})
 
     def close(self) -> None:
-        """End the streams of requests in flight politely.
+        """End the streams of requests in flight with OK.
 
-        A stream that breaks off makes Envoy break off the response; one that ends with OK after its
-        answer leaves the response alone.
+        If a stream breaks off, Envoy breaks off the response. If it ends with OK after its answer,
+        the response goes on.
         """
         if not self._closing.done():
             self._closing.set_result(None)
@@ -85,22 +85,22 @@ class ExtProcDoor:
                     request, first.headers, first.began, exchange.origin, first.attempt
                 )
                 if shared.trace_fields:
-                    said = dict(context.invocation_metadata() or ())
-                    parked.trace = trace_of(shared.trace_fields, said, first.headers)
+                    fields = dict(context.invocation_metadata() or ())
+                    parked.trace = trace_of(shared.trace_fields, fields, first.headers)
                 await self._hold(exchange, parked, context, reading)
             else:
-                await self._say(exchange, reply, context)
+                await self._send(exchange, reply, context)
                 if exchange.phase is Phase.GOING:
                     await self._converse(exchange, None, context, self._reading(context))
         except (ProtocolError, MalformedMessageError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     async def _with_body(
-        self, exchange: Exchange, request: Request, said: Message, context: _Context
+        self, exchange: Exchange, request: Request, message: Message, context: _Context
     ) -> tuple[Request, _Reading]:
-        """Return a request with what has come of its body, and the reading of the next message."""
+        """Return a request updated with its body so far, and the reading of the next message."""
         reading = self._reading(context)
-        if exchange.mode is not Mode.DUPLEX or said.is_end:
+        if exchange.mode is not Mode.DUPLEX or message.is_end:
             return request, reading
         try:
             await asyncio.wait((reading,), timeout=BODY_S)
@@ -111,14 +111,14 @@ class ExtProcDoor:
         if not isinstance(part, BodyPart):
             return request, reading
         exchange.receive(part)
-        return exchange.with_body(request, said), self._reading(context)
+        return exchange.with_body(request, message), self._reading(context)
 
-    async def _hold(  # noqa: C901 - one conversation, told once
+    async def _hold(  # noqa: C901 - one conversation, in one place
         self, exchange: Exchange, parked: Parked, context: _Context, reading: _Reading
     ) -> None:
         """Answer a parked request, and keep its slot until its stream ends."""
         shared, moving, deciding = self._shared, self._moving, parked.future()
-        # Read on while parked: with Envoy's graceful close the end of a request shows only there.
+        # Read on while parked: if Envoy closes gracefully, only the stream shows the request's end.
         is_full = is_unseen = False
         try:
             while not (deciding.done() or moving.done()):
@@ -129,19 +129,19 @@ class ExtProcDoor:
                 message = reading.result()
                 if message is None:
                     if not exchange.awaits_end:
-                        shared.gate.leave(parked)  # an unanswered request would go through
+                        shared.gate.leave(parked)  # answered below: unanswered, it would pass
                     break
-                reply = exchange.receive(message)  # raises where nothing may be said while parked
+                reply = exchange.receive(message)  # raises if it is not allowed while parked
                 if exchange.phase is Phase.GOING:  # Envoy itself responds
                     shared.gate.leave(parked)
-                    await self._say(exchange, reply, context)
+                    await self._send(exchange, reply, context)
                     await self._converse(exchange, None, context, self._reading(context))
                     return
                 is_full = exchange.held_bytes > HELD_BYTES_MAX
                 if is_full:
                     break
                 reading = self._reading(context)
-            # Not awaited itself: a stream cancelled now would cancel the future with it.
+            # Not awaited directly: cancelling the stream would cancel the future, too.
             await asyncio.wait((deciding, moving), return_when=asyncio.FIRST_COMPLETED)
             if not deciding.done() or not shared.may_decide():
                 await self._pass_on(exchange, parked, context)
@@ -155,7 +155,7 @@ class ExtProcDoor:
                 continue_on_fault=shared.continue_on_fault,
             )
             for each in exchange.decide(decided):
-                await self._say(exchange, each, context)
+                await self._send(exchange, each, context)
             await self._converse(exchange, parked, context, reading)
             is_unseen = exchange.is_unseen and not self._closing.done()
         finally:
@@ -166,34 +166,34 @@ class ExtProcDoor:
                 shared.gate.leave(parked)
 
     async def _pass_on(self, exchange: Exchange, parked: Parked | None, context: _Context) -> None:
-        """Leave a request to another replica, or to the client to try again."""
-        is_told = exchange.parting is Parting.REFUSE
+        """Pass an undecided request to another replica, or refuse it so that the client retries."""
+        is_refused = exchange.parting is Parting.REFUSE
         if parked is not None and parked.left_ns is None:
-            outcome = Outcome.EVICTED_STOOD_DOWN if is_told else Outcome.EVICTED_MOVED
+            outcome = Outcome.EVICTED_STOOD_DOWN if is_refused else Outcome.EVICTED_MOVED
             self._shared.gate.leave(parked, outcome)
-        if not is_told:
+        if not is_refused:
             await context.abort(grpc.StatusCode.UNAVAILABLE, STANDBY)
         dialect = Dialect.OPENAI if parked is None else parked.dialect
         for each in exchange.decide(unavailable(dialect)):
-            await self._say(exchange, each, context)
+            await self._send(exchange, each, context)
 
     async def _converse(
         self, exchange: Exchange, parked: Parked | None, context: _Context, reading: _Reading
     ) -> None:
-        """Answer what comes after the headers, until the request is over or recalled."""
+        """Answer the messages after the headers, until the request is over or recalled."""
         shared = self._shared
         try:
             while exchange.phase is Phase.GOING:
-                news: list[asyncio.Future[Any]] = [reading]
+                awaited: list[asyncio.Future[Any]] = [reading]
                 if exchange.parting is Parting.END:  # else a body may be under way
-                    news += (self._closing, self._moving)
+                    awaited += (self._closing, self._moving)
                 if parked is not None and parked.recall is not None:
-                    news.append(parked.recall)
-                await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
+                    awaited.append(parked.recall)
+                await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
                 if parked is not None and parked.recall is not None and parked.recall.done():
                     chance = shared.chance.random()
                     ending = refusal(parked.recall.result(), chance, parked.dialect)
-                    await self._say(exchange, exchange.recall(ending), context)
+                    await self._send(exchange, exchange.recall(ending), context)
                     return
                 message = reading.result() if reading.done() else None
                 if message is None:
@@ -202,11 +202,11 @@ class ExtProcDoor:
                 reply = exchange.receive(message)
                 if parked is not None:
                     shared.gate.responded(parked, message, exchange.mode)
-                await self._say(exchange, reply, context)
+                await self._send(exchange, reply, context)
         finally:
             reading.cancel()
 
-    async def _say(
+    async def _send(
         self, exchange: Exchange, reply: Request | Reply | None, context: _Context
     ) -> None:
         assert not isinstance(reply, Request), "headers come once"
@@ -220,6 +220,6 @@ class ExtProcDoor:
 
     @staticmethod
     async def _read(context: _Context) -> Message | BodyPart | None:
-        """Return the next message, None at the end of the stream."""
-        data: object = await context.read()  # grpc.aio.EOF, which its stubs do not know
+        """Return the next message; None: the stream has ended."""
+        data: object = await context.read()  # grpc.aio.EOF at the end, which its stubs omit
         return decode(data) if isinstance(data, bytes) else None

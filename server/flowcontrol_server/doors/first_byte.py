@@ -1,8 +1,8 @@
-"""One port for TLS and for plain text: the first byte of a connection says which it is.
+"""One port for TLS and plain text: the first byte of a connection shows which one it is.
 
 A TLS client begins with a handshake record, 0x16; HTTP/2 without TLS begins with `PRI`. The byte is
-looked at and left where it is, before anything is built on the connection. This is for clients that
-verify nothing, and never for a port whose TLS is to keep clients out.
+only peeked at: it stays in the socket's buffer. This is for clients that verify nothing, and never
+for a port whose TLS authenticates clients.
 """
 
 import asyncio
@@ -17,23 +17,23 @@ from flowcontrol_server.common.listening import naming
 _HANDSHAKE: Final = b"\x16"
 _BACKLOG: Final = 1_024
 PAUSE_S: Final = 1.0
-"""How long to accept nothing after an error: where the system has nothing left for another
-connection, or where Linux reports here what befell one on the way, or that a firewall forbids it.
-None of them may end the service."""
+"""How long to accept nothing after an error of accept. The error means that the system is out of
+resources, or, on Linux, that a new connection has failed already or a firewall forbids it. None of
+them may end the service."""
 UNDECIDED_MAX: Final = 256
-"""Connections that have said nothing yet, or are in their handshake. One more ends the oldest of
-those that have said nothing, so that silent ones do not shut out others."""
+"""Connections that have sent nothing yet, or are in their handshake. One more ends the oldest that
+has sent nothing, so silent ones cannot keep others out."""
 
 
 @final
 class EitherPort:
-    """Accepts connections, looks at their first byte, and hands them on.
+    """Accepts connections, peeks at their first byte, and starts their protocol.
 
     Args:
-        protocol: makes what serves one connection.
-        ssl_context: for those that begin a TLS handshake.
-        wait_s: how long a connection may take to say something, and then for its handshake.
-        undecided_max: connections of which neither has come to an end.
+        protocol: makes the protocol object of one connection.
+        ssl_context: for connections that begin a TLS handshake.
+        wait_s: time limit for the first byte of a connection, and then for its handshake.
+        undecided_max: limit of connections before the end of their handshake.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class EitherPort:
         self._listening: list[socket.socket] = []
         self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
         self._silent: dict[socket.socket, asyncio.TimerHandle] = {}
-        """Connections of which nothing has come, the oldest first, and what ends them."""
+        """Connections that have sent nothing, oldest first, with the timers that end them."""
         self._starting: set[asyncio.Task[None]] = set()
 
     async def open(self, host: str, port: int) -> int:
         """Listen at every address of a host; return the port.
 
         Raises:
-            ListenError: naming the address.
+            ListenError: it cannot be opened; the error names the address.
         """
         with naming(f"{host}:{port}"), contextlib.ExitStack() as opened:
             found = await self._loop.getaddrinfo(
@@ -78,7 +78,7 @@ class EitherPort:
         return bound
 
     def close(self) -> None:
-        """Accept no more, and end the connections that have not been handed on."""
+        """Accept no more, and end the connections whose protocol has not started."""
         for listening in self._listening:
             retry = self._retries.pop(listening, None)
             if retry is None:
@@ -121,10 +121,10 @@ class EitherPort:
         self._loop.add_reader(connection, self._look, connection)
 
     def _drop(self, connection: socket.socket) -> None:
-        self._let_go(connection)
+        self._unwatch(connection)
         connection.close()
 
-    def _let_go(self, connection: socket.socket) -> None:
+    def _unwatch(self, connection: socket.socket) -> None:
         self._silent.pop(connection).cancel()
         self._loop.remove_reader(connection)
 
@@ -138,13 +138,13 @@ class EitherPort:
         if not first:
             self._drop(connection)
             return
-        self._let_go(connection)
+        self._unwatch(connection)
         starting = self._loop.create_task(self._start(connection, is_tls=first == _HANDSHAKE))
         self._starting.add(starting)
         starting.add_done_callback(self._starting.discard)
 
     async def _start(self, connection: socket.socket, *, is_tls: bool) -> None:
-        with contextlib.suppress(OSError):  # a handshake that fails; the connection is closed
+        with contextlib.suppress(OSError):  # the handshake failed, and the connection is closed
             await self._loop.connect_accepted_socket(
                 self._protocol,
                 connection,

@@ -16,30 +16,30 @@ from flowcontrol_server.common.listening import naming
 from flowcontrol_server.doors import health
 
 MESSAGE_BYTES_MAX: Final = 4 << 20
-"""gRPC's own default. Envoy sends headers of 60 KiB at most unless told otherwise, batches of log
-entries of 16 KiB, and parts of bodies of 1 MiB; what is larger is not read."""
+"""gRPC's own default. By default Envoy sends headers of 60 KiB at most, batches of log entries of
+16 KiB, and parts of bodies of 1 MiB; larger messages are rejected."""
 METADATA_BYTES_MAX: Final = 16 << 10
-"""Of one gRPC call, as grpc counts."""
+"""Metadata of one gRPC call, as grpc counts it."""
 
 CONNECTIONS_MAX: Final = 512
-"""Of a port. Each costs a descriptor, of which every port must find some left."""
+"""Connections of a port. Each takes a descriptor, and every port needs some."""
 
 GRPC_OPTIONS: Final = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_metadata_size", METADATA_BYTES_MAX),
     ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
-    # grpc-core refuses streams it has not yet accepted: at random above 1000, all above 3000. A
-    # burst of parked requests looks just like that.
+    # By default grpc-core refuses streams that it has not accepted yet: at random above 1000, all
+    # above 3000. A burst of requests to park reaches that.
     ("grpc.server.max_pending_requests", 1_000_000),
     ("grpc.server.max_pending_requests_hard_limit", 1_000_000),
-    # Two processes on one port would each gate half of the requests, unnoticed.
+    # Two processes on one port would silently gate half of the requests each.
     ("grpc.so_reuseport", 0),
-    # Envoy's keepalive pings are welcome, also while every stream is silently parked.
+    # Allow Envoy's keepalive pings, also while every stream is parked without traffic.
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
-    # A connection that says nothing is closed: before its first request, between two of them, and
-    # when its host has vanished. Envoy's keep a stream or a health check open.
+    # Close a silent connection: before its first request, between two requests, and after its host
+    # has vanished. Connections of Envoy keep a stream or a health check open.
     ("grpc.server_handshake_timeout_ms", 5_000),
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.keepalive_time_ms", 60_000),
@@ -52,7 +52,7 @@ class GrpcPorts:
     """Opens ports, and closes them all.
 
     Args:
-        health: what they say of themselves.
+        health: answers their health checks.
     """
 
     def __init__(self, health: health.Health) -> None:
@@ -69,13 +69,13 @@ class GrpcPorts:
         """Open one more port.
 
         Args:
-            address: where.
-            credentials: for TLS; None for plain text.
-            services: by full name; health and reflection are served in any case.
-            connections_max: at once; more are closed as they come.
+            address: host and port.
+            credentials: for TLS; None: plain text.
+            services: handlers by full name; health and reflection are always added.
+            connections_max: connections at once; further ones are closed when they come.
 
         Raises:
-            ListenError: naming the address.
+            ListenError: it cannot be opened; the error names the address.
         """
         server = grpc.aio.server(
             options=(*GRPC_OPTIONS, ("grpc.max_allowed_incoming_connections", connections_max))
@@ -89,7 +89,7 @@ class GrpcPorts:
         await server.start()
 
     async def close(self, grace_s: float) -> None:
-        """Take no more calls; those under way have so long."""
+        """Accept no more calls; those under way are ended after the grace time."""
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
 
 
@@ -103,7 +103,7 @@ def _bind(
             port = server.add_secure_port(str(address), credentials)
         if port:
             return
-    # grpc does not say why; opened without grpc, it raises the reason.
+    # grpc does not report the reason; opening the address without grpc raises it.
     with naming(str(address)):
         socket.getaddrinfo(address.host, address.port)
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET

@@ -1,4 +1,4 @@
-"""Health as `grpc.health.v1` says it: the same words at every gRPC door."""
+"""Health by `grpc.health.v1`, the same at every gRPC door."""
 
 from typing import Final, Protocol, final
 
@@ -9,7 +9,7 @@ from flowcontrol_server.requests.codec import parsed
 
 SERVICE: Final[str] = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 WATCHERS_MAX: Final = 1_000
-"""Streams that watch, at the direct door; each costs a message when health changes."""
+"""Watch streams at the direct door; each gets a message when health changes."""
 _Status = health_pb2.HealthCheckResponse.ServingStatus
 
 
@@ -25,12 +25,12 @@ class Watcher(Protocol):
     """A stream that gets every change."""
 
     def tell(self, answer: bytes) -> None:
-        """Take a HealthCheckResponse."""
+        """Send a HealthCheckResponse."""
 
 
 @final
 class Health:
-    """Which services are served now, for the doors of grpcio and for the direct door."""
+    """The health of each service, for the ports of grpcio and the direct door."""
 
     def __init__(self) -> None:
         self.servicer = HealthServicer()
@@ -39,7 +39,7 @@ class Health:
         """The service that each watches."""
 
     async def set(self, service: str, *, is_serving: bool) -> None:
-        """Say from now on whether a service is served."""
+        """Set the health of a service, and send it to all watchers of that service."""
         status = _Status.SERVING if is_serving else _Status.NOT_SERVING
         answer = _answer(status)
         if answer != self._answers.get(service):
@@ -49,7 +49,7 @@ class Health:
         await self.servicer.set(service, status)
 
     def check(self, request: bytes) -> bytes | None:
-        """Answer a HealthCheckRequest with a HealthCheckResponse; None for an unknown service.
+        """Answer a HealthCheckRequest with a HealthCheckResponse; None: the service is unknown.
 
         Raises:
             MalformedMessageError: it cannot be read.
@@ -57,9 +57,9 @@ class Health:
         return self._answers.get(_service(request))
 
     def watch(self, request: bytes, watcher: Watcher) -> bytes | None:
-        """Answer a HealthCheckRequest now, and with every change; None if too many watch.
+        """Answer a HealthCheckRequest now and at every change; None: there are too many watchers.
 
-        An unknown service may become known: SERVICE_UNKNOWN is an answer here.
+        For an unknown service, which may become known, the answer is SERVICE_UNKNOWN.
 
         Raises:
             MalformedMessageError: it cannot be read.
@@ -71,7 +71,7 @@ class Health:
         return self._answers.get(service, _UNKNOWN)
 
     def unwatch(self, watcher: Watcher) -> None:
-        """Answer no more."""
+        """Remove a watcher."""
         self._watchers.pop(watcher, None)
 
 

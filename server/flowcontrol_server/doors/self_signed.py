@@ -1,6 +1,6 @@
-"""A certificate of our own making, for clients that speak TLS and verify nothing.
+"""A self-signed certificate, for clients that use TLS and verify nothing.
 
-It lives in memory: key and certificate are made as the service starts, and are on no disk.
+Key and certificate are made when the service starts, and exist only in memory.
 """
 
 import os
@@ -14,18 +14,18 @@ from flowcontrol_server.doors.tls import server_context
 
 _NAME: Final = "flowcontrol"
 _VALID_FOR: Final = timedelta(days=3_650)
-"""Longer than any process lives: the next start makes another certificate."""
+"""Longer than any process runs; each start makes a new certificate."""
 _CLOCKS_DIFFER_BY: Final = timedelta(days=1)
 
 
 def self_signed_context() -> ssl.SSLContext:
-    """Return what a port opens with that shows a certificate made now; HTTP/2 by ALPN.
+    """Return an SSL context for a port, with a certificate made now and HTTP/2 by ALPN.
 
     Raises:
         FlowControlError: the extra is not installed.
     """
     context = server_context(is_mutual=False)
-    # ssl reads certificates from files alone; this one is in memory.
+    # ssl reads certificates only from files, so this file is in memory.
     descriptor = os.memfd_create("certificate")
     try:
         with os.fdopen(os.dup(descriptor), "wb") as file:

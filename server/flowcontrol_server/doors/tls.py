@@ -1,14 +1,14 @@
-"""TLS for every door: PEM files, read again when they change.
+"""TLS for every door: PEM files, reloaded when they change.
 
-Whoever rotates certificates (cert-manager, a Kubernetes secret, a script) replaces the files, and
-the next handshake shows the new ones. Comparing the stamps of three files costs microseconds, a
-handshake a thousand times that: so nothing watches the files and nothing is restarted. Streams
-under way keep the connection they were opened on. Files that do not belong together, as when only
-one of them has been replaced yet, change nothing.
+To rotate certificates, cert-manager, a Kubernetes secret or a script replaces the files, and the
+next handshake uses the new ones. Comparing the stamps of three files takes microseconds, a
+handshake a thousand times that, so nothing watches the files and nothing is restarted. Streams
+under way keep their connection. Files that do not match, for example because only one has been
+replaced yet, are ignored.
 
-No session is resumed on the direct door: a resumed one would show no certificate, so that a client
-whose authority is trusted no more would come in with what it got before. grpcio cannot be told to
-keep none; there, new files end all sessions, and with them what old ones could resume.
+No session is resumed on the direct door: a resumed session presents no certificate, so a client
+whose authority is no longer trusted could get in with an old session. grpcio cannot disable
+sessions; there, new files end all sessions.
 """
 
 import ssl
@@ -65,7 +65,7 @@ class Tls(Section):
         return self
 
     def certificates(self) -> "Certificates | None":
-        """Read the files; None for plain text.
+        """Read the files; None: plain text.
 
         Raises:
             OSError: a file cannot be read, or they do not belong together.
@@ -81,7 +81,7 @@ class _Files(NamedTuple):
     client_ca: Path | None
 
     def stamps(self) -> tuple[_Stamp, ...]:
-        """What differs once a file has been replaced."""
+        """Return values that change when a file is replaced."""
         stats = [path.stat() for path in self if path is not None]
         return tuple((stat.st_mtime_ns, stat.st_ino, stat.st_size) for stat in stats)
 
@@ -95,9 +95,9 @@ class _Loaded:
 
 @final
 class Certificates:
-    """What the doors show and ask for, as the files say at each handshake.
+    """The certificates of the doors, from the files as they are at each handshake.
 
-    Called on the loop's thread and on grpc's own; what is loaded is replaced as a whole.
+    Called on the loop's thread and on grpc's own; the loaded files are replaced as a whole.
 
     Raises:
         OSError: a file cannot be read, or they do not belong together.
@@ -107,19 +107,19 @@ class Certificates:
         self._files = files
         self._loaded = _load(files)
         self._refused: tuple[_Stamp, ...] | None = None
-        """Stamps of files that were of no use, so that it is said once."""
+        """Stamps of files that could not be loaded, so that the error is logged once."""
 
     @property
     def is_mutual(self) -> bool:
-        """Whether clients must show a certificate."""
+        """Whether clients must present a certificate."""
         return self._files.client_ca is not None
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Return what a grpc server opens a port with."""
+        """Return the credentials for a port of a grpc server."""
         given = self._loaded
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
-            """Return the configuration for this handshake, None if it is the last one again."""
+            """Return the configuration for this handshake; None: it is unchanged."""
             nonlocal given
             current = self._current()
             if current is given:
@@ -129,15 +129,15 @@ class Certificates:
 
         return grpc.dynamic_ssl_server_credentials(
             given.for_grpc,
-            fetch,  # type: ignore[arg-type]  # grpc documents None, its stubs do not know it
+            fetch,  # type: ignore[arg-type]  # grpc documents None, its stubs omit it
             require_client_authentication=self.is_mutual,
         )
 
     def ssl_context(self) -> ssl.SSLContext:
-        """Return what an asyncio server opens a port with; HTTP/2 is chosen by ALPN."""
+        """Return the context for a port of an asyncio server; ALPN selects HTTP/2."""
 
         def choose(connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> None:
-            """Go on with the certificates of the moment, whatever host was asked for."""
+            """Use the current certificates, whatever host the client asks for."""
             connection.context = self._current().for_asyncio
 
         def fresh() -> ssl.SSLContext:
@@ -157,12 +157,12 @@ class Certificates:
                 return self._loaded
             self._loaded = _load(self._files)
         except OSError as error:
-            self._say_once(error)
+            self._log_once(error)
         else:
             _log.info("certificate_reloaded", certificate=str(self._files.certificate))
         return self._loaded
 
-    def _say_once(self, error: OSError) -> None:
+    def _log_once(self, error: OSError) -> None:
         try:
             stamps = self._files.stamps()
         except OSError:
@@ -176,9 +176,9 @@ class Certificates:
 class _ContextPerConnection(ssl.SSLContext):
     """Serves each connection with a context of its own.
 
-    OpenSSL keeps sessions in the context that a connection began with, and Python cannot switch
-    that off: without tickets, TLS 1.2 still resumes by session id. A context ends with its
-    connection, and its sessions with it. It costs 0.2 ms; a handshake costs ten times that.
+    OpenSSL keeps sessions in the context that a connection began with, and Python cannot disable
+    that: without tickets, TLS 1.2 still resumes by session id. Here a context ends with its
+    connection, and so do its sessions. This costs 0.2 ms, a handshake ten times that.
     """
 
     fresh: Callable[[], ssl.SSLContext]
@@ -191,25 +191,25 @@ class _ContextPerConnection(ssl.SSLContext):
         server_hostname: str | bytes | None = None,
         session: ssl.SSLSession | None = None,
     ) -> ssl.SSLObject:
-        """Begin a connection."""
+        """Begin a connection with a new context."""
         return self.fresh().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
 
 
 def client_credentials(
     ca: Path, certificate: Path | None, key: Path | None
 ) -> grpc.ChannelCredentials:
-    """Return what a client opens a channel to such a door with.
+    """Return the credentials of a client's channel to such a door.
 
     Args:
         ca: PEM file with the authorities that sign the door's certificate.
-        certificate: PEM file of the client's own, its key in `key`; None: it shows none.
-        key: of the certificate.
+        certificate: PEM file with the client's certificate; None: it presents none.
+        key: PEM file with the private key of that certificate.
 
     Raises:
         OSError: a file cannot be read, or they do not belong together.
     """
     authorities = ca.read_bytes()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # grpc itself passes over what is no PEM
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # grpc itself ignores text that is not PEM
     context.load_verify_locations(ca)
     if certificate is None or key is None:
         return grpc.ssl_channel_credentials(authorities)
@@ -219,19 +219,19 @@ def client_credentials(
 
 
 def reason_of(error: OSError) -> str:
-    """Return why files of TLS are of no use, in words."""
+    """Return as text why TLS files cannot be used."""
     if isinstance(error, ssl.SSLError):
         if error.reason == "KEY_VALUES_MISMATCH":
             return "the key does not match the certificate"
-        return "one is not a PEM file of its kind"
+        return "a file is not PEM, or not of the expected kind"
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def server_context(*, is_mutual: bool) -> ssl.SSLContext:
-    """Return a context for HTTP/2 over TLS that shows no certificate yet."""
+    """Return a context for HTTP/2 over TLS, still without a certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 9113, 9.2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2: those without CBC
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2: none with CBC
     context.set_alpn_protocols(["h2"])
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0

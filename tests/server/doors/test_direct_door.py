@@ -201,7 +201,7 @@ class TestSecret:
             envoy = Stream(channel, metadata=(("authorization", "Bearer known-to-envoy-alone"),))
             await envoy.say(headers_message())
 
-            expected = "authorization must show the secret in listen.secretFile"
+            expected = "authorization must contain a secret from listen.secretFile"
             assert await stranger.ending() == (grpc.StatusCode.UNAUTHENTICATED, expected)
             assert (await envoy.hear()).WhichOneof("response") == "request_headers"
             check = health_pb2_grpc.HealthStub(channel).Check
@@ -332,7 +332,7 @@ class TestMethods:
             body = await raw.hear_of(frames.DATA, frames.END_STREAM)
 
             assert fields_of(head)[b":status"] == status
-            assert body.payload.startswith(b"only gRPC calls are taken here, of /envoy.")
+            assert body.payload.startswith(b"only gRPC calls are served here: /envoy.")
 
 
 class TestHealth:

@@ -54,7 +54,7 @@ class TestSecret:
             (f"{OLD}\n" * 9, "must hold 1 to 8 secrets, one a line, got 9"),
             ("short", "must hold 16 to 1024 visible ASCII characters, got 5 characters"),
             ("é" * 20, "must hold 16 to 1024 visible ASCII characters"),
-            ("100%-known-to-envoy", "must hold letters, digits and -._~[+]/= alone, got 19"),
+            ("100%-known-to-envoy", "must hold only letters, digits and -._~[+]/=, got 19"),
         ],
     )
     def test_unusable(self, tmp_path: Path, text: str, rule: str) -> None:

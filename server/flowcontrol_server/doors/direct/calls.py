@@ -1,7 +1,7 @@
-"""What is said on the streams of the direct door: ext_proc, the access log, health.
+"""The calls on streams of the direct door: ext_proc, the access log, health.
 
-A call takes what comes on its stream, and says what is to go out. It ends in one of two ways:
-`finish` (we end it, with a status) and `lose` (it is gone). There is no task behind it.
+A call takes the data that comes on its stream, and sends messages. It ends in one of two ways:
+`finish` (the service ends it, with a status) and `lose` (the stream is gone). It has no task.
 """
 
 import asyncio
@@ -47,65 +47,65 @@ class Wire(Protocol):
 
     @property
     def context(self) -> CallContext:
-        """Return what all calls share."""
+        """The settings and collaborators of all calls."""
 
     def send(self, stream_id: int, message: bytes, *, is_first: bool) -> None:
-        """Send one message, behind the headers if it is the first."""
+        """Send one message, after the headers if it is the first."""
 
     def end_call(self, call: "Call", ending: bytes) -> None:
         """Send the end of a call and forget it."""
 
     def heard(self, call: "Call") -> None:
-        """Take note of the first message of a call."""
+        """Note the first message of a call."""
 
     def hold(self, change_bytes: int) -> None:
         """Account for parts of messages and bodies; raises FramingError beyond the limit."""
 
     def pause(self, stream_id: int, *, is_paused: bool) -> None:
-        """Let the client send no more than it may already, or go on."""
+        """Stop widening the window of a stream, or go on."""
 
     def park_soon(self, park: Callable[[], None]) -> None:
-        """Call something at the end of this turn of the loop."""
+        """Call a function at the end of this turn of the loop."""
 
     def echo_soon(self, call: "ProcessCall") -> None:
-        """Let a call send its echo before the next write."""
+        """Make a call send its echo before the next write."""
 
 
 class Call:
     """One gRPC call, from its stream's beginning to its end."""
 
     __slots__ = (
-        *("_held", "_is_begun", "_is_gone", "_is_heard", "_wire"),
+        *("_has_message", "_held", "_is_begun", "_is_gone", "_wire"),
         *("held_bytes", "stream_id"),
     )
 
     def __init__(self, wire: Wire, stream_id: int, head: RequestHead) -> None:
-        del head  # what most calls have to know of it is said by their class
+        del head  # the class of a call has all that most calls need of it
         self._wire = wire
         self.stream_id = stream_id
         self.held_bytes = 0
-        """Of a message that has begun, as accounted for."""
+        """Bytes held of unfinished messages and bodies, as accounted for."""
         self._held: bytearray | None = None
         self._is_begun = False
-        """An answer was written."""
+        """The answer has begun."""
         self._is_gone = False
-        """Nothing is to be said any more."""
-        self._is_heard = False
+        """Nothing can be sent any more."""
+        self._has_message = False
         """A message has come."""
 
     @classmethod
     def refusal(cls, context: CallContext, head: RequestHead) -> Refusal | None:
-        """Return why a call must not begin; None if it may."""
+        """Return why a call must not begin; None: it may."""
         del context, head
         return None
 
     def take(self, data: bytes, *, is_ended: bool) -> None:
-        """Take more of what the client says."""
+        """Take more data of the client."""
         try:
             if data:
                 messages = self._messages(data)
-                if messages and not self._is_heard:
-                    self._is_heard = True
+                if messages and not self._has_message:
+                    self._has_message = True
                     self._wire.heard(self)
                 for message in messages:
                     if not self._is_gone:
@@ -117,18 +117,18 @@ class Call:
             self._fail(error)
         except (ProtocolError, MalformedMessageError) as mistake:
             self.finish(Status.INVALID_ARGUMENT, str(mistake))
-        except Exception:  # noqa: BLE001 - a bug; it must not end all the calls beside this one
+        except Exception:  # noqa: BLE001 - a bug; it must not end all other calls, too
             _log.exception("direct_call_failed")
             self.finish(Status.INTERNAL, "internal error")
 
     def let_go(self) -> None:
-        """End the call if no response depends on it; the door closes."""
+        """End the call if no response depends on it, because the door closes."""
 
     def move(self) -> None:
         """End the call so that another replica takes it up, if that is possible."""
 
     def lose(self) -> None:
-        """Take note that the stream is gone."""
+        """Note that the stream is gone."""
         self._is_gone = True
 
     def finish(self, status: Status = Status.OK, reason: str = "") -> None:
@@ -142,7 +142,7 @@ class Call:
         self.finish(error.status, str(error))
 
     def _kept_bytes(self) -> int:
-        """Return how much is kept of what was said."""
+        """Return how many bytes are held."""
         return 0 if self._held is None else len(self._held)
 
     def _account(self) -> None:
@@ -155,7 +155,7 @@ class Call:
         raise NotImplementedError
 
     def _end(self) -> None:
-        """Take note that the client has said everything."""
+        """Note that the client has sent everything."""
         raise NotImplementedError
 
     def _send(self, message: bytes) -> None:
@@ -179,7 +179,7 @@ class Call:
 
 @final
 class ProcessCall(Call):
-    """One request of Envoy's. It has no more states than its exchange; it leaves the gate once."""
+    """One request of Envoy. Its states are those of its exchange; it leaves the gate once."""
 
     __slots__ = ("_echo", "_exchange", "_head", "_is_ended", "_large", "_parked")
     PATH: ClassVar = f"/{codec.SERVICE}/Process".encode()
@@ -190,33 +190,33 @@ class ProcessCall(Call):
         self._exchange = Exchange(wire.context.intake)
         self._parked: Parked | None = None
         self._is_ended = False
-        """The client has said everything."""
+        """The client has sent everything."""
         self._large: LargeBody | None = None
-        """A message that is passed on as it comes."""
+        """A large message, which is passed on in parts as it comes."""
         self._echo: list[BodyPart] | None = None
         """Parts of one body, to be sent back together."""
 
     @classmethod
     def refusal(cls, context: CallContext, head: RequestHead) -> Refusal | None:
-        """Refuse who does not show Envoy's secret, where one is asked for."""
+        """Refuse a client without Envoy's secret, if one is required."""
         if shows_secret(context, head):
             return None
         return refused(Status.UNAUTHENTICATED, NOT_SHOWN)
 
     @property
     def owes_echoes(self) -> bool:
-        """Whether a body may be under way, which breaks off if the stream ends."""
+        """Whether a body may be under way, which would break off if the stream ended."""
         return self._exchange.parting is Parting.STAY
 
     def let_go(self) -> None:
-        """End the stream if its request is in flight: politely, so that the response goes on."""
+        """End the stream with OK if its request is in flight, so that the response goes on."""
         if self._exchange.parting is Parting.END:
             self.finish()
 
     def move(self) -> None:
-        """End the stream: of a parked request so that another replica decides.
+        """End the stream so that another replica decides a parked request.
 
-        Of one in flight politely, so that the response goes on.
+        If the request is in flight, end with OK so that the response goes on.
         """
         if self._exchange.phase is _PARKED:
             self._pass_on()
@@ -224,7 +224,7 @@ class ProcessCall(Call):
             self.let_go()
 
     def lose(self) -> None:
-        """Take note that the stream is gone."""
+        """Note that the stream is gone."""
         super().lose()
         parked, context = self._parked, self._wire.context
         if parked is not None and self._is_ended and self._exchange.is_unseen:
@@ -233,12 +233,12 @@ class ProcessCall(Call):
             self._leave()
 
     def finish(self, status: Status = Status.OK, reason: str = "") -> None:
-        """End the stream with a status, behind what is to be sent back."""
+        """End the stream with a status, after sending the rest of the body back."""
         self.send_echo()
         super().finish(status, reason)
 
     def send_echo(self) -> None:
-        """Send back what has come of a body since the last time."""
+        """Send back the parts of a body that have come since the last time."""
         parts, self._echo = self._echo, None
         if parts is None or self._is_gone:
             return
@@ -259,7 +259,7 @@ class ProcessCall(Call):
             messages, after = self._large.take(data)
         except NoBodyError as mistake:  # compiled, a name has one type in a function
             bytes_max = self._message_bytes_max()
-            reason = f"messages must be at most {bytes_max} bytes, but for parts of bodies"
+            reason = f"messages must be at most {bytes_max} bytes, except parts of bodies"
             raise FramingError(Status.RESOURCE_EXHAUSTED, reason) from mistake
         if after is not None:
             self._large = None
@@ -268,10 +268,10 @@ class ProcessCall(Call):
         return messages
 
     def _begin_large(self, error: FramingError) -> list[bytes]:
-        """Pass a message that is too large on in parts, if it may be a part of a body."""
+        """Begin to split a message that is too large, if it may be a part of a body."""
         if error.rest is None:
             raise error
-        if error.messages:  # they say which conversation it is
+        if error.messages:  # first those: they decide which conversation it is
             self._held = bytearray(error.rest)
             self._account()
             return error.messages
@@ -289,67 +289,67 @@ class ProcessCall(Call):
             raise FramingError(Status.INTERNAL, reason)
 
     def _receive(self, message: bytes) -> None:
-        said = decode(message)
+        decoded = decode(message)
         was_parked = self._exchange.phase is _PARKED
-        reply = self._exchange.receive(said)
+        reply = self._exchange.receive(decoded)
         if isinstance(reply, BodyPart):
             self._note_response(reply)
             self._send_back(reply)
-        elif isinstance(said, BodyPart):
+        elif isinstance(decoded, BodyPart):
             if reply is not None:
                 assert not isinstance(reply, Request), "headers ask for a decision"
-                self._note_response(said)
-                self._say(reply)
+                self._note_response(decoded)
+                self._reply(reply)
             elif was_parked:
                 self._wire.pause(self.stream_id, is_paused=True)
                 self._account()
-        elif was_parked and said.kind is MessageKind.RESPONSE_HEADERS:
+        elif was_parked and decoded.kind is MessageKind.RESPONSE_HEADERS:
             self._give_up(reply)
         else:
-            self._receive_message(said, reply)
+            self._receive_message(decoded, reply)
 
     def _give_up(self, reply: Request | Reply | None) -> None:
-        """Let pass what Envoy itself responds to a request that waits, or is to be parked soon."""
-        assert reply is not None, "what passes is acknowledged"
+        """Let a response pass that Envoy itself makes while the request waits, or before."""
+        assert reply is not None, "a message that passes is acknowledged"
         assert not isinstance(reply, Request), "headers ask for a decision"
         self._leave()
         self._wire.pause(self.stream_id, is_paused=False)
         self._account()
-        self._say(reply)
+        self._reply(reply)
 
-    def _receive_message(self, said: Message, reply: Request | Reply | None) -> None:
+    def _receive_message(self, message: Message, reply: Request | Reply | None) -> None:
         if isinstance(reply, Request):
             if not self._wire.context.may_decide():
                 self._pass_on()
-            elif self._exchange.mode is _DUPLEX and not said.is_end:
+            elif self._exchange.mode is _DUPLEX and not message.is_end:
                 self._wire.pause(self.stream_id, is_paused=True)
-                self._wire.park_soon(partial(self._park_with_body, reply, said))
+                self._wire.park_soon(partial(self._park_with_body, reply, message))
             else:
-                self._park(reply, said)
+                self._park(reply, message)
             return
-        self._note_response(said)
+        self._note_response(message)
         if reply is not None:
-            self._say(reply)
+            self._reply(reply)
 
-    def _park_with_body(self, request: Request, said: Message) -> None:
-        """Park a request at the end of the turn: what of its body came with it is known now."""
+    def _park_with_body(self, request: Request, message: Message) -> None:
+        """Park a request at the end of the turn, with the part of its body that has come."""
         if self._is_gone or self._exchange.phase is not _PARKED:
             return
-        self._park(self._exchange.with_body(request, said), said)
+        self._park(self._exchange.with_body(request, message), message)
         if self._is_ended and not self._exchange.awaits_end:
             self._leave()
 
-    def _park(self, request: Request, said: Message) -> None:
+    def _park(self, request: Request, message: Message) -> None:
         context = self._wire.context
         parked = context.gate.park(
-            request, said.headers, said.began, self._exchange.origin, said.attempt
+            request, message.headers, message.began, self._exchange.origin, message.attempt
         )
         self._parked = parked
         if self._head is not None:
             fields = {
                 name.decode("latin-1"): text.decode("latin-1") for name, text in self._head.fields
             }
-            parked.trace = trace_of(context.trace_fields, fields, said.headers)
+            parked.trace = trace_of(context.trace_fields, fields, message.headers)
             self._head = None
         if parked.decision is None:
             parked.decided = self._decided
@@ -360,7 +360,7 @@ class ProcessCall(Call):
         if self._is_gone or self._exchange.phase is not _PARKED:
             return
         parked, context = self._parked, self._wire.context
-        assert parked is not None, "what is decided was parked"
+        assert parked is not None, "a decided request was parked"
         if not context.may_decide():
             self._pass_on()
             return
@@ -376,7 +376,7 @@ class ProcessCall(Call):
         self._answer(decided)
 
     def _pass_on(self) -> None:
-        """Leave a request that is not decided to another replica, or to the client to try again."""
+        """Pass an undecided request to another replica, or refuse it so that the client retries."""
         if self._exchange.parting is Parting.REFUSE:
             self._leave(Outcome.EVICTED_STOOD_DOWN)
             parked = self._parked
@@ -386,27 +386,27 @@ class ProcessCall(Call):
             self.finish(Status.UNAVAILABLE, STANDBY)
 
     def _answer(self, decided: Answer) -> None:
-        """Answer the headers, and send back what was held of the body."""
+        """Answer the headers, and send back the held part of the body."""
         replies = self._exchange.decide(decided)
         if self._exchange.mode is _DUPLEX:
             self._account()
             self._wire.pause(self.stream_id, is_paused=False)
         for reply in replies[:-1]:
             self._send_all(reply)
-        self._say(replies[-1])
+        self._reply(replies[-1])
 
     def _recalled(self, future: asyncio.Future[Decision]) -> None:
         if not self._is_gone:
-            assert self._parked is not None, "what is recalled was parked"
+            assert self._parked is not None, "a recalled request was parked"
             chance, dialect = self._wire.context.chance.random(), self._parked.dialect
-            self._say(self._exchange.recall(refusal(future.result(), chance, dialect)))
+            self._reply(self._exchange.recall(refusal(future.result(), chance, dialect)))
 
-    def _note_response(self, said: Message | BodyPart) -> None:
+    def _note_response(self, message: Message | BodyPart) -> None:
         if self._parked is not None and self._parked.left_ns is None:
-            self._wire.context.gate.responded(self._parked, said, self._exchange.mode)
+            self._wire.context.gate.responded(self._parked, message, self._exchange.mode)
 
     def _send_back(self, part: BodyPart) -> None:
-        """Send back a part of a body, together with what comes in the same turn of the loop."""
+        """Send back a part of a body, together with further parts of this turn of the loop."""
         if self._echo is None or self._echo[0].is_request is not part.is_request:
             self.send_echo()
             self._echo = []
@@ -418,17 +418,17 @@ class ProcessCall(Call):
         for message in self._wire.context.encoder.encode(reply, self._exchange.mode):
             self._send(message)
 
-    def _say(self, reply: Reply) -> None:
+    def _reply(self, reply: Reply) -> None:
         self._send_all(reply)
         is_left_alone = self._wire.context.is_closing and not self.owes_echoes
         if self._is_ended or is_left_alone or self._exchange.phase is _OVER:
             self.finish()
 
     def _end(self) -> None:
-        """Take note that the client has said everything.
+        """Note that the client has sent everything.
 
-        A request that is parked has ended by that, but gets its decision all the same: a stream
-        that ends unanswered would let it through.
+        A parked request ends with that, but is still answered: Envoy lets a request pass whose
+        stream ends unanswered.
         """
         self._is_ended = True
         if self._exchange.phase is not _PARKED:
@@ -438,7 +438,7 @@ class ProcessCall(Call):
             self._leave()
 
     def _fail(self, error: FramingError) -> None:
-        """Refuse a request that takes too much room; nothing else is owed an answer."""
+        """Refuse a parked request whose body takes too much room; fail any other call."""
         parked = self._parked
         is_full = error.status is Status.RESOURCE_EXHAUSTED
         if not is_full or self._exchange.phase is not _PARKED:
@@ -459,7 +459,7 @@ class ProcessCall(Call):
 
 @final
 class HealthCall(Call):
-    """A health check: one question, one answer."""
+    """A health check: one request, one answer."""
 
     __slots__ = ()
     PATH: ClassVar = b"/grpc.health.v1.Health/Check"
@@ -473,12 +473,12 @@ class HealthCall(Call):
             self.finish()
 
     def _end(self) -> None:
-        self.finish(Status.INVALID_ARGUMENT, "a health check must ask for a service")
+        self.finish(Status.INVALID_ARGUMENT, "a health check must have a request")
 
 
 @final
 class WatchCall(Call):
-    """A health check that is answered again with every change, until the client ends it."""
+    """A health check that is answered again at every change, until the client ends it."""
 
     __slots__ = ("_is_watching",)
     PATH: ClassVar = b"/grpc.health.v1.Health/Watch"
@@ -493,35 +493,35 @@ class WatchCall(Call):
 
     def let_go(self) -> None:
         """End the call, which would not end by itself."""
-        self.finish(Status.UNAVAILABLE, "the service ends")
+        self.finish(Status.UNAVAILABLE, "the service is shutting down")
 
     def lose(self) -> None:
-        """Take note that the stream is gone."""
+        """Note that the stream is gone."""
         super().lose()
         self._wire.context.health.unwatch(self)
 
     def _receive(self, message: bytes) -> None:
         if self._is_watching:
-            self.finish(Status.INVALID_ARGUMENT, "a health check must ask for one service")
+            self.finish(Status.INVALID_ARGUMENT, "a health check must have only one request")
             return
         answer = self._wire.context.health.watch(message, self)
         if answer is None:
-            self.finish(Status.RESOURCE_EXHAUSTED, "too many health checks watch; use Check")
+            self.finish(Status.RESOURCE_EXHAUSTED, "too many Watch streams; use Check")
             return
         self._is_watching = True
         self._send(answer)
 
     def _end(self) -> None:
         if not self._is_watching:
-            self.finish(Status.INVALID_ARGUMENT, "a health check must ask for a service")
+            self.finish(Status.INVALID_ARGUMENT, "a health check must have a request")
 
 
 @final
 class LogCall(Call):
-    """A stream of Envoy's access log, which Envoy holds open as long as it can.
+    """A stream of Envoy's access log, which Envoy keeps open as long as it can.
 
-    While messages of it wait to be settled, Envoy may send no more than it may already. It ends
-    with UNAVAILABLE, from which Envoy opens another, and sends again what it still has.
+    While messages of the stream wait for settlement, its window is not widened. It ends with
+    UNAVAILABLE; then Envoy opens another stream, and sends again what it still has.
     """
 
     __slots__ = ("_is_ended", "_log", "_waiting")
@@ -533,14 +533,14 @@ class LogCall(Call):
         assert log is not None, "else the call is refused"
         self._log = log
         self._waiting = 0
-        """Messages to be settled."""
+        """Messages that are not settled yet."""
         self._is_ended = False
-        """The client has said everything."""
+        """The client has sent everything."""
         log.opened(self)
 
     @classmethod
     def refusal(cls, context: CallContext, head: RequestHead) -> Refusal | None:
-        """Refuse where it is not served, where Envoy's secret is not shown, and on a standby."""
+        """Refuse a stream if the log is off, the secret is missing, or another replica decides."""
         log = context.access_log
         if log is None or not log.is_served:
             return refused(Status.UNIMPLEMENTED, "settlement.accessLog is off")
@@ -552,7 +552,7 @@ class LogCall(Call):
         return None
 
     def settled(self) -> None:
-        """Take note that one more message is settled."""
+        """Note that one more message is settled."""
         self._waiting -= 1
         if not (self._waiting or self._is_gone):
             if self._is_ended:
@@ -561,7 +561,7 @@ class LogCall(Call):
                 self._wire.pause(self.stream_id, is_paused=False)
 
     def let_go(self) -> None:
-        """End the stream: Envoy holds it open for ever."""
+        """End the stream, which Envoy would keep open forever."""
         self.move()
 
     def move(self) -> None:
@@ -569,7 +569,7 @@ class LogCall(Call):
         self.finish(Status.UNAVAILABLE, STANDBY)
 
     def lose(self) -> None:
-        """Take note that the stream is gone."""
+        """Note that the stream is gone."""
         super().lose()
         self._log.closed(self)
 
@@ -600,11 +600,11 @@ CALLS: Final[dict[bytes, type[Call]]] = {
     WatchCall.PATH: WatchCall,
     LogCall.PATH: LogCall,
 }
-"""What is served here, by path."""
+"""The calls that are served, by path."""
 
 
 def shows_secret(context: CallContext, head: RequestHead) -> bool:
-    """Whether a call shows Envoy's secret, or none is asked for."""
+    """Whether a call has Envoy's secret, or none is required."""
     secret = context.secret
     return secret is None or any(
         name == b"authorization" and secret.is_shown(value) for name, value in head.fields

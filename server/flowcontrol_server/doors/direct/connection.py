@@ -21,47 +21,47 @@ from flowcontrol_server.doors.http2.events import Ended, Event, Opened, Received
 from flowcontrol_server.doors.http2.grpc_framing import FramingError, Refusal, Status
 
 CHECK_NS: Final = 5_000_000_000
-"""How often connections are checked for time limits, which are kept that exactly."""
+"""Interval of the checks of time limits, which are as exact as that."""
 WRITE_BUFFER_BYTES: Final = 1_048_576
-"""Output the system has not taken, beyond which a connection's input is not read."""
+"""Output not taken by the system, beyond which a connection's input is not read."""
 TURN_NS: Final = 1_000_000
-"""How long all connections together read in one turn of the loop before anything else is done. The
-loop itself would read up to 32 times 256 KiB from one socket first: seconds of work in small
-frames. A request takes three turns from its headers to its answer."""
+"""Time for reading in one turn of the loop, for all connections together. The loop itself would
+read up to 32 times 256 KiB from one socket first: seconds of work in small frames. A request takes
+three turns from its headers to its answer."""
 SLICE_NS: Final = 500_000
-"""How long one connection reads before it goes behind the others."""
+"""Time that one connection reads before the others have their turn."""
 DEBT_TURNS: Final = 4
-"""Turns in which nothing is read, at most, after one that took longer: a large field block is read
-in one go, and what is under way must not wait for one in each of its turns."""
+"""Most turns without reading, after a turn that took longer: a large field block is read in one go,
+and requests under way must not wait for one in each of their turns."""
 SILENT_CHECKS: Final = 2
-"""Intervals between checks within which a new stream's first message must come: 10 s, and up to the
-next check. Envoy sends it right behind the headers."""
+"""Check intervals within which the first message of a new stream must come: 10 s, and up to the
+next check. Envoy sends it right after the headers."""
 
 
 class Reader(Protocol):
-    """Who has input."""
+    """A connection with input."""
 
     def read(self, end_ns: int) -> bool:
-        """Read until then what has come, some of it at least; return whether some is left."""
+        """Read input until this time, some at least; return whether some is left."""
 
 
 @final
 class Turns:
-    """Shares out the time of each turn of the loop among the connections that have input.
+    """Divides the time of each turn of the loop among the connections that have input.
 
-    They read in the order in which it came; one that is not done after its slice goes behind the
-    others. So however many flood, another waits for one slice of each at most.
+    They read in the order in which their input came. One that is not done after its slice goes to
+    the end of the line, so a connection waits for at most one slice of each other one.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[Reader] = deque()
         self._left_ns = TURN_NS
-        """Of this turn; below zero, turns must pass before anything is read."""
+        """Time left in this turn; below zero: turns must pass before anything is read."""
         self._is_turn_due = False
 
     def read(self, reader: Reader) -> None:
-        """Let a connection read, now if none waits and the turn has time left, else later."""
+        """Let a connection read: now if no other waits and the turn has time left, else later."""
         self._waiting.append(reader)
         if len(self._waiting) == 1 and self._left_ns > 0:
             self._work()
@@ -82,7 +82,7 @@ class Turns:
             self._work()
 
     def _work(self) -> None:
-        """Let those who wait read until the time is over: one of them at least."""
+        """Let waiting connections read until the time is over, one of them at least."""
         self._turn_soon()  # with time again
         while True:
             reader = self._waiting.popleft()
@@ -100,10 +100,10 @@ class Line(asyncio.Protocol):
 
     Args:
         context: shared by all calls.
-        lines: all connections; it joins them as it is made and leaves them as it is lost.
-        lost: called then.
+        lines: all connections; this one is added when it is made, and removed when it is lost.
+        lost: called when it is lost.
         log: for warnings.
-        turns: says when it reads, and how long.
+        turns: schedules when it reads, and for how long.
     """
 
     def __init__(
@@ -123,25 +123,25 @@ class Line(asyncio.Protocol):
         self._connection = Http2Connection(context.limits, time.monotonic_ns())
         self._calls: dict[int, Call] = {}
         self._refused: dict[int, Refusal] = {}
-        """Requests that are no calls, which are answered when they end: stream id to answer."""
+        """Requests that are not gRPC calls, answered when they end: the answer by stream id."""
         self._silent: dict[int, None] = {}
-        """Those of both of which no message has come, in the order in which they were opened."""
+        """Streams of either kind without a message so far, in the order of their opening."""
         self._watching = 0
         """Calls that watch health."""
         self._newest_id = 0
-        """Of the streams that were opened."""
+        """Id of the newest stream."""
         self._checked_ids = deque[int](maxlen=SILENT_CHECKS)
-        """What it was at the checks before."""
+        """The same at the previous checks."""
         self._overdue: list[int] = []
-        """Streams that have been silent for too long, the oldest last."""
+        """Streams that have been silent for too long, oldest last."""
         self._echoing: list[ProcessCall] = []
-        """Calls with something to send back."""
+        """Calls with parts of bodies to send back."""
         self._partial_bytes = 0
         self._is_flush_due = False
         self._input = b""
-        """What has come, and the core has not been given."""
+        """Input that has not been passed to the core."""
         self._is_waiting = False
-        """There is input to be read when its turn comes."""
+        """There is input to read in a later turn."""
         self._is_reading = True
         self._is_lost = False
         self._idle_ns = time.monotonic_ns()
@@ -149,12 +149,12 @@ class Line(asyncio.Protocol):
         self._is_used = False
         """A message has come."""
         self._half_closed_ns: int | None = None
-        """When we said our last; the client may take one check to say its own."""
+        """When this side was closed; the client has one check interval to close its own."""
         self._stalled_ns: int | None = None
-        """Since when the system takes no more output."""
+        """Since when the system takes no more output; None: it does."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # always that one
-        """Greet, or turn away who is one too many or chose another protocol in TLS."""
+        """Start, or reject a connection that is one too many or chose another protocol in TLS."""
         self._transport = transport
         tls = transport.get_extra_info("ssl_object")
         if tls is not None and tls.selected_alpn_protocol() != "h2":
@@ -169,28 +169,28 @@ class Line(asyncio.Protocol):
             self._flush()
 
     def data_received(self, data: bytes) -> None:
-        """Read what came when its turn comes, which may be at once."""
+        """Keep the data and read it when its turn comes, which may be at once."""
         self._input = self._input + data if self._input else data
         self._read_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Give up what was under way."""
-        del exc  # why does not matter to a request
+        """End all calls under way."""
+        del exc  # requests do not depend on the reason
         self._is_lost = True
         self._lose_calls()
 
     def pause_writing(self) -> None:
-        """Read no more from a client that does not read: whatever it asks makes more output."""
+        """Stop reading from a client that does not read: its requests would make more output."""
         self._stalled_ns = time.monotonic_ns()
         self._pace()
 
     def resume_writing(self) -> None:
-        """Read on."""
+        """Resume reading."""
         self._stalled_ns = None
         self._read_on()
 
     def read(self, end_ns: int) -> bool:
-        """Read until then what has come; return whether some is left."""
+        """Read input until this time; return whether some is left."""
         self._is_waiting = False
         if self._stalled_ns is None and not (self._is_lost or self._transport.is_closing()):
             data, self._input = self._input, b""
@@ -208,7 +208,7 @@ class Line(asyncio.Protocol):
         self._flush_soon()
 
     def end_with_status(self) -> None:
-        """End the streams of requests in flight, take no more, and half-close when none is left."""
+        """End the streams of requests in flight, accept no more, half-close when none is left."""
         for call in list(self._calls.values()):
             call.let_go()
         self._connection.end_drain()
@@ -226,23 +226,22 @@ class Line(asyncio.Protocol):
 
     @property
     def idleness(self) -> tuple[bool, int] | None:
-        """What orders idle connections, the first to close first; None with an open stream.
+        """Rank among idle connections: the lowest is closed first; None: it is not idle.
 
-        A stream that watches health, or has said nothing, keeps no place: any client may open
-        one.
+        A stream that watches health, or has sent nothing, does not count: any client may open one.
         """
         return None if self._places else (self._is_used, self._idle_ns)
 
     @property
     def _places(self) -> int:
-        """Streams that keep the connection its place."""
+        """Number of streams for which the connection must stay open."""
         return len(self._calls) + len(self._refused) - len(self._silent) - self._watching
 
     def _has_place(self) -> bool:
-        """Return whether there may be one more connection; an idle one is closed for it.
+        """Return whether one more connection is allowed; an idle one is closed for it if necessary.
 
-        Else connections that ask for nothing would shut out an Envoy that restarts. Those that
-        never opened a stream go first, the oldest of them.
+        Otherwise idle connections would keep out an Envoy that restarts. Connections that never had
+        a message are closed first, the oldest of them first.
         """
         if len(self._lines) < self.context.limits.connections_max:
             return True
@@ -260,7 +259,7 @@ class Line(asyncio.Protocol):
         self._transport.abort()
 
     def check(self, now_ns: int) -> None:
-        """Look whether the client keeps its time limits."""
+        """Check that the client keeps its time limits."""
         stall_ns = self.context.limits.write_stall_ns
         if self._half_closed_ns is not None:
             if now_ns - self._half_closed_ns >= CHECK_NS:
@@ -272,7 +271,7 @@ class Line(asyncio.Protocol):
             self._check_silent()
 
     def send(self, stream_id: int, message: bytes, *, is_first: bool) -> None:
-        """Send one message, behind the headers if it is the first."""
+        """Send one message, after the headers if it is the first."""
         if is_first:
             self._connection.send_headers(stream_id, grpc_framing.HEADERS)
         self._connection.send_data(stream_id, grpc_framing.framed(message))
@@ -285,7 +284,7 @@ class Line(asyncio.Protocol):
         self._flush_soon()
 
     def heard(self, call: Call) -> None:
-        """Take note of the first message of a call."""
+        """Note the first message of a call."""
         self._is_used = True
         del self._silent[call.stream_id]
         self._watching += isinstance(call, WatchCall)
@@ -305,17 +304,17 @@ class Line(asyncio.Protocol):
             raise FramingError(Status.RESOURCE_EXHAUSTED, reason)
 
     def pause(self, stream_id: int, *, is_paused: bool) -> None:
-        """Let the client send no more on a stream than it may already, or go on."""
+        """Stop widening the window of a stream, or go on."""
         self._connection.hold(stream_id, is_held=is_paused)
         if not is_paused:
             self._flush_soon()
 
     def park_soon(self, park: Callable[[], None]) -> None:
-        """Call something at the end of this turn of the loop."""
+        """Call a function at the end of this turn of the loop."""
         self._loop.call_soon(park, context=self.context.callbacks)
 
     def echo_soon(self, call: ProcessCall) -> None:
-        """Let a call send its echo before the next write."""
+        """Make a call send its echo before the next write."""
         self._echoing.append(call)
         self._flush_soon()
 
@@ -325,7 +324,7 @@ class Line(asyncio.Protocol):
         return any(isinstance(c, ProcessCall) and c.owes_echoes for c in self._calls.values())
 
     def _read_on(self) -> None:
-        """Wait for a turn to read in, if there is anything and it can be."""
+        """Wait for a turn to read, if there is input and the output is not stalled."""
         has_input = bool(self._input) or self._connection.is_behind
         if has_input and not self._is_waiting and self._stalled_ns is None:
             self._is_waiting = True
@@ -333,7 +332,7 @@ class Line(asyncio.Protocol):
         self._pace()
 
     def _pace(self) -> None:
-        """Take input only when all that came before was read, and the output is taken."""
+        """Read from the socket only if all input before was read and no output is stalled."""
         is_reading = self._stalled_ns is None and not self._is_waiting
         if is_reading == self._is_reading or self._transport.is_closing():
             return
@@ -370,7 +369,7 @@ class Line(asyncio.Protocol):
         if call is not None:
             call.take(received.data, is_ended=received.is_ended)
         elif received.is_ended and received.stream_id in self._refused:
-            self._refuse_at_last(received.stream_id)
+            self._refuse_now(received.stream_id)
 
     def _open(self, opened: Opened) -> None:
         stream_id = self._newest_id = opened.stream_id
@@ -389,7 +388,7 @@ class Line(asyncio.Protocol):
             self._silent[stream_id] = None
             self._refused[stream_id] = refusal
 
-    def _refuse_at_last(self, stream_id: int) -> None:
+    def _refuse_now(self, stream_id: int) -> None:
         del self._silent[stream_id]
         self._refuse(stream_id, self._refused.pop(stream_id))
 
@@ -413,7 +412,7 @@ class Line(asyncio.Protocol):
         return call
 
     def _check_silent(self) -> None:
-        """End the streams that were opened some checks ago and have said nothing since."""
+        """End the streams that were opened some checks ago and have sent nothing since."""
         if len(self._checked_ids) == SILENT_CHECKS and not self._overdue:
             due_id = self._checked_ids[0]
             self._overdue = [*takewhile(lambda each: each <= due_id, self._silent)]
@@ -422,7 +421,7 @@ class Line(asyncio.Protocol):
         self._checked_ids.append(self._newest_id)
 
     def _end_overdue(self) -> None:
-        """End streams that are silent for too long, a slice of time of them at once."""
+        """End streams that are silent for too long, for one slice of time at once."""
         end_ns = time.monotonic_ns() + SLICE_NS
         while self._overdue:
             stream_id = self._overdue.pop()
@@ -430,7 +429,7 @@ class Line(asyncio.Protocol):
                 continue
             call = self._calls.get(stream_id)
             if call is None:
-                self._refuse_at_last(stream_id)
+                self._refuse_now(stream_id)
             else:
                 call.finish(Status.DEADLINE_EXCEEDED, "the first message must come within 10 s")
             if time.monotonic_ns() >= end_ns:
@@ -439,9 +438,9 @@ class Line(asyncio.Protocol):
         self._flush_soon()
 
     def _lose_calls(self) -> None:
-        """Give up all calls, a slice of time of them at once.
+        """Lose all calls, for one slice of time at once.
 
-        The latest first: the engine gives no freed slot to a request that is about to leave.
+        The latest goes first, so that the engine gives no freed slot to a request about to leave.
         """
         self._refused.clear()
         self._silent.clear()
@@ -459,7 +458,7 @@ class Line(asyncio.Protocol):
             self._lost()
 
     def _flush_soon(self) -> None:
-        """Write once, at the end of this turn of the loop, whatever comes together until then."""
+        """Write once, at the end of this turn of the loop, all output until then."""
         if not self._is_flush_due:
             self._is_flush_due = True
             self._loop.call_soon(self._flush, context=self.context.callbacks)
@@ -477,12 +476,12 @@ class Line(asyncio.Protocol):
             self._transport.write(data)
         queued_bytes = self._connection.queued_bytes + self._transport.get_write_buffer_size()
         if self._connection.is_closed or self._connection.is_drained:
-            self._hang_up()
+            self._half_close()
         elif queued_bytes > self.context.limits.queued_bytes_max:
-            self.cut_off(f"output must be read, got {queued_bytes} bytes that are not")
+            self.cut_off(f"output must be read, got {queued_bytes} bytes unread")
 
-    def _hang_up(self) -> None:
-        """Say no more, and wait for the client to do the same: nothing on its way to it is lost."""
+    def _half_close(self) -> None:
+        """Close this side, and wait until the client closes its own, so that no output is lost."""
         self._half_closed_ns = time.monotonic_ns()
         if self._transport.can_write_eof():
             self._transport.write_eof()

@@ -1,8 +1,8 @@
 """The direct door: Envoy's ext_proc streams over our own HTTP/2, straight to the gate.
 
-It carries the same conversation as the grpcio door (`ext_proc`), for Envoy alone and for a fraction
-of the cost: no task and no queue per request, only callbacks on the loop. `connection` is one of
-its connections, `calls` what is said on one of their streams.
+It carries the same conversation as the grpcio door (`ext_proc`), only for Envoy and at a fraction
+of the cost: no task and no queue per request, only callbacks on the loop. `connection` has its
+connections, `calls` the calls on their streams.
 """
 
 # interpreted: uvloop's Server.sockets is a list, where typeshed and so mypyc have a tuple
@@ -25,7 +25,7 @@ class DirectDoor:
     """Serves `envoy.service.ext_proc.v3.ExternalProcessor/Process`, and health checks, over HTTP/2.
 
     Args:
-        context: shared by all calls; the door's to change from now on.
+        context: shared by all calls; the door may change it from now on.
     """
 
     def __init__(self, context: CallContext) -> None:
@@ -51,12 +51,12 @@ class DirectDoor:
 
         Args:
             address: host and port, or the path of a Unix socket.
-            ssl_context: for TLS, and for mTLS when it asks for certificates. Its ALPN must offer h2
-                alone, which clients must choose (RFC 9113, 3.2).
-            takes_both: plain text as well as TLS, at a TCP port.
+            ssl_context: for TLS, and for mTLS if it requires certificates; None: plain text. Its
+                ALPN must offer only h2, which clients must choose (RFC 9113, 3.2).
+            takes_both: whether to accept plain text as well as TLS, at a TCP port.
 
         Raises:
-            ListenError: naming the address.
+            ListenError: it cannot be opened; the error names the address.
         """
         if takes_both:
             assert ssl_context is not None, "there is TLS"
@@ -73,7 +73,7 @@ class DirectDoor:
         return port
 
     def begin_drain(self) -> None:
-        """Ask every client to use this connection no more; what is under way goes on.
+        """Ask every client to open no more streams on its connection; streams under way go on.
 
         The door stays open: the gate answers new calls with the reason.
         """
@@ -86,14 +86,14 @@ class DirectDoor:
             line.move_calls()
 
     async def close(self, grace_s: float, echo_grace_s: float = 0.0) -> None:
-        """Take no more connections, end the streams of requests in flight with OK, and half-close.
+        """Accept no more, end the streams of requests in flight with OK, and half-close.
 
-        A stream that breaks off makes Envoy break off the response; one that ends with OK after its
-        answer leaves the response alone.
+        If a stream breaks off, Envoy breaks off the response. If it ends with OK after its answer,
+        the response goes on.
 
         Args:
-            grace_s: how long clients may take to close their side; then they are cut off.
-            echo_grace_s: how much longer bodies that pass through here may take.
+            grace_s: time for clients to close their side, before their connections are aborted.
+            echo_grace_s: additional time for bodies that pass through here.
         """
         self._context.is_closing = True
         for server in self._servers:

@@ -1,10 +1,10 @@
 """HTTP/2 for one purpose: a server of gRPC streams, sans I/O (RFC 9113, RFC 7541).
 
-    bytes ─▶ connection ─▶ events              frames: what stands on the wire
-    calls ─▶ connection ─▶ bytes               headers: field blocks, read and judged
-                                               outflow: what may be sent when
-                                               limits: how much of anything is too much
+    bytes ─▶ connection ─▶ events              frames: the format on the wire
+    calls ─▶ connection ─▶ bytes               headers: decoding and checking field blocks
+                                               outflow: flow control of output
+                                               limits: limits of everything a client may send
 
-Nothing here knows a socket, a loop, a clock or an application: time is an argument, output is
-fetched. `grpc_framing` is what gRPC adds on top; `doors.direct` is the shell around it all.
+No module here uses a socket, a loop, a clock or an application: time is an argument, and output is
+returned. `grpc_framing` adds gRPC; `doors.direct` is the shell around all of it.
 """

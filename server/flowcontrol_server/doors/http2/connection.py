@@ -1,17 +1,17 @@
 """Pure. The server's side of one HTTP/2 connection: bytes and the time in, events and bytes out.
 
-    events = connection.receive(data, now_ns)     what the client did, in order; `is_behind`: ask on
+    events = connection.receive(data, now_ns)     events in order; while `is_behind`, call it again
     connection.send_headers / send_data / send_trailers / reset(stream_id, ...)
-    bytes  = connection.data_to_send()            what to write; ask after every call
-    events = connection.check(now_ns)             every few seconds: is the client still there?
+    bytes  = connection.data_to_send()            output to write; call it after every other call
+    events = connection.check(now_ns)             every few seconds: time limits of the client
 
-However the bytes are cut, the events are the same. A mistake on a stream ends that stream; one that
-could leave the two ends with different ideas of the connection ends the connection (RFC 9113, 5.4),
-and after that nothing more is read.
+The events do not depend on how the bytes are cut. An error on a stream ends that stream. An error
+after which the two ends could disagree on the state of the connection ends the connection (RFC
+9113, 5.4), and nothing more is read.
 
-The states of a stream (5.1) as they are kept here. A server's stream is over when its answer is: if
-the client could still send, RST_STREAM(NO_ERROR) tells it not to (8.1), and what it sent before it
-heard of that is ignored.
+The states of a stream (5.1) as they are kept here. A server's stream ends with its answer. If the
+client could still send, RST_STREAM(NO_ERROR) asks it to stop (8.1), and frames that it sent before
+are ignored.
 
     idle ──HEADERS──▶ open ──END_STREAM──▶ half-closed (remote)      both in `_streams`
                         │                     │
@@ -38,22 +38,23 @@ from flowcontrol_server.doors.http2.outflow import Outflow
 from flowcontrol_server.doors.http2.stream import Stream
 
 _RESET_REMEMBERED_MAX: Final = 1_024
-"""Streams we reset, of which late frames are no error. Beyond it the oldest are forgotten."""
+"""Reset streams that are remembered, because late frames on them are no error; then the oldest are
+forgotten."""
 _READ_BYTES: Final = 1_024
-"""Read by one call, whole frames: tenths of a ms of work if they are the smallest there are."""
+"""Bytes read by one call, in whole frames: tenths of a ms of work for the smallest frames."""
 _PRIORITY_BYTES: Final = 5
-"""Of HEADERS, before the field block."""
+"""Bytes of priority in HEADERS, before the field block."""
 _DRAIN_PING: Final = b"draining"
 _KEEPALIVE_PING: Final = b"are you?"
 
 
 @final
 class Http2Connection:
-    """One connection; knows streams, not what is said on them.
+    """One connection with its streams; their content is opaque.
 
     Args:
-        limits: what the client may ask for.
-        now_ns: monotonic; the connection begins.
+        limits: limits for the client.
+        now_ns: the time, monotonic, when the connection begins.
     """
 
     def __init__(self, limits: Http2Limits, now_ns: int) -> None:
@@ -65,7 +66,7 @@ class Http2Connection:
         self._events: list[Event] = []
         self._input = b""
         self._position = 0
-        """Where in the input the next frame begins."""
+        """Offset of the next frame in the input."""
         self._is_preface_due = True
         self._is_first_settings_due = True
         self._is_ack_due = True
@@ -73,18 +74,18 @@ class Http2Connection:
         self._streams: dict[int, Stream] = {}
         self._reset_ids: set[int] = set()
         self._reset_order: deque[int] = deque()
-        """The same, those too whose reset has crossed one of the client's."""
+        """The same in order, including those that the client has reset, too."""
         self._highest_id = 0
         self._reset_count = 0
         self._unread = 0
         self._paid_updates = 0
         self._last_id: int | None = None
-        """After the second GOAWAY: the highest stream that is served."""
+        """The highest stream that is served; None: before the second GOAWAY."""
         self.is_behind = False
         """There is input that was not read yet."""
         self.is_draining = False
         self.is_closed = False
-        """Nothing is read any more, and nothing sent but what `data_to_send` still holds."""
+        """Nothing more is read, and nothing sent except what `data_to_send` returns."""
         self._send(frames.settings(limits.announced()))  # must come first (3.4)
         increment = limits.connection_window_bytes - frames.WINDOW_DEFAULT
         if increment:
@@ -92,12 +93,12 @@ class Http2Connection:
 
     @property
     def is_drained(self) -> bool:
-        """Whether a drain has come to its end: no stream is open, and none will be."""
+        """Whether a drain is complete: no stream is open, and none will be."""
         return self._last_id is not None and not self._streams
 
     @property
     def is_due(self) -> bool:
-        """Whether there is something to send, or a drain has come to its end."""
+        """Whether there is output, or a drain is complete."""
         return bool(self._outflow.ready) or self.is_drained
 
     @property
@@ -106,13 +107,13 @@ class Http2Connection:
         return self._outflow.queued_bytes
 
     def receive(self, data: bytes, now_ns: int) -> list[Event]:
-        """Take bytes from the client; return what they mean, in order.
+        """Take bytes from the client; return their events, in order.
 
-        A call does a bounded amount of work; the next ones do the rest while `is_behind` says so.
+        A call does a bounded amount of work. While `is_behind`, further calls do the rest.
 
         Args:
-            data: as they came; any cut will do. Empty to read on.
-            now_ns: monotonic.
+            data: bytes as they came, cut anywhere; empty: read on.
+            now_ns: the time, monotonic.
         """
         if self.is_closed:
             return []
@@ -129,56 +130,56 @@ class Http2Connection:
         return self._events
 
     def data_to_send(self) -> bytes:
-        """Return what can be written now; once."""
+        """Return the output that can be written now, and remove it."""
         ready = self._outflow.ready
         data = b"".join(ready)
         ready.clear()
         return data
 
     def send_headers(self, stream_id: int, block: bytes) -> None:
-        """Begin an answer. Like all sending: nothing happens on a stream that is closed.
+        """Begin an answer. On a closed stream nothing happens, as for all sending.
 
         Args:
-            stream_id: of a stream that was opened.
-            block: from `encode_block`.
+            stream_id: id of a stream that was opened.
+            block: field block from `encode_block`.
         """
         stream = self._streams.get(stream_id)
         if stream is not None:
             self._outflow.send_block(stream, block, is_end=False)
 
     def send_data(self, stream_id: int, data: bytes, *, is_end: bool = False) -> None:
-        """Send body; what the client's windows do not admit waits until they do."""
+        """Send a part of the body; bytes beyond the client's windows wait."""
         stream = self._streams.get(stream_id)
         if stream is not None:
             self._outflow.send_data(stream, data, is_end=is_end)
             self._close_ended()
 
     def send_trailers(self, stream_id: int, block: bytes) -> None:
-        """End an answer with this block: trailers, or headers where nothing went before."""
+        """End an answer with this block: trailers, or headers if it is the whole answer."""
         stream = self._streams.get(stream_id)
         if stream is not None:
             self._outflow.send_block(stream, block, is_end=True)
             self._close_ended()
 
     def hold(self, stream_id: int, *, is_held: bool) -> None:
-        """Let the client send no more on a stream than its window still admits, or go on."""
+        """Stop widening the window of a stream, or go on."""
         stream = self._streams.get(stream_id)
         if stream is not None:
             stream.is_held = is_held
             self._widen(stream)
 
     def reset(self, stream_id: int, code: ErrorCode) -> None:
-        """Break a stream off."""
+        """Reset a stream."""
         stream = self._streams.get(stream_id)
         if stream is not None:
             self._forget(stream)
             self._send_reset(stream_id, code)
 
     def begin_drain(self) -> None:
-        """Ask the client, politely and in time, to open no more streams (6.8).
+        """Ask the client to open no more streams, without refusing any (6.8).
 
-        The first GOAWAY names no last stream. When the PING behind it has come back the client
-        knows, and the second GOAWAY refuses nothing that was already on its way.
+        The first GOAWAY names no last stream. Once the PING after it is answered, the client has
+        read it, so the second GOAWAY refuses no stream that was already on its way.
         """
         if not self.is_draining and not self.is_closed:
             self.is_draining = True
@@ -186,14 +187,14 @@ class Http2Connection:
             self._send(frames.frame(frames.PING, 0, 0, _DRAIN_PING))
 
     def end_drain(self) -> None:
-        """Accept no more streams from now on, whether the client knows or not."""
+        """Accept no more streams, whether or not the client has read the first GOAWAY."""
         if self._last_id is None and not self.is_closed:
             self.is_draining = True
             self._last_id = self._highest_id
             self._send(frames.goaway(self._last_id, ErrorCode.NO_ERROR))
 
     def check(self, now_ns: int) -> list[Event]:
-        """Look whether the client does its part in time; it is asked, or the connection ends."""
+        """Check the client's time limits: send a PING, or end the connection, if necessary."""
         if self.is_closed:
             return []
         self._events = []
@@ -217,7 +218,7 @@ class Http2Connection:
                 self.is_behind = True
                 self._position = position
                 return
-            # By hand: struct's numbers would be objects, and the rest done with those.
+            # Decoded by hand: struct would return objects, which make the code below slower.
             length = data[position] << 16 | data[position + 1] << 8 | data[position + 2]
             kind, flags = data[position + 3], data[position + 4]
             high = (data[position + 5] & 0x7F) << 24 | data[position + 6] << 16
@@ -233,7 +234,7 @@ class Http2Connection:
         self._input, self._position = data[position:], 0
 
     def _read_preface(self, data: bytes) -> int:
-        """Return where the first frame begins, 0 while the preface is not whole (3.4)."""
+        """Return the offset of the first frame; 0: the preface is not complete (3.4)."""
         preface = frames.PREFACE
         if data[: len(preface)] != preface[: len(data)]:
             break_protocol("the preface must be that of HTTP/2")
@@ -261,7 +262,7 @@ class Http2Connection:
                 self._events.append(Reset(fault.stream_id, fault.code))
             self._send_reset(fault.stream_id, fault.code)
 
-    def _read_payload(  # noqa: C901 - a line for each type there is
+    def _read_payload(  # noqa: C901 - a line for each type
         self, kind: int, flags: int, stream_id: int, payload: bytes
     ) -> None:
         match kind:
@@ -333,7 +334,7 @@ class Http2Connection:
             self._read_block(block.stream_id, block.whole(), is_end=block.is_end)
 
     def _read_block(self, stream_id: int, block: bytes, *, is_end: bool) -> None:
-        """Take a whole field block: a request, trailers, or something late."""
+        """Read a complete field block: a request, trailers, or a late one."""
         stream = self._streams.get(stream_id)
         if stream is not None:
             self._read_trailers(stream, block, is_end=is_end)
@@ -378,13 +379,15 @@ class Http2Connection:
 
     def _read_rst_stream(self, stream_id: int, payload: bytes) -> None:
         self._expect_used("RST_STREAM", stream_id)
-        # A client may reset every stream once; Envoy does where our answer ends before its request.
+        # A client may reset every stream once; Envoy does if our answer ends before its request.
         self._reset_count += 1
         if self._reset_count > self._budgets.stream_count:
             self._budgets.spend("RST_STREAM beyond one a stream", self._limits.ignored)
         stream = self._streams.get(stream_id)
         if stream is None:
-            self._reset_ids.discard(stream_id)  # it knows: nothing late can follow
+            self._reset_ids.discard(
+                stream_id
+            )  # the client has reset it, too: no late frame can follow
             return
         self._forget(stream)
         self._events.append(Reset(stream_id, frames.read_word(payload)))
@@ -412,7 +415,7 @@ class Http2Connection:
 
     def _read_window_update(self, stream_id: int, payload: bytes) -> None:
         if self._paid_updates < 2 * self._outflow.data_frames:
-            self._paid_updates += 1  # it returns what we sent, on the stream and the connection
+            self._paid_updates += 1  # it is for DATA that we sent, on the stream and the connection
         else:
             self._budgets.spend("WINDOW_UPDATE frames", self._limits.window_updates)
         increment = frames.read_word(payload) & frames.WINDOW_MAX
@@ -434,7 +437,7 @@ class Http2Connection:
             break_protocol(f"{name} must be on a stream that was opened, got {stream_id}")
 
     def _free_window(self) -> None:
-        """Free the connection's window of what was read, now that it is half of it (6.9)."""
+        """Widen the connection's window by the bytes read, once they are half of it (6.9)."""
         window = self._limits.connection_window_bytes
         if self._unread > window:
             reason = f"DATA must keep within the connection's window of {window} bytes"
@@ -443,13 +446,13 @@ class Http2Connection:
         self._unread = 0
 
     def _ignore_late(self, stream_id: int) -> None:
-        """Let pass what crossed our reset; tell a client that should know better, once."""
+        """Ignore a frame on a closed stream; reset the stream, once, unless we did before."""
         self._budgets.spend("frames for closed streams", self._limits.ignored)
         if stream_id not in self._reset_ids:
             self._send_reset(stream_id, ErrorCode.STREAM_CLOSED)
 
     def _widen(self, stream: Stream) -> None:
-        """Return to the client what it may send again."""
+        """Widen the client's window of a stream, if it is due."""
         increment = stream.increment(self._limits.stream_window_bytes)
         if increment:
             self._send(frames.window_update(stream.stream_id, increment))

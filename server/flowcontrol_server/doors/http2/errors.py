@@ -1,6 +1,6 @@
-"""Pure. What can go wrong on a connection, and how far it reaches (RFC 9113, 5.4 and 7).
+"""Pure. Errors of the peer, and how far they reach (RFC 9113, 5.4 and 7).
 
-The type of an error says its reach: one stream, which is reset, or the connection, which ends.
+The type of an error is its reach: one stream, which is reset, or the connection, which ends.
 """
 
 from enum import IntEnum
@@ -27,7 +27,7 @@ class ErrorCode(IntEnum):
 
 
 class Http2Error(Exception):
-    """The peer broke a rule or a limit; `code` goes on the wire."""
+    """The peer broke a rule or exceeded a limit; `code` is sent to it."""
 
     def __init__(self, code: ErrorCode, reason: str) -> None:
         super().__init__(reason)
@@ -44,11 +44,11 @@ class StreamFault(Http2Error):  # noqa: N818 - as above
     """Ends one stream, with RST_STREAM.
 
     Args:
-        stream_id: which.
-        code: why, on the wire.
-        reason: why, in words.
-        is_charged: whether it counts among the faults that end a connection; not where a proxy only
-            passes on what its own clients sent.
+        stream_id: id of the stream.
+        code: error code, which is sent.
+        reason: the error as text.
+        is_charged: whether it counts towards the limit of faults; not if a proxy only passes on
+            what its own clients sent.
     """
 
     def __init__(

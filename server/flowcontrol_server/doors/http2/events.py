@@ -1,7 +1,7 @@
-"""Pure. What a connection tells its owner.
+"""Pure. Events that a connection returns to its owner.
 
-Plain slots classes, built once and read once. Where one is made for every request, its constructor
-is written out: that of a dataclass stays interpreted where this module is compiled.
+Plain classes with slots, built once and read once. Those made for every request have an explicit
+constructor, because the one of a dataclass stays interpreted where this module is compiled.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Opened:
     stream_id: int
     head: RequestHead
     is_ended: bool
-    """Whether this was all of it."""
+    """Whether the request has no body and no trailers."""
 
     def __init__(self, stream_id: int, head: RequestHead, is_ended: bool) -> None:  # noqa: FBT001 - a field
         self.stream_id = stream_id
@@ -45,7 +45,7 @@ class Received:
 @final
 @dataclass(slots=True, init=False)
 class Reset:
-    """An opened stream is gone: the client reset it, or broke a rule on it and we did."""
+    """An opened stream is gone: the client reset it, or we did because of an error on it."""
 
     stream_id: int
     code: int
@@ -58,9 +58,9 @@ class Reset:
 @final
 @dataclass(slots=True)
 class Ended:
-    """The connection is over because of the client; send what is to be sent and close it.
+    """The connection ends because of an error of the client: send the remaining output, close it.
 
-    No stream gets an event of its own any more.
+    Streams get no more events of their own.
     """
 
     code: ErrorCode

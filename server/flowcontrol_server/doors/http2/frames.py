@@ -1,4 +1,4 @@
-"""Pure. What stands on the wire: frames and their fields (RFC 9113, 4 and 6).
+"""Pure. The format on the wire: frames and their fields (RFC 9113, 4 and 6).
 
     +-----------------------------------------------+
     |                 Length (24)                   |
@@ -10,8 +10,8 @@
     |                   Frame Payload (0...)                      ...
     +---------------------------------------------------------------+
 
-The functions here read or write one frame and know no state: whether a frame may come now is the
-connection's to judge. Types and flags are plain integers, because an unknown one is legal (4.1).
+The functions here read or write one frame and have no state: the connection decides whether a frame
+may come now. Types and flags are plain integers, because unknown ones are legal (4.1).
 """
 
 from struct import Struct
@@ -20,7 +20,7 @@ from typing import Final
 from flowcontrol_server.doors.http2.errors import ConnectionFault, ErrorCode
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-"""What a client says first (3.4)."""
+"""The first bytes of a client (3.4)."""
 
 DATA: Final = 0x0
 HEADERS: Final = 0x1
@@ -65,7 +65,7 @@ _RANGES: Final = {
         ErrorCode.PROTOCOL_ERROR,
     ),
 }
-"""Settings with a range (6.5.2): name, smallest, largest, and the error beyond."""
+"""Settings with a range (6.5.2): name, smallest, largest, and the error outside of it."""
 
 _SHAPES: Final = {
     PRIORITY: ("PRIORITY", True, 5, 5),
@@ -75,14 +75,14 @@ _SHAPES: Final = {
     GOAWAY: ("GOAWAY", False, 8, FRAME_BYTES_MAX),
     WINDOW_UPDATE: ("WINDOW_UPDATE", None, 4, 4),
 }
-"""Name, whether on a stream (None: either), smallest and largest payload. RFC 9113 lets a PRIORITY
-of a wrong size end its stream only; no honest client sends one."""
+"""Name, whether on a stream (None: either), smallest and largest payload. In RFC 9113 a PRIORITY of
+a wrong size ends its stream only; no correct client sends one."""
 
 _FRAME_HEADER: Final = Struct(">HBBBL")  # the length is 16 and 8 bits: there is no 24-bit field
 _pack_header: Final = Struct(">LBL").pack
-"""(length << 8 | type, flags, stream id): fewer numbers to make objects of."""
+"""(length << 8 | type, flags, stream id): fewer numbers, so fewer objects."""
 _pack_word_frame: Final = Struct(">LBLL").pack
-"""The same of a frame whose payload is a number of 32 bits, and that."""
+"""The same, followed by a payload of one number of 32 bits."""
 _WORD_BYTES: Final = 4
 _SETTING: Final = Struct(">HL")
 _TWO_WORDS: Final = Struct(">LL")
@@ -97,7 +97,7 @@ def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
 
 
 def header_frames(stream_id: int, block: bytes, frame_bytes_max: int, *, is_end: bool) -> bytes:
-    """Write a field block as HEADERS and, where it does not fit, CONTINUATION (6.2, 6.10)."""
+    """Write a field block as HEADERS, with CONTINUATION if it does not fit (6.2, 6.10)."""
     end = END_STREAM if is_end else 0
     if len(block) <= frame_bytes_max:
         return frame(HEADERS, END_HEADERS | end, stream_id, block)
@@ -127,15 +127,15 @@ def window_update(stream_id: int, increment: int) -> bytes:
 
 
 def goaway(last_stream_id: int, code: int, reason: str = "") -> bytes:
-    """Write a GOAWAY frame, its reason as debug data (6.8)."""
+    """Write a GOAWAY frame, with the reason as debug data (6.8)."""
     return frame(GOAWAY, 0, 0, _TWO_WORDS.pack(last_stream_id, code) + reason.encode())
 
 
 def read_settings(payload: bytes) -> dict[int, int]:
-    """Read what a SETTINGS frame sets; the last of equal identifiers counts (6.5.3).
+    """Read the values of a SETTINGS frame; the last of equal identifiers counts (6.5.3).
 
     Raises:
-        ConnectionFault: a setting is out of its range (6.5.2), or the frame is cut off.
+        ConnectionFault: a value is out of its range (6.5.2), or the frame is cut off.
     """
     if len(payload) % _SETTING.size:
         reason = f"SETTINGS must be a multiple of 6 bytes, got {len(payload)}"
@@ -177,7 +177,7 @@ def unpadded(payload: bytes) -> bytes:
 
 
 def check_dependency(stream_id: int, priority: bytes) -> None:
-    """Ignore priorities, as RFC 9113 does, but for what never made sense (RFC 7540, 5.3.1).
+    """Ignore a priority, as RFC 9113 does, unless it is invalid (RFC 7540, 5.3.1).
 
     Raises:
         ConnectionFault: the stream depends on itself.
@@ -188,7 +188,7 @@ def check_dependency(stream_id: int, priority: bytes) -> None:
 
 
 def check_shape(kind: int, stream_id: int, size: int) -> None:
-    """Hold a frame to what its type alone asks of it: where it stands, and its size.
+    """Check the stream id and the size of a frame against its type.
 
     Args:
         kind: any type but DATA, HEADERS and CONTINUATION, whose shape depends on more.
@@ -196,7 +196,7 @@ def check_shape(kind: int, stream_id: int, size: int) -> None:
         size: bytes of payload.
 
     Raises:
-        ConnectionFault: it has another shape.
+        ConnectionFault: one of them is wrong for the type.
     """
     shape = _SHAPES.get(kind)
     if shape is None:

@@ -1,12 +1,12 @@
-"""Pure. gRPC as HTTP/2 carries it: which requests are calls, messages in DATA, status in trailers.
+"""Pure. gRPC over HTTP/2: which requests are calls, messages in DATA, status in trailers.
 
-Rules: the protocol description gRPC publishes as PROTOCOL-HTTP2.md. Each message stands behind
-five bytes, a flag and its length, and may be cut anywhere between DATA frames:
+The rules are in gRPC's PROTOCOL-HTTP2.md. Each message follows five bytes, a flag and its length,
+and may be cut anywhere between DATA frames:
 
     compressed (8) │ length (32) │ message
 
-Nothing is compressed here: the messages are small, and Envoy does not compress them. A request that
-is no gRPC call at all is answered in plain HTTP.
+Compression is not supported: messages are small, and Envoy does not compress them. A request that
+is not a gRPC call is answered in plain HTTP.
 """
 
 from collections.abc import Collection
@@ -20,7 +20,7 @@ _CONTENT_TYPE: Final = "application/grpc"
 
 
 class Status(IntEnum):
-    """The statuses said here, of those gRPC has."""
+    """The gRPC statuses used here."""
 
     OK = 0
     INVALID_ARGUMENT = 3
@@ -35,35 +35,35 @@ class Status(IntEnum):
 
 @final
 class FramingError(Exception):
-    """The bytes of a call are no messages we take; `status` says so on the wire."""
+    """The bytes of a call are not acceptable messages; `status` is sent."""
 
     def __init__(self, status: Status, reason: str) -> None:
         super().__init__(reason)
         self.status = status
         self.messages: list[bytes] = []
-        """Those before a message that is too large."""
+        """Complete messages before the one that is too large."""
         self.rest: bytes | None = None
-        """What has come of that one, its prefix first; None where it is no such fault."""
+        """Bytes of that one so far, prefix first; None: the error is another one."""
 
 
 class Refusal(NamedTuple):
-    """Why a request is no call we take."""
+    """The answer to a request that is not an acceptable call."""
 
     block: bytes
-    """The answer's field block."""
+    """Field block of the answer."""
     body: bytes
-    """What follows it, in plain words for people; nothing for gRPC clients."""
+    """Body of the answer, as text; empty for gRPC clients."""
     is_grpc: bool
-    """A gRPC client may wait for this before it ends its own side; others end theirs first."""
+    """Whether to answer at once: a gRPC client may wait for that before it ends its side."""
 
 
 _ALONE: Final = [
     (":status", "200"),
     ("content-type", _CONTENT_TYPE),
-    ("grpc-accept-encoding", "identity"),  # also why a compressed message was refused
+    ("grpc-accept-encoding", "identity"),  # also the reason to refuse a compressed message
 ]
 HEADERS: Final = encode_block(_ALONE)
-"""Before the first message of an answer."""
+"""Headers of an answer, before its first message."""
 _OK_TRAILERS: Final = encode_block([("grpc-status", "0")])
 _OK_ALONE: Final = encode_block([*_ALONE, ("grpc-status", "0")])
 _PLAIN: Final = {
@@ -73,11 +73,11 @@ _PLAIN: Final = {
 
 
 def refusal(head: RequestHead, paths: Collection[bytes]) -> Refusal | None:
-    """Judge a request; None if it calls one of the methods at these paths."""
+    """Return the refusal of a request; None: it calls one of the methods at these paths."""
     kind = head.content_type.partition(b";")[0].rstrip()
     is_grpc = kind == b"application/grpc" or kind.startswith(b"application/grpc+")
     if head.method != b"POST" or not is_grpc:
-        body = f"only gRPC calls are taken here, of {_listed(paths)}\n".encode()
+        body = f"only gRPC calls are served here: {_listed(paths)}\n".encode()
         return Refusal(_PLAIN[415 if head.method == b"POST" else 405], body, is_grpc=False)
     if head.path not in paths:
         reason = f"method must be {_listed(paths)}, got {head.path.decode('latin-1')[:256]}"
@@ -89,12 +89,12 @@ def refusal(head: RequestHead, paths: Collection[bytes]) -> Refusal | None:
 
 
 def refused(status: Status, reason: str) -> Refusal:
-    """Return the refusal of a call that is one of ours."""
+    """Return the refusal of a gRPC call."""
     return Refusal(ending(status, reason, is_begun=False), b"", is_grpc=True)
 
 
 def ending(status: Status, reason: str = "", *, is_begun: bool) -> bytes:
-    """Write the block that ends a call: trailers, or the whole answer if none has begun."""
+    """Return the block that ends a call: trailers, or the whole answer if none has begun."""
     if status is Status.OK:
         return _OK_TRAILERS if is_begun else _OK_ALONE
     fields = [("grpc-status", str(int(status))), ("grpc-message", _percent_encoded(reason))]
@@ -102,30 +102,30 @@ def ending(status: Status, reason: str = "", *, is_begun: bool) -> bytes:
 
 
 def framed(message: bytes) -> bytes:
-    """Put a message behind its prefix."""
+    """Return a message with its prefix."""
     return b"\x00" + len(message).to_bytes(4) + message
 
 
 def split(
     held: bytearray | None, data: bytes, message_bytes_max: int
 ) -> tuple[list[bytes], bytearray | None]:
-    """Cut messages out of the body of a call. Cost O(bytes of `data`), however it is cut.
+    """Split the body of a call into messages. O(bytes of `data`), however it is cut.
 
     Args:
-        held: what the call before returned, None at first; used up.
-        data: what came since.
-        message_bytes_max: largest message taken.
+        held: the beginning that the previous call returned, None at first; it is modified.
+        data: the bytes that came since.
+        message_bytes_max: size of the largest message allowed.
 
     Returns:
-        The messages now complete, and the beginning of the next, None if there is none.
+        The messages now complete, and the beginning of the next; None: nothing of it has come.
 
     Raises:
-        FramingError: a message is compressed or too large; known from its prefix, before it comes.
+        FramingError: a message is compressed or too large, as soon as its prefix shows it.
     """
     if held is None:
         size = len(data) - PREFIX_BYTES
         if 0 <= size <= message_bytes_max and data[:PREFIX_BYTES] == size.to_bytes(PREFIX_BYTES):
-            return [data[PREFIX_BYTES:]], None  # one message in one frame: as nearly all come
+            return [data[PREFIX_BYTES:]], None  # one message in one frame, the usual case
         held = bytearray()
     held += data
     messages: list[bytes] = []
@@ -150,7 +150,7 @@ def _listed(paths: Collection[bytes]) -> str:
 
 
 def _frame_bytes(data: bytes | bytearray, begin: int, message_bytes_max: int) -> int:
-    """Return the size of a message with its prefix, which is whole."""
+    """Return the size of a message, prefix included; the prefix must be complete."""
     if data[begin]:
         reason = "messages must not be compressed: grpc-accept-encoding is identity"
         raise FramingError(Status.UNIMPLEMENTED, reason)
@@ -162,7 +162,7 @@ def _frame_bytes(data: bytes | bytearray, begin: int, message_bytes_max: int) ->
 
 
 def _percent_encoded(text: str) -> str:
-    """Write a status message as gRPC wants it: printable ASCII but for the percent sign."""
+    """Encode a status message for gRPC: printable ASCII stays, except the percent sign."""
     return "".join(
         chr(byte) if 0x20 <= byte <= 0x7E and byte != 0x25 else f"%{byte:02X}"  # noqa: PLR2004 - ASCII's printable part
         for byte in text.encode()

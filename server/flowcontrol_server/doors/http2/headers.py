@@ -1,14 +1,14 @@
-"""Pure. Field blocks: decoded by `hpack`, then judged (RFC 7541; RFC 9113, 8.2 and 8.3).
+"""Pure. Field blocks: decoded by `hpack`, then checked (RFC 7541; RFC 9113, 8.2 and 8.3).
 
 A proxy sends the same few fields with every stream, and after the first one as the same bytes: an
-index each into HPACK's dynamic table. Decoding them costs 30 us, as much as all else that is done
-about a stream here; so a block that was decoded without changing the table is remembered by its
-bytes, and what is remembered is forgotten as soon as the table changes. That is exact for any peer:
-equal bytes and an equal table have one meaning.
+index for each into HPACK's dynamic table. Decoding them takes 30 us, as much as all other work for
+a stream here. So a block that is decoded without changing the table is cached by its bytes, and the
+cache is cleared when the table changes. This is exact for any peer: equal bytes and an equal table
+have one meaning.
 
-Our own blocks are written once, at import, and use no dynamic table at all. So that the peer's
-decoder agrees whatever table it announces, the first block on a connection begins with a table size
-update to 0 (RFC 7541, 4.2): `EMPTY_TABLE`.
+Our own blocks are encoded once, at import, without the dynamic table. The first block on a
+connection begins with a table size update to 0 (RFC 7541, 4.2), `EMPTY_TABLE`, so that the peer's
+decoder agrees for any table size that it announces.
 """
 
 import re
@@ -29,11 +29,11 @@ EMPTY_TABLE: Final = b"\x20"
 _REMEMBERED_MAX: Final = 64
 _REMEMBERED_BYTES_MAX: Final = 1_024
 _FIELD_OVERHEAD: Final = 32
-"""What a field counts beyond its bytes (RFC 9113, 6.5.2)."""
+"""Size that a field counts in addition to its bytes (RFC 9113, 6.5.2)."""
 _DECODED_BEYOND: Final = 4
-"""Times the announced list size at which decoding stops, and with it the connection."""
+"""Multiple of the announced list size at which decoding stops and the connection ends."""
 _EXPANSION: Final = 2
-"""Times its own size that a block may decode to, if that is more: Huffman saves 3 bits of 8."""
+"""Multiple of its own size that a block may decode to, if more: Huffman saves 3 bits of 8."""
 
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE: Final = re.compile(rb"(?![ \t])[^\x00\r\n]*(?<![ \t])")
@@ -44,26 +44,26 @@ _PSEUDO: Final = frozenset((b":method", b":scheme", b":path", b":authority"))
 
 
 class RequestHead(NamedTuple):
-    """The field block that opens a stream, well formed."""
+    """The field block that opens a stream, checked to be well formed."""
 
     method: bytes
     path: bytes
     """Empty for CONNECT."""
     content_type: bytes
-    """Empty when absent; the first if sent twice."""
+    """Empty: absent; if it was sent twice, the first one."""
     content_length: int | None
     fields: Fields
-    """All of them, pseudo-header fields included, as they came."""
+    """All fields, pseudo-header fields included, as they came."""
 
 
 def encode_block(fields: Iterable[tuple[str, str]]) -> bytes:
-    """Write a field block that means the same to any decoder, whatever its table holds."""
+    """Encode a field block that any decoder reads alike, whatever is in its table."""
     return Encoder().encode([(name, value, True) for name, value in fields])
 
 
 @final
 class FieldBlock:
-    """A field block of which CONTINUATION is to come, and nothing else before that (4.3)."""
+    """A field block that CONTINUATION must complete before any other frame (4.3)."""
 
     __slots__ = ("_frame_count", "_parts", "_size", "is_end", "stream_id")
 
@@ -76,27 +76,27 @@ class FieldBlock:
         self._frame_count = 0
 
     def add(self, part: bytes, limits: Http2Limits) -> None:
-        """Take one CONTINUATION.
+        """Add one CONTINUATION.
 
         Raises:
-            ConnectionFault: there are too many, or too many bytes in them.
+            ConnectionFault: there are too many of them, or too many bytes.
         """
         self._parts.append(part)
         self._size += len(part)
         self._frame_count += 1
         frames_max, bytes_max = limits.continuation_frames_max, limits.header_block_bytes_max
         if self._frame_count > frames_max or self._size > bytes_max:
-            reason = f"field blocks must be at most {frames_max} CONTINUATION, {bytes_max} bytes"
+            reason = f"field blocks must be at most {frames_max} CONTINUATION and {bytes_max} bytes"
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, reason)
 
     def whole(self) -> bytes:
-        """Return all of it."""
+        """Return the complete block."""
         return b"".join(self._parts)
 
 
 @final
 class HeaderReader:
-    """Reads the field blocks of one connection, each of them once and in order: HPACK has state."""
+    """Reads the field blocks of one connection, each once and in order, because HPACK has state."""
 
     __slots__ = ("_decoder", "_list_bytes_max", "_remembered", "_table_state")
 
@@ -107,7 +107,7 @@ class HeaderReader:
         self._remembered: dict[bytes, RequestHead] = {}
 
     def table_bytes_acknowledged(self, size: int) -> None:
-        """Hold the peer to the table size we announced; not before it has acknowledged it."""
+        """Enforce the announced table size, once the peer has acknowledged it."""
         self._decoder.max_allowed_table_size = size
         self._remembered.clear()
 
@@ -115,7 +115,7 @@ class HeaderReader:
         """Read the block that opens a stream.
 
         Raises:
-            StreamFault: malformed (8.1.1), or larger than announced.
+            StreamFault: it is malformed (8.1.1), or larger than announced.
             ConnectionFault: the decoder's state is lost.
         """
         head = self._remembered.get(block)
@@ -131,10 +131,10 @@ class HeaderReader:
         return head
 
     def trailers(self, stream_id: int, block: bytes) -> None:
-        """Read the block that ends a stream; nothing in it matters to us (8.1).
+        """Check the block that ends a stream; its content is not used (8.1).
 
         Raises:
-            StreamFault: malformed.
+            StreamFault: it is malformed.
             ConnectionFault: the decoder's state is lost.
         """
         for name, value in self.skipped(block):
@@ -143,7 +143,7 @@ class HeaderReader:
             _check_field(stream_id, name, value)
 
     def skipped(self, block: bytes) -> Fields:
-        """Read a block only for the sake of HPACK's state.
+        """Decode a block only to keep HPACK's state.
 
         Raises:
             ConnectionFault: the decoder's state is lost.
@@ -160,7 +160,7 @@ class HeaderReader:
             raise StreamFault(stream_id, code, reason, is_charged=is_bomb)
 
     def _decode(self, block: bytes) -> tuple[Fields, bool]:
-        """Return the fields, and whether the table is what it was before."""
+        """Return the fields, and whether the table is unchanged."""
         least = self._list_bytes_max * _DECODED_BEYOND
         self._decoder.max_header_list_size = max(least, len(block) * _EXPANSION)
         try:
@@ -178,9 +178,9 @@ class HeaderReader:
         return fields, is_unchanged
 
     def _table(self) -> tuple[int, int, object]:
-        """Return what differs whenever the table does: each entry is an object of its own."""
+        """Return a value that changes whenever the table does: each entry is a separate object."""
         table = self._decoder.header_table
-        entries: Any = table.dynamic_entries  # compiled, a tuple known as one has no identity
+        entries: Any = table.dynamic_entries  # compiled, a value typed as tuple has no identity
         return table.maxsize, len(entries), entries[0] if entries else None
 
 
@@ -210,11 +210,13 @@ def _request_head(stream_id: int, fields: Fields) -> RequestHead:
 
 
 def _check_field(stream_id: int, name: bytes, value: bytes) -> None:
-    """Judge a regular field (8.2.1, 8.2.2)."""
+    """Check a regular field (8.2.1, 8.2.2)."""
     if _NAME.fullmatch(name) is None:
         raise _malformed(stream_id, f"field name must be a token in lower case, got {_text(name)}")
     if _VALUE.fullmatch(value) is None:
-        raise _malformed(stream_id, f"{_text(name)} must be free of control characters and edges")
+        raise _malformed(
+            stream_id, f"{_text(name)} must be free of control characters and outer spaces"
+        )
     if name in _HOP_BY_HOP:
         raise _malformed(stream_id, f"{_text(name)} must not be sent over HTTP/2")
     if name == b"te" and value != b"trailers":
@@ -222,15 +224,15 @@ def _check_field(stream_id: int, name: bytes, value: bytes) -> None:
 
 
 def _check_pseudo(stream_id: int, pseudo: dict[bytes, bytes], host: bytes | None) -> None:
-    """Judge the request line, so to speak (8.3.1, 8.5)."""
+    """Check the pseudo-header fields of a request (8.3.1, 8.5)."""
     if not pseudo.get(b":method"):
-        raise _malformed(stream_id, ":method must be there")
+        raise _malformed(stream_id, ":method must be present")
     authority = pseudo.get(b":authority")
     if pseudo[b":method"] == b"CONNECT":
         if not authority or b":scheme" in pseudo or b":path" in pseudo:
             raise _malformed(stream_id, "CONNECT must have :authority alone")
     elif not pseudo.get(b":scheme") or not pseudo.get(b":path"):
-        raise _malformed(stream_id, ":scheme and :path must be there")
+        raise _malformed(stream_id, ":scheme and :path must be present")
     if host is not None and authority is not None and host != authority:
         raise _malformed(stream_id, "host must be the same as :authority")
 
@@ -248,5 +250,5 @@ def _malformed(stream_id: int, reason: str) -> StreamFault:
 
 
 def _text(value: bytes) -> str:
-    """Show a client's bytes, safe and short."""
+    """Return bytes of a client as short text that is safe to show."""
     return repr(value[:64])[1:]

@@ -1,8 +1,8 @@
 """Pure. HPACK's Huffman code (RFC 7541, 5.2), decoded a byte at a time.
 
-`hpack` walks its table by half bytes: 13 ms for a field of 60 KiB, which any client of the proxy
-may send, and in which nothing else is served. From that table this module makes one of whole bytes,
-row by row as they are needed, and takes 4 ms; compiled less.
+`hpack` walks its table by half bytes. This takes 13 ms for a field of 60 KiB, which any client of
+the proxy may send, and nothing else is served meanwhile. This module makes a table of whole bytes
+from it, row by row as needed, and takes 4 ms; less if compiled.
 """
 
 from typing import Final
@@ -17,19 +17,19 @@ from hpack.huffman_table import (
 )
 
 _Step = tuple[int, bytes]
-"""The state after a byte, and what it completes; -1: the code is none."""
+"""The state after a byte, and the text that it completes; -1: the code is invalid."""
 _FAIL: Final = (-1, b"")
 _ROWS: Final[list[list[_Step] | None]] = [None] * (len(HUFFMAN_TABLE) // 16)
 """By state, then by byte."""
 _FINAL: Final = bytearray(len(_ROWS))
-"""Whether a text may end in a state; known as soon as the state can be reached."""
+"""Whether a text may end in a state; set before the state can be reached."""
 
 
 def decode(huffman_string: bytes | bytearray | memoryview | None) -> bytes:
     """Decode a text.
 
     Raises:
-        HPACKDecodingError: it is no Huffman code, or cut off.
+        HPACKDecodingError: it is not valid Huffman code, or cut off.
     """
     if not huffman_string:
         return b""
@@ -66,5 +66,5 @@ def _step(state: int, byte: int) -> _Step:
 
 
 def use() -> None:
-    """Let hpack's decoder use this; it has no other way in than the name it calls."""
+    """Make hpack's decoder use this function, by replacing the name that it calls."""
     hpack.hpack.decode_huffman = decode  # type: ignore[attr-defined]  # as imported there

@@ -1,13 +1,13 @@
-"""Pure. What may be sent when: the sender's half of flow control (RFC 9113, 5.2 and 6.9).
+"""Pure. The sender's half of flow control (RFC 9113, 5.2 and 6.9).
 
-DATA needs room in three places: the stream's window, the connection's window, and a frame. What
-does not fit waits in the stream's outbox, and everything after it on that stream waits behind it.
-A stream whose own window is closed waits for its own WINDOW_UPDATE; one that has a window but finds
-the connection's closed stands in line for that. So a WINDOW_UPDATE costs what it lets through, not
-what is waiting.
+DATA needs room in three places: the stream's window, the connection's window, and a frame. Data
+that does not fit waits in the stream's outbox, and everything after it on that stream waits, too. A
+stream whose own window is closed waits for its own WINDOW_UPDATE. A stream with an open window
+waits in line for the connection's window. So the cost of a WINDOW_UPDATE is proportional to what it
+lets through, not to what is waiting.
 
-A stream's window is kept as `credit`, its distance from the initial window size of the peer's
-SETTINGS: changing that size changes every window at once (6.9.2), below zero too.
+A stream's window is kept as `credit`, its difference from the initial window size in the peer's
+SETTINGS: changing that size changes every window at once (6.9.2), and may make it negative.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from flowcontrol_server.doors.http2.stream import Piece, Stream
 
 @final
 class Outflow:
-    """Everything one connection sends, in its order."""
+    """The output of one connection, in order."""
 
     __slots__ = (
         "_is_table_empty",
@@ -39,27 +39,27 @@ class Outflow:
 
     def __init__(self) -> None:
         self.ready: list[bytes] = []
-        """Frames that can go on the wire now."""
+        """Frames that can be written now."""
         self.ended: list[Stream] = []
-        """Streams whose last frame has become ready; the owner takes them away."""
+        """Streams whose last frame has become ready; the owner clears the list."""
         self.data_frames = 0
-        """DATA frames that became ready."""
+        """DATA frames that have become ready so far."""
         self.drained: list[Stream] = []
-        """Streams that had to wait for a window and wait no more; the owner takes them away."""
+        """Streams whose outbox has become empty; the owner clears the list."""
         self.queued_bytes = 0
         """Bytes that wait for a window."""
         self.window = frames.WINDOW_DEFAULT
-        """Of the connection."""
+        """Window of the connection."""
         self.initial_window = frames.WINDOW_DEFAULT
         self.frame_bytes_max = frames.FRAME_BYTES_DEFAULT
         self._is_table_empty = False
         self._waiting: dict[int, Stream] = {}
         """Streams with an outbox."""
         self._starved: dict[int, Stream] = {}
-        """Those of them that only the connection's window keeps waiting, in line."""
+        """Those of them that wait only for the connection's window, in line."""
 
     def send_block(self, stream: Stream, block: bytes, *, is_end: bool) -> None:
-        """Send response headers or trailers; they need no window, but wait for what is ahead."""
+        """Send response headers or trailers; they need no window, but wait for DATA before them."""
         stream.is_answered = True
         if stream.outbox is None:
             self._write_block(stream, block, is_end=is_end)
@@ -81,7 +81,7 @@ class Outflow:
         self._pump(stream)
 
     def forget(self, stream: Stream) -> None:
-        """Drop what a stream that was reset still wanted to send."""
+        """Drop the outbox of a stream that was reset."""
         if stream.outbox is not None:
             self.queued_bytes -= sum(len(piece.content) for piece in stream.outbox)
             stream.outbox = None
@@ -89,7 +89,7 @@ class Outflow:
             self._starved.pop(stream.stream_id, None)
 
     def widen(self, increment: int) -> None:
-        """Take a WINDOW_UPDATE for the connection.
+        """Apply a WINDOW_UPDATE for the connection.
 
         Raises:
             ConnectionFault: the window exceeds 2^31-1 (6.9.1).
@@ -102,7 +102,7 @@ class Outflow:
             self._pump(self._starved.pop(next(iter(self._starved))))
 
     def widen_stream(self, stream: Stream, increment: int) -> None:
-        """Take a WINDOW_UPDATE for one stream.
+        """Apply a WINDOW_UPDATE for one stream.
 
         Raises:
             StreamFault: the window exceeds 2^31-1.
@@ -115,14 +115,14 @@ class Outflow:
             self._pump(stream)
 
     def apply(self, settings: dict[int, int], streams: Iterable[Stream]) -> None:
-        """Take the client's SETTINGS, as far as they rule what we send.
+        """Apply those of the client's SETTINGS that concern output.
 
         Args:
             settings: each within its range.
-            streams: all that are open; a new initial window moves theirs (6.9.2).
+            streams: all open streams; a new initial window changes their windows (6.9.2).
 
         Raises:
-            ConnectionFault: a window exceeds 2^31-1 through it.
+            ConnectionFault: a window would exceed 2^31-1.
         """
         self.frame_bytes_max = settings.get(frames.MAX_FRAME_SIZE, self.frame_bytes_max)
         size = settings.get(frames.INITIAL_WINDOW_SIZE, self.initial_window)
@@ -141,7 +141,7 @@ class Outflow:
         self.queued_bytes += len(piece.content)
 
     def _pump(self, stream: Stream) -> None:
-        """Send what a waiting stream can send now."""
+        """Send as much of a stream's outbox as the windows allow now."""
         outbox = stream.outbox
         while outbox:
             content, is_data, is_end = outbox[0]

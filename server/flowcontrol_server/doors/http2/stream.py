@@ -1,4 +1,4 @@
-"""Pure. What is remembered of one open stream, and what the client may still send on it."""
+"""Pure. The state of one open stream, with the receiver's half of its flow control."""
 
 from collections import deque
 from typing import NamedTuple, final
@@ -8,7 +8,7 @@ from flowcontrol_server.doors.http2.errors import ErrorCode, StreamFault
 
 
 class Piece(NamedTuple):
-    """Something to be sent, in its turn."""
+    """A part of the output of a stream, in order."""
 
     content: bytes
     is_data: bool
@@ -17,11 +17,11 @@ class Piece(NamedTuple):
 
 @final
 class Stream:
-    """One stream whose answer has not ended; then it is forgotten.
+    """One stream, until its answer has ended.
 
     Args:
-        stream_id: odd, the client's.
-        length_left: bytes of body that content-length promises; None without it.
+        stream_id: odd, chosen by the client.
+        length_left: bytes of body that content-length announces; None: it has none.
         is_remote_open: whether the client may still send.
     """
 
@@ -43,16 +43,16 @@ class Stream:
         self.is_answered = False
         """Whether anything was sent."""
         self.credit = 0
-        """Our window on this stream, beyond the initial one."""
+        """Our window on this stream, minus the initial one."""
         self.unread = 0
-        """Bytes received that were not yet returned to the client's window."""
+        """Bytes received by which the client's window was not widened yet."""
         self.is_held = False
-        """Whether the owner wants no more for now than the client's window still admits."""
+        """Whether the owner has stopped widening the client's window."""
         self.outbox: deque[Piece] | None = None
-        """What waits for a window, in order."""
+        """Output that waits for a window, in order; None: there is none."""
 
     def queue(self, piece: Piece) -> None:
-        """Put something behind what waits for a window already."""
+        """Append to the output that waits for a window."""
         if self.outbox is None:
             self.outbox = deque()
         self.outbox.append(piece)
@@ -60,19 +60,19 @@ class Stream:
     def take(
         self, data_size: int, frame_size: int, window: int, *, is_end: bool, is_known: bool = True
     ) -> int:
-        """Account for a DATA frame; return by how much to widen the client's window again, or 0.
+        """Account for a DATA frame; return by how much to widen the client's window; 0: not at all.
 
         Args:
             data_size: bytes of body in it.
-            frame_size: bytes it takes of the window: padding counts (6.9.1).
-            window: the whole window; widened again when half of it is used up, but not while the
-                owner wants no more, or output waits for the client's own window.
-            is_end: whether it is the client's last.
-            is_known: whether the client knows of this window; before, it may use HTTP/2's default,
-                and what it has sent so is above the window until it is returned (6.9.2).
+            frame_size: bytes it takes of the window, padding included (6.9.1).
+            window: the full window. It is widened when half of it is used up, but not while the
+                owner has stopped it, or output waits for the client's own window.
+            is_end: whether it is the client's last frame.
+            is_known: whether the client has acknowledged this window. Before, it may use HTTP/2's
+                default, and exceed this window (6.9.2).
 
         Raises:
-            StreamFault: it should not have been sent.
+            StreamFault: the frame is not allowed.
         """
         if not self.is_remote_open:
             reason = "DATA must not follow END_STREAM"
@@ -92,7 +92,7 @@ class Stream:
         return self.increment(window)
 
     def increment(self, window: int) -> int:
-        """Return by how much to widen the client's window now, or 0."""
+        """Return by how much to widen the client's window now; 0: not at all."""
         if self.unread * 2 < window or self.is_held or self.outbox is not None:
             return 0
         increment, self.unread = self.unread, 0
@@ -102,12 +102,12 @@ class Stream:
         """Note that the client has sent everything.
 
         Raises:
-            StreamFault: it was less than content-length promises (8.1.1).
+            StreamFault: it was less than content-length announces (8.1.1).
         """
         if self.length_left:
             raise self._length_fault()
         self.is_remote_open = False
 
     def _length_fault(self) -> StreamFault:
-        reason = "DATA must be as long as content-length says"
+        reason = "DATA must have the length in content-length"
         return StreamFault(self.stream_id, ErrorCode.PROTOCOL_ERROR, reason)
