@@ -1,4 +1,4 @@
-"""What `check-config` says of the files that sources read, and of rules that name objectives."""
+"""Advice of `check-config` on files that sources read, and on rules that name objectives."""
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -9,13 +9,13 @@ from flowcontrol_server.common.yamlfile import read_documents
 from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.sources.endpoint_file import read_endpoints
 from flowcontrol_server.sources.folder import ObjectiveFolder
-from flowcontrol_server.sources.mistakes import told
+from flowcontrol_server.sources.mistakes import describe_error
 from flowcontrol_server.sources.objective_store import read_kept
 from flowcontrol_server.sources.objectives import KIND, MalformedObjectiveError, objects_of
 
 
 def source_advice(settings: Settings) -> Iterator[str]:
-    """Yield a line for each thing to look at; reads the files that sources would read."""
+    """Yield a line for each possible mistake; reads the files that sources read."""
     directory, api = settings.objectives.directory, settings.objectives.api
     if directory is not None:
         yield from _folder_advice(directory, settings)
@@ -30,8 +30,8 @@ def source_advice(settings: Settings) -> Iterator[str]:
 def _kept(file: Path, pool: str) -> Iterator[str]:
     try:
         _priorities, problem = read_kept(file, pool)
-    except Exception as error:  # noqa: BLE001 - as the source itself: whatever it is, it is the file's
-        problem = told(error, file)
+    except Exception as error:  # noqa: BLE001 - as in the source: an error of the file
+        problem = describe_error(error, file)
     if problem:
         yield problem
 
@@ -42,14 +42,14 @@ def _listed(file: Path, *, are_picked: bool) -> Iterator[str]:
     except ConfigError as error:
         yield from error.problems
     except Exception as error:  # noqa: BLE001 - as above
-        yield told(error, file)
+        yield describe_error(error, file)
 
 
 def _folder_advice(directory: Path, settings: Settings) -> Iterator[str]:
     folder = ObjectiveFolder(directory, settings.pool)
     for path, problem in folder.survey().items():
-        said = problem if problem.startswith(str(directory)) else f"{path}: {problem}"
-        yield f"objectives.directory: {said}"
+        text = problem if problem.startswith(str(directory)) else f"{path}: {problem}"
+        yield f"objectives.directory: {text}"
     if not folder.known:
         pools = sorted(_pools(directory))
         named = f"; they name {', '.join(pools)}" if pools else ""
@@ -73,7 +73,7 @@ def _undeclared(settings: Settings, declared: Mapping[str, int]) -> Iterator[str
 
 
 def _pools(directory: Path) -> Iterator[str]:
-    """Yield the pools that objectives in a folder are for."""
+    """Yield the pools that the objectives in a folder name."""
     found = set[str]()
     for path in sorted(directory.glob("*.y*ml")):
         try:

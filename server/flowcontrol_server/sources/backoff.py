@@ -1,4 +1,4 @@
-"""Pure. How long to wait before trying again, so that many who failed together come back apart."""
+"""Pure. Waits between retries, jittered: clients that failed together do not retry together."""
 
 from collections.abc import Callable
 from typing import final
@@ -6,7 +6,7 @@ from typing import final
 
 @final
 class Backoff:
-    """Waits that double up to a limit, each drawn from its upper half.
+    """Waits that double up to a limit; each is drawn from the upper half of its range.
 
     Args:
         first_s: the longest first wait, above 0.
@@ -22,11 +22,11 @@ class Backoff:
         self._next_s = first_s
 
     def next_s(self) -> float:
-        """Return how long to wait now; the next wait is longer."""
+        """Return the wait before the next retry; the one after it is longer."""
         wait_s = self._next_s * (0.5 + self._chance() / 2)
         self._next_s = min(self._next_s * 2, self._longest_s)
         return wait_s
 
     def reset(self) -> None:
-        """Begin again with the first wait: it has worked."""
+        """Start again with the first wait, after a success."""
         self._next_s = self._first_s

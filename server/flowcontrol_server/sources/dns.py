@@ -1,12 +1,11 @@
 """Endpoints by DNS: the addresses of names, and the targets of SRV records, queried repeatedly.
 
-c-ares rather than getaddrinfo: that would take a thread for every query, knows no SRV records and
-does not report the time to live. c-ares reads the system's configuration and hosts file all the
-same.
+Queries use c-ares. getaddrinfo would take a thread for every query, has no SRV records and does not
+report the time to live. c-ares, too, reads the system's configuration and hosts file.
 
-No such name, or no such record, is an answer: nothing is there (a headless Kubernetes service
-answers so when it has no ready pod). Any other failure is not: the last answer stays in force, for
-each name and address family by itself.
+"No such name" and "no such record" are answers: there are no endpoints (a headless Kubernetes
+service answers so when it has no ready pod). Any other failure is not an answer, and the last
+answer stays in effect, for each name and address family separately.
 """
 
 import asyncio
@@ -28,11 +27,11 @@ from flowcontrol_server.sources.backoff import Backoff
 TIMEOUT_S = 2.0
 TRIES = 2
 SOONEST_S = 1.0
-"""However short an answer lives, also with a TTL of 0, it is not asked for again sooner."""
+"""Least time between two queries for a name, even if the TTL is shorter or 0."""
 ANSWERS_MAX = 10_000
-"""Endpoints that one question may bring."""
+"""Most endpoints that one name may resolve to."""
 ANSWER_S = 60.0
-"""How long one question may take, with the addresses of all its targets."""
+"""Timeout for one name, including the addresses of all its SRV targets."""
 _NOTHING = frozenset(
     (pycares.errno.ARES_ENODATA, pycares.errno.ARES_ENOTFOUND, pycares.errno.ARES_ENONAME)
 )
@@ -46,20 +45,20 @@ _log = structlog.get_logger()
 
 
 _Families = dict[tuple[str, int], frozenset[str]]
-"""The last answer by host:port and address family."""
+"""The last answer, by host:port and address family."""
 
 
 class _Answer(NamedTuple):
     addresses: frozenset[str]
     """host:port"""
     ttl_s: float | None
-    """How long the answer may be kept; None: not stated."""
+    """Time to live of the answer; None: not stated."""
     problems: tuple[str, ...] = ()
-    """What could not be had, where the rest counts all the same."""
+    """Queries that failed; the other addresses are used nevertheless."""
 
 
 _Question = Callable[[aiodns.DNSResolver, _Families, _Families], Awaitable[_Answer]]
-"""Asks; takes the last answers by family, and where to note the new ones."""
+"""Queries a name; takes the last answers by family, and where to put the new ones."""
 
 
 @final
@@ -67,25 +66,25 @@ class DnsEndpoints:
     """Resolves names to endpoints. Owner: the loop.
 
     Args:
-        settings: which name to resolve, at which servers and how often.
+        settings: the names to resolve, the servers to query and how often.
     """
 
     def __init__(self, settings: Dns) -> None:
         self.error_count = 0
-        """Questions that got no answer since the start."""
+        """Failed queries since the start."""
         self.problems: dict[str, str] = {}
-        """Those that last got none, by name."""
+        """Failures of the latest query, by name."""
         self._settings = settings
         self._servers = [str(address) for address in settings.servers] or None
         self._known: dict[str, frozenset[str]] = {}
         self._asked: set[str] = set()
-        self._told: frozenset[str] | None = None
+        self._reported: frozenset[str] | None = None
         self._chance = random.Random()  # noqa: S311 - spreads questions, keeps no secret
 
     async def follow(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
         """Report the endpoints whenever they change, until cancelled.
 
-        The first time, once every name has been asked and any has answered.
+        The first report comes once every name has been queried and at least one has an answer.
         """
         questions: dict[str, _Question] = {
             str(name): partial(self._of_name, name=name) for name in self._settings.names
@@ -106,8 +105,8 @@ class DnsEndpoints:
         backoff = Backoff(SOONEST_S / 2, interval_s, self._chance.random)
         families: _Families = {}
         while True:
-            # A new one for every question, at 0.1 ms: each reads the system's configuration again,
-            # and none has a cache, which would keep an answer as long as it lives.
+            # A new resolver for every query, at 0.1 ms: it reads the system's configuration again,
+            # and has no cache, which would keep an answer for its whole time to live.
             resolver = aiodns.DNSResolver(self._servers, timeout=TIMEOUT_S, tries=TRIES)
             found: _Families = {}
             try:
@@ -130,11 +129,11 @@ class DnsEndpoints:
                 await resolver.close()
             self._asked.add(name)
             if len(self._asked) == question_count and self._known:
-                self._tell(changed)
+                self._report(changed)
             await asyncio.sleep(wait_s)
 
     def _note(self, name: str, problem: str) -> None:
-        """Take what is wrong with a name, or that nothing is; log when that begins and ends."""
+        """Record the failure of a name, empty: none; log when failures begin and end."""
         if problem:
             self.error_count += 1
             if name not in self.problems:
@@ -143,21 +142,21 @@ class DnsEndpoints:
         elif self.problems.pop(name, None) is not None:
             _log.info("name_resolved_again", name=name)
 
-    def _tell(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
+    def _report(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
         addresses = frozenset[str]().union(*self._known.values())
-        if addresses != self._told:
-            self._told = addresses
+        if addresses != self._reported:
+            self._reported = addresses
             changed(tuple(Endpoint(address) for address in sorted(addresses)))
 
     async def _of_name(
         self, resolver: aiodns.DNSResolver, known: _Families, found: _Families, *, name: Address
     ) -> _Answer:
-        """Return the addresses of a name; of the first family that has any, unless all count.
+        """Return the addresses of a name, of the first family that has any unless all are wanted.
 
-        Where one family cannot be had, its last answer counts.
+        If the query for a family fails, its last answer is used.
 
         Raises:
-            DNSError: a family cannot be had, and nothing is known.
+            DNSError: the query for a family failed, and no address is known.
         """
         addresses: set[str] = set()
         ttls: list[float] = []
@@ -188,7 +187,7 @@ class DnsEndpoints:
     async def _of_srv(
         self, resolver: aiodns.DNSResolver, known: _Families, found: _Families, *, name: str
     ) -> _Answer:
-        """Return the addresses of the targets of the lowest priority number (RFC 2782)."""
+        """Return the addresses of the targets with the lowest priority number (RFC 2782)."""
         try:
             result = await resolver.query_dns(name, "SRV")
         except aiodns.error.DNSError as error:

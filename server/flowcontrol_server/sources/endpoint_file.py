@@ -1,12 +1,12 @@
-"""Endpoints from a file, followed live.
+"""Endpoints from a file, reread when it changes.
 
-Write it beside, then rename it: a half-written list of endpoints looks like a shorter one.
+Replace the file by a rename: a half-written list of endpoints looks like a shorter one.
 
     - 10.0.0.5:8000
     - {address: 10.0.0.6, port: 8000, role: prefill}
     - {name: c, address: 10.0.0.7, port: "8000", labels: {llm-d.ai/role: decode}}
 
-A mapping with the list under `endpoints`, as llm-d-router's file discovery has it, is read too.
+A mapping with the list under `endpoints`, as in llm-d-router's file discovery, is read too.
 """
 
 import asyncio
@@ -23,33 +23,33 @@ from flowcontrol_server.common.addresses import parse_address
 from flowcontrol_server.common.watched import LOOK_AGAIN_MS, watch_folder
 from flowcontrol_server.common.yamlfile import read_documents
 from flowcontrol_server.sources.endpoints import ROLE_LABEL, role_of_label
-from flowcontrol_server.sources.mistakes import FileSource, told
+from flowcontrol_server.sources.mistakes import FileSource, describe_error
 
 ENDPOINTS_MAX = 10_000
-"""More than this many are a mistake."""
-TOLD_MAX = 10
-"""Of more mistakes than this in one file the rest is given as a number."""
+"""A longer list is an error."""
+SHOWN_MAX = 10
+"""Errors of one file that are shown; of the others, only the number."""
 KEYS = ("name", "namespace", "address", "port", "labels", "role")
-"""What an entry may say."""
+"""The keys that an entry may have."""
 
 
 class Listed(NamedTuple):
-    """What a file lists."""
+    """The content of a file."""
 
     endpoints: tuple[Endpoint, ...]
     oddities: tuple[str, ...] = ()
-    """What is wrong with it, though it counts."""
+    """Errors for which the file is not rejected."""
 
 
 @final
 class EndpointFile(FileSource):
-    """The endpoints that a file lists; what it last said without a mistake counts.
+    """The endpoints that a file lists. The last content without an error stays in effect.
 
     Args:
-        path: of the file. Its folder is what is watched: a file that is replaced is another file.
-        are_picked: whether this service chooses among them; then those with host names are left
-            out, as Envoy knows a picked endpoint by its IP address alone.
-        look_again_ms: how often to see whether the folder is still the one watched.
+        path: the file. Its folder is watched, because a file that is replaced is another file.
+        are_picked: whether this service picks among them. If so, those with host names are left
+            out, because Envoy identifies a picked endpoint by its IP address only.
+        look_again_ms: how often to check whether the path still leads to the watched folder.
     """
 
     def __init__(
@@ -71,28 +71,28 @@ class EndpointFile(FileSource):
                 read_endpoints, self._path, are_picked=self._are_picked
             )
         except ConfigError as error:
-            self._tell(error.problems)
+            self._report_problems(error.problems)
             return
-        except Exception as error:  # noqa: BLE001 - whatever it is, the file is to blame
-            self._tell([told(error, self._path)])
+        except Exception as error:  # noqa: BLE001 - any error here comes from the file
+            self._report_problems([describe_error(error, self._path)])
             return
-        self._tell(oddities)
+        self._report_problems(oddities)
         if endpoints != self._known:
             self._known = endpoints
             changed(endpoints)
 
-    def _tell(self, problems: Sequence[str]) -> None:
-        """Complain of what is wrong with the file, if anything is."""
-        more = [f"and {len(problems) - TOLD_MAX} more"] if len(problems) > TOLD_MAX else []
-        problem = "\n".join([*problems[:TOLD_MAX], *more])
-        self.complain({self._path: problem} if problem else {})
+    def _report_problems(self, problems: Sequence[str]) -> None:
+        """Replace the errors of the file; log and count the new ones."""
+        more = [f"and {len(problems) - SHOWN_MAX} more"] if len(problems) > SHOWN_MAX else []
+        problem = "\n".join([*problems[:SHOWN_MAX], *more])
+        self.report({self._path: problem} if problem else {})
 
 
 def read_endpoints(path: Path, *, are_picked: bool = False) -> Listed:
-    """Read a file of endpoints; those with host names are left out if endpoints are picked.
+    """Read a file of endpoints; if endpoints are picked, those with host names are left out.
 
     Raises:
-        ConfigError: naming every mistake for which it does not count.
+        ConfigError: with every error for which the file is rejected.
     """
     problems: list[str] = []
     oddities: list[str] = []
@@ -105,10 +105,12 @@ def read_endpoints(path: Path, *, are_picked: bool = False) -> Listed:
             continue
         unknown = [str(key) for key in entry if key not in KEYS] if isinstance(entry, dict) else ()
         oddities += (
-            f"{path}: [{index}] counts without {key}, which is not known" for key in unknown
+            f"{path}: [{index}] {key} is not a known key and is ignored" for key in unknown
         )
         if endpoint is not None and endpoint.address in endpoints:
-            problems.append(f"{path}: [{index}] must not come again, got {endpoint.address}")
+            problems.append(
+                f"{path}: [{index}] must not repeat an endpoint, got {endpoint.address}"
+            )
         elif endpoint is not None and are_picked and not parse_address(endpoint.address).is_ip:
             oddities.append(
                 f"{path}: [{index}] is left out, as it must have an IP address unless picker "

@@ -1,4 +1,4 @@
-"""Pure. The endpoints that all sources know, together, without those that are down."""
+"""Pure. The endpoints of all sources together, without those that are down."""
 
 from collections.abc import Callable, Iterable
 from typing import final
@@ -18,13 +18,13 @@ _ROLES = {
 
 
 def role_of_label(label: str) -> Role | None:
-    """Return the role that a label names; None: it answers no requests. Unknown words mean both."""
+    """Return the role that a label names; None: serves no requests. Unknown labels mean both."""
     return _ROLES.get(label, Role.BOTH)
 
 
 @final
 class Roster:
-    """Merges what the sources know with which are down, and reports every change. Owner: the loop.
+    """Merges the endpoints of all sources, and reports changes. Owner: the loop.
 
     Args:
         changed: called whenever the known endpoints, or those that are down, have changed.
@@ -38,31 +38,31 @@ class Roster:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Every endpoint known, also those that are down."""
+        """All known endpoints, including those that are down."""
         return tuple(self._known)
 
     @property
     def present(self) -> tuple[Endpoint, ...]:
-        """The endpoints known that are not down, sorted by address."""
+        """The known endpoints that are not down, sorted by address."""
         return tuple(each for address, each in self._known.items() if address not in self._down)
 
     @property
     def down(self) -> frozenset[str]:
-        """Those known that are down."""
+        """The known endpoints that are down."""
         return frozenset(self._down)
 
     def know(self, source: str, endpoints: Iterable[Endpoint]) -> None:
-        """Take the whole of what one source now knows."""
+        """Replace the endpoints of one source."""
         self._sources[source] = tuple(endpoints)
         self._merge()
 
     def forget(self, source: str) -> None:
-        """Drop what a source knew: it is no longer asked."""
+        """Drop the endpoints of a source that is no longer used."""
         if self._sources.pop(source, None) is not None:
             self._merge()
 
     def mark(self, address: str, *, is_up: bool) -> None:
-        """Note that an endpoint known went down or came up again."""
+        """Mark a known endpoint as down or up."""
         if address in self._known and is_up == (address in self._down):
             self._down ^= {address}
             self._changed()
@@ -70,7 +70,7 @@ class Roster:
     def _merge(self) -> None:
         known: dict[str, Endpoint] = {}
         for endpoints in self._sources.values():
-            for endpoint in endpoints:  # the first source's word on a role counts
+            for endpoint in endpoints:  # the first source decides the role
                 known.setdefault(endpoint.address, endpoint)
         self._known = dict(sorted(known.items()))
         self._down &= known.keys()

@@ -1,24 +1,24 @@
-"""Pure. What model servers say of their load, in the metrics page of each engine.
+"""Pure. The load that model servers report, read from the metrics page of each engine.
 
 vllm       waiting vllm:num_requests_waiting, running vllm:num_requests_running,
            KV cache vllm:kv_cache_usage_perc (before V1 vllm:gpu_cache_usage_perc), which holds the
            blocks of vllm:cache_config_info, num_gpu_blocks of block_size tokens
 sglang     sglang:num_queue_reqs, sglang:num_running_reqs, sglang:token_usage; the cache holds
            sglang:max_total_num_tokens
-tgi        tgi_queue_size, tgi_batch_current_size; says nothing of its KV cache
+tgi        tgi_queue_size, tgi_batch_current_size; no metric of its KV cache
 triton     nv_trt_llm_request_metrics by request_type: waiting, or active less scheduled;
            scheduled; nv_trt_llm_kv_cache_block_metrics by kv_cache_block_type: fraction, or used
-           over max. Without TensorRT-LLM nv_inference_pending_request_count alone
+           over max. Without TensorRT-LLM only nv_inference_pending_request_count
 llama.cpp  llamacpp:requests_deferred, llamacpp:requests_processing; until mid 2025 also
            llamacpp:kv_cache_usage_ratio
 ollama     has no metrics page: count requests in flight, or let the limit adapt
 
-As their documentation has it: vLLM "Production Metrics"; SGLang "Production Metrics" (started with
+From their documentation: vLLM "Production Metrics"; SGLang "Production Metrics" (started with
 --enable-metrics); TGI "Metrics"; Triton "Metrics" (on port 8002) and the TensorRT-LLM backend's
 README; llama.cpp tools/server README (started with --metrics); ollama/ollama#3144.
 
-Absence is never zero: a page that does not say how many wait says nothing, and what it does not say
-besides is None.
+Absence is never taken for zero. A page without the number of waiting requests yields no load; any
+other missing value is None.
 """
 
 import re
@@ -28,11 +28,11 @@ from math import isfinite
 from typing import NamedTuple, final
 
 COUNT_MAX = 10**9
-"""More than this no engine queues: garbage."""
+"""A larger count is invalid."""
 
 
 class Engine(Enum):
-    """Whose metrics page it is."""
+    """The engine that wrote a metrics page."""
 
     VLLM = "vllm"
     SGLANG = "sglang"
@@ -43,7 +43,7 @@ class Engine(Enum):
 
 @final
 class EngineLoad(NamedTuple):
-    """The load of one model server, by its own word."""
+    """The load that one model server reports."""
 
     waiting: int
     """Requests queued inside the engine."""
@@ -66,26 +66,26 @@ LINE_BYTES_MAX = 8192
 LABELS_MAX = 64
 """A line with more labels is not read."""
 _LINES_MAX = 1000
-"""Of one metric; more are not looked at."""
-# Possessive quantifiers and atomic groups give nothing back, so a line takes time in proportion to
-# its length. With plain ones, 40 KB of a label without a value took 4.5 s. Groups are atomic, as a
-# possessive repetition of a group matches half a repetition in Python 3.11.2.
+"""Of one metric; further lines are not read."""
+# Possessive quantifiers and atomic groups do not backtrack, so a line takes time in proportion to
+# its length. With plain ones, 40 KB of a label without a value took 4.5 s. Groups are atomic,
+# because a possessive repetition of a group matches half a repetition in Python 3.11.2.
 _LABEL = (
     rb'[ \t]*+([A-Za-z_][A-Za-z0-9_]*+)[ \t]*+=[ \t]*+"([^"\\]*+(?>(?:\\.[^"\\]*+)*))"[ \t]*+,?+'
 )
 _NEXT_LABEL = re.compile(_LABEL)
 _REST = re.compile(rb"(?>(?:\{((?>(?:%b)*))[ \t]*+\})?)[ \t]++(?P<value>\S{1,64}+)(?!\S)" % _LABEL)
-"""What follows the name: labels, perhaps, and the value."""
+"""The rest of a line after the name: labels, if any, and the value."""
 _COUNT = re.compile("[0-9]{1,10}")
-"""In a label. A number with hundreds of digits can be no float."""
+"""A count in a label; a number with hundreds of digits does not fit a float."""
 
 
 def read_load(page: bytes, engine: Engine | None = None) -> EngineLoad | None:
-    """Return what a metrics page says of the load; None if it does not say how many wait.
+    """Return the load in a metrics page; None: it lacks the number of waiting requests.
 
     Args:
-        page: Prometheus's text format, or anything else.
-        engine: whose page it is; None: the engine whose names are found in it.
+        page: in Prometheus's text format; any other content yields None.
+        engine: the engine that wrote it; None: detected by the names of its metrics.
     """
     for each in Engine if engine is None else (engine,):
         names, read = _ENGINES[each]
@@ -97,10 +97,10 @@ def read_load(page: bytes, engine: Engine | None = None) -> EngineLoad | None:
 
 
 def before_first_request(page: bytes) -> EngineLoad | None:
-    """Return no load for a metrics page that has no load metric of any engine; else None.
+    """Return a load of zero for a metrics page without a load metric of any engine; else None.
 
     Several engines add a metric to their page only once it has a value, at their first request.
-    Only for endpoints that have not served one: later, absence is never zero.
+    So this holds only for endpoints that have not served one; later, absence is not zero.
     """
     is_page = not page.strip() or b"# TYPE " in page or b"# HELP " in page
     return EngineLoad(0, None, None) if is_page and read_load(page) is None else None
@@ -109,8 +109,8 @@ def before_first_request(page: bytes) -> EngineLoad | None:
 def _series(page: bytes, name: bytes) -> list[_Sample]:
     """Return the series of one metric.
 
-    Found by its name rather than line by line: a page of vLLM's has a thousand lines, of which four
-    matter, and to match each took five times as long.
+    They are found by name rather than line by line: a page of vLLM has a thousand lines, of which
+    four matter, and matching each line took five times as long.
     """
     found: list[_Sample] = []
     at = page.find(name)
@@ -145,7 +145,7 @@ def _vllm(samples: Samples) -> EngineLoad | None:
 
 
 def _sglang(samples: Samples) -> EngineLoad | None:
-    # With metrics for all schedulers every tensor-parallel rank repeats what its group holds once.
+    # With metrics for all schedulers, every tensor-parallel rank repeats the values of its group.
     return _load(
         _sum(_once_per_group(samples.get("sglang:num_queue_reqs"))),
         _sum(_once_per_group(samples.get("sglang:num_running_reqs"))),
@@ -218,11 +218,11 @@ _ENGINES: Mapping[Engine, tuple[tuple[str, ...], Callable[[Samples], EngineLoad 
         _llamacpp,
     ),
 }
-"""The names of each engine, and what is made of them; without the first two there is no load."""
+"""Metric names and reader of each engine; without either of the first two there is no load."""
 
 
 def _blocks(samples: list[_Sample] | None) -> float | None:
-    """Return the tokens of all blocks, of every engine core; None unless each says both numbers."""
+    """Return the tokens of all blocks of all engine cores; None: a core lacks one number."""
     tokens = 0.0
     for sample in samples or ():
         sizes = [sample.labels.get(name, "") for name in ("num_gpu_blocks", "block_size")]

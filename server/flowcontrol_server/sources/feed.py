@@ -1,4 +1,4 @@
-"""Runs the sources that the settings name, and turns what they report into facts for the inbox."""
+"""Runs the sources that the settings name, and turns their reports into facts for the inbox."""
 
 import asyncio
 import random
@@ -29,14 +29,14 @@ from flowcontrol_server.sources.orca import read_report
 from flowcontrol_server.sources.scraper import Scraper, ScrapeResult, Seen
 
 PATIENCE_S = 10.0
-"""How long to wait at the start for what the sources know. After that requests are served by what
-is known; what is not yet arrives as it comes."""
+"""Longest wait at the start for the first report of every source. After it, requests are served
+with what is known; later reports are taken in as they come."""
 LOGGED_MAX = 20
-"""Names in one log line, of those added, changed or removed each."""
+"""Names in one log line, for each of added, changed and removed."""
 READY_WITHIN_S = 60.0
-"""How long a replica on Kubernetes stays not ready because nothing has been listed yet: another one
-serves meanwhile, and this one would give named objectives priority 0. After that all replicas may
-have the same problem, such as no access, and a service without replicas is worse."""
+"""Longest time that a replica on Kubernetes is not ready because nothing has been listed yet. Other
+replicas serve meanwhile; this one would give named objectives priority 0. After it, all replicas
+may have the same problem, such as no access, and a service without ready replicas is worse."""
 RESTART_FIRST_S = 1.0
 RESTART_LONGEST_S = 60.0
 _log = structlog.get_logger()
@@ -47,55 +47,55 @@ class Source(Protocol):
 
     @property
     def error_count(self) -> int:
-        """Mistakes and failures met since the start."""
+        """Errors and failures since the start."""
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """What is wrong now, by what it is about."""
+        """Current problems, by their subject."""
 
     async def follow(self, changed: Callable[[Any], None]) -> None:
-        """Tell the whole of what it knows whenever that differs, until cancelled."""
+        """Report the whole content whenever it changes, until cancelled."""
 
 
 class _Wanted(NamedTuple):
     """A source that the settings name."""
 
     key: object
-    """Equal as long as the source need not be another."""
+    """Unchanged as long as the source need not be replaced."""
     make: Callable[[], Awaitable[tuple[Source, KubeApi | None]]]
 
 
 @final
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A source at work."""
+    """A running source."""
 
     key: object
     source: Source
     connection: KubeApi | None
     task: asyncio.Task[None] | None = None
-    has_told: asyncio.Event = field(default_factory=asyncio.Event)
+    has_reported: asyncio.Event = field(default_factory=asyncio.Event)
     is_overdue: bool = False
-    """Whether it has reported nothing although the start has waited for it."""
+    """Whether the start waited for its first report in vain."""
     failure: str | None = None
-    """Why it is not at work now: it failed, and is about to be started again."""
+    """Why it is not running now; None: it is. A failed source is restarted."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class FeedSnapshot:
-    """What the sources have gone through."""
+    """State and error counts of the sources."""
 
     errors: Mapping[str, int]
-    """Mistakes and failures since the start, by source."""
+    """Errors and failures since the start, by source."""
     problems: Sequence[tuple[str, str, str]]
-    """What is wrong now: the source, what it is about, and the mistake."""
+    """Current problems: source, subject and error."""
     down: frozenset[str]
-    """Endpoints known that are down."""
+    """Known endpoints that are down."""
     scrapes: Mapping[ScrapeResult, int] | None
-    """Attempts to ask an endpoint for its load; None without `load`."""
+    """Scrapes by result; None without `load`."""
     seen: Mapping[str, Seen]
-    """What is known of each endpoint asked."""
+    """The state of each scraped endpoint."""
 
 
 @final
@@ -111,56 +111,56 @@ class Feed:
         self._running: dict[str, _Running] = {}
         """By section and source, such as endpoints.dns."""
         self._past_errors: dict[str, int] = {}
-        """Of sources no longer asked."""
+        """Error counts of sources that have ended."""
         self._roster = Roster(self._roster_changed)
-        self._told: tuple[Endpoint, ...] | None = None
+        self._reported: tuple[Endpoint, ...] | None = None
         self._priorities: Mapping[str, int] = {}
         self._roles = dict[str, Role]()
         self._load: tuple[Load | None, bool] = None, False
-        """How loads are asked for, and whether responses are reported."""
+        """Settings of the scrapes, and whether responses are reported."""
         self._health = EndpointHealth(
             1, lambda address, is_up: self._health_changed(address, is_up=is_up)
         )
         self._resumption: asyncio.TimerHandle | None = None
-        """When the next endpoint out for failing may try again."""
+        """Ends the next ejection of an endpoint."""
         self._scraper: Scraper | None = None
         self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
 
-    # What there is to see
+    # What can be read
 
     @property
     def store(self) -> ObjectiveStore | None:
-        """The objectives that may be changed by the API, if that is where they come from."""
+        """The objectives that the API changes; None without `objectives.api`."""
         running = self._running.get("objectives.api")
         source = None if running is None else running.source
         return source if isinstance(source, ObjectiveStore) else None
 
     @property
     def scraper(self) -> Scraper | None:
-        """Asks the endpoints for their load; None without `load`."""
+        """Scrapes the endpoints; None without `load`."""
         return self._scraper
 
     @property
     def down(self) -> frozenset[str]:
-        """Endpoints known that are down."""
+        """Known endpoints that are down."""
         return self._roster.down
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
-        """Yield what is wrong now: the source, what it is about, and the mistake."""
+        """Yield the current problems: source, subject and error."""
         for name, running in sorted(self._running.items()):
             for about, problem in running.source.problems.items():
                 yield name, about, problem
             if running.failure is not None:
                 yield name, "source", running.failure
-            elif running.is_overdue and not running.has_told.is_set():
-                yield name, "source", "not known yet; requests are served without it"
+            elif running.is_overdue and not running.has_reported.is_set():
+                yield name, "source", "has not reported yet; requests are served without it"
 
     def problems_of_endpoints(self) -> Iterator[tuple[str, str]]:
         """Yield each endpoint that is down, and why."""
         for address in sorted(self.down):
             why = self._health.why_down(address)
-            said = [why, self._scraper.seen[address].problem] if self._scraper else [why]
-            yield address, "; ".join(filter(None, said))
+            reasons = [why, self._scraper.seen[address].problem] if self._scraper else [why]
+            yield address, "; ".join(filter(None, reasons))
 
     def problems_of_scrapes(self) -> Iterator[tuple[str, str]]:
         """Yield each endpoint that is up and whose load cannot be read, and why."""
@@ -169,14 +169,14 @@ class Feed:
                 yield address, seen.problem
 
     def error_counts(self) -> Mapping[str, int]:
-        """Return mistakes and failures since the start, by source."""
+        """Return the errors and failures since the start, by source."""
         counts = dict(self._past_errors)
         for name, running in self._running.items():
             counts[name] = counts.get(name, 0) + running.source.error_count
         return counts
 
     def snapshot(self) -> FeedSnapshot:
-        """Return what the sources have gone through so far."""
+        """Return the state and error counts of the sources."""
         scraper = self._scraper
         return FeedSnapshot(
             self.error_counts(),
@@ -186,10 +186,10 @@ class Feed:
             {} if scraper is None else scraper.seen,
         )
 
-    # What is reported
+    # Reports about requests and endpoints
 
     def outcome(self, address: str, now_s: float, *, is_failure: bool) -> None:
-        """Take in what became of a request: whether it ended in 5xx or broke off at the server."""
+        """Take in the outcome of a request; a failure is a 5xx, or a break-off at the server."""
         self._health.outcome(address, now_s, is_failure=is_failure)
         if self._scraper is not None:
             self._scraper.served(address)
@@ -202,70 +202,70 @@ class Feed:
         self._await_resumption()
 
     def load_reported(self, address: str, headers: Mapping[str, str]) -> None:
-        """Take in the load report among the headers of a response, if there is one in full."""
+        """Take in the load report in the headers of a response, if there is a complete one."""
         load = read_report(headers)
         if load is not None:
             self._post(LoadObserved(address, *load))
 
     async def start(self, settings: Settings) -> None:
-        """Begin; return when every source has reported what it knows, or the wait is over.
+        """Start the sources; return when each has reported, or after `PATIENCE_S`.
 
         Raises:
-            FlowControlError: a source cannot be had at all; none has begun.
+            FlowControlError: a source cannot be used at all; none has been started.
         """
         await self.apply(settings)
-        await self._until_told(self._running, PATIENCE_S)
+        await self._until_reported(self._running, PATIENCE_S)
 
     async def until_listed(self) -> None:
         """Return when the Kubernetes API has been listed, or after `READY_WITHIN_S`.
 
-        Other sources are not waited for: only on Kubernetes does another replica serve meanwhile.
+        There is no wait for other sources: only on Kubernetes another replica serves meanwhile.
         """
         listed = {
             name: running
             for name, running in self._running.items()
             if running.connection is not None
         }
-        await self._until_told(listed, READY_WITHIN_S)
+        await self._until_reported(listed, READY_WITHIN_S)
 
-    async def _until_told(self, sources: Mapping[str, _Running], within_s: float) -> None:
+    async def _until_reported(self, sources: Mapping[str, _Running], within_s: float) -> None:
         first = {
-            name: asyncio.ensure_future(running.has_told.wait())
+            name: asyncio.ensure_future(running.has_reported.wait())
             for name, running in sources.items()
-            if not running.has_told.is_set()
+            if not running.has_reported.is_set()
         }
         if not first:
             return
         try:
             await asyncio.wait(first.values(), timeout=within_s)
         finally:
-            untold = [name for name, each in first.items() if not each.done()]
+            late = [name for name, each in first.items() if not each.done()]
             for each in first.values():
                 each.cancel()
-        if untold:
-            for name in untold:
+        if late:
+            for name in late:
                 sources[name].is_overdue = True
-            _log.warning("sources_not_ready", sources=untold, waited_s=within_s)
+            _log.warning("sources_not_ready", sources=late, waited_s=within_s)
 
     async def loads_known(self, within_s: float) -> None:
-        """Wait until every endpoint has been asked for its load, or the time is over."""
+        """Wait until every endpoint has been scraped, or the time is over."""
         if self._scraper is not None and self._scraper.seen:
             with suppress(TimeoutError):
                 async with asyncio.timeout(within_s):
                     await self._scraper.all_attempted.wait()
 
     async def renew_loads(self) -> None:
-        """Ask every endpoint for its load now; return when each has been asked."""
+        """Scrape the endpoints now (`Scraper.renew`); return when that is done."""
         if self._scraper is not None:
             await self._scraper.renew()
 
     async def apply(self, settings: Settings) -> None:
-        """Change to other settings: a source that stays the same is not disturbed.
+        """Change to other settings; a source that stays the same is not disturbed.
 
-        What an old source knew stays in force until the one in its place reports.
+        The content of an old source stays in effect until its replacement reports.
 
         Raises:
-            FlowControlError: a source cannot be had at all; nothing has changed.
+            FlowControlError: a source cannot be used at all; nothing has changed.
         """
         wanted = _wanted(settings)
         made: dict[str, _Running] = {}
@@ -307,7 +307,7 @@ class Feed:
         await _disconnect(running)
 
     async def _keep_following(self, name: str, running: _Running) -> None:
-        """Follow a source whatever happens: one that fails is started again."""
+        """Follow a source; restart it whenever it fails."""
         backoff = Backoff(RESTART_FIRST_S, RESTART_LONGEST_S, self._chance.random)
 
         def changed(news: Any) -> None:
@@ -315,13 +315,13 @@ class Feed:
                 self._objectives_changed(news)
             else:
                 self._roster.know(name, news)
-            running.has_told.set()
+            running.has_reported.set()
             backoff.reset()
 
         while True:
             try:
                 await running.source.follow(changed)
-            except Exception as error:  # noqa: BLE001 - a fault of ours, no reason to end serving
+            except Exception as error:  # noqa: BLE001 - our own fault, no reason to stop serving
                 running.failure = f"failed and is restarted: {error!r}"
                 self._past_errors[name] = self._past_errors.get(name, 0) + 1
                 _log.error("source_failed", source=name, exc_info=True)
@@ -355,8 +355,8 @@ class Feed:
             each._replace(role=self._roles.get(each.address, each.role))
             for each in self._roster.present
         )
-        if present != self._told:
-            before, self._told = self._told or (), present
+        if present != self._reported:
+            before, self._reported = self._reported or (), present
             roles = {each.address: each.role for each in present if each.role is not Role.BOTH}
             self._post(EndpointsChanged(tuple(each.address for each in present), roles))
             _log.info(
@@ -369,7 +369,7 @@ class Feed:
             )
 
     def _change_endpoints(self, endpoints: Endpoints) -> None:
-        """Take the static endpoints and the roles, and forget what sources no longer named knew."""
+        """Take the static endpoints and roles; drop the endpoints of sources no longer named."""
         self._roles = endpoints.role_of()
         if endpoints.static is None:
             self._roster.forget("endpoints.static")
@@ -382,7 +382,7 @@ class Feed:
         ):
             if source is None:
                 self._roster.forget(name)
-        if self._told is not None:  # other roles of the same endpoints are news, too
+        if self._reported is not None:  # the same endpoints may have other roles
             self._roster_changed()
 
     def _health_changed(self, address: str, *, is_up: bool) -> None:
@@ -390,7 +390,7 @@ class Feed:
         self._roster.mark(address, is_up=is_up)
 
     def _await_resumption(self) -> None:
-        """Let time pass for endpoints that are out for failing, also without `load`."""
+        """Set the timer that ends the next ejection, also without `load`."""
         if self._resumption is not None:
             self._resumption.cancel()
         until_s = self._health.next_s
@@ -425,7 +425,7 @@ class Feed:
 
 
 def _wanted(settings: Settings) -> dict[str, _Wanted]:
-    """Return the sources that the settings name, static endpoints apart."""
+    """Return the sources that the settings name, without static endpoints."""
     pool, kubernetes = settings.pool, settings.kubernetes
     objectives, endpoints = settings.objectives, settings.endpoints
     wanted: dict[str, _Wanted] = {}
@@ -466,13 +466,13 @@ def _plain(key: object, make: Callable[[], Source]) -> _Wanted:
 
 
 def _missing(endpoints: Iterable[Endpoint], others: Iterable[Endpoint]) -> Iterator[Endpoint]:
-    """Yield the endpoints that are not among the others; another role counts as another."""
+    """Yield the endpoints that are not among the others; one with another role is not."""
     known = set(others)
     return (each for each in endpoints if each not in known)
 
 
 def _changes(**changes: Mapping[str, int] | Sequence[str]) -> dict[str, object]:
-    """Return what to log of changes: the first few of each kind, and how many are not logged."""
+    """Return the log fields of changes: the first few of each kind, and the number left out."""
     logged: dict[str, object] = {}
     for kind, names in changes.items():
         if isinstance(names, Mapping):
@@ -485,5 +485,5 @@ def _changes(**changes: Mapping[str, int] | Sequence[str]) -> dict[str, object]:
 
 async def _disconnect(running: _Running) -> None:
     if running.connection is not None:
-        with suppress(Exception):  # it is of no more use
+        with suppress(Exception):  # it is not used again
             await running.connection.close()

@@ -1,8 +1,8 @@
-"""InferenceObjectives from a folder of manifests, followed live.
+"""InferenceObjectives from a folder of manifests, reread when it changes.
 
-A mistake in one manifest never takes the others down: what that file last said keeps counting, and
-the mistake is reported until it is mended. The same holds for the folder itself, and for a file
-that declared objectives and now declares none: that is how one looks that is being written.
+An error in one manifest does not affect the others. The last valid content of that file stays in
+effect, and the error is reported until it is fixed. The same holds for the folder itself, and for a
+file that declared objectives and now declares none, because it may be half written.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any, final
 from flowcontrol.errors import ConfigError
 from flowcontrol_server.common.watched import LOOK_AGAIN_MS, watch_folder
 from flowcontrol_server.common.yamlfile import FILE_BYTES_MAX, line_of, read_documents
-from flowcontrol_server.sources.mistakes import FileSource, told
+from flowcontrol_server.sources.mistakes import FileSource, describe_error
 from flowcontrol_server.sources.objectives import (
     OBJECTIVES_MAX,
     MalformedObjectiveError,
@@ -27,7 +27,7 @@ from flowcontrol_server.sources.objectives import (
 )
 
 FIELDS = ("priority", "poolRef")
-"""What is read of an objective's spec."""
+"""The fields of an objective's spec that are read."""
 EMPTIED = (
     "no longer declares an objective of this pool; its last valid content stays in effect "
     "until the file is removed"
@@ -39,11 +39,11 @@ class ObjectiveFolder(FileSource):
     """The objectives that the manifests in a folder declare for one pool.
 
     Args:
-        directory: its *.yaml and *.yml files are read, each of one or more documents, a list of
-            objects among them; objects of another kind or for another pool are passed over. Files
-            whose names begin with a dot or # belong to editors and tools, and are not read.
+        directory: its *.yaml and *.yml files are read, each of one or more documents, which may be
+            lists of objects. Objects of another kind or for another pool are ignored. Files whose
+            names begin with a dot or # belong to editors and tools, and are not read.
         pool: name of the pool.
-        look_again_ms: how often to see whether the folder is still the one watched.
+        look_again_ms: how often to check whether the path still leads to the watched folder.
     """
 
     def __init__(self, directory: Path, pool: str, look_again_ms: int = LOOK_AGAIN_MS) -> None:
@@ -53,16 +53,16 @@ class ObjectiveFolder(FileSource):
         self._look_again_ms = look_again_ms
         self._last_good: dict[Path, list[Objective]] = {}
         self._known: dict[str, int] | None = None
-        """What was last read."""
+        """Name to priority, as last read; None: not read yet."""
 
     def read(self) -> dict[str, int]:
         """Read the folder; return all objectives, name to priority."""
-        self.complain(self.survey())
+        self.report(self.survey())
         assert self._known is not None, "the survey has set it"
         return self._known
 
     def survey(self) -> dict[Path, str]:
-        """Read the folder; return what is wrong, without counting or logging it."""
+        """Read the folder; return the problems by file, without counting or logging them."""
         problems: dict[Path, str] = {}
         try:
             paths = sorted(filter(_is_manifest, self._directory.iterdir()))
@@ -74,8 +74,8 @@ class ObjectiveFolder(FileSource):
         for path in paths:
             try:
                 objectives = _read_file(path, self._pool)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-                problems[path] = told(error, path)
+            except Exception as error:  # noqa: BLE001 - the other files are read in any case
+                problems[path] = describe_error(error, path)
                 continue
             if self._last_good.get(path) and not objectives:
                 problems[path] = EMPTIED
@@ -87,14 +87,14 @@ class ObjectiveFolder(FileSource):
 
     @property
     def known(self) -> Mapping[str, int]:
-        """What was last read, name to priority."""
+        """Name to priority, as last read."""
         return self._known or {}
 
     async def follow(self, changed: Callable[[Mapping[str, int]], None]) -> None:
-        """Tell the whole set whenever it differs from what was last read, until cancelled."""
+        """Report the whole set whenever it has changed, until cancelled."""
 
         async def look() -> None:
-            """Read, and report what has changed."""
+            """Read the folder; report the set if it has changed."""
             known = self._known
             if await asyncio.to_thread(self.read) != known and self._known is not None:
                 changed(self._known)
@@ -103,9 +103,9 @@ class ObjectiveFolder(FileSource):
 
 
 def _oddities(declared: Mapping[Path, Iterable[Objective]]) -> dict[Path, str]:
-    """Return what is wrong with files that count all the same.
+    """Return the errors for which a file is not rejected.
 
-    They declare what has been declared in the same group, or have keys that are not known.
+    It declares a name that another file has declared in the same group, or it has unknown keys.
     """
     first: dict[tuple[str, str], Path] = {}
     oddities: dict[Path, list[str]] = {}
@@ -162,12 +162,12 @@ def declared_in(
             line = line_of(path, index, (*place, *error.place))
             which = [f"document {index + 1}"] if len(documents) > 1 else []
             which += _naming(found)
-            said = f"{', '.join(which)}: {error}" if which else str(error)
-            raise ConfigError([f"{path}:{line}: {said}"]) from error
+            text = f"{', '.join(which)}: {error}" if which else str(error)
+            raise ConfigError([f"{path}:{line}: {text}"]) from error
 
 
 def _naming(found: Any) -> list[str]:
-    """Return what to call an object in a message, if it has a name."""
+    """Return kind and name of an object for a message, if it has a name."""
     metadata = found.get("metadata") if isinstance(found, dict) else None
     name = metadata.get("name") if isinstance(metadata, dict) else None
     return [f"{found.get('kind')} {name!r}"] if isinstance(name, str) else []

@@ -1,11 +1,10 @@
-"""The Kubernetes API, as much of it as is needed: list, watch and patch, of plain dictionaries.
+"""The part of the Kubernetes API that is needed: list, watch and patch, with plain dictionaries.
 
-kubernetes-asyncio brings what is hard about it: in-cluster tokens that are renewed, kubeconfigs
-with certificates, contexts and credential plugins. It reads a kubeconfig and the authority's
-certificates once, so here they are loaded again, plugin and token file included, when the API
-server answers 401, or shows a certificate of another authority. Its models and its watch are not
-used: the former are hundreds of classes for three fields, the latter decides by itself when to list
-again.
+kubernetes-asyncio handles the credentials: in-cluster tokens that are renewed, kubeconfigs with
+certificates, contexts and credential plugins. It reads a kubeconfig and the CA certificates once;
+this module loads them again, including plugin and token file, when the API server answers 401 or
+has a certificate of another CA. Its models are not used: they are hundreds of classes for three
+fields. Its watch is not used, because it decides by itself when to list again.
 """
 
 import asyncio
@@ -29,28 +28,28 @@ from flowcontrol_server.common.yamlfile import read_documents
 from flowcontrol_server.config.sources import Kubernetes
 
 Object = Mapping[str, Any]
-"""An object of the API, as JSON has it."""
+"""An object of the API, as parsed from JSON."""
 ANSWER_S = 30.0
-"""How long one answer may take that is no watch."""
+"""Timeout of a call other than a watch."""
 CONNECT_S = 10.0
 CREDENTIALS_S = 30.0
-"""How long loading a kubeconfig may take, with the credential plugin it runs."""
+"""Timeout for loading a kubeconfig, including its credential plugin."""
 RENEWAL_PAUSE_S = 5.0
-"""Between two loads of credentials that are refused."""
+"""Least time between two loads of credentials that do not work."""
 PAGE_OBJECTS = 100
-"""Listed at once: a pod has 10 to 20 KiB, and reading them holds up the loop."""
+"""Objects in one page of a list. A pod has 10 to 20 KiB, and parsing a page blocks the loop."""
 PAGE_BYTES_MAX = 32 << 20
-"""Of one page of a list; a larger one is not read."""
+"""Size of one page of a list; a larger one is not read."""
 LIST_BYTES_MAX = 256 << 20
-"""Of a list that is read whole: 13,000 pods of 20 KiB."""
+"""Size of a list that is read without pages: 13,000 pods of 20 KiB."""
 MANAGER = "flowcontrol"
-"""The field manager: shown in `managedFields` and in conflicts."""
+"""The field manager, which `managedFields` and conflicts show."""
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _log = structlog.get_logger()
 
 
 class ApiError(Exception):
-    """The API server has refused."""
+    """The API server has refused a call."""
 
     def __init__(self, status: int, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(f"{status}: {message}")
@@ -59,15 +58,15 @@ class ApiError(Exception):
 
 
 class NoJsonError(Exception):
-    """The API server has answered, but not in JSON, or with more than is read."""
+    """The answer of the API server is not JSON, or too large."""
 
 
 UNREACHABLE = (aiohttp.ClientError, OSError, TimeoutError)
-"""What a call raises when the API server is out of reach or breaks off."""
+"""Errors of a call when the API server is unreachable or breaks off."""
 
 
 class _Call(NamedTuple):
-    """A request to be sent, once or again with other credentials."""
+    """A request to the API server; after new credentials it is sent once more."""
 
     method: str
     path: str
@@ -75,7 +74,7 @@ class _Call(NamedTuple):
     timeout: aiohttp.ClientTimeout
     body: Object | None = None
     kind: str = "application/merge-patch+json"
-    """Of the body."""
+    """Content type of the body."""
 
 
 @final
@@ -84,8 +83,8 @@ class KubeApi:
 
     Args:
         client: kubernetes-asyncio's ApiClient.
-        namespace: where the pool is.
-        load: makes another client with the credentials as they now are.
+        namespace: the pool's.
+        load: makes another client with the current credentials.
     """
 
     def __init__(self, client: Any, namespace: str, load: Callable[[], Awaitable[Any]]) -> None:
@@ -93,7 +92,7 @@ class KubeApi:
         self._client = client
         self._load = load
         self._previous: Any = None
-        """The client before the last renewal: watches opened with it go on."""
+        """The client before the last renewal; watches opened with it go on."""
         self._renewal = asyncio.Lock()
         self._renews_from_s = 0.0
 
@@ -102,7 +101,7 @@ class KubeApi:
         """Read the credentials; nothing is sent yet.
 
         Raises:
-            FlowControlError: there are none, or kubernetes-asyncio is missing.
+            FlowControlError: no usable credentials, or kubernetes-asyncio is missing.
         """
         try:
             import kubernetes_asyncio  # noqa: F401, PLC0415 - an extra, and slow
@@ -134,15 +133,15 @@ class KubeApi:
 
         Raises:
             ApiError: refused.
-            UNREACHABLE: one of these.
-            NoJsonError: likewise.
+            UNREACHABLE: no answer; one of these errors.
+            NoJsonError: the answer is not JSON, or too large.
         """
         return await self._list(
             path, {**parameters, "limit": str(PAGE_OBJECTS)}, "a page must be", PAGE_BYTES_MAX
         )
 
     async def list_whole(self, path: str, parameters: Mapping[str, str]) -> Object:
-        """Return a list without pages, for where they expire before all have been read.
+        """Return a list without pages, for use when pages expire before all have been read.
 
         Raises:
             ApiError, UNREACHABLE, NoJsonError: as `list_page` does.
@@ -173,7 +172,7 @@ class KubeApi:
             silence_s: seconds without a byte after which the connection counts as dead.
 
         Raises:
-            as `list_page` does.
+            ApiError, UNREACHABLE, NoJsonError: as `list_page` does.
         """
         query = {**parameters, "watch": "1"}
         call = _Call("GET", path, query, _timeout(read_s=silence_s))
@@ -182,7 +181,7 @@ class KubeApi:
                 with _in_json():
                     line = await response.content.readline()
                     if not line.endswith(b"\n"):
-                        return  # the end, or cut off in the middle: the rest comes again
+                        return  # the end, or cut off in a line: the next watch repeats it
                     event: Object = json.loads(line)
                 yield event
 
@@ -198,7 +197,7 @@ class KubeApi:
             await response.read()
 
     async def exchange(self, method: str, path: str, body: Object | None) -> Object:
-        """Read, create or replace one object; return it as it then is.
+        """Read, create or replace one object; return its new state.
 
         Raises:
             ApiError, UNREACHABLE, NoJsonError: as `list_page` does.
@@ -227,14 +226,14 @@ class KubeApi:
         return response
 
     async def _renew(self, refused: Any) -> bool:
-        """Load the credentials again; return whether they are others than the refused client's.
+        """Load the credentials again; return whether the client is another than the refused one.
 
-        Loaded on 401 alone and not at `expirationTimestamp`, too: a token file says no time, and a
-        request that is refused once is sent again at once.
+        They are loaded on 401 only, and not at `expirationTimestamp`, too: a token file states no
+        time, and a refused request is sent again at once.
         """
         async with self._renewal:
             if self._client is not refused:
-                return True  # a request that failed beside this one has renewed them
+                return True  # another request that was refused has renewed them
             if time.monotonic() < self._renews_from_s:
                 return False
             self._renews_from_s = time.monotonic() + RENEWAL_PAUSE_S
@@ -268,10 +267,10 @@ def _load_service_account() -> Any:
 
 
 async def _load_kubeconfig(settings: Kubernetes) -> tuple[Any, str | None]:
-    """Return a client with the credentials of the kubeconfig, and the namespace it names.
+    """Return a client with the credentials of the kubeconfig, and the namespace that it names.
 
     Raises:
-        FlowControlError: there are none.
+        FlowControlError: no usable credentials.
     """
     from kubernetes_asyncio import client, config  # noqa: PLC0415 - an extra, and slow
     from kubernetes_asyncio.config.kube_config import (  # noqa: PLC0415 - likewise
@@ -291,7 +290,7 @@ async def _load_kubeconfig(settings: Kubernetes) -> tuple[Any, str | None]:
         current: Any = loader.current_context
         namespace = current["context"].get("namespace")
     except TimeoutError as error:
-        message = f"kubernetes: no usable credentials: none within {CREDENTIALS_S:g} s"
+        message = f"kubernetes: no usable credentials: not loaded within {CREDENTIALS_S:g} s"
         raise FlowControlError(message) from error
     except (
         config.ConfigException,
@@ -346,10 +345,10 @@ async def _request(client: Any, call: _Call) -> aiohttp.ClientResponse:
 
 
 def _expect_bounds(paths: Path | str) -> None:
-    """Read what kubernetes-asyncio is going to read: it has no bounds of its own.
+    """Read the files that kubernetes-asyncio is about to read, because it has no bounds.
 
     Raises:
-        ConfigError: a file is beyond one, or is not YAML.
+        ConfigError: a file is beyond a bound, or is not YAML.
     """
     for each in str(paths).split(os.pathsep):
         path = Path(each).expanduser()
@@ -369,7 +368,7 @@ def _in_json() -> Iterator[None]:
 
 
 def _own_namespace() -> str | None:
-    """Return the namespace of the pod this runs in; None where this is no pod."""
+    """Return the namespace of the pod that this process runs in; None: not in a pod."""
     try:
         return _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
     except OSError:
@@ -382,8 +381,8 @@ def _timeout(total_s: float | None = None, read_s: float | None = None) -> aioht
 
 def _error(status: int, body: bytes, headers: Mapping[str, str]) -> ApiError:
     try:
-        said = json.loads(body)
-        message = str(said["message"])
+        answer = json.loads(body)
+        message = str(answer["message"])
     except (ValueError, TypeError, KeyError, RecursionError):
         message = body[:200].decode(errors="replace")
     wait = headers.get("Retry-After", "")

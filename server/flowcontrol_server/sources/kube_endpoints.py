@@ -1,7 +1,7 @@
 """Endpoints from Kubernetes: the ready pods that an InferencePool selects, at its target ports.
 
-A pod is ready when its condition Ready says so and it is not being deleted. Its label
-llm-d.ai/role says what it does, where prefill and decode run apart.
+A pod is ready if its condition Ready is True and it is not being deleted. With disaggregated
+prefill and decode, its label llm-d.ai/role names its role.
 """
 
 import asyncio
@@ -26,10 +26,10 @@ from flowcontrol_server.sources.kube_watch import (
 )
 
 POOL_GROUPS = ("inference.networking.k8s.io/v1", "inference.networking.x-k8s.io/v1alpha2")
-"""The API groups an InferencePool is looked for in; the first that has it counts."""
+"""The API groups that may have the InferencePool; the first that has it is used."""
 _PORT_MAX = 65_535
 _VALUE_LENGTH_MAX = 200
-"""Of a value that an error quotes."""
+"""Characters of a value that an error quotes."""
 _log = structlog.get_logger()
 
 
@@ -41,7 +41,7 @@ class _MalformedPoolError(Exception):
 
 
 class _Selection(NamedTuple):
-    """Which pods, and at which ports."""
+    """The pods of a pool, and their ports."""
 
     labels: tuple[tuple[str, str], ...]
     ports: tuple[int, ...]
@@ -54,9 +54,9 @@ class KubeEndpoints:
     Args:
         api: of the cluster.
         pool: name of the InferencePool.
-        settings: labels and ports in its place, if any.
-        retry_s: as a `Reflector` has it.
-        silence_s: as a `Reflector` has it.
+        settings: labels and ports to use instead of the pool's, if any.
+        retry_s: of the `Reflector`s.
+        silence_s: of the `Reflector`s.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class KubeEndpoints:
         self._following: asyncio.Task[Any] | None = None
         self._pools: tuple[Reflector, ...] = ()
         self._past_errors = 0
-        self._told: tuple[Endpoint, ...] | None = None
+        self._reported: tuple[Endpoint, ...] | None = None
         self._endpoints: dict[str, tuple[Endpoint, ...]] = {}
-        """Of each pod that is one, by its name."""
+        """Endpoints of each ready pod, by its name."""
         self._pool_problem: str | None = None
-        """What is wrong with the InferencePool itself."""
+        """Problem of the InferencePool itself; None: no problem."""
 
     @property
     def error_count(self) -> int:
@@ -90,7 +90,7 @@ class KubeEndpoints:
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """What is wrong now, by what it is about."""
+        """Current problems, by their subject."""
         named = {"pods": self._pods, **dict(zip(POOL_GROUPS, self._pools, strict=False))}
         problems = {name: each.problem for name, each in named.items() if each and each.problem}
         if self._pool_problem is not None:
@@ -99,7 +99,7 @@ class KubeEndpoints:
 
     async def follow(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
         """Report the endpoints whenever they change, until cancelled."""
-        self._begin_anew()
+        self._restart()
         batch = Debounced(lambda: self._read_pods(changed))
         async with asyncio.TaskGroup() as group:
             group.create_task(batch.run())
@@ -116,8 +116,8 @@ class KubeEndpoints:
             for reflector in self._pools:
                 group.create_task(reflector.follow(lambda: self._read_pools(group, batch)))
 
-    def _begin_anew(self) -> None:
-        """Drop the copies that an earlier call of `follow` left, but not what was reported."""
+    def _restart(self) -> None:
+        """Drop the copies of an earlier call of `follow`, but not the reported endpoints."""
         self._drop_pods()
         self._past_errors += sum(each.error_count for each in self._pools)
         self._selection, self._pools = None, ()
@@ -133,24 +133,26 @@ class KubeEndpoints:
         )
 
     def _read_pools(self, group: asyncio.TaskGroup, batch: Debounced) -> None:
-        """Take the pool's selection, once it is known in which group it is, if any."""
+        """Take the pool's selection, once it is known which group has the pool, if any."""
         if not are_known(self._pools):
             return
         pools = [each.objects[self._pool] for each in self._pools if self._pool in each.objects]
         if not pools:
             groups = " or ".join(POOL_GROUPS)
-            self._complain(f"must exist in namespace {self._api.namespace} ({groups}), got none")
+            self._report_problem(
+                f"must exist in namespace {self._api.namespace} ({groups}), got none"
+            )
             self._select(None, group, batch)
             return
         try:
             selection = _selection(pools[0].get("spec"))
-        except _MalformedPoolError as error:  # what was known stays
-            self._complain(str(error))
+        except _MalformedPoolError as error:  # the last selection stays
+            self._report_problem(str(error))
             return
         self._pool_problem = None
         self._select(selection, group, batch)
 
-    def _complain(self, problem: str) -> None:
+    def _report_problem(self, problem: str) -> None:
         if problem != self._pool_problem:
             self._past_errors += 1
             _log.error("pool_unusable", pool=self._pool, problem=problem)
@@ -159,7 +161,7 @@ class KubeEndpoints:
     def _select(
         self, selection: _Selection | None, group: asyncio.TaskGroup, batch: Debounced
     ) -> None:
-        """Follow other pods; what was known stays until the new ones are."""
+        """Follow other pods; the old endpoints stay until the new pods are known."""
         if selection == self._selection and selection is not None:
             return
         are_others = (
@@ -175,7 +177,7 @@ class KubeEndpoints:
                 self._pods = self._reflector_of_pods(selection)
                 self._following = group.create_task(self._pods.follow(batch.ask))
         elif self._pods is not None:
-            self._pods.changes |= self._pods.objects.keys()  # at other ports
+            self._pods.changes |= self._pods.objects.keys()  # they have other ports now
         batch.ask()
 
     def _reflector_of_pods(self, selection: _Selection) -> Reflector:
@@ -190,7 +192,7 @@ class KubeEndpoints:
         self._following = self._pods = None
 
     def _read_pods(self, changed: Callable[[tuple[Endpoint, ...]], None]) -> None:
-        """Read the pods that have changed; without a pool there are none."""
+        """Read the changed pods; without a pool there are no endpoints."""
         pods = self._pods
         if self._selection is not None and pods is not None:
             if not pods.is_known:
@@ -203,17 +205,17 @@ class KubeEndpoints:
                 else:
                     self._endpoints.pop(name, None)
             pods.changes.clear()
-        told = tuple(each for name in sorted(self._endpoints) for each in self._endpoints[name])
-        if told != self._told:
-            self._told = told
-            changed(told)
+        present = tuple(each for name in sorted(self._endpoints) for each in self._endpoints[name])
+        if present != self._reported:
+            self._reported = present
+            changed(present)
 
 
 def _selection(spec: object) -> _Selection:
     """Read an InferencePool's spec, of either group.
 
     Raises:
-        _MalformedPoolError: it cannot be followed.
+        _MalformedPoolError: it has no valid labels or ports.
     """
     selector = _field(spec, "spec", "selector")
     labels = selector

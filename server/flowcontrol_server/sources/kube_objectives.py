@@ -1,7 +1,7 @@
 """InferenceObjectives from Kubernetes, both API groups, and the condition Accepted in their status.
 
-An installed group that is missing is an empty one. Only what has changed is read again: each status
-written comes back as a change, so reading everything would be quadratic in the objectives.
+An API group that is not installed counts as empty. Only changed objects are read again: each
+written status comes back as a change, so reading all objects would be quadratic in their number.
 """
 
 import asyncio
@@ -40,8 +40,8 @@ class KubeObjectives:
         api: of the cluster.
         pool: name of the pool.
         writes_status: whether to write the condition.
-        retry_s: as a `Reflector` has it.
-        silence_s: as a `Reflector` has it.
+        retry_s: of the `Reflector`s and the `StatusWriter`.
+        silence_s: of the `Reflector`s.
     """
 
     def __init__(
@@ -62,19 +62,19 @@ class KubeObjectives:
         }
         self._status = StatusWriter(api, retry_s) if writes_status else None
         self._malformed: dict[str, str] = {}
-        """What is wrong with objectives, by group and name."""
+        """Errors in objectives, by group and name."""
         self._priorities: dict[str, int] = {}
-        self._told: Mapping[str, int] | None = None
+        self._reported: Mapping[str, int] | None = None
 
     @property
     def error_count(self) -> int:
-        """Mistakes and failures met since the start."""
+        """Errors and failures since the start."""
         status = 0 if self._status is None else self._status.error_count
         return self._own_errors + status + sum(each.error_count for each in self._groups.values())
 
     @property
     def problems(self) -> Mapping[str, str]:
-        """The mistakes and failures that now stand, by what they are about."""
+        """Current problems, by their subject."""
         failed = {g: each.problem for g, each in self._groups.items() if each.problem is not None}
         if self._status is not None and self._status.problem is not None:
             failed["status"] = self._status.problem
@@ -91,7 +91,7 @@ class KubeObjectives:
                 group.create_task(self._status.run())
 
     def _read_changes(self, changed: Callable[[Mapping[str, int]], None]) -> None:
-        """Read what has changed, once both groups are known, or one and the other is refused."""
+        """Read the changes, once both groups are known, or one is known and the other refused."""
         if not are_known(self._groups.values()):
             return
         names = set[str]().union(*(each.changes for each in self._groups.values()))
@@ -99,12 +99,12 @@ class KubeObjectives:
             self._read(name)
         for reflector in self._groups.values():
             reflector.changes.clear()
-        if self._priorities != self._told:
-            self._told = dict(self._priorities)
-            changed(self._told)
+        if self._priorities != self._reported:
+            self._reported = dict(self._priorities)
+            changed(self._reported)
 
     def _read(self, name: str) -> None:
-        """Read the objectives of one name, of which the first group's counts."""
+        """Read the objectives of one name; the one of the first group is used."""
         chosen: Objective | None = None
         for group, reflector in self._groups.items():
             item = reflector.objects.get(name)
@@ -123,7 +123,7 @@ class KubeObjectives:
             self._priorities[name] = chosen.priority
 
     def _objective(self, group: str, name: str, item: Object | None) -> Objective | None:
-        """Return the objective that an object declares for this pool, if it does."""
+        """Return the objective that an object declares for this pool; None: none."""
         about = f"{group} {name}"
         objective = None
         try:
@@ -131,7 +131,7 @@ class KubeObjectives:
                 document = {**item, "apiVersion": group, "kind": KIND}
                 objective = read_objective(document, self._pool)
         except MalformedObjectiveError as error:
-            assert item is not None, "what is not there is not malformed"
+            assert item is not None, "an absent object is not malformed"
             problem = str(error)
             if self._malformed.get(about) != problem:
                 self._own_errors += 1
@@ -147,7 +147,7 @@ class KubeObjectives:
     def _judge(
         self, group: str, item: Object, reason: str, message: str, *, is_accepted: bool
     ) -> None:
-        """Have a condition written, unless it stands there already."""
+        """Have a condition written, unless the object already has it."""
         if self._status is None:
             return
         condition = {

@@ -1,10 +1,11 @@
 """Writes conditions into the status of Kubernetes objects.
 
-A condition is written with the version of the object it was judged in: a status that another writer
-changed meanwhile is left, and judged again when that change arrives. What the API server refuses
-for good (a 4xx, such as 422) is not written again until the object changes. What it may accept
-later is tried again: one object by itself, longer each time, and all of them once two have failed
-without a success in between. So one object that cannot be written delays no other.
+A condition is written with the version of the object that it is about. A status that another writer
+changed meanwhile is left as it is, and its condition is determined again when that change arrives.
+A write that the API server refuses for good (a 4xx, such as 422) is not repeated until the object
+changes. A write that may be accepted later is retried, with a growing wait of its own. Once two
+objects have failed without a success in between, all writes wait. So one object that cannot be
+written delays no other.
 """
 
 import asyncio
@@ -23,9 +24,9 @@ from flowcontrol_server.sources.kube_api import UNREACHABLE, ApiError, KubeApi, 
 WRITERS = 10
 """Statuses written at the same time."""
 WRITE_EVERY_S = 0.04
-"""From one status of a writer to its next: at most 250 a second, 5,000 in 20 s, also where each
-takes this long. An API server lets each client do this and more, and it is a third of one core
-here."""
+"""Least time from one write to the next of the same writer. All writers make at most 250 a second,
+5,000 in 20 s, even if each write takes this long. An API server grants each client this and more,
+and it takes a third of one core here."""
 _PASSING = frozenset(
     (
         HTTPStatus.UNAUTHORIZED,
@@ -34,10 +35,10 @@ _PASSING = frozenset(
         HTTPStatus.TOO_MANY_REQUESTS,
     )
 )
-"""Refusals below 500 that may pass without a change of the object: an API server that starts
-answers 403 to what is permitted until it has read its roles."""
+"""Refusals below 500 that may end without a change of the object: a starting API server answers 403
+to permitted calls until it has read its roles."""
 _MESSAGE_MAX = 32768
-"""As long as the schema lets a condition's message be."""
+"""Longest message of a condition that the schema permits."""
 _log = structlog.get_logger()
 
 
@@ -57,7 +58,7 @@ class StatusWriter:
 
     Args:
         api: of the cluster.
-        retry_s: longest first and longest later wait after a refusal that may pass.
+        retry_s: longest first and longest later wait after a refusal that may end.
     """
 
     def __init__(self, api: KubeApi, retry_s: tuple[float, float]) -> None:
@@ -67,12 +68,12 @@ class StatusWriter:
         self._retry_s = retry_s
         self._chance = random.Random()  # noqa: S311 - spreads retries, keeps no secret
         self._unwritten: dict[str, _Unwritten] = {}
-        """By path; each is in the queue, or is put there by a timer."""
+        """By path; each path is in the queue, or a timer puts it there."""
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._refusals: dict[str, _Refusal] = {}
-        """What now stands, by path."""
+        """The current refusals, by path."""
         self._backoffs: dict[str, Backoff] = {}
-        """Of the paths that are tried again."""
+        """Of the paths that are retried."""
         self._failed: set[str] = set()
         """Paths that failed since the last success."""
         self._backoff = self._new_backoff()
@@ -80,7 +81,7 @@ class StatusWriter:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong now; None if every condition is written or about to be."""
+        """The current problem; None: every condition is written, or about to be."""
         if not self._refusals:
             return None
         path, (_status, text) = next(iter(self._refusals.items()))
@@ -92,7 +93,7 @@ class StatusWriter:
 
         Args:
             path: of the object's status.
-            item: the object as it was judged.
+            item: the version of the object that the condition is about.
             condition: type, status, reason and message.
         """
         metadata = item["metadata"]
@@ -113,12 +114,12 @@ class StatusWriter:
         self._unwritten[path] = _Unwritten(item, condition)
 
     def forget(self, path: str) -> None:
-        """Write nothing there: the object has its condition, or is gone."""
+        """Cancel the write: the object has its condition, or is gone."""
         self._unwritten.pop(path, None)
         self._settled(path)
 
     async def run(self) -> None:
-        """Write what is wanted, until cancelled."""
+        """Write the wanted conditions, until cancelled."""
         async with asyncio.TaskGroup() as group:
             for _ in range(WRITERS):
                 group.create_task(self._write_each())
@@ -148,13 +149,13 @@ class StatusWriter:
             await self._api.merge(path, patch)
         except ApiError as error:
             if error.status in {HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND}:
-                self._settled(path)  # changed or gone meanwhile: that arrives as an event
+                self._settled(path)  # changed or gone meanwhile: an event follows
                 return
             may_pass = error.status in _PASSING or error.status >= HTTPStatus.INTERNAL_SERVER_ERROR
             self._refused(path, _Refusal(error.status, str(error)), may_pass=may_pass)
             if may_pass:
                 self._try_again(path, unwritten, error.retry_after_s or 0.0)
-        except UNREACHABLE:  # which following the objects has reported already
+        except UNREACHABLE:  # the reflector of the objects reports that
             self._try_again(path, unwritten, 0.0)
         else:
             self._settled(path)
@@ -170,7 +171,7 @@ class StatusWriter:
 
     def _try_again(self, path: str, unwritten: _Unwritten, retry_after_s: float) -> None:
         backoff = self._backoffs.setdefault(path, self._new_backoff())
-        if path not in self._unwritten:  # else a newer condition is in the queue
+        if path not in self._unwritten:  # otherwise a newer condition is in the queue
             self._unwritten[path] = unwritten
             wait_s = max(backoff.next_s(), min(retry_after_s, self._retry_s[1]))
             asyncio.get_running_loop().call_later(wait_s, self._queue.put_nowait, path)

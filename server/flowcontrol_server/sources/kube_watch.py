@@ -1,15 +1,15 @@
-"""Keeps a copy of one collection of Kubernetes objects: lists it once, then watches what changes.
+"""Keeps a copy of one collection of Kubernetes objects: lists it once, then watches its changes.
 
     list ──resourceVersion──▶ watch ──ended, cut off──▶ watch again from the version last seen
       ▲                         │
       └── 410 Gone, or silence ─┘      every failure: wait, longer each time, jittered
 
-Bookmarks move the version on while nothing changes, so that a watch that is cut off after a quiet
-hour needs no new list. Whatever fails, the copy stays as it was last known.
+Bookmarks advance the version while nothing changes, so a watch that is cut off after a quiet hour
+needs no new list. After any failure, the copy keeps its last state.
 
-A restarted API server answers 410 to every watch: it is up, so the first 410 brings the first wait,
-not what an outage has made of it. A list whose pages expire before all have been read is read once
-more, whole.
+A restarted API server answers 410 to every watch. It is up, so the first 410 resets the wait that
+has grown during the outage. A list whose pages expire before all have been read is read once more,
+without pages.
 """
 
 import asyncio
@@ -26,37 +26,38 @@ from flowcontrol_server.sources.backoff import Backoff
 from flowcontrol_server.sources.kube_api import UNREACHABLE, ApiError, KubeApi, NoJsonError, Object
 
 WATCH_S = 300
-"""How long the server is asked to keep one watch open, give or take a fifth: many who began
-together do not end together."""
+"""How long the server is asked to keep one watch open, give or take a fifth, so that watches that
+began together do not end together."""
 SILENCE_S = 90.0
-"""Where anything changes a bookmark comes about every minute. So long without a byte, and nobody
-may be there, or the version may be one that is yet to come: an etcd restored from a backup counts
-from there, and of what it has done until then no watch tells. A list finds out which."""
+"""A bookmark comes about every minute while anything in the cluster changes. After so long without
+a byte, the connection may be dead, or the version may lie in the future: an etcd restored from a
+backup continues from an older version, and the watch reports nothing until it has passed ours. A
+new list covers both."""
 RETRY_FIRST_S = 0.5
 RETRY_LONGEST_S = 10.0
-"""After an outage a change is seen this much later at most. A try that fails costs next to nothing:
-30 s, as client-go waits, would only be longer without news."""
+"""Longest delay with which a change is seen after an outage. A failed try costs next to nothing, so
+waiting 30 s like client-go would have no benefit."""
 RETRY_AFTER_LONGEST_S = 30.0
-"""Of what a server asks for with Retry-After."""
+"""Upper bound on the wait that a server asks for with Retry-After."""
 BATCH_S = 0.05
-"""Between two evaluations of what has changed: many objects often change together, and whoever is
-told takes over a whole set each time."""
+"""Time between two evaluations of changes: many objects often change together, and each report
+hands over the whole set."""
 ABSENT_TRIES = 3
-"""How often in a row a collection that was there must be unknown to be believed gone: while an API
-server starts, its custom resources are not there yet."""
+"""A collection with objects counts as absent after so many 404 in a row: while an API server
+starts, it has no custom resources yet."""
 _log = structlog.get_logger()
 
 
 class _ListAgainError(Exception):
-    """The version known is too old, or the copy may be wrong."""
+    """The known version is too old, or the copy may be wrong."""
 
 
 @final
 class Debounced:
-    """Calls a function soon after it has been asked for, and not more often than every `BATCH_S`.
+    """Calls a function soon after `ask`, but no more often than every `BATCH_S`.
 
     Args:
-        act: what to call.
+        act: the function.
     """
 
     def __init__(self, act: Callable[[], None]) -> None:
@@ -64,11 +65,11 @@ class Debounced:
         self._is_due = asyncio.Event()
 
     def ask(self) -> None:
-        """Have it called."""
+        """Have the function called."""
         self._is_due.set()
 
     async def run(self) -> NoReturn:
-        """Call it when it is due, until cancelled; what it raises ends this."""
+        """Call the function when it is due, until cancelled or until it raises."""
         while True:
             await self._is_due.wait()
             self._is_due.clear()
@@ -99,18 +100,18 @@ class Reflector:
         self.objects: dict[str, Object] = {}
         """By name."""
         self.changes: set[str] = set()
-        """Names of objects that came, changed or went; the reader clears it."""
+        """Names of objects that were added, changed or deleted; the reader clears it."""
         self.is_known = False
-        """Whether it has been listed, or found absent, since the start."""
+        """Whether the collection has been listed, or found absent, since the start."""
         self.is_absent = False
-        """Whether the server does not know the collection at all."""
+        """Whether the server has no such collection."""
         self.is_refused = False
-        """Whether it has never been known, because that is forbidden. A server forbids what it does
-        not have, too, to those who are not permitted it."""
+        """Whether the server forbids the collection, which has never been known. A server without
+        such a collection answers the same to a client without permission."""
         self.error_count = 0
         """Failures since the start."""
         self.problem: str | None = None
-        """What is wrong now."""
+        """The current problem; None: no problem."""
         self._api = api
         self._path = path
         self._selection = dict(selection or {})
@@ -119,14 +120,14 @@ class Reflector:
         self._backoff = Backoff(*retry_s, self._chance.random)
         self._absences = 0
         self._is_gone = False
-        """Whether 410 was the last that was heard."""
+        """Whether the last result was 410, without an event since."""
         self._version: str | None = None
 
     async def follow(self, changed: Callable[[], None]) -> NoReturn:
-        """Keep the copy and report every change, and when it is first known; until cancelled.
+        """Keep the copy; report every change, and when it is first known; until cancelled.
 
-        Told, too, is that it is refused from the start. Whoever follows again, after an error of
-        `changed`, has everything listed and told again: it may have missed the last of it.
+        A refusal from the start is reported, too. A second call, after an error of `changed`, lists
+        and reports all objects again, because the last change may have been missed.
         """
         self._version = None
         self.changes |= self.objects.keys()
@@ -152,7 +153,7 @@ class Reflector:
             )
 
     async def _list(self) -> str:
-        """Take the whole copy; return its version."""
+        """Replace the whole copy; return its version."""
         objects: dict[str, Object] = {}
         parameters = dict(self._selection)
         is_whole = False
@@ -188,7 +189,7 @@ class Reflector:
         self.objects = objects
 
     async def _watch(self, version: str, changed: Callable[[], None]) -> None:
-        """Follow one watch to its end; one that lived, or said anything, has worked."""
+        """Follow one watch to its end; it worked if it lasted, or had an event."""
         seconds = round(WATCH_S * (0.8 + 0.4 * self._chance.random()))
         parameters = {
             **self._selection,
@@ -196,7 +197,7 @@ class Reflector:
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(seconds),
         }
-        heard_s = time.monotonic()
+        latest_s = time.monotonic()
         watch = self._api.watch(self._path, parameters, self._silence_s)
         try:
             async with aclosing(watch) as events:
@@ -205,10 +206,10 @@ class Reflector:
                     self._works()
                     self._backoff.reset()
                     self._is_gone = False
-                    heard_s = time.monotonic()
+                    latest_s = time.monotonic()
         except TimeoutError:
             self._version = None
-        if time.monotonic() - heard_s > RETRY_LONGEST_S:
+        if time.monotonic() - latest_s > RETRY_LONGEST_S:
             self._backoff.reset()
 
     def _take(self, event: Object, changed: Callable[[], None]) -> None:
@@ -219,7 +220,7 @@ class Reflector:
                 if status == HTTPStatus.GONE:
                     raise _ListAgainError(message)
                 if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                    self._version = None  # it may always fail at this version: etcd has compacted
+                    self._version = None  # this version may fail forever: etcd has compacted it
                 raise ApiError(status, message)
             name, version = item["metadata"].get("name"), str(item["metadata"]["resourceVersion"])
             if kind in {"ADDED", "MODIFIED"}:
@@ -238,7 +239,7 @@ class Reflector:
     def _list_again(self, reason: str) -> None:
         self._version = None
         _log.info("kubernetes_relisted", path=self._path, reason=reason)
-        if not self._is_gone:  # again and again, without an event in between: longer each time
+        if not self._is_gone:  # repeated without an event in between: wait longer each time
             self._backoff.reset()
         self._is_gone = True
 
@@ -258,12 +259,12 @@ class Reflector:
             changed()
 
     def _absent(self, changed: Callable[[], None]) -> None:
-        """Believe that there is no such collection, which may come later."""
-        is_news = not self.is_known or bool(self.objects)
+        """Take the collection as absent; it may appear later."""
+        has_changed = not self.is_known or bool(self.objects)
         self._replace({})
         self.is_known = self.is_absent = True
         self._works()
-        if is_news:
+        if has_changed:
             _log.info("kubernetes_collection_absent", path=self._path)
             changed()
 
@@ -285,7 +286,7 @@ def _version_of(item: Object | None) -> object:
 
 
 def are_known(reflectors: Iterable[Reflector]) -> bool:
-    """Whether copies can be judged together: each is known or refused, and any is known."""
+    """Return whether copies can be read together: one is known, and the others known or refused."""
     copies = tuple(reflectors)
     is_any = any(each.is_known for each in copies)
     return is_any and all(each.is_known or each.is_refused for each in copies)

@@ -1,4 +1,4 @@
-"""What is wrong with files that sources read: said once, counted, and shown until it is mended."""
+"""Errors in files that sources read: logged once, counted, and shown until fixed."""
 
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -11,8 +11,8 @@ from flowcontrol_server.sources.objectives import MalformedObjectiveError
 _log = structlog.get_logger()
 
 
-def told(error: Exception, path: PurePath) -> str:
-    """Return on one line what is wrong; an unexpected error with its type."""
+def describe_error(error: Exception, path: PurePath) -> str:
+    """Return an error as one line, an unexpected one with its type."""
     if isinstance(error, ConfigError | MalformedObjectiveError):
         return str(error)
     if isinstance(error, OSError):
@@ -21,21 +21,21 @@ def told(error: Exception, path: PurePath) -> str:
 
 
 class FileSource:
-    """What sources that read files have in common.
+    """The common part of sources that read files.
 
     Args:
-        rejected: how the log calls a mistake, in the past tense.
+        rejected: the log event of an error, in the past tense.
     """
 
     def __init__(self, rejected: str) -> None:
         self.error_count = 0
-        """Mistakes met since the start."""
+        """Errors since the start."""
         self.problems: dict[str, str] = {}
-        """The mistakes that now stand, by file name."""
+        """The current errors, by file name."""
         self._rejected = rejected
 
-    def complain(self, problems: Mapping[Path, str]) -> None:
-        """Take all that is wrong now; say and count what was not wrong before, or otherwise."""
+    def report(self, problems: Mapping[Path, str]) -> None:
+        """Replace the current errors; log and count those that are new or have changed."""
         for path, problem in problems.items():
             if self.problems.get(path.name) != problem:
                 self.error_count += 1

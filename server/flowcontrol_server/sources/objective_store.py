@@ -1,6 +1,6 @@
-"""InferenceObjectives put and deleted by the gRPC API, kept in memory and perhaps in a file.
+"""InferenceObjectives put and deleted by the gRPC API, kept in memory and optionally in a file.
 
-The file holds manifests, as a folder would: to outgrow the API, move it into one.
+The file holds manifests. To change from the API to a folder of manifests, move it there.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import yaml
 
 from flowcontrol_server.common.watched import watch_folder
 from flowcontrol_server.sources.folder import declared_in
-from flowcontrol_server.sources.mistakes import FileSource, told
+from flowcontrol_server.sources.mistakes import FileSource, describe_error
 from flowcontrol_server.sources.objectives import (
     GROUPS,
     NAME_LENGTH_MAX,
@@ -25,21 +25,21 @@ from flowcontrol_server.sources.objectives import (
 )
 
 FILE_BYTES_MAX = 32 << 20
-"""As much as `OBJECTIVES_MAX` of the longest names take."""
+"""Size of `OBJECTIVES_MAX` objectives with names of the longest kind."""
 _NONE = "# no objectives\n"
-"""Written where there are none: an empty file is one that somebody is writing."""
+"""Content without objectives: an empty file is taken to be one that is being written."""
 
 
 @final
 class ObjectiveStore(FileSource):
-    """Objectives that callers change. Owner: the loop.
+    """Objectives that clients of the API change. Owner: the loop.
 
-    The whole file is written at each change. So one that cannot be read, or holds anything else, is
-    left alone, and no change is taken until it does not; and what others have written is read
-    before each change, and whenever the file changes.
+    Each change writes the whole file. So while the file cannot be read, or holds anything else, it
+    is left as it is and every change is refused. The file is read before each change, and whenever
+    it changes.
 
     Args:
-        file: where they are kept across restarts; None: nowhere.
+        file: keeps them across restarts; None: they are not kept.
         pool: name of the pool.
     """
 
@@ -50,14 +50,14 @@ class ObjectiveStore(FileSource):
         self._priorities: dict[str, int] | None = None if file else {}
         self._changed: Callable[[Mapping[str, int]], None] | None = None
         self._turn = asyncio.Lock()
-        """Of reading and writing the file."""
+        """Held while the file is read or written."""
         self._stamp: _FileStamp | None = None
-        """Of the file as it was last read or written."""
+        """Stamp of the file when it was last read or written."""
 
     async def follow(self, changed: Callable[[Mapping[str, int]], None]) -> None:
-        """Tell the whole set as soon as it is known and at every change, until cancelled."""
+        """Report the whole set once it is known and at every change, until cancelled."""
         self._changed = changed
-        if self._priorities is not None:  # followed again
+        if self._priorities is not None:  # not the first call
             changed(self._priorities)
         try:
             if self._file is None:
@@ -72,33 +72,33 @@ class ObjectiveStore(FileSource):
             await self._read()
 
     async def _read(self) -> None:
-        """Read the file if it is another than was last read or written; it is the caller's turn."""
+        """Read the file, if it has changed since it was last read or written; needs `_turn`."""
         if self._file is None:
             return
         stamp = _stamp(self._file)
         if self._priorities is not None:
-            if stamp is None:  # removed: it is written again with the next change
-                self.complain({})
+            if stamp is None:  # removed: the next change writes it again
+                self.report({})
                 return
             if stamp == self._stamp and not self.problems:
                 return
         try:
             priorities, problem = await asyncio.to_thread(read_kept, self._file, self._pool)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it stands in the file
-            self.complain({self._file: told(error, self._file)})
+        except Exception as error:  # noqa: BLE001 - an error of the file
+            self.report({self._file: describe_error(error, self._file)})
             return
         self._stamp = stamp
-        self.complain({self._file: problem} if problem else {})
+        self.report({self._file: problem} if problem else {})
         is_being_written = self._priorities and stamp is not None and not stamp.byte_size
         if priorities != self._priorities and not is_being_written:
-            self._tell(priorities)
+            self._publish(priorities)
 
     async def put(self, name: str, priority: int) -> None:
-        """Declare an objective, new or changed; on return it is on disk and reported.
+        """Add or change an objective; on return it is on disk and reported.
 
         Raises:
             ValueError: the name or the priority is out of its range, or there are too many.
-            OSError: it could not be written, and has not been changed.
+            OSError: it could not be written, and nothing has changed.
         """
         if not 0 < len(name) <= NAME_LENGTH_MAX or not name.isprintable():
             message = f"name must be printable, of 1 to {NAME_LENGTH_MAX} characters, got {name!r}"
@@ -114,10 +114,10 @@ class ObjectiveStore(FileSource):
             await self._replace({**known, name: priority})
 
     async def delete(self, name: str) -> bool:
-        """Take an objective back; whether there was one.
+        """Delete an objective; return whether there was one.
 
         Raises:
-            OSError: it could not be written, and has not been changed.
+            OSError: it could not be written, and nothing has changed.
         """
         async with self._turn:
             known = await self._known()
@@ -127,7 +127,7 @@ class ObjectiveStore(FileSource):
             return True
 
     async def _known(self) -> dict[str, int]:
-        """Return what the file says, if it may be written."""
+        """Return the objectives in the file, if it may be written."""
         await self._read()
         if self._priorities is None or self.problems:
             raise OSError(next(iter(self.problems.values()), "not yet read"))
@@ -136,16 +136,16 @@ class ObjectiveStore(FileSource):
     async def _replace(self, priorities: dict[str, int]) -> None:
         if self._file is not None:
             self._stamp = await asyncio.to_thread(_write, self._file, priorities, self._pool)
-        self._tell(priorities)
+        self._publish(priorities)
 
-    def _tell(self, priorities: dict[str, int]) -> None:
+    def _publish(self, priorities: dict[str, int]) -> None:
         self._priorities = priorities
         if self._changed is not None:
             self._changed(priorities)
 
 
 def read_kept(file: Path, pool: str) -> tuple[dict[str, int], str]:
-    """Return the objectives of a pool that a file holds, and why it must not be written over.
+    """Return the objectives of a pool in a file, and why the file must not be overwritten, if so.
 
     Raises:
         ConfigError: it cannot be read, or an object in it.
@@ -159,21 +159,21 @@ def read_kept(file: Path, pool: str) -> tuple[dict[str, int], str]:
             objectives.append(objective)
         elif found is not None:
             problem = problem or (
-                f"{file}: must hold objectives of pool {pool!r} alone, as a change by the API "
-                f"writes all of it; it also holds {_named(found)}, so none is taken"
+                f"{file}: must hold only objectives of pool {pool!r}, because a change by the API "
+                f"writes the whole file; it also holds {_named(found)}, so changes are refused"
             )
     return dict(priorities_of(objectives)), problem
 
 
 def _named(found: Any) -> str:
-    """Return what to call an object in a message."""
+    """Return the name of an object for a message."""
     metadata = found.get("metadata")
     name = metadata.get("name") if isinstance(metadata, dict) else None
     return f"{found['kind']} {name!r}" if name else f"a {found['kind']}"
 
 
 class _FileStamp(NamedTuple):
-    """What differs once a file has been replaced or rewritten."""
+    """Identifies one version of a file."""
 
     inode: int
     modified_ns: int
@@ -181,7 +181,7 @@ class _FileStamp(NamedTuple):
 
 
 def _stamp(file: Path) -> _FileStamp | None:
-    """Return what tells a file from another at the same place; None if there is none."""
+    """Return the stamp of a file; None: it does not exist."""
     try:
         stat = file.stat()
     except OSError:

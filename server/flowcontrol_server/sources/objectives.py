@@ -1,4 +1,4 @@
-"""Pure. What an InferenceObjective says, and which counts where several say the same name."""
+"""Pure. Reads InferenceObjectives, and selects one where several declare the same name."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
@@ -9,14 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flowcontrol_server.config.settings import problems_of
 
 GROUPS = ("llm-d.ai/v1alpha2", "inference.networking.x-k8s.io/v1alpha2")
-"""The API groups read. Where both declare a name, the first counts."""
+"""The API groups that are read. If both declare a name, the first is used."""
 KIND = "InferenceObjective"
 LISTS = ("List", f"{KIND}List")
-"""Kinds that hold others, as `kubectl get -o yaml` prints them."""
+"""Kinds of lists, as `kubectl get -o yaml` prints them."""
 NAME_LENGTH_MAX = 253
-"""As long as Kubernetes lets a name be."""
+"""Longest name that Kubernetes permits."""
 OBJECTIVES_MAX = 10_000
-"""More than this many in one place are a mistake."""
+"""More in one place are an error."""
 PRIORITY_MAX = 2**31 - 1
 POOL_KIND = "InferencePool"
 _NEAR = 0.9
@@ -30,7 +30,7 @@ class Objective(NamedTuple):
     priority: int
     group: str
     unknown: tuple[str, ...] = ()
-    """Keys in its spec that say nothing to us: of a later version, or misspelt."""
+    """Unknown keys in its spec: of a later version, or misspelt."""
 
 
 Place = tuple[int | str, ...]
@@ -38,10 +38,10 @@ Place = tuple[int | str, ...]
 
 
 class MalformedObjectiveError(Exception):
-    """Something that should be an InferenceObjective is not; says what is wrong.
+    """An InferenceObjective is invalid.
 
     Args:
-        message: what is wrong.
+        message: the rule and the value that breaks it.
         place: where in the object.
     """
 
@@ -51,14 +51,14 @@ class MalformedObjectiveError(Exception):
 
 
 class _PoolRef(BaseModel):
-    """Its group is not looked at: older CRDs fill in llm-d.ai, which has no InferencePool."""
+    """The group is not read: older CRDs fill in llm-d.ai, which has no InferencePool."""
 
     name: str
     kind: str = POOL_KIND
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="allow")  # fields of later versions: passed over, but reported
+    model_config = ConfigDict(extra="allow")  # fields of later versions are ignored, but reported
 
     priority: int = Field(default=0, ge=-PRIORITY_MAX - 1, le=PRIORITY_MAX, strict=True)
     poolRef: _PoolRef  # noqa: N815 - the manifest's own spelling
@@ -74,7 +74,7 @@ class _Manifest(BaseModel):
 
 
 def objects_of(document: Any) -> Iterator[tuple[Place, Any]]:
-    """Yield the objects of a document, each with its place: itself, or the items of a list.
+    """Yield the objects of a document, each with its place: the document, or the items of a list.
 
     Raises:
         MalformedObjectiveError: it is a list without items.
@@ -87,17 +87,17 @@ def objects_of(document: Any) -> Iterator[tuple[Place, Any]]:
         message = f"items of a {document['kind']} must be a list, got {items!r:.120}"
         raise MalformedObjectiveError(message, ("items",))
     defaults = {}
-    if document["kind"] != LISTS[0]:  # a typed list may leave out what it says itself
+    if document["kind"] != LISTS[0]:  # items of a typed list may leave these out
         defaults = {"apiVersion": document.get("apiVersion"), "kind": KIND}
     for index, item in enumerate(items):
         yield ("items", index), {**defaults, **item} if isinstance(item, dict) else item
 
 
 def read_objective(document: Any, pool: str) -> Objective | None:
-    """Return the objective that a document declares; None if it is none of this pool's.
+    """Return the objective that a document declares; None: it declares none of this pool.
 
     Raises:
-        MalformedObjectiveError: it is an InferenceObjective, but not a right one.
+        MalformedObjectiveError: it is an InferenceObjective, but an invalid one.
     """
     if document is None:
         return None
@@ -143,7 +143,7 @@ def to_manifest(objective: Objective, pool: str) -> dict[str, Any]:
 
 
 def priorities_of(objectives: Iterable[Objective]) -> Mapping[str, int]:
-    """Return the priority of each name; of one name in both groups, the first group's."""
+    """Return the priority of each name; if both groups declare it, the first group's."""
     chosen: dict[str, Objective] = {}
     for objective in objectives:
         other = chosen.get(objective.name)

@@ -1,6 +1,6 @@
-"""Pure. ORCA load reports: what a model server says of its load in the headers of a response.
+"""Pure. ORCA load reports, which model servers put into the headers of their responses.
 
-One header in three formats, told apart by its first word, and two spelled-out names for the same:
+One header has three formats, told apart by its first word; two further headers name the format:
 
     endpoint-load-metrics: TEXT named_metrics.kv_cache_usage_perc=0.4, cpu_utilization=0.3
     endpoint-load-metrics: JSON {"named_metrics": {"kv_cache_usage_perc": 0.4}}
@@ -10,7 +10,7 @@ One header in three formats, told apart by its first word, and two spelled-out n
 
 vLLM sends TEXT or JSON, whichever the request asks for in a header of the same name, with the named
 metrics kv_cache_usage_perc and num_requests_waiting. In TEXT, vLLM writes name=value and Envoy
-name:value; both are read. A report is whole or nothing: half of a broken one could be half of it.
+name:value; both are read. A report that is invalid in part is ignored as a whole.
 """
 
 import base64
@@ -25,7 +25,7 @@ from flowcontrol_server.common.envoy_messages import OrcaLoadReport
 from flowcontrol_server.sources.engine_metrics import COUNT_MAX, EngineLoad
 
 HEADERS = ("endpoint-load-metrics", "endpoint-load-metrics-json", "endpoint-load-metrics-bin")
-"""Names of the response headers, in lower case; the first that is there counts."""
+"""Names of the response headers, in lower case; the first that is present is read."""
 LENGTH_MAX = 16_384
 """Characters of a report; a longer one is not read."""
 _WAITING = ("num_requests_waiting", "vllm:num_requests_waiting")
@@ -35,9 +35,9 @@ _PREFIX = "named_metrics."
 
 
 def read_report(headers: Mapping[str, str]) -> EngineLoad | None:
-    """Return the load reported among the headers of a response.
+    """Return the load reported in the headers of a response.
 
-    None: nothing is, or what cannot be read, or not how many requests wait.
+    None: there is no report, it cannot be read, or it lacks the number of waiting requests.
 
     Args:
         headers: names in lower case.

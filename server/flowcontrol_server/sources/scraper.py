@@ -1,13 +1,13 @@
-"""Scrapes the endpoints' metrics pages, each at its own jittered interval, within a total rate.
+"""Scrapes the endpoints' metrics pages, each at a jittered interval, within a total rate.
 
-A hung, huge or invalid page costs its endpoint the freshness of its load and nothing else: each
-attempt is bounded in time and bytes, none waits for another, and an invalid page is not reported.
+A page that hangs, is too large or invalid costs its endpoint only the freshness of its load: each
+scrape is bounded in time and bytes, none waits for another, and an invalid page is not reported.
 
-`health` gets the attempts that say something about the endpoint: a refused or unanswered
-connection is a miss, any answer is an answer. A fault on our own side (no file descriptor left, no
-route, a name that does not resolve) is neither: it would take down every endpoint at once.
+`health` gets the results that depend on the endpoint. A refused or unanswered connection is a miss;
+any answer proves that the endpoint is reachable. A fault on our own side (no file descriptor left,
+no route, a name that does not resolve) is neither, as it would take down every endpoint at once.
 
-At most one attempt for each endpoint is under way, and in all as many as begin within one timeout:
+At most one scrape of each endpoint is under way, and in total as many as begin within one timeout:
 `scrapesPerSecondMax` times `timeout`, 100 with the defaults, give or take the jitter.
 """
 
@@ -35,9 +35,9 @@ from flowcontrol_server.sources.engine_metrics import (
 from flowcontrol_server.sources.health import EndpointHealth
 
 PAGE_BYTES_MAX = 2 * 2**20
-"""A page of vLLM's has about 100 KiB; what is larger than this is no metrics page."""
+"""A page of vLLM has about 100 KiB; a larger response than this is no metrics page."""
 _LOOP_BYTES_MAX = 128 << 10
-"""A larger page is read by a thread: the worst one of 2 MiB takes 90 ms, this much 6 ms."""
+"""A larger page is parsed by a thread: the worst of 2 MiB takes 90 ms, one of this size 6 ms."""
 _TOKEN_LENGTHS = range(1, 4097)
 PROBLEM_LENGTH_MAX = 500
 _DENIED = frozenset((401, 403))
@@ -47,13 +47,13 @@ _log = structlog.get_logger()
 
 
 class ScrapeResult(Enum):
-    """Outcome of an attempt."""
+    """Result of a scrape."""
 
     OK = "ok"
     REFUSED = "refused"
     """Nothing listens there, or the host does not answer."""
     CERTIFICATE = "certificate"
-    """The TLS handshake failed: the certificate is not trusted or has expired, or it is no TLS."""
+    """The TLS handshake failed: the certificate is untrusted or has expired, or there is no TLS."""
     UNRESOLVED = "unresolved"
     """The host name could not be resolved."""
     LOCAL = "local"
@@ -63,7 +63,7 @@ class ScrapeResult(Enum):
     """An HTTP status other than 200."""
     TOO_LARGE = "too-large"
     NO_LOAD = "no-load"
-    """The page has no metric of a queue."""
+    """The page has no queue metric."""
     BROKEN = "broken"
     """The connection closed in the middle of the response, or it is not HTTP."""
 
@@ -71,7 +71,7 @@ class ScrapeResult(Enum):
 _MISSES = frozenset((ScrapeResult.REFUSED,))
 """Count against the endpoint."""
 _OWN_FAULTS = frozenset((ScrapeResult.UNRESOLVED, ScrapeResult.LOCAL))
-"""Say nothing about the endpoint."""
+"""Independent of the endpoint."""
 _PEER_ERRNOS = frozenset(
     (errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT)
 )
@@ -80,19 +80,19 @@ _PEER_ERRNOS = frozenset(
 
 @final
 class Seen(NamedTuple):
-    """What is known of one endpoint."""
+    """State of one endpoint."""
 
-    heard_s: float | None
-    """When it last reported its load, on the monotonic clock."""
+    reported_s: float | None
+    """When its load was last scraped, on the monotonic clock."""
     load: EngineLoad | None
     result: ScrapeResult | None
-    """Of the last attempt."""
+    """Result of the last scrape."""
     problem: str = ""
-    """What is wrong with the last attempt, with its URL; empty if nothing is."""
+    """Problem of the last scrape, with its URL; empty: none."""
 
 
 class _Attempt(NamedTuple):
-    """What one attempt came to."""
+    """Result of one scrape."""
 
     result: ScrapeResult
     problem: str = ""
@@ -104,12 +104,12 @@ _NEVER = Seen(None, None, None)
 
 @final
 class Scraper:
-    """Asks for metrics pages, over and over. Owner: the loop.
+    """Scrapes metrics pages repeatedly. Owner: the loop.
 
     Args:
-        settings: where, how often, and how long to wait.
+        settings: of the scrapes.
         observed: called with each load.
-        health: gets whether the endpoint accepts connections.
+        health: gets the endpoints that accept or refuse connections.
         responses_are_reported: whether `served` is called for each response.
     """
 
@@ -122,14 +122,14 @@ class Scraper:
         responses_are_reported: bool = False,
     ) -> None:
         self.results: Counter[ScrapeResult] = Counter()
-        """What became of all attempts."""
+        """All scrapes, by result."""
         self._settings = settings
         self._observed = observed
         self._health = health
         self._engine = Engine(settings.engine) if settings.engine in _ENGINES else None
         self._responses_are_reported = responses_are_reported
         self._served: set[str] = set()
-        """Endpoints that have given a response, or reported their load, since they came up."""
+        """Endpoints that have given a response, or reported a load, since they came up."""
         self._token_file = settings.token_file
         self._has_pages = settings.engine != "ollama"
         self._chance = random.Random()  # noqa: S311 - spreads requests, keeps no secret
@@ -137,15 +137,15 @@ class Scraper:
         self._seen: dict[str, Seen] = {}
         self._session: aiohttp.ClientSession | None = None
         self.all_attempted = asyncio.Event()
-        """Set when each endpoint has been asked at least once."""
+        """Set when each endpoint has been scraped at least once."""
 
     @property
     def seen(self) -> Mapping[str, Seen]:
-        """What is known of each endpoint asked."""
+        """State of each scraped endpoint."""
         return self._seen
 
     def ask(self, addresses: Iterable[str]) -> None:
-        """Replace the endpoints asked; must run on the loop."""
+        """Replace the scraped endpoints; must run on the loop."""
         wanted = set(addresses)
         for gone in self._tasks.keys() - wanted:
             self._tasks.pop(gone).cancel()
@@ -156,7 +156,7 @@ class Scraper:
             self._tasks[address] = asyncio.create_task(self._follow(address))
 
     def served(self, address: str) -> None:
-        """Note that an endpoint has given a response: from now on its page must have a load."""
+        """Record that an endpoint has given a response; from now on its page must have a load."""
         if address in self._tasks:
             self._served.add(address)
 
@@ -170,20 +170,20 @@ class Scraper:
 
     @property
     def interval_s(self) -> float:
-        """Between two attempts at one endpoint: as set, or longer to keep the bound on all."""
+        """Time between two scrapes of an endpoint: as set, or longer to keep to the total rate."""
         shortest_s = len(self._tasks) / self._settings.scrapes_per_second_max
         return max(self._settings.interval / 1e9, shortest_s)
 
     async def renew(self) -> None:
-        """Ask each endpoint now, out of turn; return when every attempt has ended.
+        """Scrape the endpoints now, out of turn; return when every scrape has ended.
 
-        As many as may be asked in a second; the others are asked in their turn.
+        These are as many as may be scraped in a second; the others are scraped in their turn.
         """
         asked = sorted(self._tasks)[: self._settings.scrapes_per_second_max]
         await asyncio.gather(*(self._ask_once(address) for address in asked))
 
     async def _follow(self, address: str) -> None:
-        await asyncio.sleep(self._chance.random() * self.interval_s)  # not all on one beat
+        await asyncio.sleep(self._chance.random() * self.interval_s)  # spreads the endpoints
         while True:
             begun_s = time.monotonic()
             await self._ask_once(address)
@@ -210,10 +210,10 @@ class Scraper:
         except aiohttp.ConnectionTimeoutError:
             return _Attempt(ScrapeResult.REFUSED, "the connection timed out")
         except TimeoutError:
-            return _Attempt(ScrapeResult.TIMEOUT, "no whole response in time")
+            return _Attempt(ScrapeResult.TIMEOUT, "no complete response in time")
         except (aiohttp.ClientError, ValueError) as error:
             return _Attempt(ScrapeResult.BROKEN, str(error) or type(error).__name__)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the endpoint is asked again
+        except Exception as error:  # noqa: BLE001 - the endpoint is scraped again
             return _Attempt(ScrapeResult.LOCAL, f"a fault on our side: {error!r}")
 
     async def _read(self, address: str, url: str) -> _Attempt:
@@ -252,7 +252,7 @@ class Scraper:
                 hint = ""
                 if response.status in _DENIED:
                     sent = "load.tokenFile is sent" if self._token_file else "set load.tokenFile"
-                    hint = f", the page wants a token ({sent})"
+                    hint = f", the page needs a token ({sent})"
                 return _Attempt(ScrapeResult.STATUS, f"HTTP status {response.status}{hint}"), b""
             page = bytearray()
             async for chunk in response.content.iter_any():
@@ -267,9 +267,9 @@ class Scraper:
         result, problem, load = attempt
         self.results[result] += 1
         is_ok = result is ScrapeResult.OK
-        heard_s = now_s if is_ok else before.heard_s
-        said = "" if is_ok else f"{url}: {problem}"[:PROBLEM_LENGTH_MAX]
-        self._seen[address] = Seen(heard_s, load or before.load, result, said)
+        reported_s = now_s if is_ok else before.reported_s
+        text = "" if is_ok else f"{url}: {problem}"[:PROBLEM_LENGTH_MAX]
+        self._seen[address] = Seen(reported_s, load or before.load, result, text)
         if before.result is None and all(each.result for each in self._seen.values()):
             self.all_attempted.set()
         if is_ok and before.problem:
@@ -283,8 +283,8 @@ class Scraper:
                 problem=problem,
             )
         if result in _MISSES:
-            self._served.discard(address)  # what listens there next may be another process
-        if self._settings.port is None:  # elsewhere a page says nothing of the server's own port
+            self._served.discard(address)  # the next process there may be another
+        if self._settings.port is None:  # another port proves nothing about the server's own
             if result in _MISSES:
                 self._health.missed(address, now_s)
             elif result not in _OWN_FAULTS:
@@ -296,7 +296,7 @@ class Scraper:
         if self._session is None:
             timeout_s = self._settings.timeout / 1e9
             self._session = aiohttp.ClientSession(
-                # No limit of its own: those behind endpoints that hang would be scraped late.
+                # No limit here: endpoints that hang would delay the others.
                 connector=aiohttp.TCPConnector(limit=0, limit_per_host=1),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=timeout_s * 0.9),
@@ -308,7 +308,7 @@ class Scraper:
 
 
 def _connect_result(error: aiohttp.ClientConnectorError) -> ScrapeResult:
-    """Tell whose fault it is that no connection was made."""
+    """Return the result of a failed connection, by its cause."""
     if isinstance(error, aiohttp.ClientSSLError):
         return ScrapeResult.CERTIFICATE
     if isinstance(error, aiohttp.ClientConnectorDNSError):

@@ -104,8 +104,8 @@ def _load(feed: FeedSnapshot, now_s: float) -> Iterator[Metric]:
         labels=["endpoint"],
     )
     for address, seen in sorted(feed.seen.items()):
-        if seen.load is not None and seen.heard_s is not None:
-            age.add_metric([address], now_s - seen.heard_s)
+        if seen.load is not None and seen.reported_s is not None:
+            age.add_metric([address], now_s - seen.reported_s)
             waiting.add_metric([address], seen.load.waiting)
             if seen.load.kv_usage is not None:
                 usage.add_metric([address], seen.load.kv_usage)

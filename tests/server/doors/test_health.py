@@ -3,9 +3,9 @@
 import pytest
 
 from flowcontrol_server.sources.health import (
+    EJECTED_FIRST_S,
+    EJECTED_LONGEST_S,
     FAILURES_MAX,
-    REST_FIRST_S,
-    REST_LONGEST_S,
     EndpointHealth,
 )
 
@@ -106,9 +106,9 @@ class TestFailing:
         fail(health, A, 0, FAILURES_MAX - 1)
         assert changes == []
         fail(health, A, 0, 1)
-        health.advance(REST_FIRST_S - 0.1)
+        health.advance(EJECTED_FIRST_S - 0.1)
         assert changes == [(A, False)]
-        health.advance(REST_FIRST_S)
+        health.advance(EJECTED_FIRST_S)
 
         assert changes == [(A, False), (A, True)]
 
@@ -119,12 +119,12 @@ class TestFailing:
         fail(health, A, 0)
         fail(health, B, 3)
         times.append(health.next_s)
-        health.advance(REST_FIRST_S)
+        health.advance(EJECTED_FIRST_S)
         times.append(health.next_s)
         health.watch([A, C])
         times.append(health.next_s)
 
-        assert times == [None, REST_FIRST_S, 3 + REST_FIRST_S, None]
+        assert times == [None, EJECTED_FIRST_S, 3 + EJECTED_FIRST_S, None]
 
     def test_a_success_in_between(self, health: EndpointHealth, changes: Changes) -> None:
         """Failures must come in a row."""
@@ -147,7 +147,7 @@ class TestFailing:
             changes.clear()
             fail(health, A, now_s, 1)
 
-        assert rest_s == REST_LONGEST_S
+        assert rest_s == EJECTED_LONGEST_S
 
     def test_success_ends_probation(self, health: EndpointHealth, changes: Changes) -> None:
         """One success, and it takes five failures again."""

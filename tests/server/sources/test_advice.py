@@ -75,7 +75,7 @@ class TestAdvice:
             ("a: 1", "{file}:1: must be a mapping with apiVersion and kind"),
             (
                 "{kind: Service, metadata: {name: x}}",
-                "{file}: must hold objectives of pool 'llama'",
+                "{file}: must hold only objectives of pool 'llama'",
             ),
         ],
     )

@@ -13,7 +13,7 @@ from flowcontrol.events import Endpoint
 from flowcontrol_server.common.yamlfile import FILE_BYTES_MAX
 from flowcontrol_server.sources.endpoint_file import (
     ENDPOINTS_MAX,
-    TOLD_MAX,
+    SHOWN_MAX,
     EndpointFile,
     Listed,
     read_endpoints,
@@ -87,7 +87,7 @@ class TestRead:
         """A key that says nothing to us is told, as it may be misspelt; the endpoint counts."""
         path.write_text("- {address: 10.0.0.5, port: 8000, rol: prefill}\n- 10.0.0.6:8000")
 
-        oddity = f"{path}: [0] counts without rol, which is not known"
+        oddity = f"{path}: [0] rol is not a known key and is ignored"
         assert read_endpoints(path) == ((A, B), (oddity,))
 
     @pytest.mark.parametrize(
@@ -106,7 +106,10 @@ class TestRead:
                 "- {address: '10.0.0.5:1', role: encode}",
                 "[0] role must be one of both, prefill, decode, got",
             ),
-            ("[10.0.0.5:1, 10.0.0.6:1, 10.0.0.5:1]", "[2] must not come again, got 10.0.0.5:1"),
+            (
+                "[10.0.0.5:1, 10.0.0.6:1, 10.0.0.5:1]",
+                "[2] must not repeat an endpoint, got 10.0.0.5:1",
+            ),
             (
                 "[" + "1, " * (ENDPOINTS_MAX + 1) + "]",
                 f"must list at most {ENDPOINTS_MAX} endpoints",
@@ -195,7 +198,7 @@ class TestFollow:
         source = EndpointFile(path)
         async with following(source, told):
             await told.until_equal((A,))
-            problem = f"{path}: [0] counts without rol, which is not known"
+            problem = f"{path}: [0] rol is not a known key and is ignored"
             assert source.problems == {path.name: problem}
             replace(path, f"- {{address: 10.0.0.5, port: 8000, rol: prefill}}\n- {B.address}")
             await told.until_equal((A, B))
@@ -203,11 +206,11 @@ class TestFollow:
             replace(path, f"- {B.address}")
             await told.until_equal((B,))
             assert source.problems == {}
-            replace(path, "[" + "a, " * (TOLD_MAX + 2) + "]")
+            replace(path, "[" + "a, " * (SHOWN_MAX + 2) + "]")
             await eventually(lambda: source.problems)
 
             lines = source.problems[path.name].splitlines()
-            assert (len(lines), lines[-1]) == (TOLD_MAX + 1, "and 2 more")
+            assert (len(lines), lines[-1]) == (SHOWN_MAX + 1, "and 2 more")
 
     async def test_mistakes_change_nothing(self, path: Path) -> None:
         """A bad file, or none, leaves what was last good in force; said once until it changes."""

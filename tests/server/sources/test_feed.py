@@ -386,7 +386,7 @@ class TestDown:
 
         Where the engine picks, no request goes to it meanwhile, whose outcome could be told.
         """
-        monkeypatch.setattr(health, "REST_FIRST_S", 0.02)
+        monkeypatch.setattr(health, "EJECTED_FIRST_S", 0.02)
         four = [f"127.0.0.1:800{index}" for index in range(4)]
         async with feeding(settings(endpoints={"static": four})) as (feed, told):
             assert feed.scraper is None

@@ -175,7 +175,7 @@ class TestRead:
         assert folder.error_count == 1
 
 
-KIND_RULE = "kind must be InferenceObjective, or another in full, got"
+KIND_RULE = "kind must be InferenceObjective or the full name of another kind, got"
 BAD = {
     "no mapping": ("- a\n", "1: must be a mapping with apiVersion and kind"),
     "text": ("chat\n", "1: must be a mapping with apiVersion and kind"),
@@ -335,8 +335,8 @@ class TestMistakes:
         path.write_text(CHAT + f"---\napiVersion: {NEW}\nkind: Infer")
         assert folder.read() == {"chat": 10, "batch": 2}
         assert folder.problems == {
-            "all.yaml": f"{path}:11: document 2: kind must be InferenceObjective, or another in "
-            "full, got 'Infer'"
+            "all.yaml": f"{path}:11: document 2: kind must be InferenceObjective or the full "
+            "name of another kind, got 'Infer'"
         }
         path.write_text(CHAT)
 

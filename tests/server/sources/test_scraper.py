@@ -213,7 +213,7 @@ class TestBadPages:
             await eventually(lambda: scraper.results[result] >= 3 and len(told.news) >= 3)
 
             assert {fact.address for fact in told.news} == {good}
-            assert scraper.seen[bad].heard_s is None
+            assert scraper.seen[bad].reported_s is None
             assert scraper.seen[bad].result is result
             assert changes == [], "somebody listens there"
             if result is ScrapeResult.TIMEOUT:
@@ -246,15 +246,15 @@ class TestBadPages:
                 await eventually(lambda: scraper.results[ScrapeResult.STATUS] >= 3)
                 is_well = True
                 await told.until(lambda fact: fact.waiting == 3)
-                heard_s = scraper.seen[address].heard_s
+                reported_s = scraper.seen[address].reported_s
                 is_well = False
                 count = scraper.results[ScrapeResult.STATUS]
                 await eventually(lambda: scraper.results[ScrapeResult.STATUS] > count)
 
                 seen = scraper.seen[address]
-                assert heard_s is not None
-                assert seen.heard_s is not None
-                assert heard_s <= seen.heard_s < time.monotonic()
+                assert reported_s is not None
+                assert seen.reported_s is not None
+                assert reported_s <= seen.reported_s < time.monotonic()
                 assert seen.load is not None, "what it last said is still known, and how old it is"
         failed = {
             "event": "endpoint_scrape_failed",
@@ -373,7 +373,7 @@ class TestToken:
                 path.write_text("wrong")
                 await eventually(lambda: scraper.results[ScrapeResult.STATUS] >= 3)
                 problem = f"http://{address}/metrics: HTTP status 401, "
-                problem += "the page wants a token (load.tokenFile is sent)"
+                problem += "the page needs a token (load.tokenFile is sent)"
                 assert scraper.seen[address].problem == problem
                 path.unlink()
                 await eventually(lambda: scraper.results[ScrapeResult.LOCAL] >= 3)
