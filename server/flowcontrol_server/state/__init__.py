@@ -1,1 +1,1 @@
-"""What is in flight, kept outside the process, and which of several replicas decides."""
+"""Requests in flight, stored outside the process, and the election among replicas."""

@@ -1,8 +1,8 @@
-"""The lease book: what is in flight, written behind to a store. Owner: the loop.
+"""The lease book: requests in flight, written behind to a store. Owner: the loop.
 
-Dispatches and departures are noted at once and written in batches by one task. A store that is
-slow, full or gone delays no request: notes wait in memory, at most one for each live request and
-one for each record to be removed. After a failed write the next one replaces all the store holds.
+Dispatches and ends are noted at once and written in batches by one task. A store that is slow, full
+or unreachable delays no request: notes wait in memory, at most one for each request in flight and
+one for each record to be removed. After a failed write, the next one replaces the whole store.
 """
 
 import asyncio
@@ -18,20 +18,20 @@ from flowcontrol_server.sources.backoff import Backoff
 from flowcontrol_server.state.store import Batch, FencedError, LeaseRecord, StateError, Store
 
 MEMORY_INTERVAL_S = 10.0
-"""How often what the engine has learnt is written."""
+"""Time between two writes of what the engine has learnt."""
 _RETRY_FIRST_S, _RETRY_LONGEST_S = 0.1, 2.0
 _log = structlog.get_logger()
 
 
 class BookCounts(NamedTuple):
-    """How the store keeps up."""
+    """State of the store and of its writes."""
 
     live: int
     """Leases the store should hold."""
     unwritten: int
-    """Changes that are not written."""
+    """Changes not yet written."""
     lag_s: float
-    """For how long the oldest of them has been unwritten; 0 where none is."""
+    """Age of the oldest of them; 0: none."""
     is_up: bool
     writes: int
     records_written: int
@@ -43,10 +43,11 @@ class LeaseBook:
     """Keeps a store up to date.
 
     Args:
-        store: where leases are kept.
+        store: keeps the leases.
         write_within_s: the longest time from a note to its write while the store keeps up.
-        age_max_s: records that are older are of no more use.
-        recovered: gets what was in flight and what the engine had learnt, when the store is open.
+        age_max_s: older records are dropped.
+        recovered: gets the requests that were in flight, and what the engine had learnt, when the
+            store is open.
         memory: returns what the engine has learnt, as JSON; None: nothing to write.
         wall_clock: seconds since 1970.
     """
@@ -67,17 +68,17 @@ class LeaseBook:
         self._failures = 0
         self._records_written = 0
         self.problem: str | None = None
-        """Why the store is behind; None while it is not."""
+        """Why the store is behind; None: it is not."""
         self._store = store
         self._recovered = recovered
         self._memory = memory
         self._wall_clock = wall_clock
         self._live: dict[str, LeaseRecord] = {}
-        """What the store should hold."""
+        """Leases that the store should hold."""
         self._put: dict[str, LeaseRecord] = {}
-        """Noted and not written."""
+        """Leases that are noted and not written."""
         self._removed: set[str] = set()
-        """Written, and to be removed."""
+        """Tickets of leases that are written and to be removed."""
         self._is_whole_wanted = False
         self._is_frozen = False
         self._behind_since_s: float | None = None
@@ -86,7 +87,7 @@ class LeaseBook:
         self._turn = asyncio.Lock()
 
     def counts(self) -> BookCounts:
-        """Return how the store keeps up."""
+        """Return the state of the store and of its writes."""
         since_s = self._behind_since_s
         return BookCounts(
             len(self._live),
@@ -99,7 +100,7 @@ class LeaseBook:
         )
 
     async def _open(self, token: int) -> None:
-        """Take the store; what is noted already is added to what it holds."""
+        """Take over the store; add the leases that are noted already to its own."""
         async with self._turn:
             contents = await self._store.open(token)
             now_s = self._wall_clock()
@@ -122,13 +123,13 @@ class LeaseBook:
         self._recovered(leases, contents.memory)
 
     def dispatched(self, record: LeaseRecord) -> None:
-        """Note a request that is in flight from now on."""
+        """Note a request that has been dispatched."""
         if not self._is_frozen:
             self._live[record.ticket] = self._put[record.ticket] = record
             self._note()
 
     def ended(self, ticket: str) -> LeaseRecord | None:
-        """Note that a request has ended; return its record if it was known."""
+        """Note that a request has ended; return its record; None: unknown."""
         record = None if self._is_frozen else self._live.pop(ticket, None)
         if record is not None:
             if self._put.pop(ticket, None) is None:
@@ -137,7 +138,7 @@ class LeaseBook:
         return record
 
     def freeze(self) -> None:
-        """Note nothing any more: streams end now, and the requests of them go on."""
+        """Stop taking notes: streams end now, but their requests go on."""
         self._is_frozen = True
 
     def _note(self) -> None:
@@ -146,11 +147,11 @@ class LeaseBook:
         self._noted.set()
 
     async def run(self, token: int, attempted: Callable[[], None]) -> None:
-        """Open the store and write what is noted, until cancelled; begins with an empty book.
+        """Open the store and write the notes, until cancelled; starts with an empty book.
 
         Args:
-            token: grows with every leader; a store refuses writes of those before.
-            attempted: called when the store is open, or cannot be had for now.
+            token: grows with every leader; a store refuses writes of earlier leaders.
+            attempted: called when the store is open, or the first attempt to open it has failed.
         """
         self._live.clear()
         self._put.clear()
@@ -160,7 +161,7 @@ class LeaseBook:
         while True:
             try:
                 await self._open(token)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+            except Exception as error:  # noqa: BLE001 - after any error it is tried again
                 self._failed(error, None)
                 attempted()
                 await asyncio.sleep(backoff.next_s())
@@ -179,7 +180,7 @@ class LeaseBook:
                 await asyncio.sleep(backoff.next_s())
 
     async def write(self) -> bool:
-        """Write once what is noted now; whether that went well."""
+        """Write the current notes once; return whether that succeeded."""
         async with self._turn:
             batch = await self._batch()
             if not batch:
@@ -187,7 +188,7 @@ class LeaseBook:
             noted_s, self._behind_since_s = self._behind_since_s, None
             try:
                 await self._store.write(batch)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the writer goes on
+            except Exception as error:  # noqa: BLE001 - after any error the writer goes on
                 self._failed(error, noted_s)
                 return False
             except asyncio.CancelledError:
@@ -220,10 +221,10 @@ class LeaseBook:
         return batch
 
     async def _learnt(self) -> str | None:
-        """Return what the engine has learnt; leases are written without it where that fails."""
+        """Return what the engine has learnt; None: unavailable, leases are written without it."""
         try:
             return await self._memory()
-        except Exception as error:  # noqa: BLE001 - whatever it is, leases matter more
+        except Exception as error:  # noqa: BLE001 - leases matter more
             _log.error("learnt_state_not_written", exc_info=error)
             return None
 
@@ -247,7 +248,7 @@ class LeaseBook:
         self.problem = problem
 
     async def close(self, within_s: float) -> None:
-        """Write what is noted, if that can be done in time, and close the store."""
+        """Write the notes, if there is time, and close the store."""
         try:
             async with asyncio.timeout(within_s):
                 if not self._is_frozen:
@@ -256,5 +257,5 @@ class LeaseBook:
                     self.freeze()
                 await self.write()
                 await self._store.close()
-        except Exception as error:  # noqa: BLE001 - the lease is released all the same
+        except Exception as error:  # noqa: BLE001 - the lease is released in any case
             _log.error("state_store_not_closed", problem=str(error) or "no answer in time")

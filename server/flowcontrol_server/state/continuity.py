@@ -1,8 +1,8 @@
-"""What outlives this process, and whether it may decide now. Owner: the loop.
+"""State that outlives this process, and whether it may decide now. Owner: the loop.
 
 Without an election this process decides from its start to its end. With one it decides while it is
-the leader: from the moment it has recovered what was in flight to the moment its lease may have
-passed to another.
+the leader: from the moment at which it has recovered the requests in flight, to the moment at which
+its lease may have passed to another replica.
 """
 
 import asyncio
@@ -36,31 +36,31 @@ from flowcontrol_server.state.valkey_lock import ValkeyLock
 from flowcontrol_server.state.valkey_store import ValkeyStore
 
 COUNT_RUNNING_WITHIN_NS: Final = 10_000_000_000
-"""How long after the start the first report of an endpoint tells what is in flight there."""
+"""Time after the start in which the first report of an endpoint counts its requests in flight."""
 CLOSE_WITHIN_S: Final = 0.5
-"""Longest time that writing the last batch may take at the end."""
+"""Longest time for the last write at the end."""
 HAND_OVER_WITHIN_S: Final = 1.0
-"""Longest time for another replica to take over; then there is none."""
+"""Longest wait for another replica to take over; after it, none is assumed."""
 IDENTITY: Final = f"{socket.gethostname()}_{TICKETS.instance}"
-"""Names this process among the replicas."""
+"""Identifies this process among the replicas."""
 BYTES_PER_TOKEN: Final = 4
 OUTPUT_TOKENS: Final = 128
-"""Expected of an answer of unknown length."""
+"""Expected length of an answer of unknown length."""
 _log = structlog.get_logger()
 
 
 @final
 class Continuity:
-    """Records what is in flight, recovers it, and takes part in the election.
+    """Records the requests in flight, recovers them, and takes part in the election.
 
     Args:
         settings: of the service.
-        post: tells the engine a fact.
+        post: takes facts for the engine.
         memory: returns what the engine has learnt, as JSON.
-        remembered: told what it had learnt before.
-        is_live: says of a request of this process whether its stream is open.
-        turned: called when this process begins to decide, and when it must no longer.
-        renew_loads: has every endpoint asked what it works on.
+        remembered: gets what an earlier process had learnt.
+        is_live: returns whether the stream of a request of this process is open.
+        turned: called when this process begins to decide, and when it must stop.
+        renew_loads: scrapes the endpoints.
     """
 
     def __init__(  # noqa: PLR0913 - each is one wire of the shell
@@ -87,7 +87,7 @@ class Continuity:
             self._client = ValkeyClient(settings.state.valkey, settings.pool)
         self.election = self._election_of(settings)
         self._recover_within_s: float | None = None
-        """Longest wait for the store, part of a lease; what it holds is counted when it comes."""
+        """Longest wait for the store, part of a lease; its records are counted once they come."""
         if self.election is not None:
             self._recover_within_s = settings.availability.lease_duration / 1e9 / RENEWALS
         store = self._store_of(settings)
@@ -113,23 +113,23 @@ class Continuity:
             case "off":
                 return None
             case "valkey":
-                assert self._client is not None, "settings say so"
+                assert self._client is not None, "the settings require it"
                 lock = ValkeyLock(self._client, IDENTITY, round(duration_s * 1000))
             case "kubernetes":
                 lock = KubeLock(settings.kubernetes, settings.pool, IDENTITY, duration_s)
         return Election(lock, duration_s, self._elected, self._deposed)
 
     async def begin(self) -> None:
-        """Begin to decide, or to take part in the election."""
+        """Start to decide, or to take part in the election."""
         if self.election is None:
             await self._elected(time.time_ns() // 1_000)
         else:
             self.election.begin()
 
     async def _elected(self, token: int) -> None:
-        """Recover what is in flight; decide when it is known, or the store has failed once.
+        """Recover the requests in flight; decide once they are known or the store has failed once.
 
-        With an election all of it takes a renewal of the lease at most.
+        With an election this takes no longer than the time between two renewals of the lease.
         """
         deadline_s = asyncio.get_running_loop().time() + (self._recover_within_s or 0.0)
         if self.book is None:
@@ -154,10 +154,10 @@ class Continuity:
         await self._turned()
 
     async def _count_running(self, deadline_s: float) -> None:
-        """Have counted what runs at the endpoints and is in no record.
+        """Scrape the endpoints, to count requests there that are in no record.
 
-        A leader that could not reach the store has dispatched until its lease ended. All of that is
-        at the endpoints by now, and nothing of ours is yet.
+        A leader that could not reach the store dispatched requests until its lease ended. All of
+        them are at the endpoints by now, and none of this process is yet.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline_s):
@@ -170,9 +170,9 @@ class Continuity:
         await self._end_writing()
 
     async def hand_over(self) -> bool:
-        """Let another replica decide; whether one does. Without an election none can.
+        """Let another replica decide; return whether one does. Without an election none can.
 
-        What waits is not decided meanwhile. Where no other replica takes over in time, this
+        Waiting requests are not decided meanwhile. If no other replica takes over in time, this
         one decides again.
         """
         if self.election is None:
@@ -187,35 +187,35 @@ class Continuity:
         return False
 
     def may_decide(self) -> bool:
-        """Whether this process decides now."""
+        """Return whether this process decides now."""
         return self._is_deciding and (self.election is None or self.election.is_leader())
 
     def counts(self) -> BookCounts | None:
-        """Return how the store keeps up; None without one."""
+        """Return the state of the store; None: there is none."""
         return None if self.book is None else self.book.counts()
 
     def election_counts(self) -> ElectionCounts | None:
-        """Return how the election goes; None without one."""
+        """Return the state of the election; None: there is none."""
         return None if self.election is None else self.election.counts()
 
     def role(self) -> str:
-        """Return what this process is in the election, in words; empty without one."""
+        """Return the role of this process in the election, in words; empty: no election."""
         return "" if self.election is None else self.election.role()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Yield what keeps this process from its store or from the lease."""
+        """Yield the current problems with the store and the lease."""
         if self.book is not None and self.book.problem is not None:
             yield "state", self.book.problem
         if self.election is not None and self.election.problem is not None:
             yield "availability", self.election.problem
 
     def freeze(self) -> None:
-        """Record nothing any more: streams end now, and their requests go on."""
+        """Stop recording: streams end now, but their requests go on."""
         if self.book is not None:
             self.book.freeze()
 
     async def end(self) -> None:
-        """Write what is noted, close the store, and release the lease."""
+        """Write the notes, close the store, and release the lease."""
         await self._end_writing()
         if self.election is not None:
             await self.election.resign()
@@ -227,14 +227,14 @@ class Continuity:
         if self._writing is not None:
             self._writing.cancel()
             _, unended = await asyncio.wait((self._writing,), timeout=CLOSE_WITHIN_S)
-            if unended:  # a library has lost the cancellation: the lease is released all the same
+            if unended:  # a library has lost the cancellation; the lease is released in any case
                 _log.error("state_writer_not_ended")
             self._writing = None
         if self.book is not None:
             await self.book.close(CLOSE_WITHIN_S)
 
     def dispatched(self, parked: Parked, decision: Decision) -> None:
-        """Record a request that is in flight from now on."""
+        """Record a request that has been dispatched."""
         if self.book is not None:
             request = parked.request
             prompt = request.input_tokens or request.byte_size / BYTES_PER_TOKEN
@@ -255,10 +255,10 @@ class Continuity:
             self.book.ended(TICKETS.issue(request_id).decode())
 
     def recovered_ended(self, ticket: str) -> Claim | None:
-        """Record that a request of another process has ended; what its report can say at most.
+        """Record that a request of another process has ended; return the bounds of its report.
 
-        The ticket is that of a record, code included: it cannot have been guessed, and no key of
-        the other process is needed to read it. None where no record has it.
+        None: no record has the ticket. A record includes the code of the ticket, so it cannot have
+        been guessed, and no key of the other process is needed to check it.
         """
         record = None if self.book is None else self.book.ended(ticket)
         if record is None:
@@ -279,6 +279,6 @@ class Continuity:
             self._remembered(memory)
 
     def _is_own(self, ticket: str) -> bool:
-        """Whether the engine knows a request already: this process leads a second time."""
+        """Return whether the engine has the request, as this process leads a second time."""
         request_id = TICKETS.read(ticket)
         return isinstance(request_id, int) and self._is_live(request_id)

@@ -1,10 +1,10 @@
-"""Which of several replicas decides: the one that holds a lease that expires. Owner: the loop.
+"""Election: of several replicas, the holder of an expiring lease decides. Owner: the loop.
 
-A leader renews four times within the duration of the lease. It counts its own lease from before it
-asked for it and as a quarter shorter than it is, so it has stopped before the lease can pass to
-another, as long as clocks run at the same speed within a quarter. Whether it leads is asked before
-every answer, on a clock that goes on while the process is stopped or the machine is suspended: one
-that wakes too late decides nothing more.
+A leader renews four times within the duration of the lease. It counts its own lease from before the
+request for it, and as a quarter shorter. So it has stopped before the lease can pass to another
+replica, provided that clocks run at the same speed within a quarter. Before every answer it checks
+whether it still leads, on a clock that goes on while the process is stopped or the machine is
+suspended: a leader that wakes too late decides nothing more.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from flowcontrol_server.common.background import in_background
 from flowcontrol_server.state.store import StateError
 
 RENEWALS: Final = 4
-"""Within the duration of a lease."""
+"""Renewals within the duration of a lease."""
 MARGIN: Final = 0.25
 """Part of the duration by which a leader stops early."""
 RELEASE_WITHIN_S: Final = 1.0
 HELD_AGAIN_S: Final = 0.02
-"""How often a replica that hands over looks for the next leader."""
+"""Time between two checks of a replica that hands over for the next leader."""
 _log = structlog.get_logger()
 
 
@@ -31,33 +31,33 @@ class Lock(Protocol):
     """A lease that one process holds at a time. Every method may raise StateError."""
 
     retry_s: float
-    """How often a standby asks for the lease."""
+    """Time between two requests of a standby for the lease."""
 
     async def acquire(self) -> int | None:
-        """Take or renew the lease; return its fencing token, None while another holds it.
+        """Take or renew the lease; return its fencing token; None: another process holds it.
 
-        The token is greater than that of every holder before, and stays while the lease is held.
+        The token is greater than that of every earlier holder, and stays while the lease is held.
         """
 
     async def release(self) -> None:
         """Release the lease, if it is held by this process."""
 
     async def is_held_by_another(self) -> bool:
-        """Whether another process holds the lease."""
+        """Return whether another process holds the lease."""
 
     async def close(self) -> None:
         """Close the connections."""
 
 
 class ElectionCounts(NamedTuple):
-    """How taking part goes."""
+    """State of the election, from this process."""
 
     is_up: bool
-    """Whether the lease could be asked for."""
+    """Whether the last request for the lease was answered."""
     failures: int
-    """How often it could not."""
+    """Failed requests for the lease."""
     elections: int
-    """How often this process became the leader."""
+    """Times that this process became the leader."""
 
 
 def clock_s() -> float:
@@ -67,13 +67,13 @@ def clock_s() -> float:
 
 @final
 class Election:
-    """Takes part for one process.
+    """Takes part in the election for one process.
 
     Args:
-        lock: what the replicas compete for.
+        lock: the lease that the replicas compete for.
         duration_s: of the lease.
         elected: called with the token when this process becomes the leader.
-        deposed: called when it is the leader no more.
+        deposed: called when it is no longer the leader.
         clock: as `clock_s`.
     """
 
@@ -87,10 +87,10 @@ class Election:
         clock: Callable[[], float] = clock_s,
     ) -> None:
         self.problem: str | None = None
-        """Why the lease could not be asked for; None when it could."""
+        """Why the last request for the lease failed; None: it was answered."""
         self.failures = 0
         self.transitions = 0
-        """How often this process became the leader."""
+        """Times that this process became the leader."""
         self._lock = lock
         self._duration_s = duration_s
         self._elected = elected
@@ -103,20 +103,20 @@ class Election:
         self._running: asyncio.Task[None] | None = None
 
     def is_leader(self) -> bool:
-        """Whether this process holds the lease for certain."""
+        """Return whether this process surely holds the lease."""
         return self._clock() < self._until_s
 
     def role(self) -> str:
-        """Return what this process is in the election, in words."""
+        """Return the role of this process in the election, in words."""
         left_s = self._until_s - self._clock()
         if left_s > 0:
             return f"this replica leads, term {self._token}, for {left_s:.1f} s unless it renews"
         if self.problem is not None:
-            return f"this replica does not lead: the lease cannot be asked for ({self.problem})"
+            return f"this replica does not lead: the lease cannot be requested ({self.problem})"
         return "this replica is a standby and decides nothing: ask the one that leads"
 
     def counts(self) -> ElectionCounts:
-        """Return how taking part goes."""
+        """Return the state of the election."""
         return ElectionCounts(self.problem is None, self.failures, self.transitions)
 
     def begin(self) -> None:
@@ -126,36 +126,36 @@ class Election:
     async def _run(self) -> None:
         while True:
             try:
-                await self._ask()
-            except Exception as error:  # noqa: BLE001 - a fault of ours must not leave the pool without
+                await self._request()
+            except Exception as error:  # noqa: BLE001 - our own fault must not leave the pool without
                 self._failed(repr(error))
                 if self._token is not None:
                     await self._give_up()
             wait_s = self._lock.retry_s
             if self._token is not None:
-                # Not longer than the lease: a leader must stop on time.
+                # No longer than the lease: a leader must stop in time.
                 left_s = self._until_s - self._clock()
                 renewal_s = wait_s if self.problem is not None else self._duration_s / RENEWALS
                 wait_s = max(0.0, min(renewal_s, left_s))
             await asyncio.sleep(wait_s)
 
-    async def _ask(self) -> None:
-        """Ask for the lease once, and act on the answer or on the end of the lease."""
-        asked_s = self._clock()
+    async def _request(self) -> None:
+        """Request the lease once, and act on the answer or on the end of the lease."""
+        requested_s = self._clock()
         token: int | None = None
         is_answered = False
         try:
-            async with asyncio.timeout(self._patience_s(asked_s)):
+            async with asyncio.timeout(self._patience_s(requested_s)):
                 token = await self._lock.acquire()
             is_answered = True
         except (StateError, TimeoutError) as error:
             self._failed(str(error) or "no answer in time")
-        except Exception as error:  # noqa: BLE001 - a fault of ours must not leave the pool without
+        except Exception as error:  # noqa: BLE001 - our own fault must not leave the pool without
             self._failed(repr(error))
         else:
             self._succeeded()
         if token is not None:
-            until_s = asked_s + self._duration_s * (1 - MARGIN)
+            until_s = requested_s + self._duration_s * (1 - MARGIN)
             if self._token is not None and (token != self._token or not self.is_leader()):
                 await self._step_down("the lease was lost meanwhile")
             self._until_s = until_s
@@ -165,12 +165,12 @@ class Election:
             reason = "another replica leads" if is_answered else "the lease could not be renewed"
             await self._step_down(reason)
 
-    def _patience_s(self, asked_s: float) -> float:
-        """Return how long an answer may take: never beyond the end of the lease."""
+    def _patience_s(self, requested_s: float) -> float:
+        """Return the timeout of a request for the lease: never beyond the end of the lease."""
         patience_s = self._duration_s / RENEWALS
         if self._token is None:
             return patience_s
-        return max(0.0, min(patience_s, self._until_s - asked_s))
+        return max(0.0, min(patience_s, self._until_s - requested_s))
 
     async def _step_up(self, token: int) -> None:
         self._token = token
@@ -185,7 +185,7 @@ class Election:
         _log.error("leader_failed", problem=self.problem)
         try:
             await self._deposed()
-        except Exception as error:  # noqa: BLE001 - the lease is released all the same
+        except Exception as error:  # noqa: BLE001 - the lease is released in any case
             _log.error("leader_not_deposed", exc_info=error)
         await self._release()
 
@@ -207,7 +207,7 @@ class Election:
             _log.info("election_reachable_again")
 
     async def resign(self) -> None:
-        """Take part no more, and release the lease at once."""
+        """Leave the election, and release the lease at once."""
         self._until_s = 0.0
         self._token = None
         if self._running is not None:
@@ -224,7 +224,7 @@ class Election:
             _log.error("lease_not_released", problem=str(error) or "no answer in time")
 
     async def another_leads(self, within_s: float) -> bool:
-        """Wait until another process holds the lease; whether one does in time."""
+        """Wait until another process holds the lease; return whether one does in time."""
         try:
             async with asyncio.timeout(within_s):
                 while not await self._lock.is_held_by_another():  # noqa: ASYNC110 - not ours

@@ -1,7 +1,7 @@
-"""Leases in an SQLite file: for one replica that restarts.
+"""Leases in an SQLite file, for one replica that restarts.
 
-Write-ahead log, synchronous NORMAL: what has been written outlives the process without waiting for
-the disk. A machine that loses power may lose the last batches; the requests of it are gone as well.
+With a write-ahead log and synchronous NORMAL, written records outlive the process without waiting
+for the disk. A machine that loses power may lose the last batches; its requests are lost, too.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from flowcontrol_server.state.worker import Worker
 
 Answer = TypeVar("Answer")
 CLAIM_AGAIN_S = 0.1
-"""A predecessor that drains keeps the file until it ends."""
+"""Time between two attempts to lock the file, which a draining predecessor keeps until it ends."""
 _BUSY_S = 1.0
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
@@ -44,7 +44,7 @@ class FileStore:
 
     Args:
         directory: the folder.
-        pool: names the file, so that several pools may share the folder.
+        pool: names the file, so several pools can share the folder.
     """
 
     def __init__(self, directory: Path, pool: str) -> None:
@@ -54,18 +54,18 @@ class FileStore:
         self._claim: IO[bytes] | None = None
 
     async def open(self, token: int) -> Contents:
-        """Wait until no other process has the file, and return what it holds.
+        """Wait until no other process uses the file, and return its content.
 
         Raises:
-            StateError: it cannot be read or made.
+            StateError: it cannot be read or created.
         """
-        del token  # the lock lets one process write
-        is_said = False
+        del token  # the lock admits one process only
+        is_logged = False
         while not await self._do(self._take):
-            if not is_said:
+            if not is_logged:
                 problem = "waiting until the process that uses it ends"
                 _log.warning("state_file_in_use", file=str(self.path), problem=problem)
-                is_said = True
+                is_logged = True
             await asyncio.sleep(CLAIM_AGAIN_S)
         return await self._do(self._open)
 
@@ -74,7 +74,7 @@ class FileStore:
         await self._do(lambda: self._write(batch))
 
     async def close(self) -> None:
-        """Close the file and let another process have it."""
+        """Close the file and unlock it."""
         await self._do(self._close)
         if self._worker is not None:
             self._worker.stop()
@@ -100,7 +100,7 @@ class FileStore:
         except BlockingIOError:
             file.close()
             return False
-        except OSError:  # a file system without locks: then there are none
+        except OSError:  # a file system without locks: go on without one
             pass
         self._claim = file
         return True
@@ -121,7 +121,7 @@ class FileStore:
         return Contents(records_of(leases), _memory(self._database))
 
     def _connected(self) -> sqlite3.Connection:
-        """Open the file and make its tables; where that fails it is closed, to be tried again."""
+        """Open the file and create its tables; if that fails, close it for the next attempt."""
         database = sqlite3.connect(
             self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
         )
@@ -134,7 +134,7 @@ class FileStore:
         return database
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
-        """Begin a new file where the old one is damaged; it is kept to be looked at."""
+        """Rename a damaged file, so that a new one is created; it is kept for inspection."""
         self._disconnect()
         damaged = self.path.with_suffix(".damaged")
         self.path.replace(damaged)
@@ -155,10 +155,10 @@ class FileStore:
             self._start_over(self._database, batch)
 
     def _start_over(self, database: sqlite3.Connection, batch: Batch) -> None:
-        """Write a whole batch into a new file: there is no room for it in the old one.
+        """Write a whole batch into a new file, because the old one has no room for it.
 
-        A log that has filled the volume is never shorter again: to bring what it holds into the
-        file takes room as well.
+        A log that has filled the volume never shrinks again: a checkpoint of its content into the
+        file takes room, too.
         """
         memory = _memory(database) if batch.memory is None else batch.memory
         self._disconnect()
@@ -166,7 +166,7 @@ class FileStore:
         self._delete_log()
         self._database = self._connected()
         _put(self._database, batch._replace(memory=memory))
-        _log.warning("state_file_begun_anew", file=str(self.path), problem="no room for its log")
+        _log.warning("state_file_recreated", file=str(self.path), problem="no room for its log")
 
     def _disconnect(self) -> None:
         if self._database is not None:
@@ -205,13 +205,13 @@ def _put(database: sqlite3.Connection, batch: Batch) -> None:
 
 
 def _memory(database: sqlite3.Connection) -> str | None:
-    """Return what the engine had learnt."""
+    """Return what the engine had learnt; None: nothing is stored."""
     found = database.execute("SELECT value FROM memory").fetchone()
     return None if found is None else str(found[0])
 
 
 def _text(raw: bytes) -> str:
-    """Return a text; one damaged record must not keep the others from being read."""
+    """Decode a text; one damaged record must not make the others unreadable."""
     return raw.decode(errors="replace")
 
 

@@ -1,8 +1,8 @@
 """The lease of the leader as a coordination.k8s.io Lease, with the semantics of client-go.
 
-A replica that sees a lease counts its duration from when it saw the record change, on its own
-clock, so clocks of different machines are never compared. An update names the version it has read:
-of two replicas that try at once one succeeds.
+A replica counts the duration of a lease of another from the moment at which it saw the record
+change, on its own clock, so clocks of different machines are never compared. An update names the
+version that was read: of two replicas that try at once, one succeeds.
 """
 
 import re
@@ -20,7 +20,7 @@ from flowcontrol_server.state.store import StateError
 NOT_FOUND: Final = 404
 CONFLICT: Final = 409
 _TRIES: Final = 4
-"""Of a standby within the duration of the lease."""
+"""Requests of a standby within the duration of the lease."""
 _NAME_MAX: Final = 63
 _LABEL: Final = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"
@@ -30,13 +30,14 @@ _TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"
 class KubeLock:
     """A lock; its token is the time at which the lease was acquired, in microseconds.
 
-    Or one more than that of the holder before. A Lease that is missing is made only after the
-    duration of a lease: the holder at its deletion may not know yet.
+    If that is not later than the last token, the token is one more than the last. A missing Lease
+    is created only after the duration of a lease, because the holder at the time of its deletion
+    may still rely on it.
 
     Args:
-        settings: how the API is reached.
+        settings: of the connection to the API.
         pool: names the Lease.
-        identity: of this process, like that of no other.
+        identity: of this process, unique among the replicas.
         duration_s: of the lease, in whole seconds.
     """
 
@@ -48,12 +49,12 @@ class KubeLock:
         self._duration_s = round(duration_s)
         self._api: KubeApi | None = None
         self._seen: tuple[object, ...] = ()
-        """Holder and renewal of the record as seen last."""
+        """Whether the record is missing, its holder, renewal and transitions, as last read."""
         self._seen_s = 0.0
-        """When it was first seen."""
+        """When this state was first read."""
 
     async def acquire(self) -> int | None:
-        """Take or renew the lease; return its token, None while another holds it."""
+        """Take or renew the lease; return its token; None: another process holds it."""
         lease = await self._read()
         spec = (lease or {}).get("spec") or {}
         holder = spec.get("holderIdentity") or ""
@@ -80,7 +81,7 @@ class KubeLock:
         await self._send("PUT", {**lease, "spec": released})
 
     async def is_held_by_another(self) -> bool:
-        """Whether another process holds the lease."""
+        """Return whether another process holds the lease."""
         lease = await self._read()
         holder = ((lease or {}).get("spec") or {}).get("holderIdentity") or ""
         return holder not in {"", self._identity}
@@ -91,12 +92,12 @@ class KubeLock:
             await self._api.close()
 
     async def _write(self, method: str, lease: Any, own: Any) -> int | None:
-        """Write the record with this process as the holder; None if another was faster.
+        """Write the record with this process as the holder; None: another process was faster.
 
         Args:
-            method: POST for a new Lease, PUT for one that is there.
+            method: POST for a new Lease, PUT for an existing one.
             lease: as read.
-            own: its spec where this process holds it already.
+            own: its spec if this process holds it already; None: it does not.
         """
         now = datetime.now(UTC)
         before = lease.get("spec") or {}
@@ -126,11 +127,11 @@ class KubeLock:
         return round(acquired.timestamp() * 1e6)
 
     async def _read(self) -> Any:
-        """Return the Lease; None where there is none."""
+        """Return the Lease; None: there is none."""
         return await self._send("GET", None)
 
     async def _send(self, method: str, body: Any) -> Any:
-        """Return the answer; None where the object is missing, or has changed meanwhile."""
+        """Return the answer; None: the object is missing, or has changed meanwhile."""
         try:
             api = await self._connected()
             path = f"/apis/coordination.k8s.io/v1/namespaces/{quote(api.namespace, safe='')}/leases"
@@ -153,9 +154,9 @@ class KubeLock:
 
 
 def lease_name(pool: str) -> str:
-    """Return the name of a pool's Lease: a DNS label, which a pool's name need not be.
+    """Return the name of a pool's Lease, a DNS label, which a pool's name need not be.
 
-    One that had to be changed ends with a digest, so that two pools do not share a Lease.
+    A name that had to be changed ends with a digest, so that two pools do not share a Lease.
     """
     name = f"flowcontrol-{pool}"
     if len(name) <= _NAME_MAX and _LABEL.fullmatch(name):

@@ -1,4 +1,4 @@
-"""What a store holds, and what is asked of one."""
+"""The content of a store, and its interface."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ _log = structlog.get_logger()
 
 
 class StateError(FlowControlError):
-    """The store cannot be used; the message says why."""
+    """The store cannot be used, for the reason in the message."""
 
 
 class FencedError(StateError):
-    """A later leader has taken the store: this process must not write any more."""
+    """A later leader has taken over the store: this process must no longer write."""
 
 
 class LeaseRecord(NamedTuple):
@@ -29,11 +29,11 @@ class LeaseRecord(NamedTuple):
     flow_id: str
     tokens: float
     since_s: float
-    """When it was dispatched, seconds since 1970: a monotonic clock ends with its machine."""
+    """Time of its dispatch, seconds since 1970: a monotonic clock does not survive a reboot."""
 
 
 class Contents(NamedTuple):
-    """All that a store holds."""
+    """The content of a store."""
 
     leases: Sequence[LeaseRecord] = ()
     memory: str | None = None
@@ -41,26 +41,26 @@ class Contents(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Changes written together, all or none."""
+    """Changes that are written together."""
 
     put: Sequence[LeaseRecord]
     removed: Sequence[str]
     """Tickets."""
     is_whole: bool
-    """Whether `put` is all there is: whatever else the store holds is removed."""
+    """Whether `put` replaces all leases in the store."""
     memory: str | None = None
-    """None: as it was."""
+    """What the engine has learnt, as JSON; None: unchanged."""
 
     def __bool__(self) -> bool:
-        """Whether there is anything to write."""
+        """Return whether there is anything to write."""
         return bool(self.put or self.removed or self.is_whole or self.memory is not None)
 
 
 class Store(Protocol):
-    """Keeps leases outside the process. Every method may raise StateError, and may take long."""
+    """Keeps leases outside the process. Every method may raise StateError, and may be slow."""
 
     async def open(self, token: int) -> Contents:
-        """Take the store and return what it holds.
+        """Take over the store and return its content.
 
         Args:
             token: grows with every leader; a store opened with a smaller one can no longer write.
@@ -74,12 +74,12 @@ class Store(Protocol):
 
 
 def to_plain(record: LeaseRecord) -> list[object]:
-    """Return a record as JSON has it, without its ticket, which is its key."""
+    """Return a record as JSON values, without its ticket, which is its key."""
     return list(record[1:])
 
 
 def from_plain(ticket: str, plain: object) -> LeaseRecord | None:
-    """Read a record; None where it is none: another version's, or damaged."""
+    """Read a record; None: it is damaged, or of another version."""
     match plain:
         case [None | str() as endpoint, int(priority), str(flow_id), tokens, since_s] if _is_number(
             tokens
@@ -89,12 +89,12 @@ def from_plain(ticket: str, plain: object) -> LeaseRecord | None:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    """Whether it is one to count with: a NaN that is added to a sum stays in it for good."""
+    """Return whether a number is in range; a NaN would stay in a sum for good."""
     return isinstance(value, int | float) and 0 <= value <= QUANTITY_MAX
 
 
 def records_of(texts: Mapping[str, str]) -> list[LeaseRecord]:
-    """Return every record that can be read, the oldest first; what cannot is said in one line."""
+    """Return the readable records, the oldest first; log the number of the others in one line."""
     read = [(ticket, _read(ticket, text)) for ticket, text in texts.items()]
     skipped = [ticket for ticket, record in read if record is None]
     if skipped:

@@ -1,4 +1,4 @@
-"""Connections to Valkey or Redis, by valkey-py: plain, TLS, through Sentinel, or to a cluster."""
+"""Connections to Valkey or Redis with valkey-py: plain, TLS, through Sentinel, or to a cluster."""
 
 import asyncio
 from contextlib import suppress
@@ -15,7 +15,7 @@ _PORT = 6379
 _SENTINEL_PORT = 26_379
 _FENCED = "FENCED"
 _READ_ONLY = "READONLY"
-"""Of a script, before Redis 7, in the middle of an error of no class of its own."""
+"""In errors of scripts before Redis 7, which have no class of their own."""
 
 
 @final
@@ -54,8 +54,8 @@ class ValkeyClient:
         """Run a script; return its answer.
 
         Raises:
-            FencedError: the script says so.
-            StateError: anything else has failed.
+            FencedError: the script has returned FENCED.
+            StateError: any other failure.
         """
         task = asyncio.current_task()
         assert task is not None, "a coroutine runs in a task"
@@ -75,10 +75,10 @@ class ValkeyClient:
         return answer
 
     async def _close_idle(self) -> None:
-        """Close idle connections: the server is no longer primary, and its name may be another's.
+        """Close idle connections, because the name may lead to another server, the new primary.
 
-        A server that is demoted keeps its connections open and refuses every write. A cluster says
-        itself where the primary is.
+        A demoted server keeps its connections open and refuses every write. A cluster reports its
+        primary itself.
         """
         if not self._is_cluster:
             with suppress(*self._errors):
@@ -87,15 +87,15 @@ class ValkeyClient:
     async def close(self) -> None:
         """Close the connections."""
         for each in (self._client, *self._sentinels):
-            with suppress(*self._errors):  # it is of no more use
+            with suppress(*self._errors):  # it is not used again
                 await each.aclose()
 
 
 def _heed_cancellation(task: "asyncio.Task[Any]", before: int) -> None:
     """Raise the cancellation that valkey-py has lost.
 
-    It sends by `asyncio.wait_for`, which in Python 3.11 returns normally if the task is cancelled
-    in the very turn of the loop in which the sending ends.
+    It sends with `asyncio.wait_for`, which in Python 3.11 returns normally if the task is cancelled
+    in the same turn of the loop in which the sending ends.
     """
     if task.cancelling() > before:
         raise asyncio.CancelledError
@@ -143,10 +143,10 @@ def _connect(valkey: Any, settings: Valkey) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _with_its_name(tls: dict[str, Any]) -> dict[str, Any]:
-    """Return the same for a host that the settings name: its certificate must be for that name.
+    """Return TLS options for a host in the settings, whose certificate must have its name.
 
-    valkey-py asks for no name by default. The nodes that a sentinel or a cluster names are known by
-    addresses, which their certificates seldom have.
+    valkey-py does not check names by default. The nodes that a sentinel or a cluster reports are
+    known by addresses, which are seldom in their certificates.
     """
     return {**tls, "ssl_check_hostname": True} if tls else {}
 
@@ -160,6 +160,6 @@ class _Credentials:
         self._password_file = password_file
 
     def get_credentials(self) -> tuple[str, ...]:
-        """Return what AUTH is given."""
+        """Return the arguments of AUTH."""
         password = self._password_file.read_text().strip() if self._password_file else ""
         return (self._user, password) if self._user else (password,)

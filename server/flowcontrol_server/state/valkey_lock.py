@@ -1,4 +1,4 @@
-"""The lease of the leader as a key of Valkey or Redis that expires."""
+"""The lease of the leader as an expiring key of Valkey or Redis."""
 
 from typing import Final, final
 
@@ -24,8 +24,8 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 redis.call('SET', KEYS[2], string.format('%.0f', token))
 return string.format('%.0f', token)
 """
-"""A server without a token is new, or has lost its data: a leader it does not know of may believe
-in its lease for as long as that is, so no other replica is elected meanwhile."""
+"""A server without a token is new, or has lost its data. A leader that it has lost may still rely
+on its lease, so no other replica is elected for the duration of a lease."""
 _RELEASE = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
@@ -33,7 +33,7 @@ return 0
 _HOLDER = "return redis.call('GET', KEYS[1])"
 _KEYS: Final = ["leader", "token"]
 _TRIES: Final = 20
-"""Of a standby within the duration of the lease."""
+"""Requests of a standby within the duration of the lease."""
 
 
 @final
@@ -42,7 +42,7 @@ class ValkeyLock:
 
     Args:
         client: connections to the server.
-        identity: of this process, like that of no other.
+        identity: of this process, unique among the replicas.
         duration_ms: of the lease.
     """
 
@@ -53,7 +53,7 @@ class ValkeyLock:
         self.retry_s = duration_ms / 1000 / _TRIES
 
     async def acquire(self) -> int | None:
-        """Take or renew the lease; return its token, None while another holds it."""
+        """Take or renew the lease; return its token; None: another process holds it."""
         token = await self._client.run(_ACQUIRE, _KEYS, self._identity, self._duration_ms)
         return None if token is None else int(token)
 
@@ -62,7 +62,7 @@ class ValkeyLock:
         await self._client.run(_RELEASE, _KEYS[:1], self._identity)
 
     async def is_held_by_another(self) -> bool:
-        """Whether another process holds the lease."""
+        """Return whether another process holds the lease."""
         holder = await self._client.run(_HOLDER, _KEYS[:1])
         return bool(holder) and holder != self._identity
 

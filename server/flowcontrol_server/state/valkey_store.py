@@ -1,4 +1,4 @@
-"""Leases in Valkey or Redis: one hash for each pool, one field for each lease."""
+"""Leases in Valkey or Redis: one hash for each pool, with one field for each lease."""
 
 import json
 from typing import Final, final
@@ -9,7 +9,7 @@ from flowcontrol_server.state.store import Batch, Contents, records_of, to_plain
 from flowcontrol_server.state.valkey_client import ValkeyClient
 
 CHUNK: Final = 1000
-"""Leases written by one script, which holds up the server for about a millisecond."""
+"""Leases written by one script, which blocks the server for about a millisecond."""
 _OPEN = """
 local fence = tonumber(redis.call('GET', KEYS[1]) or '0')
 if fence > tonumber(ARGV[1]) then return redis.error_reply('FENCED') end
@@ -21,7 +21,7 @@ if type(memory) == 'string' and not memory:find('maxmemory:0%s') then
 end
 return {redis.call('HGETALL', KEYS[2]), redis.call('GET', KEYS[3]), evicts}
 """
-"""INFO may be forbidden; of CONFIG no script may ask."""
+"""INFO may be forbidden, and scripts cannot call CONFIG."""
 _WRITE = """
 local fence = redis.call('GET', KEYS[1])
 if fence and tonumber(fence) > tonumber(ARGV[1]) then return redis.error_reply('FENCED') end
@@ -41,10 +41,10 @@ _log = structlog.get_logger()
 
 @final
 class ValkeyStore:
-    """A store for several replicas: the last to open it writes, those before are fenced off.
+    """A store for several replicas: the last to open it writes, the earlier ones are fenced off.
 
-    Each chunk of a batch is written whole; after a fault everything is written again, which also
-    restores a server that has lost its data.
+    Each chunk of a batch is written completely or not at all. After a failure everything is written
+    again, which also restores a server that has lost its data.
 
     Args:
         client: connections to the server.
@@ -55,11 +55,11 @@ class ValkeyStore:
         self._token: str | None = None
 
     async def open(self, token: int) -> Contents:
-        """Take the store and return what it holds."""
+        """Take over the store and return its content."""
         leases, memory, policy = await self._client.run(_OPEN, _KEYS, str(token))
         self._token = str(token)
         if policy not in {"", _NO_EVICTION}:
-            problem = f"maxmemory-policy must be {_NO_EVICTION}: full, it drops what it should keep"
+            problem = f"maxmemory-policy must be {_NO_EVICTION}: a full server evicts leases"
             _log.warning("valkey_evicts_keys", policy=policy, problem=problem)
         return Contents(records_of(dict(zip(leases[::2], leases[1::2], strict=True))), memory)
 

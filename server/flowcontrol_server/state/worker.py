@@ -1,4 +1,4 @@
-"""One thread for calls that block, which never keeps the process from ending."""
+"""One thread for blocking calls, which never delays the end of the process."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Answer = TypeVar("Answer")
 
 @final
 class Worker:
-    """Does calls one after the other in a daemon thread; an executor's would be waited for at exit.
+    """Runs calls one after the other in a daemon thread; Python waits for an executor's at exit.
 
     Args:
         name: of the thread.
@@ -23,12 +23,12 @@ class Worker:
         self._thread.start()
 
     async def do(self, call: Callable[[], Answer]) -> Answer:
-        """Return what a call returns, or raise what it raises."""
+        """Run a call in the thread; return its result, or raise its exception."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
 
         def settle(answer: Answer | None, error: Exception | None) -> None:
-            """Hand the answer over, in the loop's thread."""
+            """Hand over the result, in the loop's thread."""
             if future.done():
                 return  # the caller is gone
             if error is not None:
@@ -37,10 +37,10 @@ class Worker:
                 future.set_result(answer)  # type: ignore[arg-type]  # its call's answer
 
         def work() -> None:
-            """Do it, in the worker's thread."""
+            """Run the call, in the worker's thread."""
             try:
                 answer, fault = call(), None
-            except Exception as error:  # noqa: BLE001 - raised where it was asked for
+            except Exception as error:  # noqa: BLE001 - raised in the caller
                 answer, fault = None, error
             try:
                 loop.call_soon_threadsafe(settle, answer, fault)
@@ -51,7 +51,7 @@ class Worker:
         return await future
 
     def stop(self) -> None:
-        """Let the thread end once it has done what it was given."""
+        """End the thread after the calls already given."""
         self._work.put(None)
 
     def _run(self) -> None:

@@ -142,7 +142,7 @@ async def test_role(house: House) -> None:
     assert leading.startswith("this replica leads, term 7, for 0.")
     assert standing_by == "this replica is a standby and decides nothing: ask the one that leads"
     assert house.election.role() == (
-        "this replica does not lead: the lease cannot be asked for (out of reach)"
+        "this replica does not lead: the lease cannot be requested (out of reach)"
     )
 
 
