@@ -1,1 +1,1 @@
-"""The decision ledger on disk, and deciding it again."""
+"""The decision ledger on disk, and its replay."""

@@ -1,4 +1,4 @@
-"""One process writes a ledger: the lock beside it."""
+"""The lock by which only one process writes a ledger."""
 
 import fcntl
 from pathlib import Path
@@ -9,10 +9,10 @@ from flowcontrol.errors import LedgerError
 
 @final
 class LedgerLock:
-    """One process's hold on a ledger, by a lock on a file beside it: its parts come and go.
+    """Locks a ledger for one process, by a file beside it, because its parts come and go.
 
     Args:
-        path: of the newest part.
+        path: the newest part.
     """
 
     def __init__(self, path: Path) -> None:
@@ -20,11 +20,11 @@ class LedgerLock:
         self._file: IO[bytes] | None = None
 
     def take(self) -> None:
-        """Take hold of it.
+        """Lock the ledger.
 
         Raises:
-            LedgerError: another process has.
-            OSError: the file beside it cannot be written.
+            LedgerError: another process has locked it.
+            OSError: the lock file cannot be written.
         """
         file = self._path.with_name(f"{self._path.name}.lock").open("ab")
         try:
@@ -33,11 +33,11 @@ class LedgerLock:
             file.close()
             message = f"ledger.file must not be in use by another process, got {self._path}"
             raise LedgerError(message) from error
-        except OSError:  # a file system without locks: then there are none
+        except OSError:  # a file system without locks: go on without one
             pass
         self._file = file
 
     def release(self) -> None:
-        """Let another process have it."""
+        """Unlock the ledger."""
         if self._file is not None:
             self._file.close()

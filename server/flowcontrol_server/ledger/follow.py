@@ -1,4 +1,4 @@
-"""Reads a ledger while it is being written: what is there, then what is added."""
+"""Reads a ledger while it is being written: the existing entries, then those that are added."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from flowcontrol_server.ledger.writer import parts_of
 
 @final
 class Follower:
-    """A reader that keeps its place in a ledger, also while parts are renamed under it.
+    """A reader that keeps its place in a ledger, even while parts are renamed.
 
-    A part that was renamed away before it could be read is a gap, as if its turns had never been
-    written: what follows begins with a checkpoint. A new run of the service begins with a header.
+    A part that is gone before it could be read is a gap, as if its turns had never been written;
+    the next part begins with a checkpoint. A new run of the service begins with a header.
 
     Args:
-        path: of the newest part.
+        path: the newest part.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,13 +29,13 @@ class Follower:
         self._header: Header | None = None
         self._line = 0
         self._rest = b""
-        """Of a line that is not whole yet."""
+        """Start of a line that is not complete yet."""
 
     def entries(self) -> Iterator[Entry]:
-        """Yield what was added since the last call, and end where the ledger ends for now.
+        """Yield the entries added since the last call, up to the current end of the ledger.
 
         Raises:
-            LedgerError: naming the file and the line that cannot be read.
+            LedgerError: a line cannot be read; names the file and the line.
         """
         if self._file is None:
             self._open(parts_of(self._path)[0])
@@ -44,11 +44,11 @@ class Follower:
             following = self._next_part()
             if following is None:
                 return
-            yield from self._added()  # what was written between the last look and the new part
+            yield from self._added()  # written between the last read and the new part
             yield from self._turn_to(following)
 
     def close(self) -> None:
-        """Close the file that is open."""
+        """Close the open file."""
         if self._file is not None:
             self._file.close()
 
@@ -80,7 +80,7 @@ class Follower:
         return 0 if self._header is None else self._header.part
 
     def _next_part(self) -> Path | None:
-        """Return the part after the one that is open; None while there is none."""
+        """Return the part after the open one; None: there is none yet."""
         assert self._file is not None, "it has been opened"
         here = _identity(os.fstat(self._file.fileno()))
         found: Path | None = None
@@ -90,7 +90,7 @@ class Follower:
             try:
                 if _identity(path.stat()) == here:
                     return found
-            except FileNotFoundError:  # the one that is open has been deleted, or is being renamed
+            except FileNotFoundError:  # the open part has been deleted, or is being renamed
                 return found
             found = path
             number += 1

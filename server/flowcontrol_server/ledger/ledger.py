@@ -11,7 +11,7 @@ from flowcontrol_server.ledger.recording import TurnFeed
 from flowcontrol_server.ledger.writer import LedgerWriter
 
 LATELY_S: Final = 300.0
-"""How long lost turns are shown as a problem after the last of them."""
+"""Time for which lost turns are shown as a problem, after the last of them."""
 _CLOSE_TIMEOUT_S: Final = 5.0
 
 
@@ -20,12 +20,12 @@ class Ledger:
     """Owns the thread that writes.
 
     Args:
-        settings: where to write, and how much to keep.
+        settings: the file, and how much to keep.
     """
 
     def __init__(self, settings: LedgerSection) -> None:
         self.feed = TurnFeed()
-        """What the processor shows its turns."""
+        """Takes the turns of the processor."""
         self._claim = LedgerLock(settings.file)
         self._writer = LedgerWriter(
             settings.file,
@@ -38,12 +38,12 @@ class Ledger:
 
     @property
     def turns(self) -> tuple[int, int]:
-        """How many were written, and how many were lost."""
+        """Numbers of turns written and lost."""
         return self._writer.turns, self._writer.lost_turns
 
     @property
     def problem(self) -> str | None:
-        """What is wrong now: it cannot be written, or has lost turns lately."""
+        """The current problem: the ledger cannot be written, or has lost turns lately."""
         lost = f"{self._writer.lost_turns} turns since the start are not in the ledger"
         if self._writer.failure is not None:
             return f"{lost}; it cannot be written: {self._writer.failure}"
@@ -51,7 +51,7 @@ class Ledger:
         return lost if missed_s is not None and time.monotonic() < missed_s + LATELY_S else None
 
     def start(self, config: ControllerConfig, made_ns: int) -> None:
-        """Begin, for an engine of that configuration made at that time.
+        """Start the ledger of an engine with this configuration, created at this time.
 
         Raises:
             LedgerError: the ledger cannot be written, or another process writes it.
@@ -65,7 +65,7 @@ class Ledger:
         self._is_open = True
 
     def close(self) -> None:
-        """Write what there is, and end; also if it was never started."""
+        """Write the remaining turns, and end; permitted even if it was never started."""
         if self._is_open:
             self._writer.close(_CLOSE_TIMEOUT_S)
         self._claim.release()

@@ -1,7 +1,7 @@
-"""The turns of the processor on their way to the thread that writes them down.
+"""The queue of turns between the processor and the thread that writes the ledger.
 
-The processor never waits: what does not fit is counted and missed, and told as a gap with a
-checkpoint behind it, so that a reader can go on from there.
+The processor never waits. Turns that do not fit are dropped, counted and recorded as a gap, with a
+checkpoint behind it, from which a reader can go on.
 """
 
 import time
@@ -14,7 +14,7 @@ from flowcontrol.controller import FlowController
 from flowcontrol.replay.ledger import Entry, Gap, Turn, take_checkpoint
 
 SIZE_MAX = 200_000
-"""Facts and decisions on the way: some seconds of all that one processor can do, or 100 MB."""
+"""Facts and decisions in the queue: some seconds of a busy processor, or 100 MB."""
 
 
 @final
@@ -22,14 +22,14 @@ class TurnFeed:
     """Entries from the processor's thread, in order, for one thread that takes them in batches.
 
     Args:
-        size_max: facts and decisions not yet taken, at least 1; beyond it turns are missed.
+        size_max: facts and decisions not yet taken, at least 1; beyond it turns are dropped.
     """
 
     def __init__(self, size_max: int = SIZE_MAX) -> None:
         self.missed_turns = 0
-        """In all."""
+        """Turns dropped so far."""
         self.missed_s: float | None = None
-        """When the last one was, on the monotonic clock."""
+        """When the last turn was dropped, on the monotonic clock; None: never."""
         self._size_max = size_max
         self._entries: deque[Entry] = deque()
         self._size = 0
@@ -39,7 +39,7 @@ class TurnFeed:
         self._closed = Event()
 
     def turned(self, controller: FlowController, turn: Turn) -> None:
-        """Take in a turn, or count it as missed. In the processor's thread."""
+        """Queue a turn, or drop and count it. In the processor's thread."""
         size = _size(turn)
         checkpoint = None
         if self._gap or self._is_checkpoint_wanted:
@@ -64,14 +64,14 @@ class TurnFeed:
             self._bell.notify()
 
     def want_checkpoint(self) -> None:
-        """Ask for one with the next turn."""
+        """Request a checkpoint with the next turn."""
         self._is_checkpoint_wanted = True
 
     def lose(self, entries: Sequence[Entry]) -> int:
-        """Note, in the taking thread, that entries it took are lost: a gap like any other.
+        """Drop entries that the taking thread could not write: a gap like any other.
 
-        What came in meanwhile builds on them and is lost with them; a gap is recorded again.
-        Return how many turns that is.
+        Entries queued meanwhile build on them and are dropped with them; a gap is recorded again.
+        Return the number of turns dropped. In the taking thread.
         """
         with self._bell:
             lost = (*entries, *self._entries)
@@ -84,10 +84,10 @@ class TurnFeed:
             return turns
 
     def take(self, linger_s: float) -> Sequence[Entry]:
-        """Return what is here; sleep while nothing is, then let more gather. None: closed.
+        """Wait for an entry and then `linger_s` for more; return all of them; empty: closed.
 
         Args:
-            linger_s: from the first entry on; a batch costs one write, and one wake-up.
+            linger_s: from the first entry on; a batch costs one write and one wake-up.
         """
         with self._bell:
             while not self._entries and not self._closed.is_set():
@@ -103,7 +103,7 @@ class TurnFeed:
         self.missed_s = time.monotonic()
 
     def close(self) -> None:
-        """Take nothing in any more; what is here can still be taken, then takes return nothing."""
+        """Drop further turns; those in the queue can still be taken, then `take` returns none."""
         with self._bell:
             self._closed.set()
             self._bell.notify()

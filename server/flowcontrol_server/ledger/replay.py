@@ -1,4 +1,4 @@
-"""`flowcontrol replay`: decide a ledger again, identically or with another configuration."""
+"""`flowcontrol replay`: repeat the decisions of a ledger, as recorded or with other settings."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,18 +26,18 @@ from flowcontrol_server.common.plain_text import plain
 from flowcontrol_server.ledger.writer import parts_of, read_entries
 
 _TENANTS_SHOWN_MAX = 8
-"""Of each band, those with the most requests."""
+"""Tenants shown for each band: those with the most requests."""
 _DIFFERENT = 1
 _SECOND_NS = 1_000_000_000
 
 
 @final
 class Replay:
-    """One ledger, decided again.
+    """The replay of one ledger.
 
     Args:
         path: its newest part.
-        config: for the engine that decides; None: as recorded.
+        config: of the engine in the replay; None: as recorded.
     """
 
     def __init__(self, path: Path, config: ControllerConfig | None) -> None:
@@ -45,16 +45,16 @@ class Replay:
         self.comparison = Comparison()
         self.turns = 0
         self.gaps: list[tuple[int, int]] = []
-        """When, and how many turns."""
+        """Time and number of missing turns of each gap."""
         self.approximate_from_ns: int | None = None
-        """From when on the engine did not know all that the recorded one knew."""
+        """Time since which the engine has lacked state of the recorded one; None: never."""
         self._config = config
         self._rerun: Rerun | None = None
         self._first: Header | None = None
         self._began_ns = self._now_ns = 0
 
     def run(self) -> None:
-        """Decide everything again.
+        """Decide all turns again.
 
         Raises:
             LedgerError: a line cannot be read.
@@ -105,25 +105,25 @@ class Replay:
     def _turn(self, turn: Turn) -> None:
         self._now_ns = turn.now_ns
         if self._rerun is None:
-            return  # after a gap, before the checkpoint: unknown
+            return  # between a gap and the next checkpoint: state unknown
         self.turns += 1
         decided = self._rerun.turn(turn)
         self.comparison.take(turn.now_ns, turn.decisions, decided)
 
     def at(self, now_ns: int) -> str:
-        """Return the time of day of a moment, as a person would write it."""
+        """Return a moment as date and time of day (UTC)."""
         assert self._first is not None, "it has been run"
         wall_ns = self._first.wall_ns + now_ns - self._first.now_ns
         return datetime.fromtimestamp(wall_ns / _SECOND_NS, UTC).strftime("%Y-%m-%d %H:%M:%S.%fZ")
 
     @property
     def span(self) -> str:
-        """From when to when."""
+        """First and last moment."""
         return f"{self.at(self._began_ns)} to {self.at(self._now_ns)}"
 
 
 def replay(path: Path, config: ControllerConfig | None) -> tuple[int, list[str]]:
-    """Decide a ledger again; return the exit status and what there is to say.
+    """Replay a ledger; return the exit status and the lines of the report.
 
     Raises:
         LedgerError: it cannot be read.
@@ -142,8 +142,8 @@ def replay(path: Path, config: ControllerConfig | None) -> tuple[int, list[str]]
     return _DIFFERENT, [
         *lines,
         f"not identical from {again.at(difference.now_ns)} on:",
-        f"  recorded {_said(difference.recorded)}",
-        f"  again    {_said(difference.candidate)}",
+        f"  recorded {_described(difference.recorded)}",
+        f"  again    {_described(difference.candidate)}",
         *_compared(comparison),
     ]
 
@@ -156,13 +156,13 @@ def _exactness(again: Replay) -> list[str]:
     if again.approximate_from_ns is not None:
         lines.append(
             f"approximate from {again.at(again.approximate_from_ns)} on: begun at a checkpoint, "
-            "which knows who is live and the limits, accounts and rates that had been learnt, but "
-            "not which endpoint each is at, how fast prompts are read and what forecasts had learnt"
+            "which has the live requests and the learnt limits, accounts and rates, but not the "
+            "endpoint of each request, the speed of prefill and what forecasts had learnt"
         )
     return lines
 
 
-def _said(decision: Decision | None) -> str:
+def _described(decision: Decision | None) -> str:
     if decision is None:
         return "nothing"
     return (
@@ -193,7 +193,7 @@ _COLUMNS = (
 
 
 def _compared(comparison: Comparison) -> list[str]:
-    """Return a table, recorded and candidate side by side, and who fared differently."""
+    """Return a table of both sides, and the requests that were decided differently."""
     lines = ["", "each cell: recorded > replayed", _row([column.title for column in _COLUMNS])]
     before, after = by_priority(comparison.recorded), by_priority(comparison.candidate)
     for priority in sorted(before.keys() | after.keys(), reverse=True):

@@ -1,7 +1,7 @@
 """A candidate configuration decides the same traffic, in a process of its own, without effect.
 
-It follows the ledger of a running service. What its figures mean, and where they are approximate,
-is said in `flowcontrol.replay.rerun`.
+It follows the ledger of a running service. `flowcontrol.replay.rerun` describes the meaning of its
+figures, and where they are approximate.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,26 +30,26 @@ from flowcontrol.views.snapshot import Totals
 @final
 @dataclass(frozen=True, slots=True)
 class ShadowReport:
-    """What a candidate has decided so far, beside what the service decided."""
+    """The decisions of a candidate so far, and those of the service."""
 
     waiting: int = 0
     in_flight: int = 0
     recorded: Mapping[int, Totals] = field(default_factory=dict)
-    """By priority, as the service decided."""
+    """By priority, of the service."""
     candidate: Mapping[int, Totals] = field(default_factory=dict)
-    """By priority, as the candidate would have."""
+    """By priority, of the candidate."""
     pairs: Mapping[tuple[Outcome, Outcome], int] = field(default_factory=dict)
-    """How often the service decided this, and the candidate that."""
+    """Number of requests by outcome in the service and outcome in the candidate."""
     restarts: int = 0
-    """Times it began again from a checkpoint: after a gap, or with a ledger without its start."""
+    """Restarts from a checkpoint: after a gap, or because the ledger lacks its start."""
 
 
 @final
 class Shadow:
-    """Plays a ledger to a candidate. Memory: the requests alive in either world, and the bands.
+    """Runs a candidate on a ledger. Memory: O(requests live on either side + bands).
 
     Args:
-        config: the candidate's.
+        config: of the candidate.
     """
 
     def __init__(self, config: ControllerConfig) -> None:
@@ -63,7 +63,7 @@ class Shadow:
         self._restarts = 0
 
     def play(self, entries: Iterable[Entry]) -> None:
-        """Decide what was added to the ledger; nothing between a gap and the next checkpoint."""
+        """Decide the entries added to the ledger, except between a gap and the next checkpoint."""
         for entry in entries:
             match entry:
                 case Header():
@@ -80,7 +80,7 @@ class Shadow:
                     self._rerun = None
 
     def report(self) -> ShadowReport:
-        """Return where it stands."""
+        """Return the figures so far."""
         rerun = self._rerun
         return ShadowReport(
             0 if rerun is None else rerun.candidate.waiting,

@@ -1,6 +1,6 @@
 """Writes the decision ledger to files, in a thread of its own, and reads it back.
 
-`file` is the newest part, `file.1` the one before it, and so on up to `files` in all.
+`file` is the newest part, `file.1` the one before it, and so on, up to `files` in total.
 """
 
 import json
@@ -32,33 +32,33 @@ from flowcontrol_server.common.parts import make_room, part_path
 from flowcontrol_server.ledger.recording import TurnFeed
 
 _LINGER_S = 0.1
-"""How long turns gather before they are written: what a crash can cost, and one write each."""
+"""Time for which turns are collected for one write: at most so much is lost in a crash."""
 RETRY_S = 1.0
-"""The same after a failure: each new try costs the processor a checkpoint, O(live requests)."""
+"""The same after a failure: each retry costs the processor a checkpoint, O(live requests)."""
 _PRIVATE = 0o600
 _log = structlog.get_logger()
 
 
 @final
 class LedgerWriter:
-    """Writes what a feed brings, until it is closed.
+    """Writes the turns of a feed, until it is closed.
 
-    A failed write loses the turns of that batch and says so, in the log and as a gap, with which a
-    new part begins once that can be written. Nothing here ever holds up the processor.
+    A failed write loses the turns of its batch. It is logged and recorded as a gap, with which a
+    new part begins once one can be written. The processor never waits for this thread.
 
     Args:
-        path: of the newest part.
-        bytes_max: of a part; the next begins once it is reached.
+        path: the newest part.
+        bytes_max: size of a part at which the next one begins.
         files_max: parts kept, at least 1.
-        feed: brings turns.
-        hides_flows: write hashes in place of flow ids.
+        feed: provides the turns.
+        hides_flows: whether to write hashes in place of flow ids.
     """
 
     def __init__(
         self, path: Path, bytes_max: int, files_max: int, feed: TurnFeed, *, hides_flows: bool
     ) -> None:
         self.turns = 0
-        """Written."""
+        """Turns written."""
         self._path = path
         self._bytes_max = bytes_max
         self._files_max = files_max
@@ -69,14 +69,14 @@ class LedgerWriter:
         self._part = 0
         self._file: IO[bytes] | None = None
         self._size = 0
-        """Of the part, with what is still to be written."""
+        """Size of the part, including unwritten lines."""
         self._heading = ""
-        """To be written first, to a part that is not in its place yet."""
+        """Header of a part that has not replaced the newest one yet; empty: none."""
         self._lines: list[str] = []
         self._unwritten: list[Entry] = []
-        """Of this batch; its first ones are `_lines`."""
+        """Unwritten entries of this batch; `_lines` has the first of them as text."""
         self.failure: str | None = None
-        """Why the last try to write failed; None if it did not."""
+        """Why the last write failed; None: it did not."""
         self._thread = Thread(target=self._write_all, name="ledger-writer", daemon=True)
 
     @property
@@ -85,7 +85,7 @@ class LedgerWriter:
         return self._feed.missed_turns
 
     def start(self, config: ControllerConfig, made_ns: int) -> None:
-        """Begin a ledger of an engine made at that time; older ones become older parts.
+        """Begin the ledger of an engine created at this time; older ledgers become older parts.
 
         Raises:
             OSError: the file cannot be written.
@@ -99,7 +99,7 @@ class LedgerWriter:
         self._thread.start()
 
     def close(self, timeout_s: float) -> None:
-        """Write what there is, and end."""
+        """Write the remaining turns, and end."""
         self._feed.close()
         self._thread.join(timeout_s)
 
@@ -111,7 +111,7 @@ class LedgerWriter:
                     self._take(entry)
                 self._flush()
                 self.failure = None
-            except Exception as error:  # noqa: BLE001 - a bug, too, is said and costs a batch
+            except Exception as error:  # noqa: BLE001 - a bug, too, is logged and costs one batch
                 self._give_part_up()
                 lost_turns = self._feed.lose(self._unwritten)
                 if not isinstance(error, OSError):
@@ -153,7 +153,7 @@ class LedgerWriter:
         return json.dumps(to_line(shown), separators=(",", ":")) + "\n"
 
     def _begin_part(self, config: ControllerConfig, now_ns: int) -> None:
-        """Begin a part beside the others; what waits to be written will follow its header."""
+        """Begin a part beside the others; unwritten lines will follow its header."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         file = os.fdopen(os.open(self._new_path, flags, _PRIVATE), "wb", buffering=0)
         self._close_file()
@@ -167,7 +167,7 @@ class LedgerWriter:
     def _place_part(self) -> None:
         """Make the new part the newest.
 
-        Not before it holds something, or each try that fails would push a good part out.
+        That happens only after its first write, or each failed try would push out a good part.
         """
         make_room(self._path, self._files_max, self._bytes_max, BEGINNING)
         self._new_path.replace(self._path)
@@ -175,7 +175,7 @@ class LedgerWriter:
         self._part += 1
 
     def _give_part_up(self) -> None:
-        """End the part as it is; without a trace if it was not in its place yet."""
+        """End the part as it is; delete it if it has not replaced the newest one yet."""
         self._close_file()
         self._lines.clear()
         if self._heading:
@@ -197,7 +197,7 @@ class LedgerWriter:
 
 
 def _write_whole(file: IO[bytes], text: str) -> None:
-    """Write all of it, or nothing as far as that can be: what is lost must not be read, too."""
+    """Write the whole text, or if possible nothing: turns counted as lost must not be read."""
     before = file.tell()
     rest = memoryview(text.encode())
     try:
@@ -213,10 +213,10 @@ def _write_whole(file: IO[bytes], text: str) -> None:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Return the files of the run that `path` is of, oldest first, as far as they are all there.
+    """Return the files of the run of `path`, oldest first, back to the first missing part.
 
     Raises:
-        LedgerError: it is no ledger.
+        LedgerError: `path` is no ledger.
     """
     newest = header_of(path)
     found = [path]
@@ -231,7 +231,7 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def header_of(path: Path) -> Header:
-    """Return the first line of a file."""
+    """Return the header of a file, its first line."""
     entry = next(read_entries(path), None)
     if not isinstance(entry, Header):
         message = f"{path} must begin with a header"
@@ -240,10 +240,10 @@ def header_of(path: Path) -> Header:
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
-    """Yield what a file says; a last line that was cut off, as by a crash, is left out.
+    """Yield the entries of a file, without a last line that a crash has cut off.
 
     Raises:
-        LedgerError: naming the line that cannot be read.
+        LedgerError: a line cannot be read; names the line.
     """
     try:
         with path.open(encoding="utf-8") as file:
