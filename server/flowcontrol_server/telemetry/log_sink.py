@@ -1,4 +1,4 @@
-"""Where log lines go: standard error, written so that its reader holds nothing up."""
+"""Writes log lines to standard error; a slow reader delays nothing."""
 
 import json
 import sys
@@ -7,58 +7,58 @@ from threading import Condition, Thread
 from typing import Final, Protocol, final
 
 BACKLOG_BYTES_MAX: Final = 4 * 2**20
-"""Bytes of lines that may wait for a slow reader: about 10,000 requests. What the writer has in
-hand comes on top, at most as much again."""
+"""Bytes of lines that may wait for a slow reader: about 10,000 requests. The lines being written
+are in addition, at most as many bytes again."""
 
 
 class Unbuffered(Protocol):
-    """A file without a buffer: one would keep what failed, and try again as the process ends."""
+    """A file without a buffer, which would retry failed lines at the end of the process."""
 
     def write(self, data: memoryview, /) -> int | None:
-        """Write some of it, and say how much; None: it would have to wait."""
+        """Write some of the data, and return how much; None: the write would block."""
 
 
 @final
 class Sink:
-    """Writes whole lines, and never raises: what a log cannot hold must not decide what is done.
+    """Writes complete lines, and never raises: a log that cannot be written must change nothing.
 
-    Until `start` lines are written by the caller; from then on by a thread of its own, through
-    a bounded queue, so that a stalled reader blocks no caller. Lines that cannot be written, or
-    find the queue full, are dropped and counted; once lines can be written again one line gives the
-    count. Owner: any thread.
+    Until `start`, the caller's thread writes its lines. From then on, the sink's thread writes
+    them, through a bounded queue, so that a stalled reader blocks no caller. Lines that cannot be
+    written, or that do not fit into the queue, are dropped and counted. Once lines can be written
+    again, one line reports the count. Owner: any thread.
 
     Args:
-        file: None: all is lost.
+        file: takes the lines; None: all lines are dropped.
         backlog_bytes_max: size of the queue.
     """
 
     def __init__(self, file: Unbuffered | None, backlog_bytes_max: int = BACKLOG_BYTES_MAX) -> None:
         self.lost_lines = 0
-        """Dropped since the process began."""
+        """Lines dropped since the process began."""
         self._file = file
         self._backlog_bytes_max = backlog_bytes_max
         self._unreported = 0
-        """Of those, the ones that no line has reported yet."""
+        """Dropped lines that no line has reported yet."""
         self._is_cut = False
-        """Whether what was written last ends within a line."""
+        """Whether the last write has ended within a line."""
         self._condition = Condition()
-        """Guards the queue; held while writing only without a thread."""
+        """Guards the queue. It is held during writes only without a thread."""
         self._backlog: list[bytes] = []
         self._backlog_bytes = 0
         self._thread: Thread | None = None
         self._is_stopping = False
 
     def start(self) -> None:
-        """Write by a thread of its own from now on."""
+        """Write in the sink's thread from now on."""
         assert self._thread is None, "one thread writes"
         self._is_stopping = False
         self._thread = Thread(target=self._run, name="log-writer", daemon=True)
         self._thread.start()
 
     def stop(self, timeout_s: float) -> bool:
-        """Write what waits, and end the thread; return whether that could be done in time.
+        """Write the queue, and end the thread; return whether that succeeded in time.
 
-        If not, the reader has stalled: every line from now on is dropped, because the thread may
+        If not, the reader has stalled. Every line from now on is dropped, because the thread may
         hang in its write for as long as the process lives.
         """
         if self._thread is None:
@@ -73,7 +73,7 @@ class Sink:
         return True
 
     def write(self, text: str) -> None:
-        """Write lines, each with its end."""
+        """Write lines, each with its line end."""
         data = text.encode(errors="backslashreplace")
         with self._condition:
             if self._thread is None:
@@ -87,10 +87,10 @@ class Sink:
                     self._condition.notify()
 
     def flush(self) -> None:
-        """Do nothing: nothing is held back for long."""
+        """Do nothing, because there is no buffer to flush."""
 
     def _run(self) -> None:
-        """Write until stopped and nothing waits."""
+        """Write until stopped and the queue is empty."""
         while True:
             with self._condition:
                 while not (self._backlog or self._is_stopping):
@@ -103,7 +103,7 @@ class Sink:
                 self._deliver(b"")
 
     def _deliver(self, data: bytes) -> None:
-        """Write lines, and before them how many were dropped."""
+        """Write lines, and before them the number of dropped ones."""
         unreported = self._unreported
         try:
             if self._is_cut or unreported:
@@ -111,12 +111,12 @@ class Sink:
                 with self._condition:
                     self._unreported -= unreported
             self._write_all(data)
-        except (OSError, ValueError):  # ValueError: it has been closed
+        except (OSError, ValueError):  # ValueError: the file has been closed
             self._lose(data)
 
     def _lose(self, data: bytes) -> None:
         count = data.count(b"\n")
-        with self._condition:  # the writer's thread and the others
+        with self._condition:  # called in the sink's thread and in others
             self.lost_lines += count
             self._unreported += count
 

@@ -1,7 +1,7 @@
-"""Logs: one canonical line per request at its end, and rare lines in the past tense.
+"""Logs: one canonical line for each request at its end, and rare other lines.
 
-JSON on standard error, as far as that takes it. No header values and no bodies, but for the flow
-id and x-request-id.
+They are JSON on standard error; lines that it does not take are dropped. They contain no header
+values and no bodies, except the flow id and x-request-id.
 """
 
 import logging
@@ -17,7 +17,7 @@ WRITE_WITHIN_S: Final = 0.02
 _TRACEBACKS: Final = structlog.processors.ExceptionRenderer(
     structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 )
-"""Without what variables hold: a request's headers, credentials, tokens."""
+"""Without the values of variables, such as headers, credentials and tokens."""
 
 
 def configure(level: str) -> None:
@@ -42,10 +42,10 @@ def configure(level: str) -> None:
 def request_log(
     soon: Callable[[Callable[[], None]], object], sink: Sink = STANDARD_ERROR
 ) -> RequestLog:
-    """Return what writes the canonical lines of requests, at info; configure structlog first.
+    """Return the writer of the canonical lines, at level info; configure structlog first.
 
     Args:
-        soon: calls what it is given within `WRITE_WITHIN_S`.
+        soon: calls its argument within `WRITE_WITHIN_S`.
         sink: takes the lines.
     """
     is_wanted = bool(structlog.get_logger().is_enabled_for(logging.INFO))

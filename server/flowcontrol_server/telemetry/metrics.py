@@ -1,7 +1,7 @@
-"""Prometheus metrics, rendered from a snapshot: nothing is counted on the way of a request.
+"""Prometheus metrics, rendered from a snapshot, so that requests do not pay for them.
 
-No label holds what a client says: priorities come from objectives, endpoints from the pool, the
-rest is fixed. So the number of series is bounded by what operators declare.
+No label has a value from a client: priorities come from objectives, endpoints from the pool, and
+all others are fixed. So operators' declarations bound the number of series.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -42,21 +42,21 @@ def registry_of(collectors: Iterable[Collector]) -> CollectorRegistry:
 
 
 def buckets_of(bounds_s: Iterable[float], counts: Iterable[int]) -> list[tuple[str, float]]:
-    """Return a histogram's buckets as Prometheus has them, cumulated; the last has no bound."""
+    """Return cumulative buckets, as Prometheus expects them; the last has no bound."""
     bounds = [*(str(float(bound)) for bound in bounds_s), "+Inf"]
     return list(zip(bounds, accumulate(counts), strict=True))
 
 
 @final
 class ShellCollector(Collector):
-    """Tells what went wrong around the engine.
+    """Counters of faults around the engine.
 
     Args:
         log_lines_lost: log lines dropped.
-        library_faults: callbacks of libraries that failed.
-        unread_bodies: requests whose body Envoy could not read.
-        body_refusals: parked requests whose body there was no room for.
-        ledger_turns: written to the ledger, and lost; None without a ledger.
+        library_faults: failed callbacks of libraries.
+        unread_bodies: requests whose body Envoy could not parse.
+        body_refusals: parked requests refused because held bodies reached a limit.
+        ledger_turns: turns written to the ledger, and lost; None: no ledger.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class SnapshotCollector(Collector):
 
     Args:
         snapshot: of the engine.
-        inbox_refusals: requests it never saw.
-        objective_errors: mistakes met in manifests.
-        loop_lag: how late the event loop is.
+        inbox_refusals: requests refused before they reached the engine.
+        objective_errors: errors in objectives.
+        loop_lag: lag of the event loop; None: not measured.
         is_reported: whether Envoy is to report what becomes of requests.
     """
 
@@ -274,7 +274,7 @@ class SnapshotCollector(Collector):
             "Wait over the wait predicted on arrival, of sampled dispatched requests; 1 is exact.",
             labels=["priority"],
         )
-        # What nothing has come of is there, too, at 0: a rate misses a counter's first step.
+        # Series are present at 0, too, because rate() misses a new counter's first step.
         priorities = (DEFAULT_PRIORITY, *(band.priority for band in self._snapshot.bands))
         totals_of = {**dict.fromkeys(priorities, _NO_TOTALS), **self._snapshot.totals}
         for priority, totals in totals_of.items():

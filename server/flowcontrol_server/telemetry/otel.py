@@ -1,9 +1,9 @@
-"""Traces: a span for each request's wait, reported when the request has ended.
+"""Traces: a span for the wait of each request, exported when the request has ended.
 
-Whatever OpenTelemetry's SDK reads from the environment counts: OTEL_EXPORTER_OTLP_ENDPOINT and its
-kin, OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER, OTEL_PROPAGATORS, OTEL_BSP_*.
-The span's parent is what Envoy, where it traces, says in the metadata of its ext_proc stream;
-without that, what the client said in its headers. Nothing of this is imported while traces are off.
+All variables that OpenTelemetry's SDK reads apply: OTEL_EXPORTER_OTLP_ENDPOINT and its relatives,
+OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER, OTEL_PROPAGATORS, OTEL_BSP_*. The
+parent of the span comes from the metadata of the ext_proc stream, if Envoy traces, and otherwise
+from the headers of the client. This module is not imported while traces are off.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from flowcontrol_server.requests.replies import REFUSALS, status_of
 
 SPAN = "flow_control.wait"
 _FLUSH_S = 5.0
-"""For the last spans to reach the collector, at the end."""
+"""Longest time at the end for the last spans to reach the collector."""
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/messages": "chat",
@@ -36,7 +36,7 @@ _OPERATIONS = {
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
 }
-"""Paths to gen_ai.operation.name, as OpenTelemetry's conventions for generative AI have it."""
+"""Path to gen_ai.operation.name, by OpenTelemetry's conventions for generative AI."""
 _SDK: Final = logging.getLogger("opentelemetry")
 _log = structlog.get_logger()
 
@@ -46,8 +46,8 @@ class RequestTraces:
     """Reports spans to an OTLP collector.
 
     Args:
-        pool: names what is guarded, in every span.
-        exporter: in place of the one that the environment asks for.
+        pool: named in every span.
+        exporter: used in place of the one that the environment selects.
     """
 
     def __init__(self, pool: str, exporter: SpanExporter | None = None) -> None:
@@ -57,9 +57,9 @@ class RequestTraces:
         self._tracer = self._provider.get_tracer("flowcontrol", version("flowcontrol"))
         self._propagator = get_global_textmap()
         self._pool = pool
-        self._complaints = _Complaints()
-        _SDK.addHandler(self._complaints)
-        _SDK.propagate = False  # else the log has each twice
+        self._sdk_log = _SdkLog()
+        _SDK.addHandler(self._sdk_log)
+        _SDK.propagate = False  # otherwise each message is logged twice
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ class RequestTraces:
     def request_ended(
         self, parked: Parked, decision: Decision, *, continue_on_fault: bool = False
     ) -> None:
-        """Report a request that is decided and gone, as in the log."""
+        """Export the span of a request that has been decided and has ended."""
         decided_ns = parked.decided_ns + time.time_ns() - time.monotonic_ns()
         arrived_ns = decided_ns - decision.waited_ns
         span = self._tracer.start_span(
@@ -85,7 +85,7 @@ class RequestTraces:
             if kind != "rejected":
                 span.add_event("queued", timestamp=arrived_ns)
             span.add_event(kind, {"flow_control.waiting": decision.waiting}, decided_ns)
-            refused = REFUSALS.get(outcome)  # not of what moves: its client hears of no error
+            refused = REFUSALS.get(outcome)  # None for a moved request: its client gets no error
             if refused is not None:
                 span.set_attribute("error.type", refused.reason)
                 status = status_of(outcome, continue_on_fault=continue_on_fault)
@@ -95,12 +95,12 @@ class RequestTraces:
         span.end(decided_ns)
 
     async def close(self) -> None:
-        """Report what is left, within a few seconds."""
+        """Export the remaining spans, within a few seconds."""
         flushing = Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
         flushing.start()
         await asyncio.to_thread(flushing.join, _FLUSH_S)
         _SDK.propagate = True
-        _SDK.removeHandler(self._complaints)
+        _SDK.removeHandler(self._sdk_log)
 
     def _attributes(self, parked: Parked, decision: Decision) -> dict[str, AttributeValue]:
         attributes: dict[str, AttributeValue] = {
@@ -148,11 +148,11 @@ def _exporter() -> SpanExporter:
 
 
 @final
-class _Complaints(logging.Handler):
-    """Says in our log, as JSON, what the SDK complains about: a collector that is away, say."""
+class _SdkLog(logging.Handler):
+    """Writes warnings of the SDK to our log, as JSON, such as an unreachable collector."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass one complaint on."""
+        """Write one warning."""
         if record.levelno >= logging.WARNING:
             error = record.getMessage()
             _log.warning("traces_not_exported", error=error, exc_info=record.exc_info)

@@ -1,8 +1,9 @@
-"""The metric names of llm-d-router's flow control, for dashboards and triggers that ask for them.
+"""The metric names of llm-d-router's flow control, for dashboards and triggers that use them.
 
-Opt-in, because they label by flow: what a client says becomes a label here. At most 1000 flows are
-named, those with the longest backlog; the rest is `other`. What has no counterpart is left out:
-docs/metrics.md says which. Model labels are empty: a flow here may use any model.
+They are opt-in, because flow ids, which come from clients, become labels. At most 1000 flows are
+named, those with the longest backlog; the others are summed up as `other`. Metrics without a
+counterpart are left out; docs/metrics.md lists them. Model labels are empty, because a flow may use
+any model.
 """
 
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ OUTCOMES = {
     Outcome.RECLAIMED: "EvictedOther",
     Outcome.INTERNAL: "RejectedOther",
 }
-"""Its word for each of ours; two of ours may be one of its."""
+"""The reference's name of each outcome; several outcomes may share one."""
 
 
 @final
@@ -151,7 +152,7 @@ class ReferenceCollector(Collector):
 
 
 def _by_flow(band: BandSnapshot, named_max: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Return requests and bytes waiting by flow id, what is not named as `other`."""
+    """Return waiting requests and bytes by flow id; `other` has the flows that are not named."""
     requests: dict[str, int] = {}
     announced: dict[str, int] = {}
     for flow in islice(band.flows, named_max):

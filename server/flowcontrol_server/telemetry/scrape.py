@@ -1,4 +1,4 @@
-"""What a scrape of /metrics is answered from: every collector, about one moment."""
+"""Collects all metrics of one moment, for a scrape of /metrics."""
 
 import time
 from typing import Final, final
@@ -32,7 +32,7 @@ _PROCESS: Final = ProcessCollector(registry=None)
 class Scrape:
     """Gathers metrics from all their sources."""
 
-    def __init__(  # noqa: PLR0913 - each is one who tells
+    def __init__(  # noqa: PLR0913 - each is one source
         self,
         *,
         gate: FlowGate,
@@ -60,7 +60,7 @@ class Scrape:
         self._calls = calls
 
     async def collect(self) -> CollectorRegistry:
-        """Return the metrics of now.
+        """Return the current metrics.
 
         Raises:
             NotRunningError: the processor has ended.

@@ -1,4 +1,4 @@
-"""Prometheus metrics of settlement, rendered when asked for."""
+"""Prometheus metrics of settlement, rendered at each scrape."""
 
 from collections.abc import Callable, Iterator
 from typing import final
@@ -24,12 +24,11 @@ class SettlementCollector(Collector):
 
     Args:
         log_join: has the accounts.
-        pool_view: what endpoints say of themselves.
-        snapshot: of the engine; None on a replica that does not decide, and so cannot say what
-            passes by the gate.
+        pool_view: has the reports of the endpoints.
+        snapshot: of the engine; None: this replica does not decide, so it cannot compute the drift.
         now_ns: the time.
-        is_reported: whether Envoy is to report what becomes of requests: then what nothing has
-            come of is there, too, at 0, as a rate misses a counter's first step.
+        is_reported: whether Envoy reports the outcomes of requests. If so, series are present at 0,
+            too, because rate() misses a new counter's first step.
     """
 
     def __init__(

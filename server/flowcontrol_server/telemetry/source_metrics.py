@@ -15,12 +15,12 @@ from flowcontrol_server.sources.scraper import ScrapeResult
 
 @final
 class SourceCollector(Collector):
-    """Turns what the sources and the configuration have gone through into metric families.
+    """Turns state and error counts of sources and configuration into metric families.
 
     Args:
         feed: the sources.
         configuration: of the service.
-        now_s: on the monotonic clock.
+        now_s: the time, on the monotonic clock.
     """
 
     def __init__(self, feed: FeedSnapshot, configuration: Configuration, now_s: float) -> None:
@@ -30,14 +30,14 @@ class SourceCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
-        yield from _mistakes(self._feed)
+        yield from _errors(self._feed)
         yield from _load(self._feed, self._now_s)
         yield from _configuration(self._configuration)
 
 
 @final
 class StatusCollector(Collector):
-    """Tells how many problems stand, by kind."""
+    """Counts the current problems, by kind."""
 
     def __init__(self, status: ServiceStatus) -> None:
         self._status = status
@@ -55,7 +55,7 @@ class StatusCollector(Collector):
         yield family
 
 
-def _mistakes(feed: FeedSnapshot) -> Iterator[Metric]:
+def _errors(feed: FeedSnapshot) -> Iterator[Metric]:
     errors = CounterMetricFamily(
         "flowcontrol_source_errors", "Errors, by source.", labels=["source"]
     )

@@ -1,4 +1,4 @@
-"""Prometheus metrics of what is kept outside the process, and of the election."""
+"""Prometheus metrics of the state outside the process, and of the election."""
 
 from collections.abc import Iterator
 from typing import final
@@ -17,8 +17,8 @@ class StateCollector(Collector):
     Args:
         recovered: leases of other processes that hold a slot.
         is_deciding: whether this replica decides.
-        book: the lease book; None without a store.
-        election: the election; None without one.
+        book: of the lease book; None: no store.
+        election: of the election; None: no election.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Traces, where the configuration turns them on and the extra is installed."""
+"""Opens traces if the configuration turns them on and the extra is installed."""
 
 import os
 from typing import TYPE_CHECKING
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def open_traces(settings: Traces, pool: str) -> "RequestTraces | None":
-    """Return what keeps traces of requests; None while they are off.
+    """Return the traces of requests; None: they are off.
 
     Raises:
-        FlowControlError: the extra is not there, or of no use.
+        FlowControlError: the extra is missing, or cannot be used.
     """
     if settings.exporter == "off":
         return None
@@ -26,7 +26,7 @@ def open_traces(settings: Traces, pool: str) -> "RequestTraces | None":
     except ModuleNotFoundError as error:
         message = f"traces.exporter: {missing(error, 'otel')}"
         raise FlowControlError(message) from error
-    except Exception as error:  # whatever the SDK raises for what it reads there
+    except Exception as error:  # any error of the SDK in the variables
         given = ", ".join(sorted(name for name in os.environ if name.startswith("OTEL_")))
-        message = f"traces.exporter: cannot begin with {given or 'no OTEL_* variable'}: {error}"
+        message = f"traces.exporter: cannot start with {given or 'no OTEL_* variable'}: {error}"
         raise FlowControlError(message) from error

@@ -223,7 +223,7 @@ class TestEnvironment:
         with pytest.raises(FlowControlError) as refused:
             open_traces(Traces(exporter="otlp"), "llama")
 
-        rule = f"traces.exporter: cannot begin with OTEL_BSP_SCHEDULE_DELAY, {name}: "
+        rule = f"traces.exporter: cannot start with OTEL_BSP_SCHEDULE_DELAY, {name}: "
         assert str(refused.value).startswith(rule)
         assert reason in str(refused.value)
 
