@@ -178,7 +178,7 @@ class TestExplain:
 
         assert (explained.expected_wait_ns, explained.late_wait_ns) == (None, None)
         assert not explained.is_hopeless
-        assert "how long it will still wait is unknown" in sentences(explained)[-1].lower()
+        assert "its remaining wait is unknown" in sentences(explained)[-1].lower()
 
     def test_no_endpoints(self) -> None:
         """Comes before all else."""
@@ -199,7 +199,8 @@ class TestExplain:
         explained = asked(controller, 2, 0)
 
         assert explained.gate is Gate.CEILING
-        assert "may fill the pool to 25% only, which is at 25%" in " ".join(sentences(explained))
+        ceiling = "may fill the pool to 25% only, and the pool is at 25%"
+        assert ceiling in " ".join(sentences(explained))
 
     def test_higher_band(self) -> None:
         """Gated itself, it lets no lower band pass."""
@@ -211,7 +212,7 @@ class TestExplain:
         assert controller.pool.saturation() == 0.75
         assert explained.gate is Gate.HIGHER_BAND
         assert explained.gating_priority == 0
-        assert "because band 0 has work waiting" in " ".join(sentences(explained))
+        assert "because band 0 has requests waiting" in " ".join(sentences(explained))
 
     def test_share_against_fair_share(self) -> None:
         """By the cost of what was dispatched, and by weight."""
@@ -221,7 +222,7 @@ class TestExplain:
         flow = asked(controller, 4, 0).flow
 
         assert (flow.share, flow.fair_share) == (0.5, 0.25)
-        assert "lead got 50% of what its band was served lately; its fair share is 25%." in (
+        assert "lead recently got 50% of its band's service; its fair share is 25%." in (
             sentences(asked(controller, 4, 0))
         )
 

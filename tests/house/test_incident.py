@@ -148,7 +148,8 @@ async def test_it_is_explained_alike_everywhere(tmp_path: Path) -> None:
 
     refused = "the queue of its band had no room for it (100% saturation, 2 left waiting)"
     assert explained["batch-4"].sentences[0].endswith(f"was rejected: {refused}.")
-    assert "an operator evicted what waited of its flow" in explained["batch-0"].sentences[0]
+    evicted = "an operator evicted the waiting requests of its flow"
+    assert evicted in explained["batch-0"].sentences[0]
     assert shown["sentences"] == list(explained["batch-4"].sentences)
     by_client = {each.client_request_id: each for each in listed.decisions}
     assert by_client["batch-4"].reason == refused

@@ -1,1 +1,1 @@
-"""What people see and ask: the gRPC API, its guard, the dashboard."""
+"""The interfaces for operators: the gRPC API, its guard and the dashboard."""

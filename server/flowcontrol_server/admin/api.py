@@ -1,6 +1,6 @@
-"""Our own gRPC API, flowcontrol.v1: what there is to see, to ask and to do.
+"""Our own gRPC API, flowcontrol.v1: snapshots, explanations and commands.
 
-Nothing here reads or touches the engine: questions and orders go to the processor as facts do.
+No method touches the engine directly: queries and commands go to the processor, like facts.
 """
 
 import asyncio
@@ -37,28 +37,28 @@ _FLOWS_MAX = 1000
 _DECISIONS_DEFAULT = 50
 _DECISIONS_MAX = 1000
 WATCHES_MAX = 64
-"""Snapshots that are watched at once; each is O(flows), at up to 10 a second."""
+"""Most concurrent watches; each snapshot is O(flows), at up to 10 a second."""
 WATCHES_PER_PEER_MAX = 8
-"""Of them, from one address."""
+"""Most concurrent watches from one address."""
 _INTERVAL_S = (0.1, 1.0, 60.0)
 """Shortest, default and longest time between two snapshots."""
 
 
 @final
 class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
-    """Asks the processor, and answers.
+    """Serves the API from the processor's answers.
 
     Args:
         gate: the way to the processor.
         pool: the name of the inference pool.
-        log_join: knows which requests the access log has reported.
-        drain: begins what SIGTERM begins, and returns its budget; called again it changes nothing.
-        objectives: where they come from.
-        status: what is wrong now, and what runs.
-        role: returns what this process is in the election, in words; empty without one.
+        log_join: counts the requests that the access log has reported.
+        drain: starts a drain, as SIGTERM does, and returns its budget; a second call has no effect.
+        objectives: the access to objectives.
+        status: the current problems, version and configuration.
+        role: returns the role of this process in the election, in words; empty: no election.
     """
 
-    def __init__(  # noqa: PLR0913 - each is one it answers from
+    def __init__(  # noqa: PLR0913 - each is one source of answers
         self,
         gate: FlowGate,
         pool: str,
@@ -77,16 +77,16 @@ class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
         self._role = role
         self._watch_places = Places(WATCHES_MAX, WATCHES_PER_PEER_MAX)
 
-    async def GetSnapshot(  # noqa: N802 - as the .proto says
+    async def GetSnapshot(  # noqa: N802 - as in the .proto
         self, request: api.GetSnapshotRequest, context: Any
     ) -> api.Snapshot:
-        """Return the state now."""
+        """Return the current state."""
         return await self._snapshot(request.flows_max, context)
 
-    async def WatchSnapshot(  # noqa: N802 - as the .proto says
+    async def WatchSnapshot(  # noqa: N802 - as in the .proto
         self, request: api.WatchSnapshotRequest, context: Any
     ) -> AsyncIterator[api.Snapshot]:
-        """Yield the state at the interval asked for, until the caller is gone."""
+        """Yield the state at the requested interval, until the client leaves."""
         shortest, default, longest = _INTERVAL_S
         asked = request.interval.ToNanoseconds() / 1e9
         interval_s = min(max(asked, shortest), longest) if asked else default
@@ -98,18 +98,18 @@ class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
         except NoPlaceError as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"watches {error}")
 
-    async def Explain(  # noqa: N802 - as the .proto says
+    async def Explain(  # noqa: N802 - as in the .proto
         self, request: api.ExplainRequest, context: Any
     ) -> api.Explanation:
-        """Say of one request what it waits for, or what became of it."""
+        """Explain what a request waits for, or its outcome."""
         try:
-            said = explain(self._gate, request.request_id, self._role)
-            return await while_running(said, context)
+            answer = explain(self._gate, request.request_id, self._role)
+            return await while_running(answer, context)
         except NotKnownError as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
             raise  # abort has raised already
 
-    async def ListDecisions(  # noqa: N802 - as the .proto says
+    async def ListDecisions(  # noqa: N802 - as in the .proto
         self, request: api.ListDecisionsRequest, _context: Any
     ) -> api.ListDecisionsResponse:
         """Return the newest decisions."""
@@ -126,16 +126,16 @@ class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
             kept=len(recent),
         )
 
-    async def Drain(  # noqa: N802 - as the .proto says
+    async def Drain(  # noqa: N802 - as in the .proto
         self, _request: api.DrainRequest, _context: Any
     ) -> api.DrainResponse:
-        """Begin the end."""
+        """Start a drain."""
         return api.DrainResponse(budget=duration_message(self._drain()))
 
-    async def EvictFlow(  # noqa: N802 - as the .proto says
+    async def EvictFlow(  # noqa: N802 - as in the .proto
         self, request: api.EvictFlowRequest, context: Any
     ) -> api.EvictFlowResponse:
-        """Refuse what waits of one flow."""
+        """Evict the waiting requests of one flow."""
         if not request.flow_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "flow_id must not be empty")
         key = FlowKey(request.priority, request.flow_id)

@@ -1,4 +1,4 @@
-"""A client of the admin API, for who looks from elsewhere."""
+"""A client of the admin API, for other processes."""
 
 from collections.abc import AsyncIterator
 from ipaddress import ip_address
@@ -13,7 +13,7 @@ _FLOWS_SHOWN = 50
 
 
 class SnapshotSource(Protocol):
-    """Where the figures come from."""
+    """Source of snapshots, decisions and explanations."""
 
     def watch(self) -> AsyncIterator[api.Snapshot]:
         """Yield snapshots without end."""
@@ -22,7 +22,7 @@ class SnapshotSource(Protocol):
         """Return the newest decisions."""
 
     async def explain(self, request_id: str) -> api.Explanation:
-        """Say what there is to say of a request."""
+        """Return the explanation of a request."""
 
     async def close(self) -> None:
         """Close the connection to the service."""
@@ -33,8 +33,8 @@ class AdminSource:
     """The admin API of a running service.
 
     Args:
-        address: host:port of its gRPC.
-        token: shown as `authorization: Bearer ...`, if there is one.
+        address: host:port of its gRPC API.
+        token: sent as `authorization: Bearer ...`, if there is one.
         credentials: for TLS; None: plain text.
     """
 
@@ -71,7 +71,7 @@ class AdminSource:
         return answer
 
     async def explain(self, request_id: str) -> api.Explanation:
-        """Say what there is to say of a request."""
+        """Return the explanation of a request."""
         asked = api.ExplainRequest(request_id=request_id)
         answer: api.Explanation = await self._ask("Explain", asked, api.Explanation)
         return answer
@@ -90,9 +90,9 @@ class AdminSource:
 
 
 def channel_options(address: str) -> tuple[tuple[str, int], ...]:
-    """Return what a channel to host:port is made with: none to this machine goes to a proxy.
+    """Return the options of a channel to host:port; a channel to this machine uses no proxy.
 
-    gRPC would ask the one in `http_proxy`, and show it the token; grpcurl and browsers do not.
+    gRPC would use the proxy in `http_proxy`, which would see the token; grpcurl and browsers do not.
     """
     return (("grpc.enable_http_proxy", 0),) if _is_local(address.rpartition(":")[0]) else ()
 

@@ -1,14 +1,14 @@
-"""Who may ask and who may change: the rule for our own API, on gRPC and on HTTP.
+"""Access control of our own API, on gRPC and on HTTP.
 
               from loopback          with the token, or a certificate    all others
               (admin.trustLoopback)  named in admin.clients
-    asking    yes                    yes                                 no
+    reading   yes                    yes                                 no
     changing  no                     yes                                 no
 
-Changing always takes proof: whatever else runs on this machine (a sidecar, a web page in a browser)
-can reach its loopback, too. Loopback means 127.0.0.1 and ::1, from which nothing is forwarded: a
+Changes always need proof, because other programs on this machine (a sidecar, a web page in a
+browser) can reach its loopback, too. Loopback means 127.0.0.1 and ::1, without forwarding: a
 sidecar that connects from 127.0.0.6, or a proxy that names its client in a header, is not loopback.
-Envoy's streams, health and reflection are not our API (docs/threat-model.md).
+Envoy's streams, health and reflection are not part of this API (docs/threat-model.md).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,7 @@ from google.protobuf.message_factory import GetMessageClass
 from flowcontrol_server.config.admin import TOKEN_VARIABLE, Secret
 
 _READING = ("Get", "Watch", "List", "Explain")
-"""How the names of calls begin that change nothing; any other call is taken to change something."""
+"""Prefixes of calls that change nothing; any other call counts as a change."""
 _PUBLIC_PATHS = frozenset({"/metrics", "/healthz", "/readyz"})
 _LOOPBACK = frozenset({ip_address("127.0.0.1"), ip_address("::1")})
 _SAFE_METHODS = frozenset({"GET", "HEAD"})
@@ -33,7 +33,7 @@ _HOW = f"the admin token ({TOKEN_VARIABLE} or admin.tokenFile) as authorization:
 _FORWARDED = frozenset(
     ("forwarded", "via", "x-forwarded-for", "x-forwarded-client-cert", "x-envoy-external-address")
 )
-"""Headers of proxies: with one of them a caller is not where its address says."""
+"""Headers of proxies: with one of them, the address is not that of the caller."""
 
 
 @final
@@ -43,7 +43,7 @@ class Guard:
     Args:
         secret: the admin token.
         clients: names in client certificates whose holders may do everything.
-        trusts_loopback: whether callers on this machine may ask without proof.
+        trusts_loopback: whether callers on this machine may read without proof.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Guard:
     def refusal(
         self, *, changes: bool, is_local: bool, names: Iterable[str] = (), authorization: str = ""
     ) -> str | None:
-        """Return why a call is refused; None if it is allowed.
+        """Return why a call is refused; None: it is allowed.
 
         Args:
             changes: whether it changes anything.
             is_local: whether it comes from this machine's loopback.
             names: of the caller, in the certificate that TLS has checked.
-            authorization: what it shows, empty if nothing.
+            authorization: value of its authorization header; empty: none.
         """
         if not self._clients.isdisjoint(names):
             return None
@@ -80,9 +80,9 @@ class Guard:
     def handler(
         self, service: ServiceDescriptor, servicer: object
     ) -> "grpc.GenericRpcHandler[Any, Any]":
-        """Return a service of our API as a grpc.aio server takes it up, each call guarded.
+        """Return the handler of a service of our API for a grpc.aio server, each call guarded.
 
-        An interceptor could do the same, but would stand in the way of every ext_proc stream.
+        An interceptor could do the same, but would slow down every ext_proc stream.
         """
         methods = {
             method.name: self._method(method, getattr(servicer, method.name))
@@ -99,13 +99,13 @@ class Guard:
         changes = not method.name.startswith(_READING)
 
         async def stream(request: Any, context: Any) -> Any:
-            """Answer with many messages, if the caller may ask."""
+            """Answer with many messages, if the caller is authorized."""
             await self._check(context, changes=changes)
             async for response in serve(request, context):
                 yield response
 
         async def answer(request: Any, context: Any) -> Any:
-            """Answer with one message, if the caller may ask."""
+            """Answer with one message, if the caller is authorized."""
             await self._check(context, changes=changes)
             return await serve(request, context)
 
@@ -114,7 +114,7 @@ class Guard:
         return grpc.unary_unary_rpc_method_handler(answer, read, write)
 
     async def _check(self, context: Any, *, changes: bool) -> None:
-        metadata: dict[str, str] = dict(reversed(context.invocation_metadata()))  # first counts
+        metadata: dict[str, str] = dict(reversed(context.invocation_metadata()))  # first is used
         refusal = self.refusal(
             changes=changes,
             is_local=_is_this_machine(context.peer()) and _FORWARDED.isdisjoint(metadata),
@@ -128,11 +128,11 @@ class Guard:
 
     @property
     def middleware(self) -> Middleware:
-        """What aiohttp puts before its pages: all but metrics and health are guarded."""
+        """The middleware for aiohttp that guards all pages but metrics and health."""
 
         @web.middleware
         async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-            """Serve a request that may be."""
+            """Serve a request if it is authorized."""
             if request.path not in _PUBLIC_PATHS:
                 self._check_page(request)
             return await handler(request)
@@ -143,12 +143,12 @@ class Guard:
         changes = request.method not in _SAFE_METHODS
         origin = request.headers.get("origin")
         if changes and origin is not None and _origin_host(origin) != request.host:
-            # A browser shows a password it knows to whatever page sends it here.
+            # A browser sends a stored password with requests from any page.
             raise web.HTTPForbidden(text="cross-origin request refused\n")
         refusal = self.refusal(
             changes=changes,
             is_local=_is_loopback(request.remote or "")
-            # A name for 127.0.0.1 in someone else's DNS makes a page of theirs ours to a browser.
+            # With a name for 127.0.0.1 in an attacker's DNS, a browser takes his page for ours.
             and _is_loopback_name(_host(request.host))
             and not any(name in request.headers for name in _FORWARDED),
             authorization=request.headers.get("authorization", ""),
@@ -159,7 +159,7 @@ class Guard:
 
 
 def _origin_host(origin: str) -> str | None:
-    """Return host and port of an origin; None if it is none."""
+    """Return host and port of an origin; None: invalid."""
     try:
         return urlsplit(origin).netloc
     except ValueError:
@@ -167,13 +167,13 @@ def _origin_host(origin: str) -> str | None:
 
 
 def _is_this_machine(peer: str) -> bool:
-    """Whether a peer is, as grpc writes it: ipv4:127.0.0.1:5 or ipv6:%5B::1%5D:5."""
+    """Return whether a peer, in gRPC's form, is local: ipv4:127.0.0.1:5 or ipv6:%5B::1%5D:5."""
     kind, _, address = unquote(peer).partition(":")
     return kind == "unix" or (kind.startswith("ipv") and _is_loopback(_host(address)))
 
 
 def _host(address: str) -> str:
-    """Return the host of host, host:port or [host]:port."""
+    """Return the host in host, host:port or [host]:port."""
     if address.startswith("["):
         return address[1:].partition("]")[0]
     return address.rpartition(":")[0] or address
@@ -185,7 +185,7 @@ def _is_loopback_name(host: str) -> bool:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether it is 127.0.0.1 or ::1: proxies connect from others of 127.0.0.0/8."""
+    """Return whether it is 127.0.0.1 or ::1; proxies connect from others of 127.0.0.0/8."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:
@@ -194,7 +194,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _names(identity: Mapping[str, Iterable[bytes]]) -> list[str]:
-    """Return the names in a client's certificate: the common name only where it has no others."""
+    """Return the names in a client's certificate; the common name only if it has no others."""
     if not identity.get("x509_pem_cert"):
         return []
     names = identity.get("x509_subject_alternative_name") or identity.get("x509_common_name")

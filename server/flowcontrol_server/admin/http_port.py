@@ -1,10 +1,10 @@
-"""The HTTP port: how many may connect, and how long they may say nothing.
+"""The HTTP port, with limits on the number of connections and on their silence.
 
-aiohttp limits neither. A connection that says nothing costs a descriptor, and without any left the
-process can accept no connection, liveness probes included.
+aiohttp has neither limit. A silent connection costs a file descriptor, and without a free one the
+process can accept no connection, including those of liveness probes.
 
-A new connection beyond the limit takes the place of one that has sent no request: the oldest of the
-address that has the most of them.
+A new connection beyond the limit replaces one that has sent no request: the oldest of the address
+that has the most of them.
 """
 
 import asyncio
@@ -20,20 +20,20 @@ from flowcontrol_server.common.listening import listen
 
 CONNECTIONS_MAX: Final = 256
 REQUEST_WITHIN_S: Final = 10.0
-"""From the connection to its first request."""
+"""Longest time from the connection to its first request."""
 READ_WITHIN_S: Final = 30.0
-"""How long a client may leave a full buffer of output unread."""
+"""Longest time for which a client may leave a full output buffer unread."""
 _KEEPALIVE_S: Final = 75.0
-"""From a response to the next request; above 60 s, the default interval of Prometheus."""
+"""Longest time from a response to the next request; above Prometheus's default interval, 60 s."""
 _HEADER_BYTES_MAX: Final = 16_384
 _LOGGER: Final = logging.getLogger(__name__)
-"""Of aiohttp's server."""
+"""Logger of aiohttp's server."""
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether a line of aiohttp reports a fault here; a request that is no HTTP is its client's.
+    """Return whether a log record of aiohttp reports a fault here, and not invalid HTTP.
 
-    aiohttp logs each of those with a traceback: any client could fill the disk.
+    aiohttp logs each invalid request with a traceback: any client could fill the disk.
     """
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
@@ -52,7 +52,7 @@ class _Connection(asyncio.Protocol):
         self.peer = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # always that one
-        """Begin, and wait for a request."""
+        """Start the time limit for the first request."""
         self._transport = transport
         name = transport.get_extra_info("peername")
         self.peer = str(name[0]) if name else ""
@@ -61,37 +61,37 @@ class _Connection(asyncio.Protocol):
         self._port.connected(self, transport)
 
     def data_received(self, data: bytes) -> None:
-        """Pass it on."""
+        """Pass the call on."""
         self._inner.data_received(data)
 
     def eof_received(self) -> bool | None:
-        """Pass it on."""
+        """Pass the call on."""
         return self._inner.eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Pass it on."""
+        """Pass the call on."""
         self.requested()
         self._port.lost(self, self._transport)
         self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Wait for the client to read."""
+        """Start the time limit for the client to read."""
         self._abort_in(READ_WITHIN_S)
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
-        """Go on."""
+        """End the time limit."""
         self.requested()
         self._inner.resume_writing()
 
     def requested(self) -> None:
-        """Note that the client has done what it had to do in time."""
+        """Cancel the time limit, because the client has met it."""
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
     def abort(self) -> None:
-        """Cut the client off."""
+        """Abort the connection."""
         self._transport.abort()
 
     def _abort_in(self, delay_s: float) -> None:
@@ -104,8 +104,8 @@ class HttpPort:
     """Serves an application.
 
     Args:
-        application: gets a middleware that notes requests; not frozen yet.
-        connections_max: at once.
+        application: not frozen yet; gets a middleware that records requests.
+        connections_max: concurrent connections.
     """
 
     def __init__(
@@ -123,14 +123,14 @@ class HttpPort:
         self._connections_max = connections_max
         self._connections: dict[asyncio.BaseTransport, _Connection] = {}
         self._silent: dict[_Connection, None] = {}
-        """Those that have sent no request yet, oldest first."""
+        """Connections that have sent no request yet, oldest first."""
         self._server: asyncio.Server | None = None
 
     async def open(self, address: tuple[str, int]) -> int:
         """Open the port; return its number.
 
         Raises:
-            ListenError: naming the address.
+            ListenError: it cannot be opened; names the address.
         """
         await self._runner.setup()
         aiohttp = self._runner.server
@@ -140,32 +140,32 @@ class HttpPort:
         return port
 
     async def close(self) -> None:
-        """Take no more connections and end those that are open."""
+        """Accept no more connections, and close the open ones."""
         if self._server is not None:
             self._server.close()
         await self._runner.cleanup()
 
     def connected(self, connection: _Connection, transport: asyncio.BaseTransport) -> None:
-        """Take in a connection; one that has sent no request makes room for it."""
+        """Add a connection; beyond the limit, abort one that has sent no request."""
         self._connections[transport] = connection
         self._silent[connection] = None
         if len(self._connections) > self._connections_max:
             self._victim().abort()
 
     def lost(self, connection: _Connection, transport: asyncio.BaseTransport) -> None:
-        """Forget a connection."""
+        """Remove a connection."""
         self._connections.pop(transport, None)
         self._silent.pop(connection, None)
 
     def _victim(self) -> _Connection:
-        """Return a connection without a request, the new one at worst."""
+        """Return a connection without a request; the new one is always such a connection."""
         ((peer, _),) = Counter(each.peer for each in self._silent).most_common(1)
         return next(each for each in self._silent if each.peer == peer)
 
     def _middleware(self) -> Middleware:
         @web.middleware
-        async def noted(request: web.Request, handler: Handler) -> web.StreamResponse:
-            """Note that a connection has sent a request."""
+        async def recorded(request: web.Request, handler: Handler) -> web.StreamResponse:
+            """Record that a connection has sent a request."""
             transport = request.transport
             connection = None if transport is None else self._connections.get(transport)
             if connection is not None and connection in self._silent:
@@ -173,4 +173,4 @@ class HttpPort:
                 connection.requested()
             return await handler(request)
 
-        return noted
+        return recorded

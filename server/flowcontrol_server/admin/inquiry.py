@@ -1,4 +1,4 @@
-"""Questions about single requests, put to the processor and to the newest decisions."""
+"""Explanations of single requests, from the processor and from the newest decisions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,22 +16,22 @@ from flowcontrol_server.requests.recent import Decided
 
 
 class NotKnownError(FlowControlError):
-    """Asked about a request that is neither live nor among the newest decisions."""
+    """The request is neither live nor among the newest decisions."""
 
 
 async def explain(
     gate: FlowGate, request_id: str, role: Callable[[], str] = lambda: ""
 ) -> api.Explanation:
-    """Say of a request what it waits for, or what became of it.
+    """Explain what a request waits for, or its outcome.
 
     Args:
         gate: the way to the processor.
-        request_id: ours, else the client's.
-        role: returns what this process is in the election, in words; empty without one.
+        request_id: flowcontrol's, otherwise the client's.
+        role: returns the role of this process in the election, in words; empty: no election.
 
     Raises:
-        NotKnownError: it is unknown, or no longer known.
-        NotRunningError: it is live, and the processor has ended.
+        NotKnownError: the request is unknown, or no longer known.
+        NotRunningError: the request is live, and the processor has ended.
     """
     parked = gate.find(request_id)
     explained = None
@@ -41,17 +41,17 @@ async def explain(
     if explained is None or parked is None:
         if decided is None:
             message = f"request {request_id!r} is neither live nor among the newest decisions"
-            if said_role := role():
-                message = f"{message}; {said_role}"
+            if own_role := role():
+                message = f"{message}; {own_role}"
             raise NotKnownError(message)
         return _ended(decided, gate)
-    said = explanation_message(explained, parked)
-    add_origin(said, parked.request.objective, parked.origin)
-    if said_role := role():
-        said.sentences.append(f"{said_role[0].upper()}{said_role[1:]}.")
+    answer = explanation_message(explained, parked)
+    add_origin(answer, parked.request.objective, parked.origin)
+    if own_role := role():
+        answer.sentences.append(f"{own_role[0].upper()}{own_role[1:]}.")
     if decided is not None:
-        said.decision.CopyFrom(decision_message(decided, parked))
-    return said
+        answer.decision.CopyFrom(decision_message(decided, parked))
+    return answer
 
 
 def _explain(controller: FlowController, now_ns: int, request_id: int) -> Explanation | None:
@@ -61,20 +61,20 @@ def _explain(controller: FlowController, now_ns: int, request_id: int) -> Explan
 def _ended(decided: Decided, gate: FlowGate) -> api.Explanation:
     decision = decided.decision
     live = gate.live(decision.request_id)
-    who = f"Request {decision.request_id} of {decision.flow_id} in band {decision.priority}"
-    said = api.Explanation(
+    subject = f"Request {decision.request_id} of {decision.flow_id} in band {decision.priority}"
+    answer = api.Explanation(
         request_id=decision.request_id,
         client_request_id=decided.client_request_id,
         state=api.Explanation.ENDED,
-        sentences=[f"{who} was {_said(decision.outcome)}: {reason(decision)}."],
+        sentences=[f"{subject} was {_verb(decision.outcome)}: {reason(decision)}."],
         priority=decision.priority,
         flow_id=decision.flow_id,
         decision=decision_message(decided, live),
     )
-    add_origin(said, decided.request.objective, decided.origin)
-    return said
+    add_origin(answer, decided.request.objective, decided.origin)
+    return answer
 
 
-def _said(outcome: Outcome) -> str:
-    """Return a word for an outcome: evicted-ttl is just evicted, as the reason follows."""
+def _verb(outcome: Outcome) -> str:
+    """Return the verb of an outcome: evicted-ttl is just evicted, as the reason follows."""
     return outcome.value.partition("-")[0] if outcome is not Outcome.INTERNAL else "not decided"

@@ -1,7 +1,7 @@
-"""What the dashboard gets: a sample a second, always, and the whole view while a browser is open.
+"""Data of the dashboard: always a sample a second, and the whole view while a browser is open.
 
-A sample costs the processor a question of O(bands + detectors) a second, so that a browser opened
-late still sees the last minutes. A whole view costs O(flows), and is taken once for all browsers.
+A sample costs the processor O(bands + detectors) a second, so that a browser that is opened later
+shows the last minutes, too. A whole view costs O(flows), and is taken once for all browsers.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ from flowcontrol_server.requests.recent import RecentDecisions
 
 INTERVAL_S = 1.0
 HISTORY_MAX = 900
-"""Samples kept: a quarter of an hour."""
+"""Samples kept: 15 minutes."""
 _FLOWS_SHOWN_MAX = 30
-"""Of each band, those with the longest backlogs."""
+"""Flows shown for each band: those with the longest backlogs."""
 _DECISIONS_SHOWN_MAX = 40
-"""Of each kind, in each view."""
+"""Decisions of each kind in a view."""
 _MINUTE_NS = 60_000_000_000
 _RECENT_SEEN_MAX = 5_000
-"""Decisions of the last minute that percentiles are of; the newest of them, if there were more."""
+"""Most decisions of the last minute used for percentiles: the newest."""
 
 
 _ELSEWHERE = frozenset((Outcome.EVICTED_CANCELLED, Outcome.EVICTED_MOVED))
@@ -45,30 +45,30 @@ _NOT_OURS = _ELSEWHERE | {Outcome.DISPATCHED}
 
 
 class Reading(NamedTuple):
-    """What a sample is made of."""
+    """The figures of a sample."""
 
     saturation: float
     in_flight: int
     limit: int | None
-    """Requests in flight at which the pool is full; None where no detector goes by a number."""
+    """Requests in flight at which the pool is full; None: no detector limits their number."""
     waiting: Mapping[int, int]
-    """By priority."""
+    """Waiting requests, by priority."""
     outcomes: Mapping[int, Mapping[Outcome, int]]
     """Decisions since the start, by priority."""
 
 
 class _Counted(NamedTuple):
-    """What had become of requests, since the start."""
+    """Outcomes of requests since the start."""
 
     at_ns: int
     outcomes: Mapping[int, Mapping[Outcome, int]]
-    """By priority, as the engine counts."""
+    """By priority, as counted by the engine."""
     unseen: int
-    """Refused before the engine saw them."""
+    """Requests refused before they reached the engine."""
 
     @property
     def undispatched(self) -> int:
-        """Requests refused or evicted, without those whose client went away."""
+        """Requests refused or evicted, without those cancelled or moved."""
         return self.unseen + sum(
             count
             for outcomes in self.outcomes.values()
@@ -81,7 +81,7 @@ _NONE_YET = _Counted(0, {}, 0)
 
 
 def read(controller: FlowController, now_ns: int) -> Reading:
-    """Return what a sample needs; O(bands + detectors)."""
+    """Return the figures of a sample; O(bands + detectors)."""
     return Reading(
         controller.pool.saturation(),
         controller.in_flight,
@@ -93,15 +93,15 @@ def read(controller: FlowController, now_ns: int) -> Reading:
 
 @final
 class LiveView:
-    """Keeps the history, and makes one view a second for all who wait for it.
+    """Keeps the history, and makes one view a second for all open dashboards.
 
     Owner: the event loop's thread.
 
     Args:
         gate: the way to the processor.
         pool: the name of the inference pool.
-        log_join: knows which requests the access log has reported.
-        status: what is wrong now, and what runs.
+        log_join: counts the requests that the access log has reported.
+        status: the current problems, version and configuration.
         interval_s: between two samples, and two views.
     """
 
@@ -120,13 +120,13 @@ class LiveView:
         self._status = status
         self._interval_s = interval_s
         self._counted: deque[_Counted] = deque()
-        """Of each sample of the last minute, and of the one before them."""
+        """Counts of each sample of the last minute, and of the one before them."""
         self._next: asyncio.Future[str] | None = None
-        """Made by who waits for the next view."""
+        """The next view; None: no dashboard waits for it."""
         self._is_over = False
 
     async def run(self) -> None:
-        """Sample until the processor has ended, or this is cancelled."""
+        """Take samples until the processor has ended, or until cancelled."""
         try:
             while True:
                 await self._sample()
@@ -144,7 +144,7 @@ class LiveView:
         """Return the next view, as JSON.
 
         Raises:
-            NotRunningError: there will be none.
+            NotRunningError: there are no more views.
         """
         if self._is_over:
             message = "the service is shutting down"
@@ -154,7 +154,7 @@ class LiveView:
         return await asyncio.shield(self._next)
 
     async def view(self) -> str:
-        """Return a view of now, as JSON.
+        """Return a current view, as JSON.
 
         Raises:
             NotRunningError: the processor has ended.
@@ -171,7 +171,7 @@ class LiveView:
             waiting.set_result(text)
 
     async def _sample(self) -> None:
-        self._status.problems()  # so that each is known since when
+        self._status.problems()  # records when each problem began
         reading = await self._gate.ask(read)
         past, now_ns = self._counted, time.monotonic_ns()
         before = past[-1] if past else None
@@ -214,10 +214,10 @@ class LiveView:
         }
 
     def _grown_in_a_minute(self, snapshot: Snapshot) -> dict[int, Counter[Outcome]]:
-        """Return what became of requests in the last minute, by priority.
+        """Return the outcomes of requests in the last minute, by priority.
 
-        By the counts, as recent decisions are only so many. Counts that were forgotten in between
-        have not grown.
+        They are differences of counts, because the number of recent decisions is bounded. A count
+        that was reset meanwhile has not grown.
         """
         first, now_ns = self._counted[0], time.monotonic_ns()
         before = first if first.at_ns <= now_ns - _MINUTE_NS else _NONE_YET
@@ -230,7 +230,7 @@ class LiveView:
         return grown
 
     def _newest(self) -> list[dict[str, Any]]:
-        """Return the newest decisions; those that were not dispatched are not crowded out."""
+        """Return the newest decisions, and in addition the newest refusals and evictions."""
         recent, count = self._gate.recent, _DECISIONS_SHOWN_MAX
         newest = recent.newest(count)
         undispatched = [
@@ -246,7 +246,7 @@ class LiveView:
 
 
 def _waits(recent: RecentDecisions) -> dict[int, list[int]]:
-    """Return what those dispatched in the last minute had waited, by priority, in order."""
+    """Return the waits of requests dispatched in the last minute, by priority, sorted."""
     since_ns = time.monotonic_ns() - _MINUTE_NS
     found: dict[int, list[int]] = {}
     for decided in recent.newest(_RECENT_SEEN_MAX):
@@ -259,7 +259,7 @@ def _waits(recent: RecentDecisions) -> dict[int, list[int]]:
 
 
 def _minute(grown: Counter[Outcome], waits: Sequence[int]) -> dict[str, Any]:
-    """Return what became of the requests of one band."""
+    """Return outcomes and waits of the requests of one band."""
     groups = by_group({each: count for each, count in grown.items() if each not in _ELSEWHERE})
     return {
         **{group.value: groups[group] for group in Group},
@@ -274,5 +274,5 @@ def _seconds(duration_ns: int) -> float:
 
 
 def _grown(before: _Counted | None, after: _Counted) -> int:
-    """Return how many more were undispatched; 0 where counts were forgotten in between."""
+    """Return the growth of refusals and evictions; 0 if the counts have been reset."""
     return 0 if before is None else max(0, after.undispatched - before.undispatched)

@@ -1,4 +1,4 @@
-"""What the engine says, as messages of our own gRPC API, and those as JSON for the dashboard."""
+"""Converts the engine's views to messages of our gRPC API, and those to JSON for the dashboard."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from flowcontrol_server.requests.recent import Decided
 def snapshot_message(
     snapshot: Snapshot, pool: str, inbox_refusals: int, settlements: Counts, flows_max: int
 ) -> api.Snapshot:
-    """Return a snapshot as a message, with so many flows of each band."""
+    """Return a snapshot as a message, with at most `flows_max` flows of each band."""
     message = api.Snapshot(
         pool=pool,
         saturation=snapshot.saturation,
@@ -55,11 +55,11 @@ def snapshot_message(
 
 
 def add_status(message: api.Snapshot, status: ServiceStatus) -> None:
-    """Put what is wrong now, and what runs, into a snapshot."""
+    """Add the current problems, the version and the configuration to a snapshot."""
     for problem in status.problems():
-        about, text = plain(problem.about), plain(problem.text)  # a file's name may be no UTF-8
-        said = message.problems.add(kind=problem.kind, about=about, text=text)
-        said.since.FromNanoseconds(int(problem.since_s * 1e9))
+        about, text = plain(problem.about), plain(problem.text)  # file names may not be UTF-8
+        added = message.problems.add(kind=problem.kind, about=about, text=text)
+        added.since.FromNanoseconds(int(problem.since_s * 1e9))
     runs = status.about()
     message.standby = not runs.is_deciding
     message.about.version = runs.version
@@ -130,7 +130,7 @@ def _flow(flow: FlowSnapshot) -> api.Flow:
 
 
 def decision_message(decided: Decided, live: Parked | None) -> api.DecisionRecord:
-    """Return a decision as a message; `live` while its request has not left."""
+    """Return a decision as a message; `live`: its request; None: the request has ended."""
     request, decision = decided.request, decided.decision
     in_flight_ns = None
     if decision.outcome is Outcome.DISPATCHED and live is not None:
@@ -158,7 +158,7 @@ def decision_message(decided: Decided, live: Parked | None) -> api.DecisionRecor
 
 
 def explanation_message(explained: Explanation, parked: Parked) -> api.Explanation:
-    """Return what there is to say of a live request as a message."""
+    """Return the explanation of a live request as a message."""
     return api.Explanation(
         request_id=explained.request_id,
         client_request_id=parked.client_request_id,
@@ -187,9 +187,9 @@ def explanation_message(explained: Explanation, parked: Parked) -> api.Explanati
 
 
 def plain_message(message: Message) -> dict[str, Any]:
-    """Return a message as JSON has it, by the names of its fields.
+    """Return a message as JSON values, by the names of its fields.
 
-    What is unset is None; durations and times are seconds; texts are safe to show.
+    Unset fields are None; durations and times are seconds; texts are safe to show.
     """
     return {
         field.name: None
@@ -217,12 +217,12 @@ def _plain(value: Any) -> Any:  # noqa: PLR0911 - one for each kind of value
             return value
 
 
-def add_origin(said: api.Explanation, objective: str | None, origin: Origin | None) -> None:
-    """Put what named the objective and the flow of a request into an explanation."""
-    said.objective = objective or ""
+def add_origin(answer: api.Explanation, objective: str | None, origin: Origin | None) -> None:
+    """Add the origins of objective and flow id to an explanation."""
+    answer.objective = objective or ""
     if origin is not None:
-        said.objective_origin, said.flow_id_origin = origin
-        said.sentences.append(classified(objective, said.flow_id, origin))
+        answer.objective_origin, answer.flow_id_origin = origin
+        answer.sentences.append(classified(objective, answer.flow_id, origin))
 
 
 def duration_message(duration_ns: int | None) -> Duration | None:

@@ -1,4 +1,4 @@
-"""Our own gRPC API, flowcontrol.v1: the objectives, and changing them where they come from here."""
+"""Our own gRPC API, flowcontrol.v1: the objectives, and changes of those kept by the API."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ Answer = TypeVar("Answer")
 @final
 @dataclass(frozen=True, slots=True)
 class ObjectiveAccess:
-    """Where objectives come from; asked again at each call."""
+    """Access to the source of objectives; read again at each call."""
 
     store: Callable[[], ObjectiveStore | None]
-    """Where they are changed, if they come from here."""
+    """Returns the store that the API changes; None: objectives come from another source."""
     problems: Callable[[], Iterable[tuple[str, str, str]]]
-    """What is wrong where they come from: source, what it is about, mistake."""
+    """Returns the problems of their sources: source, subject and error."""
 
 
 FROM_ELSEWHERE = ObjectiveAccess(lambda: None, lambda: ())
 
 
 async def while_running(answer: Awaitable[Answer], context: Any) -> Answer:
-    """Return an answer of the processor's; end the call as UNAVAILABLE when it has ended."""
+    """Return an answer of the processor; end the call as UNAVAILABLE if that has ended."""
     try:
         return await answer
     except NotRunningError as error:
@@ -39,23 +39,23 @@ async def while_running(answer: Awaitable[Answer], context: Any) -> Answer:
 
 
 class ObjectiveMethods:
-    """The methods about objectives. Each change is in force when it is answered.
+    """The methods for objectives. A change is in effect when the response is sent.
 
     Args:
-        gate: whose engine knows what is in force.
-        objectives: where they come from.
+        gate: the way to the engine, which has the objectives in effect.
+        objectives: the access to their source.
     """
 
     def __init__(self, gate: FlowGate, objectives: ObjectiveAccess) -> None:
         self._gate = gate
         self._objectives = objectives
 
-    async def ListObjectives(  # noqa: N802 - as the .proto says
+    async def ListObjectives(  # noqa: N802 - as in the .proto
         self,
         request: api.ListObjectivesRequest,  # noqa: ARG002 - as grpc calls it
         context: Any,
     ) -> api.ListObjectivesResponse:
-        """Return the objectives in force, and what is wrong where they come from."""
+        """Return the objectives in effect, and the problems of their sources."""
         snapshot = await while_running(self._gate.snapshot(), context)
         return api.ListObjectivesResponse(
             objectives=[
@@ -64,16 +64,16 @@ class ObjectiveMethods:
             ],
             writable=self._objectives.store() is not None,
             problems=[
-                # a file's name may be no UTF-8
+                # file names may not be UTF-8
                 api.SourceProblem(source=source, about=plain(about), problem=plain(problem))
                 for source, about, problem in self._objectives.problems()
             ],
         )
 
-    async def PutObjective(  # noqa: N802 - as the .proto says
+    async def PutObjective(  # noqa: N802 - as in the .proto
         self, request: api.PutObjectiveRequest, context: Any
     ) -> api.Objective:
-        """Declare an objective, new or changed."""
+        """Add or change an objective."""
         store = await self._writable(context)
         objective = request.objective
         try:
@@ -81,25 +81,25 @@ class ObjectiveMethods:
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except OSError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"not kept: {error}")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"not stored: {error}")
         return objective
 
-    async def DeleteObjective(  # noqa: N802 - as the .proto says
+    async def DeleteObjective(  # noqa: N802 - as in the .proto
         self, request: api.DeleteObjectiveRequest, context: Any
     ) -> api.DeleteObjectiveResponse:
-        """Take an objective back: its band drains."""
+        """Delete an objective; its band drains."""
         store = await self._writable(context)
         try:
             was_there = await store.delete(request.name)
         except OSError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"not kept: {error}")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"not stored: {error}")
             raise  # abort has raised already
         if not was_there:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no objective {request.name!r}")
         return api.DeleteObjectiveResponse()
 
     async def _writable(self, context: Any) -> ObjectiveStore:
-        """Return the store, or end the call: there is none."""
+        """Return the store; end the call if there is none."""
         store = self._objectives.store()
         if store is None:
             message = (

@@ -1,7 +1,7 @@
 """The dashboard on the HTTP port: its files, the view as server-sent events, and explanations.
 
-Everything it needs is in the wheel; nothing is loaded from anywhere else, and the browser is told
-to load nothing else.
+All its files are in the wheel. It loads nothing from other hosts, and its content security policy
+forbids the browser to do so.
 """
 
 import json
@@ -21,9 +21,9 @@ from flowcontrol_server.common.plain_text import plain
 from flowcontrol_server.requests.gate import FlowGate
 
 WATCHERS_MAX = 32
-"""Who may look at once; each costs a message a second."""
+"""Most open dashboards; each costs a message a second."""
 WATCHERS_PER_PEER_MAX = 8
-"""Of them, from one address."""
+"""Most open dashboards from one address."""
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _FILES = ("index.html", "style.css", "app.js", "chart.js", "icon.svg")
 _HEADERS = {
@@ -53,10 +53,10 @@ def add_pages(
     """Serve the dashboard: / and /dashboard/*, /api/events and /api/explain.
 
     Args:
-        application: of the HTTP port; who may ask is for its middleware to say.
+        application: of the HTTP port; its middleware authorizes requests.
         gate: the way to the processor.
-        live: what the dashboard shows.
-        role: returns what this process is in the election, in words; empty without one.
+        live: the data of the dashboard.
+        role: returns the role of this process in the election, in words; empty: no election.
     """
     folder = files("flowcontrol_server.admin") / "dashboard"
     for name in _FILES:
@@ -70,7 +70,7 @@ def _file(body: bytes, name: str) -> Callable[[web.Request], Awaitable[web.Respo
     content_type = _TYPES[name.rpartition(".")[2]]
 
     async def handle(_request: web.Request) -> web.Response:
-        """Return the file, read once."""
+        """Return the file, which was read once."""
         return web.Response(body=body, content_type=content_type, charset="utf-8", headers=_HEADERS)
 
     return handle
@@ -80,7 +80,7 @@ def _events(live: LiveView) -> Callable[[web.Request], Awaitable[web.StreamRespo
     places = Places(WATCHERS_MAX, WATCHERS_PER_PEER_MAX)
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        """Send the history, then a view a second until either side has had enough."""
+        """Send the history, then a view a second until either side ends."""
         try:
             with places.taken(request.remote or ""):
                 return await _send_views(request, live)
@@ -102,7 +102,7 @@ async def _send_views(request: web.Request, live: LiveView) -> web.StreamRespons
         while True:
             await response.write(_event("view", await live.next_view()))
     except (ConnectionError, NotRunningError):
-        return response  # the browser is gone, or the service is about to be
+        return response  # the browser is gone, or the service is shutting down
 
 
 def _event(name: str, data: str) -> bytes:
@@ -120,60 +120,60 @@ def _explain(
     gate: FlowGate, role: Callable[[], str]
 ) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handle(request: web.Request) -> web.Response:
-        """Say of one request what it waits for, or what became of it."""
+        """Explain what a request waits for, or its outcome."""
         request_id = request.query.get("request", "")
         try:
-            said = _explanation(await explain(gate, request_id, role))
+            answer = _explanation(await explain(gate, request_id, role))
         except NotKnownError as error:
-            said = {"sentences": [plain(f"{str(error)[0].upper()}{str(error)[1:]}.")]}
-            return web.json_response(said, status=404, headers=_HEADERS)
+            answer = {"sentences": [plain(f"{str(error)[0].upper()}{str(error)[1:]}.")]}
+            return web.json_response(answer, status=404, headers=_HEADERS)
         except NotRunningError as error:
             raise web.HTTPServiceUnavailable(text=f"{error}\n") from error
-        return web.json_response(said, headers=_HEADERS)
+        return web.json_response(answer, headers=_HEADERS)
 
     return handle
 
 
-def _explanation(said: api.Explanation) -> dict[str, Any]:
-    is_waiting = said.state == api.Explanation.WAITING
-    decision = said.decision
+def _explanation(answer: api.Explanation) -> dict[str, Any]:
+    is_waiting = answer.state == api.Explanation.WAITING
+    decision = answer.decision
     facts = {
-        "Client's request id": said.client_request_id,
-        "Band": str(said.priority),
-        "Tenant": said.flow_id,
+        "Client's request id": answer.client_request_id,
+        "Band": str(answer.priority),
+        "Tenant": answer.flow_id,
         "Objective": decision.objective,
-        "Arrived": _ago(said, "age"),
+        "Arrived": _ago(answer, "age"),
         "Outcome": decision.outcome,
-        "Decided": _time_of_day(decision) if said.HasField("decision") else "",
+        "Decided": _time_of_day(decision) if answer.HasField("decision") else "",
         "Waited": _duration(decision, "waited"),
         "Expected to wait": _duration(decision, "expected_wait"),
         "Endpoint": decision.endpoint,
         "Retry after": _duration(decision, "retry_after"),
-        "Ahead of it": str(said.position) if is_waiting else "",
-        "Expected remaining wait": _duration(said, "expected_wait"),
-        "In nine of ten cases at most": _duration(said, "expected_wait_p90"),
-        "Evicted in at most": _duration(said, "deadline_in"),
-        "Expected at arrival": _duration(said, "expected_at_arrival"),
+        "Ahead of it": str(answer.position) if is_waiting else "",
+        "Expected remaining wait": _duration(answer, "expected_wait"),
+        "In nine of ten cases at most": _duration(answer, "expected_wait_p90"),
+        "Evicted in at most": _duration(answer, "deadline_in"),
+        "Expected at arrival": _duration(answer, "expected_at_arrival"),
     }
     return {
-        "request_id": said.request_id,
-        "state": _STATES[said.state],
-        "sentences": [plain(sentence) for sentence in said.sentences],
+        "request_id": answer.request_id,
+        "state": _STATES[answer.state],
+        "sentences": [plain(sentence) for sentence in answer.sentences],
         "facts": {name: plain(value) for name, value in facts.items() if value},
-        "ahead": _ahead(said) if is_waiting else None,
+        "ahead": _ahead(answer) if is_waiting else None,
     }
 
 
-def _ahead(said: api.Explanation) -> list[dict[str, Any]]:
-    """Return who is ahead, who goes first first."""
+def _ahead(answer: api.Explanation) -> list[dict[str, Any]]:
+    """Return the requests ahead of it, in the order of dispatch."""
     ahead = [
         {"who": f"in band {priority}", "count": count}
-        for priority, count in sorted(said.ahead_above.items(), reverse=True)
+        for priority, count in sorted(answer.ahead_above.items(), reverse=True)
     ]
-    others = max(0, said.ahead_in_band - said.ahead_in_flow)
-    for who, count in (("of other tenants", others), ("of its own", said.ahead_in_flow)):
+    others = max(0, answer.ahead_in_band - answer.ahead_in_flow)
+    for whose, count in (("of other tenants", others), ("of its own", answer.ahead_in_flow)):
         if count:
-            ahead.append({"who": who, "count": count})
+            ahead.append({"who": whose, "count": count})
     return ahead
 
 
@@ -181,8 +181,8 @@ def _time_of_day(decision: api.DecisionRecord) -> str:
     return f"{decision.time.ToDatetime():%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _ago(said: api.Explanation, field: str) -> str:
-    text = _duration(said, field)
+def _ago(answer: api.Explanation, field: str) -> str:
+    text = _duration(answer, field)
     return f"{text} ago" if text else ""
 
 

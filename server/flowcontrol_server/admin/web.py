@@ -13,27 +13,27 @@ from prometheus_client.core import Metric
 from flowcontrol.errors import NotRunningError
 
 _SHARE_MAX: Final = 0.1
-"""Of the time that may go into metrics, however many ask for them."""
+"""Most of the time that rendering may take, for any number of scrapes."""
 
 
 @final
 class _Families:
-    """Metric families that have been collected, as prometheus_client renders them."""
+    """Collected metric families, in the form that prometheus_client renders."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
 
     def collect(self) -> list[Metric]:
-        """Return them."""
+        """Return the families."""
         return self._families
 
 
 @final
 class Exposition:
-    """Renders the metrics for all who ask meanwhile, off the loop, and not all the time.
+    """Renders the metrics once for all concurrent requests, off the loop, within a share of time.
 
-    Metrics are never older than the request for them: one that comes while they are rendered
-    waits for the next.
+    Metrics are never older than the request for them: a request that comes while they are rendered
+    waits for the next ones.
 
     Args:
         collect: gathers the metrics; may raise NotRunningError.
@@ -58,10 +58,10 @@ class Exposition:
     async def _render(self) -> bytes:
         async with self._turn:
             await asyncio.sleep(self._not_before_s - time.monotonic())
-            self._next = None  # who asks from now on waits for the next
+            self._next = None  # requests from now on wait for the next
             began_s = time.monotonic()
             try:
-                # What is collected belongs to the loop; the text is made of copies of it.
+                # Collectors run in the loop; the thread renders copies.
                 families = _Families(list((await self._collect()).collect()))
                 return await asyncio.to_thread(generate_latest, families)
             finally:
@@ -81,7 +81,7 @@ def web_application(
         collect: gathers the metrics; may raise NotRunningError.
         is_live: false once the processor has failed.
         is_ready: false also while draining.
-        middlewares: what stands before the pages, outermost first.
+        middlewares: applied to all pages, outermost first.
     """
     exposition = Exposition(collect)
 
@@ -95,7 +95,7 @@ def web_application(
 
     def health(is_well: Callable[[], bool]) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(_request: web.Request) -> web.Response:
-            """Say yes or no."""
+            """Answer 200 or 503."""
             if is_well():
                 return web.Response(text="ok\n")
             return web.Response(status=503, text="not serving\n")

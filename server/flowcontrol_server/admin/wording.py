@@ -1,4 +1,4 @@
-"""Pure. Decisions and explanations in words: the same in API, dashboard and terminal."""
+"""Pure. Decisions and explanations in words, the same in API, dashboard and terminal."""
 
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome, Scope
@@ -10,24 +10,28 @@ _REASONS = {
     Outcome.REJECTED_CAPACITY: "the queue had no room for it",
     Outcome.REJECTED_NO_ENDPOINTS: "the pool was empty and the queue had no room for it",
     Outcome.REJECTED_DRAINING: "the service was draining",
-    Outcome.EVICTED_TTL: "it waited {waited}, longer than it may",
-    Outcome.EVICTED_NO_ENDPOINTS: "it waited {waited}, longer than it may while the pool is empty",
+    Outcome.EVICTED_TTL: "it waited {waited}, longer than permitted",
+    Outcome.EVICTED_NO_ENDPOINTS: "it waited {waited}, longer than permitted with an empty pool",
     Outcome.EVICTED_DISPLACED: "it was displaced by another request after {waited}",
-    Outcome.EVICTED_CANCELLED: "its client went away when it had waited {waited}",
-    Outcome.EVICTED_DRAINED: "the drain's budget was spent before its turn, after {waited}",
-    Outcome.EVICTED_OPERATOR: "an operator evicted what waited of its flow, this one for {waited}",
-    Outcome.EVICTED_STOOD_DOWN: "another replica decides now; its client was told after {waited}",
-    Outcome.EVICTED_MOVED: "Envoy asked again, after {waited} here",
+    Outcome.EVICTED_CANCELLED: "its client left after {waited}",
+    Outcome.EVICTED_DRAINED: "the drain's budget ended before its turn, after {waited}",
+    Outcome.EVICTED_OPERATOR: (
+        "an operator evicted the waiting requests of its flow, this one after {waited}"
+    ),
+    Outcome.EVICTED_STOOD_DOWN: (
+        "another replica decides now; its client got an error after {waited}"
+    ),
+    Outcome.EVICTED_MOVED: "Envoy sent it again after {waited} here",
     Outcome.RECLAIMED: "it was ended in flight for a waiting request of higher priority",
     Outcome.INTERNAL: "flow control failed",
 }
 _GATES = {
     Gate.NO_ENDPOINTS: "It waits because the pool has no endpoint",
-    Gate.SUBSET: "It waits because no endpoint that it, or the first of its flow, may go to has "
-    "room; others pass meanwhile",
+    Gate.SUBSET: "It waits because no endpoint permitted for it, or for the first request of its "
+    "flow, has room; other requests are dispatched meanwhile",
     Gate.PROMPTS: (
-        "There is a place for it, but it waits because model servers read prompts that were sent "
-        "before"
+        "It waits, although a slot is free, because model servers still read prompts that were "
+        "sent before"
     ),
     Gate.TURN: "Nothing blocks it; it is dispatched next",
     Gate.NONE: "Nothing blocks it; it is dispatched next",
@@ -40,11 +44,11 @@ _SCOPES = {
 _SECOND_NS = 1_000_000_000
 _SHOWN_MAX = 3
 _AT_ONCE_NS = 10_000_000
-"""A wait as long as that is the way to the processor and its turn, on a busy machine."""
+"""A shorter wait is the time for one turn of the processor on a busy machine."""
 
 
 def reason(decision: Decision) -> str:
-    """Return why it was decided so, in a sentence without its end."""
+    """Return the reason of a decision, as a clause without a full stop."""
     load, left = _percent(decision.saturation), f"{decision.waiting} left waiting"
     if decision.outcome is not Outcome.DISPATCHED:
         why = _REASONS[decision.outcome].format(waited=duration(decision.waited_ns))
@@ -62,18 +66,18 @@ def reason(decision: Decision) -> str:
 
 
 def sentences(explained: Explanation) -> list[str]:
-    """Return what there is to say about a live request, a sentence each."""
+    """Return the explanation of a live request, one sentence each."""
     age = duration(explained.age_ns)
-    who = f"Request {explained.request_id} of {explained.flow_id} in band {explained.priority}"
+    subject = f"Request {explained.request_id} of {explained.flow_id} in band {explained.priority}"
     if explained.is_in_flight:
         where = f" at {explained.endpoint}" if explained.endpoint else ""
-        said = [f"{who} is in flight{where}; it arrived {age} ago."]
+        lines = [f"{subject} is in flight{where}; it arrived {age} ago."]
         if explained.is_reclaimed:
-            said.append("It is being ended for a waiting request of higher priority.")
-        return [*said, _share(explained)]
+            lines.append("It is being ended for a waiting request of higher priority.")
+        return [*lines, _share(explained)]
     expected = "remaining wait unknown: no recent dispatches"
     if explained.gate is Gate.NO_ENDPOINTS:
-        expected = "how long it will still wait is unknown while the pool has no endpoint"
+        expected = "its remaining wait is unknown while the pool has no endpoint"
     elif explained.expected_wait_ns is not None:
         expected = f"it is expected to wait {duration(explained.expected_wait_ns)} more"
         if explained.late_wait_ns is not None:
@@ -84,7 +88,7 @@ def sentences(explained: Explanation) -> list[str]:
         if explained.is_hopeless:
             deadline += ". It is expected to be evicted before its turn"
     return [
-        f"{who} has waited {age}.",
+        f"{subject} has waited {age}.",
         f"{_gate(explained)}.",
         f"{_ahead(explained)}.",
         _share(explained),
@@ -93,7 +97,7 @@ def sentences(explained: Explanation) -> list[str]:
 
 
 def classified(objective: str | None, flow_id: str, origin: Origin) -> str:
-    """Return what named the objective and the flow id of a request, in a sentence."""
+    """Return a sentence with the origins of the objective and the flow id of a request."""
     return (
         f"Its objective is {objective or 'none'} ({origin.objective}), "
         f"its flow id {flow_id} ({origin.flow_id})."
@@ -111,12 +115,13 @@ def _gate(explained: Explanation) -> str:
             )
         case Gate.HIGHER_BAND:
             return (
-                f"It waits because band {explained.gating_priority} has work waiting and is gated "
-                f"itself at {load} saturation; no lower band may overtake"
+                f"It waits because band {explained.gating_priority} has requests waiting and is "
+                f"gated itself, at {load} saturation; no lower band may overtake it"
             )
         case Gate.CEILING:
             return (
-                f"It waits because its band may fill the pool to {ceiling} only, which is at {load}"
+                f"It waits because its band may fill the pool to {ceiling} only, and the pool is "
+                f"at {load}"
             )
         case _:
             return _GATES[explained.gate]
@@ -143,13 +148,11 @@ def _ahead(explained: Explanation) -> str:
 def _share(explained: Explanation) -> str:
     flow = explained.flow
     share, fair = _percent(flow.share), _percent(flow.fair_share)
-    return (
-        f"{flow.flow_id} got {share} of what its band was served lately; its fair share is {fair}."
-    )
+    return f"{flow.flow_id} recently got {share} of its band's service; its fair share is {fair}."
 
 
 def duration(duration_ns: int) -> str:
-    """Return a duration as a person would say it: 340 ms, 4.2 s, 3 min 20 s."""
+    """Return a duration in a readable unit: 340 ms, 4.2 s, 3 min 20 s."""
     if duration_ns < _SECOND_NS:
         return f"{duration_ns / 1e6:.0f} ms"
     seconds = duration_ns / _SECOND_NS

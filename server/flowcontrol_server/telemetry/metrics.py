@@ -115,7 +115,7 @@ class SnapshotCollector(Collector):
         inbox_refusals: requests refused before they reached the engine.
         objective_errors: errors in objectives.
         loop_lag: lag of the event loop; None: not measured.
-        is_reported: whether Envoy is to report what becomes of requests.
+        is_reported: whether Envoy reports the outcomes of requests.
     """
 
     def __init__(

@@ -204,7 +204,7 @@ class TestExplain:
 
             assert said.state == api.Explanation.ENDED
             assert said.decision.outcome == "evicted-cancelled"
-            assert "was evicted: its client went away" in said.sentences[0]
+            assert "was evicted: its client left" in said.sentences[0]
 
     @pytest.mark.parametrize("request_id", ["", "999", "nobody's", "9" * 40])
     async def test_not_known(self, request_id: str) -> None:

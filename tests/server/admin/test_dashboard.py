@@ -149,7 +149,7 @@ async def test_an_operator_sees_and_asks(tmp_path: Path) -> None:
         await page.until("document.getElementById('explained').open")
         explained = await text(page, "#explained")
         assert "It waits because the pool is full: 100%, 1 in flight" in explained
-        assert "web got 100% of what its band was served lately" in explained
+        assert "web recently got 100% of its band's service" in explained
         await page.press("Escape")
 
         release.set()
@@ -283,4 +283,5 @@ async def test_more_tenants_than_are_shown(tmp_path: Path) -> None:
         await streams.close()
 
     assert shown == ["10"] * 20 + ["0"] * 20 + ["-1"] * 20
-    assert note.startswith("93 tenants with requests, here the 60 who wait most in each band.")
+    shown_note = "93 tenants with requests, shown are 60, those with most waiting in each band."
+    assert note.startswith(shown_note)

@@ -23,5 +23,5 @@ def test_every_gate(gate: Gate) -> None:
     assert explained is not None
     said = sentences(replace(explained, gate=gate))[1]
 
-    assert said.startswith(("It waits because", "There is a place for it, but", "Nothing blocks"))
+    assert said.startswith(("It waits because", "It waits, although", "Nothing blocks"))
     assert gate is Gate.NONE or api.Explanation.Gate.Value(gate.name)

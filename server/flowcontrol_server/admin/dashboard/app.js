@@ -1,4 +1,4 @@
-// Shows what /api/events says, once a second. Whatever a client sent is set as text, never as markup.
+// Shows the data of /api/events, once a second. Text from clients is set as text, never as markup.
 import { chart, spark } from "./chart.js";
 
 const KEPT = 300, SHOWN = 100, MOVES = 40, BAND_COLOURS = 6, FLOWS = 60, AGAIN_MS = 5000;
@@ -31,7 +31,7 @@ function pill(element, text, kind) {
   return element;
 }
 
-// A bar of what is, with a tick where it should be or may go at most.
+// A bar of the current value, with a tick at its target or maximum.
 function meter(holder, part, { tick = null, kind = "", label = "" } = {}) {
   holder.className = `meter ${kind}`;
   if (!holder.firstChild) holder.append(make("b"), make("i"));
@@ -43,8 +43,8 @@ function meter(holder, part, { tick = null, kind = "", label = "" } = {}) {
   return holder;
 }
 
-// Rows are kept by key, so that focus and selection survive an update. Two that look alike, such as
-// a tenant with a control character and one with its escape, are two rows.
+// Rows are kept by key, so that focus and selection survive an update. Two items that look alike,
+// such as a tenant with a control character and one with its escape, are two rows.
 function rows(body, items, keyOf, create, update) {
   const old = new Map([...body.children].map(row => [row.dataset.key, row]));
   const taken = new Set();
@@ -80,14 +80,14 @@ function bandColour(priority) {
   return `var(--band-${Math.max(0, index) % BAND_COLOURS})`;
 }
 
-// What there is to see
+// Parts of the page
 
 function room(view, isFull) {
   if (view.standby) return "Another replica decides.";
-  if (view.endpoints.length === 0) return "The pool is empty: everything waits.";
-  if (isFull) return "Full: a waiting request goes when another ends.";
+  if (view.endpoints.length === 0) return "The pool is empty: all requests wait.";
+  if (isFull) return "Full: a waiting request is dispatched when another ends.";
   const gated = view.bands.filter(band => view.saturation >= band.ceiling).map(band => band.priority);
-  return gated.length === 0 ? "There is room for everybody." : `There is room, but not for ${gated.length === 1 ? "band" : "bands"} ${gated.join(", ")}.`;
+  return gated.length === 0 ? "There is room for every band." : `There is room, but not for ${gated.length === 1 ? "band" : "bands"} ${gated.join(", ")}.`;
 }
 
 function showTiles(view) {
@@ -97,14 +97,14 @@ function showTiles(view) {
   put("saturation-note", room(view, isFull));
   put("waiting", view.waiting);
   const oldest = Math.max(0, ...view.bands.map(band => band.oldest_wait ?? 0));
-  put("waiting-note", view.waiting ? `The oldest has waited ${duration(oldest)}.` : "Nobody waits.");
+  put("waiting-note", view.waiting ? `The oldest has waited ${duration(oldest)}.` : "No request waits.");
   put("in-flight", view.in_flight);
-  put("in-flight-note", view.limit === null ? "No detector goes by their number." : `At ${view.limit} the pool is full.`);
+  put("in-flight-note", view.limit === null ? "No detector limits their number." : `At ${view.limit} the pool is full.`);
   const refused = view.bands.reduce((sum, band) => sum + band.minute.refused + band.minute.evicted, 0);
   const decided = refused + view.bands.reduce((sum, band) => sum + band.minute.dispatched, 0);
   put("refused", refused);
   const left = view.bands.reduce((sum, band) => sum + band.minute.cancelled, 0);
-  put("refused-note", decided || left ? `${percent(refused / Math.max(1, decided))} of ${decided} decided${left ? `; ${left} clients hung up` : ""}.` : "Nothing was decided.");
+  put("refused-note", decided || left ? `${percent(refused / Math.max(1, decided))} of ${decided} decided${left ? `; ${left} cancelled or moved` : ""}.` : "No decisions.");
 }
 
 function showCharts() {
@@ -159,7 +159,7 @@ function showBands(view) {
   });
 }
 
-// What one more request would wait: half of all, and nine of ten, wait no longer.
+// The wait of a request that arrives now: half of them, and nine of ten, wait no longer.
 function expected(band) {
   const late = band.expected_wait_p90;
   return late && late > band.expected_wait ? `${duration(band.expected_wait)} to ${duration(late)}` : duration(band.expected_wait);
@@ -167,7 +167,7 @@ function expected(band) {
 
 function showFlows(view) {
   const busy = view.bands.filter(band => band.flows.length > 0);
-  const most = Math.ceil(FLOWS / Math.max(1, busy.length));  // of each, so that no band hides another
+  const most = Math.ceil(FLOWS / Math.max(1, busy.length));  // of each band, so that no band hides another
   const flows = busy.flatMap(band => band.flows.slice(0, most).map(flow => ({ ...flow, priority: band.priority })));
   rows($("flow-rows"), flows, flow => `${flow.priority}/${flow.flow_id}`, () => {
     const row = cells(make("tr"), "name", "number", "", "number", "number", "number");
@@ -184,10 +184,10 @@ function showFlows(view) {
     [flow.waiting, flow.in_flight, duration(flow.oldest_wait)].forEach((text, index) => set(numbers[index], text));
   });
   const all = view.bands.reduce((sum, band) => sum + band.flow_count, 0);
-  put("flow-note", all === 0 ? "No tenant has requests here." : `${all} tenants with requests${flows.length < all ? `, here the ${flows.length} who wait most in each band` : ""}. Share is of what their band was served lately, the tick is the fair share by weight; amber waits with less.`);
+  put("flow-note", all === 0 ? "No tenant has requests here." : `${all} tenants with requests${flows.length < all ? `, shown are ${flows.length}, those with most waiting in each band` : ""}. Share is the part of their band's recent service, the tick is the fair share by weight; amber: waiting with less than 80% of it.`);
 }
 
-// What is wrong, since when, and what runs.
+// Current problems, since when, and version and configuration.
 function showProblems(view) {
   $("problems").hidden = view.problems.length === 0;
   put("problem-count", view.problems.length);
@@ -200,7 +200,7 @@ function showProblems(view) {
   put("about", `flowcontrol ${version}, configuration ${configuration_hash} since ${new Date(configuration_changed * 1000).toLocaleString()}${configuration_changes.length ? `: ${configuration_changes.join("; ")}` : ""}`);
 }
 
-// What the limit is made of, and its latest changes.
+// The detectors behind the limit, and its latest changes.
 function showLimit(view) {
   const isStaged = new Set(view.detectors.map(each => each.stage)).size > 1;
   put("limit-note", view.detectors.map(each => [
@@ -213,7 +213,7 @@ function showLimit(view) {
   rows($("move-rows"), moves, each => `${each.stage} ${each.address} ${each.before} ${each.after} ${Math.round(each.time)}`, each => {
     const row = cells(make("tr"), "time", "name", "number", "");
     const figures = [each.before, each.after].map(limit => limit.toFixed(1)).join(" → ");
-    const where = [...(isStaged ? [each.stage] : []), each.address || "all together"].join(", ");
+    const where = [...(isStaged ? [each.stage] : []), each.address || "whole pool"].join(", ");
     [clock(each.time), where, figures, each.reason].forEach((text, index) => set(row.children[index], text));
     row.children[2].classList.add(each.after < each.before ? "down" : "up");
     return row;
@@ -241,12 +241,12 @@ function showEndpoints(view) {
   });
   const { received, lost, awaited } = view.settlements;
   put("endpoint-note", [
-    ...(view.endpoints.some(each => each.in_flight === null) ? ["Envoy balances: in flight is known of the pool alone."] : []),
-    received ? `The access log settled ${received} requests${awaited ? `, owes ${awaited}` : ""}${lost ? `, lost ${lost}` : ""}.` : "No access log yet: costs are estimates.",
+    ...(view.endpoints.some(each => each.in_flight === null) ? ["Envoy balances: in flight is known for the pool only."] : []),
+    received ? `The access log settled ${received} requests${awaited ? `; awaited: ${awaited}` : ""}${lost ? `; lost: ${lost}` : ""}.` : "No access log yet: costs are estimates.",
   ].join(" "));
 }
 
-// By its time, too: a service that was started again begins anew with its numbers.
+// Includes the time, because a restarted service numbers requests from the start.
 const keyOfDecision = each => `${each.request_id} ${each.outcome} ${each.time}`;
 const kindOf = outcome => outcome === "dispatched" ? "good" : ["evicted-cancelled", "evicted-moved"].includes(outcome) ? "" : outcome.startsWith("evicted") ? "warn" : "bad";
 
@@ -266,7 +266,7 @@ function showDecisions() {
     row.children[3].title = each.flow_id;
     return row;
   }, () => {});
-  put("decision-note", decisions.length === 0 ? "Nothing has been decided yet." : fitting.length === 0 ? "Nothing fits the filter." : "The newest of each kind; click a request to have it explained.");
+  put("decision-note", decisions.length === 0 ? "No decisions yet." : fitting.length === 0 ? "No decision matches the filter." : "The newest of each kind. Click a request for its explanation.");
 }
 
 function takeDecisions(newest) {
@@ -297,28 +297,28 @@ async function ask(id) {
 }
 
 async function explain(id) {
-  const said = await ask(id);
-  put("explained-title", `Request ${said.request_id ?? id}`);
-  const state = said.state ?? "not known";
+  const answer = await ask(id);
+  put("explained-title", `Request ${answer.request_id ?? id}`);
+  const state = answer.state ?? "unknown";
   pill($("explained-state"), state, { waiting: "warn", "in flight": "good" }[state] ?? "");
-  $("explained-sentences").replaceChildren(...said.sentences.map(each => make("li", "", each)));
-  const facts = Object.entries(said.facts ?? {}).filter(([, value]) => value !== null && value !== "");
+  $("explained-sentences").replaceChildren(...answer.sentences.map(each => make("li", "", each)));
+  const facts = Object.entries(answer.facts ?? {}).filter(([, value]) => value !== null && value !== "");
   $("explained-facts").replaceChildren(...facts.map(([name, value]) => { const pair = make("div"); pair.append(make("dt", "", name), make("dd", "", value)); return pair; }));
-  $("explained-queue").replaceChildren(...queue(said));
+  $("explained-queue").replaceChildren(...queue(answer));
   if (!$("explained").open) $("explained").showModal();
 }
 
-function queue(said) {
-  if (!said.ahead?.length) return [];
+function queue(answer) {
+  if (!answer.ahead?.length) return [];
   const line = make("div", "queue");
-  for (const { who, count } of said.ahead.toReversed()) {
+  for (const { who, count } of answer.ahead.toReversed()) {
     const part = make("span", "", `${count} ${who}`);
     part.style.flex = String(Math.max(1, count));
     part.title = part.textContent;
     line.prepend(part);
   }
   line.append(make("span", "me", "this request"));
-  return [make("h3", "", "Ahead of it, who goes first on the left"), line];
+  return [make("h3", "", "Ahead of it, in order of dispatch"), line];
 }
 
 // Wiring
@@ -350,7 +350,7 @@ function wire() {
   $("pause").addEventListener("click", () => {
     isPaused = !isPaused;
     $("pause").setAttribute("aria-pressed", String(isPaused));
-    put("pause", isPaused ? "Go on" : "Pause");
+    put("pause", isPaused ? "Resume" : "Pause");
     showDecisions();
   });
   follow();
@@ -368,7 +368,7 @@ function follow() {
   events.addEventListener("error", () => {
     document.body.classList.add("lost");
     pill($("state"), "disconnected", "bad");
-    // A browser tries again by itself only where nobody answered, not after an answer that says no.
+    // A browser reconnects by itself only if there was no answer, and not after an error status.
     if (events.readyState === EventSource.CLOSED) setTimeout(follow, AGAIN_MS);
   });
 }

@@ -1,4 +1,4 @@
-// Lines and areas over the last minutes, drawn as SVG. No text of anybody's goes in here.
+// Lines and areas over the last minutes, drawn as SVG. No text from clients is used here.
 const SVG = "http://www.w3.org/2000/svg";
 
 function shape(tag, attributes) {
@@ -11,7 +11,7 @@ function canvas(width, height) {
   return shape("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", "aria-hidden": "true" });
 }
 
-// A line breaks where a value is unknown; a stepped one goes up and down only at its samples.
+// A line breaks where a value is unknown; a stepped line changes only at its samples.
 function path(values, width, y, isStepped = false) {
   const step = width / Math.max(1, values.length - 1);
   let drawn = "", isDown = false;
