@@ -92,7 +92,7 @@ class AdminSource:
 def channel_options(address: str) -> tuple[tuple[str, int], ...]:
     """Return the options of a channel to host:port; a channel to this machine uses no proxy.
 
-    gRPC would use the proxy in `http_proxy`, which would see the token; grpcurl and browsers do not.
+    gRPC would use the one in `http_proxy`, which would see the token; grpcurl and browsers do not.
     """
     return (("grpc.enable_http_proxy", 0),) if _is_local(address.rpartition(":")[0]) else ()
 

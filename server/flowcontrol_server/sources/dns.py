@@ -77,7 +77,7 @@ class DnsEndpoints:
         self._settings = settings
         self._servers = [str(address) for address in settings.servers] or None
         self._known: dict[str, frozenset[str]] = {}
-        self._asked: set[str] = set()
+        self._queried: set[str] = set()
         self._reported: frozenset[str] | None = None
         self._chance = random.Random()  # noqa: S311 - spreads questions, keeps no secret
 
@@ -92,9 +92,9 @@ class DnsEndpoints:
         questions |= {name: partial(self._of_srv, name=name) for name in self._settings.srv}
         async with asyncio.TaskGroup() as group:
             for name, ask in questions.items():
-                group.create_task(self._keep_asking(name, ask, len(questions), changed))
+                group.create_task(self._keep_querying(name, ask, len(questions), changed))
 
-    async def _keep_asking(
+    async def _keep_querying(
         self,
         name: str,
         ask: _Question,
@@ -127,8 +127,8 @@ class DnsEndpoints:
                     backoff.reset()
             finally:
                 await resolver.close()
-            self._asked.add(name)
-            if len(self._asked) == question_count and self._known:
+            self._queried.add(name)
+            if len(self._queried) == question_count and self._known:
                 self._report(changed)
             await asyncio.sleep(wait_s)
 

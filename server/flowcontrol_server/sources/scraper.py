@@ -179,18 +179,18 @@ class Scraper:
 
         These are as many as may be scraped in a second; the others are scraped in their turn.
         """
-        asked = sorted(self._tasks)[: self._settings.scrapes_per_second_max]
-        await asyncio.gather(*(self._ask_once(address) for address in asked))
+        scraped = sorted(self._tasks)[: self._settings.scrapes_per_second_max]
+        await asyncio.gather(*(self._scrape_once(address) for address in scraped))
 
     async def _follow(self, address: str) -> None:
         await asyncio.sleep(self._chance.random() * self.interval_s)  # spreads the endpoints
         while True:
             begun_s = time.monotonic()
-            await self._ask_once(address)
+            await self._scrape_once(address)
             beat_s = self.interval_s * (1 + _JITTER * (2 * self._chance.random() - 1))
             await asyncio.sleep(max(0.0, begun_s + beat_s - time.monotonic()))
 
-    async def _ask_once(self, address: str) -> None:
+    async def _scrape_once(self, address: str) -> None:
         url = self._url(address)
         attempt = await self._attempt(address, url)
         if address in self._tasks:
