@@ -107,7 +107,7 @@ def read_objective(document: Any, pool: str) -> Objective | None:
     kind = document["kind"]
     if kind != KIND:
         if _is_meant_by(str(kind or "").casefold()):
-            message = f"kind must be {KIND}, or another in full, got {kind!r}"
+            message = f"kind must be {KIND} or the full name of another kind, got {kind!r}"
             raise MalformedObjectiveError(message, ("kind",))
         return None
     group = document.get("apiVersion")
