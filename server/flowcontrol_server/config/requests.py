@@ -119,8 +119,8 @@ class RequestRule(Section):
     """Facts and the value each must have: a text, a prefix (`gold-*`), or any value (`*`). A fact
     is `header:NAME`, `body:NAME` (model, stream, max_completion_tokens, max_output_tokens,
     max_tokens, user, service_tier) or `metadata:NAMESPACE:KEY`. An empty match always matches. A
-    rule on the body never matches a body that Envoy cannot parse: one with an integer beyond 64
-    bits, NaN or deep nesting; `flowcontrol_unread_bodies_total` counts them."""
+    rule on the body never matches a body that Envoy cannot parse: one with an integer from 2^63
+    to 2^64 - 1, NaN or deep nesting; `flowcontrol_unread_bodies_total` counts them."""
     objective: str | None = Field(default=None, min_length=1)
     """InferenceObjective of requests that match."""
     objective_from: FactName | None = None

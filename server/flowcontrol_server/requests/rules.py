@@ -21,8 +21,10 @@ ANSWER_FIELDS: Final = ("max_completion_tokens", "max_output_tokens", "max_token
 BODY_FIELDS: Final = ("model", "stream", *ANSWER_FIELDS, "user", "service_tier")
 """Fields that Envoy reads from a body."""
 BODY_UNREAD: Final = "unread"
-"""Set in that namespace if Envoy could not parse a body as JSON. Envoy also rejects integers beyond
-64 bits, NaN, and thousands of nested levels."""
+"""Set in that namespace if Envoy could not parse a body as JSON. Envoy also rejects integers from
+2^63 to 2^64 - 1, NaN, and thousands of nested levels."""
+JSON_TYPES: Final = "(?i)application/json( *;.*)?"
+"""Regex for the content types of bodies that Envoy reads."""
 FACT_RULE: Final = (
     "must be header:NAME, metadata:NAMESPACE:KEY or one of "
     f"{', '.join(f'body:{name}' for name in BODY_FIELDS)}"

@@ -1,8 +1,10 @@
 """`flowcontrol classify`: what a request would become by a configuration, and why."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from math import isfinite
 from typing import Any
 
 from flowcontrol.errors import ConfigError
@@ -19,11 +21,14 @@ from flowcontrol_server.requests.rules import (
     BODY_FIELDS,
     BODY_NAMESPACE,
     BODY_UNREAD,
+    JSON_TYPES,
 )
 from flowcontrol_server.sources.folder import ObjectiveFolder
 
 _DEFAULT_METHOD = "POST"
 _DEFAULT_PATH = "/v1/chat/completions"
+_DEPTH_MAX = 1000
+"""Levels of nested objects and lists that Envoy accepts."""
 
 
 def read_headers(given: Iterable[str]) -> dict[str, str]:
@@ -71,9 +76,16 @@ def read_metadata(given: Iterable[str]) -> dict[str, dict[str, Any]]:
 def body_metadata(body: str) -> dict[str, Any]:
     """Return what Envoy makes of a body: some of its fields, texts and numbers."""
     try:
-        content = json.loads(body)
+        content = json.loads(
+            body.removeprefix("\ufeff"),
+            parse_int=_whole,
+            parse_float=_fraction,
+            parse_constant=_fraction,
+        )
         json.dumps(content, ensure_ascii=False).encode()  # half a pair of surrogates is no text
-    except (ValueError, RecursionError):
+    except (ValueError, ArithmeticError, RecursionError):
+        return {BODY_UNREAD: "1"}
+    if _is_deeper_than(content, _DEPTH_MAX):
         return {BODY_UNREAD: "1"}
     found: dict[str, Any] = {}
     for name in BODY_FIELDS if isinstance(content, dict) else ():
@@ -86,13 +98,58 @@ def body_metadata(body: str) -> dict[str, Any]:
     return found
 
 
+def _whole(text: str) -> int | float:
+    """Read a whole number: those that do not fit into 64 bits are fractions to Envoy."""
+    number = int(text)
+    if 2**63 <= number < 2**64:
+        message = "a number without a sign"
+        raise ValueError(message)
+    return number if -(2**63) <= number < 2**63 else float(number)
+
+
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        message = "no number"
+        raise ValueError(message)
+    return number
+
+
+def _is_deeper_than(content: Any, depth: int) -> bool:
+    level = [content]
+    for _ in range(depth):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return any(isinstance(each, dict | list) for each in level)
+
+
+def _passes_unread(settings: Settings, headers: Mapping[str, str]) -> str:
+    """Return why Envoy does not look at a body; empty where it does."""
+    kind, length = headers.get("content-type", ""), headers["content-length"]
+    if not settings.requests.read_bodies:
+        return "requests.readBodies is false"
+    if not re.fullmatch(JSON_TYPES, kind):
+        return f"content-type is {kind!r}, not application/json"
+    bytes_max = settings.requests.body_bytes_max(by_default=True)
+    if bytes_max is not None and length.isdecimal() and int(length) > bytes_max:
+        return f"content-length is {length}, above requests.readBodiesUpTo, {bytes_max}"
+    return ""
+
+
 def verdict(
     settings: Settings, headers: Mapping[str, str], metadata: dict[str, dict[str, Any]], body: str
 ) -> Iterator[str]:
     """Yield what the request would become, a line each."""
-    if body and settings.requests.read_bodies:
-        metadata = {**metadata, BODY_NAMESPACE: body_metadata(body)}
+    unread = ""
+    if body:
         headers = {"content-length": str(len(body.encode())), **headers}
+        unread = _passes_unread(settings, headers)
+        if not unread:
+            metadata = {**metadata, BODY_NAMESPACE: body_metadata(body)}
     intake = settings.requests.intake()
     facts, origin = classify_with_origin(headers, metadata, intake)
     method, path = headers.get(":method", _DEFAULT_METHOD), path_of(headers)
@@ -102,6 +159,8 @@ def verdict(
     yield f"path: {path}"
     if is_body_unread(headers, metadata.get(BODY_NAMESPACE, {})):
         yield "body: Envoy cannot read it, no rule on the body matches"
+    elif unread:
+        yield f"body: Envoy does not read it, as {unread}; no rule on the body matches"
     yield f"objective: {facts.objective or 'none'} ({origin.objective})"
     priority, why = _priority(settings, facts.objective)
     yield f"priority: {why if priority is None else f'{priority} ({why})'}"

@@ -121,7 +121,20 @@ class TestClassify:
         line = "path: GET /v1/models, exempt: passes without queueing (requests.exemptPaths)"
         assert result.stdout.splitlines() == [line]
 
-    @pytest.mark.parametrize("body", ["{", '{"model": "\\ud800"}', "[" * 100_000])
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "{",
+            '{"model": "\\ud800"}',
+            "[" * 100_000,
+            "[" * 1001 + "]" * 1001,
+            f'{{"service_tier": "flex", "seed": {2**63}}}',
+            f'{{"service_tier": "flex", "seed": {2**64 - 1}}}',
+            f'{{"service_tier": "flex", "max_tokens": 1{"0" * 400}}}',
+            '{"service_tier": "flex", "x": NaN}',
+            '{"service_tier": "flex", "x": -1e309}',
+        ],
+    )
     def test_unread_body(self, config: Path, tmp_path: Path, body: str) -> None:
         """A body that is no JSON to Envoy, from a file."""
         path = tmp_path / "body"
@@ -129,10 +142,52 @@ class TestClassify:
         result = classify(config, "--body", f"@{path}")
         assert "body: Envoy cannot read it, no rule on the body matches" in result.stdout
 
-    @pytest.mark.parametrize("number", ['"many"', "1" + "0" * 400])
-    def test_no_number(self, config: Path, number: str) -> None:
-        """What is no number, or beyond all, is unknown, as it is to Envoy."""
-        result = classify(config, "--body", f'{{"model": "m", "max_tokens": {number}}}')
+    @pytest.mark.parametrize("more", [str(2**64), str(-(2**63)), str(2**63 - 1), "1e308"])
+    def test_read_body(self, config: Path, more: str) -> None:
+        """A body that Envoy reads: such numbers, so deep, and behind a byte order mark."""
+        nested = "[" * 500 + "]" * 500
+        body = f'\ufeff{{"service_tier": "flex", "x": {more}, "y": {nested}}}'
+        result = classify(config, "--body", body)
+        assert "objective: batch (requests.rules[0])" in result.stdout.splitlines()
+
+    @pytest.mark.parametrize(
+        ("kind", "is_read"),
+        [
+            ("application/json", True),
+            ("Application/JSON ; charset=utf-8", True),
+            ("application/jsonp", False),
+            ("application/vnd.api+json", False),
+            ("text/plain", False),
+            ("", False),
+        ],
+    )
+    def test_content_type(self, config: Path, kind: str, is_read: bool) -> None:  # noqa: FBT001 - a parameter
+        """Envoy reads JSON alone: rules on the body do not match another type."""
+        arguments = ("--header", f"content-type: {kind}", "--body", '{"service_tier": "flex"}')
+        said = classify(config, *arguments).stdout.splitlines()
+        why = f"content-type is {kind!r}, not application/json"
+        line = f"body: Envoy does not read it, as {why}; no rule on the body matches"
+        assert (line in said) is not is_read
+        assert ("objective: batch (requests.rules[0])" in said) is is_read
+
+    @pytest.mark.parametrize(
+        ("setting", "why"),
+        [
+            ("readBodiesUpTo: 24", ""),
+            ("readBodiesUpTo: 23", "content-length is 24, above requests.readBodiesUpTo, 23"),
+        ],
+    )
+    def test_size(self, config: Path, setting: str, why: str) -> None:
+        """A body beyond the size that is read."""
+        config.write_text(CONFIG.replace("rules:", f"{setting}\n  rules:"))
+        said = classify(config, "--body", '{"service_tier": "flex"}').stdout.splitlines()
+        line = f"body: Envoy does not read it, as {why}; no rule on the body matches"
+        assert (line in said) is bool(why)
+        assert ("objective: batch (requests.rules[0])" in said) is not bool(why)
+
+    def test_no_number(self, config: Path) -> None:
+        """What is no number is unknown, as it is to Envoy."""
+        result = classify(config, "--body", '{"model": "m", "max_tokens": "many"}')
         assert result.exit_code == 0
         assert result.stdout.splitlines()[-1] == "model: m"
 

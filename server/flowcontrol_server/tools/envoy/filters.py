@@ -36,6 +36,7 @@ from flowcontrol_server.requests.rules import (
     BODY_FIELDS,
     BODY_NAMESPACE,
     BODY_UNREAD,
+    JSON_TYPES,
 )
 from flowcontrol_server.requests.usage import EARLY_EVENTS, ERROR_WORDS, FIELDS, WRAPPERS
 from flowcontrol_server.sources import orca
@@ -58,7 +59,7 @@ _RESPONSE_HEADERS: Final = {
     "headroom": ("x-llm-d-flow-headroom", "headroom"),
 }
 """Name and the key of our metadata that it shows, by the word in the settings."""
-_JSON: Final = matcher.RegexMatcher(regex="(?i)application/json( *;.*)?")
+_JSON: Final = matcher.RegexMatcher(regex=JSON_TYPES)
 """Without it a charset beside the media type makes a body one that is not read."""
 _LOG_BUFFER_BYTES: Final = 65_536
 _STREAM_READER: Final = r"""
