@@ -146,7 +146,8 @@ def _read_entry(entry: Any) -> Endpoint | None:
             if role is None:
                 message = f"role must be one of {', '.join(_ROLES)}"
                 raise ValueError(message)
-        address, port = str(entry.get("address", "")), entry.get("port")
+        given, port = entry.get("address"), entry.get("port")
+        address = given if isinstance(given, str) else ""  # None would be a host called so
         if port is not None:
             bracketed = f"[{address}]" if ":" in address and address[:1] != "[" else address
             address = f"{bracketed}:{port}"

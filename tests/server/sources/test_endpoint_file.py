@@ -101,6 +101,9 @@ class TestRead:
                 "[0] must be host:port with a port from 1 to 65535, such as",
             ),
             ("- {port: 8000}", "[0] must be host:port"),
+            ("- {address: , port: 8000}", "[0] must be host:port"),
+            ("- {address: yes, port: 8000}", "[0] must be host:port"),
+            ("- {address: '', port: 8000}", "[0] must be host:port"),
             ("- {address: 10.0.0.5, port: 0}", "[0] must be host:port"),
             (
                 "- {address: '10.0.0.5:1', role: encode}",
