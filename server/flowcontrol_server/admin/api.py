@@ -10,7 +10,7 @@ from typing import Any, final
 
 import grpc
 
-from flowcontrol.request import FlowKey
+from flowcontrol.request import FlowKey, Outcome
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from flowcontrol_server.admin.inquiry import NotKnownError, explain
@@ -110,9 +110,13 @@ class FlowControlServicer(ObjectiveMethods, api_grpc.FlowControlServicer):
             raise  # abort has raised already
 
     async def ListDecisions(  # noqa: N802 - as in the .proto
-        self, request: api.ListDecisionsRequest, _context: Any
+        self, request: api.ListDecisionsRequest, context: Any
     ) -> api.ListDecisionsResponse:
         """Return the newest decisions."""
+        known = [each.value for each in Outcome]
+        if request.outcome and request.outcome not in known:
+            rule = f"outcome must be one of {', '.join(known)}, got {request.outcome!r}"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, rule)
         recent = self._gate.recent
         newest = recent.newest(
             min(request.count_max or _DECISIONS_DEFAULT, _DECISIONS_MAX),

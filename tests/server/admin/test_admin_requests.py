@@ -242,6 +242,17 @@ class TestListDecisions:
             assert len((await it.decisions(outcome="evicted-cancelled")).decisions) == 3
             assert len((await it.decisions(count_max=1)).decisions) == 1
 
+    async def test_no_such_outcome(self) -> None:
+        """INVALID_ARGUMENT and what there is: a word misspelt does not look as if nothing came."""
+        async with house() as it:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await it.decisions(outcome="evicted_ttl")
+
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            said = refused.value.details() or ""
+            assert said.startswith("outcome must be one of dispatched, rejected-capacity, ")
+            assert said.endswith(", got 'evicted_ttl'")
+
 
 class TestEvictFlow:
     """What waits of one flow goes."""
