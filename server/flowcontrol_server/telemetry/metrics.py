@@ -252,6 +252,9 @@ class SnapshotCollector(Collector):
                 if most is not None:
                     family.add_metric([str(band.priority)], most)
             yield family
+        for name, most in self._snapshot.limits.given().items():
+            text = f"{name.capitalize()} that may wait in all bands together, where limited."
+            yield GaugeMetricFamily(f"flowcontrol_waiting_{name}_limit", text, most)
 
     def _totals(self) -> Iterator[Metric]:
         decided = CounterMetricFamily(

@@ -74,6 +74,7 @@ SNAPSHOT = Snapshot(
     ),
     objectives={"chat": 10},
     unknown_objectives=7,
+    limits=Limits(requests_max=20_000),
     detectors=(
         DetectorSnapshot("prefill", "adaptive", 0.5, 12, raised=5, lowered=2),
         DetectorSnapshot("decode", "utilization", 0.75, None),
@@ -128,6 +129,7 @@ flowcontrol_oldest_wait_seconds{priority="10"} 1.5
 flowcontrol_oldest_wait_seconds{priority="-1"} 0.0
 flowcontrol_band_requests_limit{priority="-1"} 1000.0
 flowcontrol_band_bytes_limit{priority="-1"} 1e+09
+flowcontrol_waiting_requests_limit 20000.0
 flowcontrol_requests_total{outcome="dispatched",priority="10"} 5.0
 flowcontrol_requests_total{outcome="evicted-ttl",priority="10"} 1.0
 flowcontrol_completed_requests_total{priority="10"} 3.0
@@ -239,6 +241,7 @@ class TestSnapshotCollector:
             "oldest_wait_seconds": "gauge",
             "band_requests_limit": "gauge",
             "band_bytes_limit": "gauge",
+            "waiting_requests_limit": "gauge",
             "requests": "counter",
             "completed_requests": "counter",
             "wait_seconds": "histogram",
