@@ -85,6 +85,11 @@ class Recovery:
         """Leases that hold a slot."""
         return len(self._leases)
 
+    @property
+    def tickets(self) -> frozenset[str]:
+        """Their tickets; O(leases)."""
+        return frozenset(self._leases)
+
     def recover(self, recovered: LeasesRecovered, now_ns: int) -> None:
         """Replace the recovered leases."""
         for ticket in list(self._leases):

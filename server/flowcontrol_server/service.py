@@ -353,9 +353,12 @@ class Service:
     async def _memory(self) -> str | None:
         """Return what the engine has learnt, as JSON; None where it cannot be had."""
         try:
-            memory = await self._gate.ask(lambda engine, now_ns: engine.learned.memory(now_ns))
+            memory, held = await self._gate.ask(
+                lambda engine, now_ns: (engine.learned.memory(now_ns), engine.recovery.tickets)
+            )
         except NotRunningError:
             return None
+        self._continuity.hold_only(held)
         return json.dumps(plainly(EngineMemory).write(memory))
 
     def _remember(self, text: str) -> None:

@@ -81,6 +81,10 @@ class Continuity:
         self._turned = turned
         self._renew_loads = renew_loads
         self._is_deciding = False
+        self._recovered_tickets: frozenset[str] = frozenset()
+        """Of those that the engine was told to hold, and whose records are in the store."""
+        self._over: dict[str, LeaseRecord] = {}
+        """Recovered requests that the engine holds no more, and whose report may still come."""
         self._writing: asyncio.Task[None] | None = None
         self._client: ValkeyClient | None = None
         if settings.state.valkey is not None:
@@ -260,7 +264,9 @@ class Continuity:
         None: no record has the ticket. A record includes the code of the ticket, so it cannot have
         been guessed, and no key of the other process is needed to check it.
         """
-        record = None if self.book is None else self.book.ended(ticket)
+        record = self._over.pop(ticket, None)
+        if record is None and self.book is not None:
+            record = self.book.ended(ticket)
         if record is None:
             return None
         self._post(RecoveredLeaseEnded(ticket))
@@ -271,8 +277,26 @@ class Continuity:
             endpoints=() if record.endpoint is None else (record.endpoint,),
         )
 
+    def hold_only(self, tickets: frozenset[str]) -> None:
+        """Remove the records of recovered requests that the engine holds no more.
+
+        Else whoever starts next would hold their slots once more.
+
+        Args:
+            tickets: of those that it holds.
+        """
+        if self.book is None:
+            return
+        for ticket in self._recovered_tickets - tickets:
+            record = self.book.ended(ticket)
+            if record is not None:
+                self._over[ticket] = record
+        self._recovered_tickets &= tickets
+
     def _recovered(self, leases: tuple[RecoveredLease, ...], memory: str | None) -> None:
         leases = tuple(each for each in leases if not self._is_own(each.ticket))
+        self._recovered_tickets = frozenset(each.ticket for each in leases)
+        self._over.clear()
         within_ns = COUNT_RUNNING_WITHIN_NS if self._state.count_running else 0
         self._post(LeasesRecovered(leases, self._state.lease_age_max, within_ns))
         if memory is not None:
