@@ -5,6 +5,7 @@ the service was told is asserted from its debug log, what it made of it from its
 """
 
 import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -39,6 +40,13 @@ SPEC = Spec(max_concurrency=4, log_level="debug", settlement={"lostAfter": "1s"}
 def spec() -> Spec:
     """A service that logs what it is told, and soon gives up."""
     return SPEC
+
+
+def log_every_50_ms(configuration: dict[str, Any]) -> None:
+    """Let Envoy log requests while they go on, too."""
+    (listener,) = configuration["static_resources"]["listeners"]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    manager["access_log_options"] = {"access_log_flush_interval": "0.05s"}
 
 
 def event(content: object) -> bytes:
@@ -516,6 +524,20 @@ class TestAccounts:
         await person.reply()
 
         assert (await reported(gateway, call))["result"] == "settled"
+
+    async def test_logged_as_it_goes_on(self, start: Start) -> None:
+        """An entry of a response that goes on settles nothing, and frees no slot."""
+        gateway = await start(dataclasses.replace(SPEC, edit_envoy=log_every_50_ms))
+        caller, call = await started(gateway)
+        await call.stream(DELTA)
+        entries = gateway.stack.access_log
+        await eventually(lambda: len(entries()) > 2, what="entries of a response that goes on")
+        await call.send(LAST, DONE)
+        await call.end()
+        await caller.head()
+        await caller.rest()
+
+        assert of(await reported(gateway, call), TOKENS) == TOKENS
 
     async def test_every_one_of_many(self, start: Start) -> None:
         """Of many requests at once, each is settled once, and nothing is kept of any."""

@@ -11,6 +11,7 @@ from betterproto2 import Message
 from envoy_data_plane.envoy.config.accesslog import v3 as accesslog
 from envoy_data_plane.envoy.config.core import v3 as core
 from envoy_data_plane.envoy.config.route import v3 as route
+from envoy_data_plane.envoy.data.accesslog import v3 as log_data
 from envoy_data_plane.envoy.extensions.access_loggers.grpc import v3 as grpc_log
 from envoy_data_plane.envoy.extensions.access_loggers.stream import v3 as stream
 from envoy_data_plane.envoy.extensions.common.matching import v3 as matching
@@ -504,9 +505,16 @@ def _settlement_log(settings: Settings) -> accesslog.AccessLog:
         ),
         match_if_key_not_found=False,
     )
+    is_over = accesslog.LogTypeFilter(types=[log_data.AccessLogType.DownstreamEnd])
+    both = accesslog.AndFilter(
+        filters=[
+            accesslog.AccessLogFilter(metadata_filter=has_ticket),
+            accesslog.AccessLogFilter(log_type_filter=is_over),
+        ]
+    )
     return accesslog.AccessLog(
         name="envoy.access_loggers.http_grpc",
-        filter=accesslog.AccessLogFilter(metadata_filter=has_ticket),
+        filter=accesslog.AccessLogFilter(and_filter=both),
         typed_config=protobuf.Any.pack(
             grpc_log.HttpGrpcAccessLogConfig(
                 common_config=grpc_log.CommonGrpcAccessLogConfig(
