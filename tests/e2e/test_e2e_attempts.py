@@ -1,6 +1,7 @@
 """An endpoint that cannot be reached: Envoy tries another one, which must have a slot for it."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.e2e.harness import Spec, eventually
 pytestmark = pytest.mark.e2e
 LARGE = 5 * 2**20
 CLOSED = 6
+EVENT = b'data: {"token": 1}\n\n'
 DOWN = {"endpoint_down", "endpoint_up"}
 
 
@@ -107,6 +109,26 @@ class TestOneOfTwo:
 
         assert (await caller.reply()).status == 200
         assert (call.endpoint, len(call.body)) == (occupant.endpoint, LARGE)
+
+    async def test_begun_response_is_left_alone(self, start: Start) -> None:
+        """Of another attempt, too, it is known when the response has begun."""
+        reclaims = {"reclaim": {"mode": "before-first-byte"}}
+        gateway = await start(replace(self.SPEC, flow_control=reclaims))
+        occupant = await half_dead(gateway)
+        batch = await gateway.call(objective="batch")
+        await gateway.until(waiting=1)
+        await occupant.respond()
+        call = await gateway.next_call()
+        await call.stream(EVENT)
+        assert await batch.head() == 200
+        person = await gateway.call(objective="chat")
+        await gateway.until(waiting=1, in_flight=2)
+        await call.send(EVENT)
+        await call.end()
+        await (await gateway.next_call()).respond()
+
+        assert await batch.rest() == EVENT + EVENT
+        assert (await person.reply()).status == 200
 
     async def test_connection_is_closed(self, start: Start) -> None:
         """The server closes the connection that waits with it, again and again: it waits on.

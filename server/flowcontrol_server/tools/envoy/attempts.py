@@ -38,6 +38,7 @@ def upstream_filters(settings: Settings) -> list[hcm.HttpFilter]:
         failure_mode_allow=True,
         message_timeout=timedelta(microseconds=message_timeout_ns(settings) // 1000),
         processing_mode=processing_mode(),
+        allow_mode_override=True,
         forward_rules=forward_rules(settings),
         metadata_options=ext_proc.MetadataOptions(
             forwarding_namespaces=namespaces(untyped=[METADATA_NAMESPACE]),
