@@ -267,9 +267,9 @@ class ReclaimSection(Section):
     ] = "off"
     """Which requests may be ended. before-first-byte: only requests that have not begun to answer;
     they get a clean 429. any-time: also requests that have begun; their response is cut off.
-    Unless bodies are streamed through this service, Envoy's filter needs `allow_mode_override: true`,
-    as `envoy-config` writes it: otherwise this service does not see when a response begins, and
-    either mode cuts responses off."""
+    Unless bodies are streamed through this service, Envoy's filter needs `allow_mode_override:
+    true`, as `envoy-config` writes it: otherwise this service does not see when a response begins,
+    and either mode cuts responses off."""
     at_once: CountFrom1 = _ENGINE.reclaim.at_once_max
     """Most requests that are being ended, and still in flight, at once."""
     patience: Duration = written_duration(_ENGINE.reclaim.patience_ns)

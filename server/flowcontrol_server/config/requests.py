@@ -197,7 +197,8 @@ class Requests(Section):
     JSON."""
     input_tokens_from: FactName | None = None
     """Fact with the number of tokens of the prompt, if something in front of Envoy sets one.
-    Otherwise the announced size is divided by 4."""
+    Otherwise it is estimated from the announced size, at 4 bytes per token until usage shows how
+    many."""
     read_bodies: bool = Field(default=True, strict=True)
     """Whether Envoy reads model, max_tokens and so on from request bodies (`envoy-config`). It then
     holds a JSON body until it is complete, before anything else, and refuses a body above its
