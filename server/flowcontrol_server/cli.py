@@ -271,8 +271,6 @@ def envoy_config(  # noqa: PLR0913 - click's options
         _fail(_NEED_CA)
     if route and envoy_gateway is None:
         _fail("--route needs --envoy-gateway: a whole configuration has a route of its own")
-    if http2 and envoy_gateway is not None:
-        _fail(_HTTP2_THERE)
     try:
         from flowcontrol_server.tools.envoy.config import (
             EnvoyOptions,
@@ -304,6 +302,8 @@ def envoy_config(  # noqa: PLR0913 - click's options
 def _gateway(settings: "Settings", options: "EnvoyOptions", named: str, route: str | None) -> str:
     from flowcontrol_server.tools.envoy.gateway import GatewayNames, manifests
 
+    if options.http2:
+        _fail(_HTTP2_THERE)
     names = _NAMES.fullmatch(named)
     if names is None:
         _fail(
