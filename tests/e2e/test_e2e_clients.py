@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.client import call, fetch
 from tests.e2e.conftest import Start
-from tests.e2e.gateway import Gateway
+from tests.e2e.gateway import Gateway, unique
 from tests.e2e.harness import Spec, eventually
 
 pytestmark = pytest.mark.e2e
@@ -90,6 +90,24 @@ class TestOldAndOdd:
         assert named.headers["x-request-id"] == "mine"
         assert (await refused.reply()).headers["x-request-id"].startswith("test-")
         assert len(unnamed.headers["x-request-id"]) == 36
+
+    async def test_key_in_the_query(self, gateway: Gateway) -> None:
+        """It reaches the model server, and no log."""
+        name = unique()
+        path = "/v1beta/models/llama:generateContent"
+        caller = await gateway.call(f"{path}?key=hush", name=name)
+        call = await gateway.next_call()
+        await call.respond()
+        await caller.reply()
+        await gateway.decided(name)
+
+        def logged() -> list[str]:
+            lines = gateway.stack.access_log()
+            return [line["path"] for line in lines if line["request_id"] == name]
+
+        assert await eventually(logged, what="Envoy's line") == [path]
+        assert call.path == f"{path}?key=hush"
+        assert "hush" not in gateway.stack.service.log.read_text()
 
 
 class TestEngineHeaders:
