@@ -209,6 +209,13 @@ class TestChart:
         assert "fc-flowcontrol-llama-3-1-8b" in names
         assert guarded == set(pools)
 
+    @pytest.mark.parametrize("name", ["resources", "config"])
+    def test_null(self, name: str) -> None:
+        """A section that is null is an empty one."""
+        container = of(rendered({name: None}), "Deployment")["spec"]["template"]["spec"]
+
+        assert ("resources" in container["containers"][0]) == (name != "resources")
+
     def test_objectives_of_one_pool(self) -> None:
         """A pool without objectives may say so where others have those of the top level."""
         documents = rendered(

@@ -61,7 +61,7 @@ flowcontrol/pool: {{ .pool.name }}
 {{- define "flowcontrol.merged" -}}
 {{- $own := dict }}
 {{- range $key := list "inferencePool" "httpRoute" "keda" "resources" }}
-{{- $_ := set $own $key (mergeOverwrite (deepCopy (index $.root.Values $key)) (deepCopy (index $.pool $key | default dict))) }}
+{{- $_ := set $own $key (mergeOverwrite (deepCopy (index $.root.Values $key | default dict)) (deepCopy (index $.pool $key | default dict))) }}
 {{- end }}
 {{- $_ := set $own "replicas" (ternary .pool.replicas .root.Values.replicas (hasKey .pool "replicas")) }}
 {{- $_ := set $own "inferenceObjectives" (ternary .pool.inferenceObjectives .root.Values.inferenceObjectives (hasKey .pool "inferenceObjectives")) }}
@@ -70,7 +70,7 @@ flowcontrol/pool: {{ .pool.name }}
 
 {{/* The settings that are given for a pool, as YAML. Of: root, pool. */}}
 {{- define "flowcontrol.given" -}}
-{{- toYaml (mergeOverwrite (deepCopy .root.Values.config) (deepCopy (.pool.config | default dict))) }}
+{{- toYaml (mergeOverwrite (deepCopy (.root.Values.config | default dict)) (deepCopy (.pool.config | default dict))) }}
 {{- end }}
 
 {{/* How a pool's replicas elect a leader; empty where they do not. Of: root, pool. */}}
