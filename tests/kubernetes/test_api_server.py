@@ -441,7 +441,7 @@ class TestOutages:
             await cluster.apply(objective("chat", 10), here)
             await now.until(lambda: now.objectives == {"chat": 10}, 60)
             await until_condition(place, objective("chat", 10), "True", "Accepted")
-            assert "401" not in str(now.problems)
+            await now.until(lambda: "401" not in str(now.problems))
 
     async def is_refused(self, place: Place, token: str) -> bool:
         """Whether a token is of no use."""
