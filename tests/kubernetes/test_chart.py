@@ -23,6 +23,7 @@ Json = dict[str, Any]
 ISTIO: Json = {"gateway": {"provider": "istio", "istio": {"selector": {"app": "gateway"}}}}
 OLD = "inference.networking.x-k8s.io/v1alpha2"
 CHAT: Json = {"inferenceObjectives": [{"name": "chat", "priority": 10}]}
+ROUTE: Json = {"httpRoute": {"create": True, "inferenceGatewayName": "models"}}
 OTHERS: Json = {"pool": "other", "recentDecisions": 5}
 """Settings that are no sections."""
 PLAIN: Json = {}
@@ -39,7 +40,13 @@ FULL: Json = {
             ],
             "resources": {"requests": {"cpu": "2"}},
         },
-        {"name": "qwen", "httpRoute": {"port": 9000}},
+        {
+            "name": "qwen",
+            "httpRoute": {
+                "port": 9000,
+                "matches": [{"headers": [{"name": "x-model", "value": "qwen"}]}],
+            },
+        },
     ],
     "image": {"registry": "registry.example", "repository": "flowcontrol", "tag": "1.2.3"},
     "imagePullSecrets": [{"name": "pull"}],
@@ -127,6 +134,7 @@ class TestChart:
             ({"gateway": {"provider": "envoy-gateway"}}, "needs httpRoute.create"),
             ({"inferencePool": {"create": True}}, "matchLabels must be set"),
             ({"serviceAccount": {"create": False}}, "serviceAccount.name must be set"),
+            ({"pools": [{"name": "a"}, {"name": "b"}], **ROUTE}, "set httpRoute.matches"),
             ({"pools": [{"name": "a.b"}, {"name": "a-b"}]}, "both have objects called"),
             (
                 {"pools": [{"name": "a"}, {"name": "b"}], **CHAT},
@@ -191,6 +199,7 @@ class TestChart:
             "failureMode": "FailClose",
         }
         assert route["backendRefs"] == [{"name": "vllm", "port": 9000}]
+        assert route["matches"][0]["headers"][0]["value"] == "qwen"
         assert of(documents, "PodDisruptionBudget")["metadata"]["name"] == "fc-flowcontrol-llama"
 
     def test_names(self) -> None:

@@ -12,13 +12,20 @@ that two pools do not share their objects. Of: root, pool.
 {{- $name }}
 {{- end }}
 
-{{/* Fails where two pools would have the same objects, of which one would be lost. */}}
+{{/*
+Fails where two pools would have the same objects, or routes that match every request of a gateway: one
+of each would be lost.
+*/}}
 {{- define "flowcontrol.expectDistinct" -}}
 {{- $seen := dict }}
 {{- range $pool := .Values.pools }}
 {{- $of := dict "root" $ "pool" $pool }}
+{{- $own := include "flowcontrol.merged" $of | fromYaml }}
 {{- $names := list (printf "objects called %s" (include "flowcontrol.name" $of)) }}
-{{- range $objective := (include "flowcontrol.merged" $of | fromYaml).inferenceObjectives }}
+{{- if and $own.httpRoute.create (not $own.httpRoute.matches) }}
+{{- $names = append $names (printf "every request of the gateway %s/%s: set httpRoute.matches" ($own.httpRoute.inferenceGatewayNamespace | default $.Release.Namespace) $own.httpRoute.inferenceGatewayName) }}
+{{- end }}
+{{- range $objective := $own.inferenceObjectives }}
 {{- $names = append $names (printf "InferenceObjective %s of %s" $objective.name ($objective.apiVersion | default "llm-d.ai/v1alpha2")) }}
 {{- end }}
 {{- range $name := $names }}
