@@ -119,7 +119,8 @@ class TestFlowcontrol:
         assert container["args"][-1] == f"{mount['mountPath']}/flowcontrol.yaml"
         assert "subPath" not in mount
         assert text.count(f"{tls['mountPath']}/") == 3, "the files of the commented section tls"
-        grace_ns = pod["terminationGracePeriodSeconds"] * 10**9
+        pause_s = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+        grace_ns = (pod["terminationGracePeriodSeconds"] - pause_s) * 10**9
         assert grace_ns > settings.flow_control.drain_budget
 
     def test_state(self, settings: Settings, container: Document) -> None:

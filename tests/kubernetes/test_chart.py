@@ -95,6 +95,12 @@ def of(documents: list[Json], kind: str, name: str | None = None) -> Json:
     return found
 
 
+def container(documents: list[Json]) -> Json:
+    """The container of the only Deployment."""
+    (found,) = of(documents, "Deployment")["spec"]["template"]["spec"]["containers"]
+    return dict(found)
+
+
 def settings(documents: list[Json], name: str) -> Settings:
     """The configuration in a ConfigMap, as the service reads it."""
     text = of(documents, "ConfigMap", name)["data"]["flowcontrol.yaml"]
@@ -221,9 +227,7 @@ class TestChart:
     @pytest.mark.parametrize("name", ["resources", "config"])
     def test_null(self, name: str) -> None:
         """A section that is null is an empty one."""
-        container = of(rendered({name: None}), "Deployment")["spec"]["template"]["spec"]
-
-        assert ("resources" in container["containers"][0]) == (name != "resources")
+        assert ("resources" in container(rendered({name: None}))) == (name != "resources")
 
     def test_objectives_of_one_pool(self) -> None:
         """A pool without objectives may say so where others have those of the top level."""
@@ -353,6 +357,7 @@ class TestElection:
 
         assert rollout == {"maxSurge": "100%", "maxUnavailable": "100%"}
         assert budgets == []
+        assert "lifecycle" not in container(documents)
 
     def test_without(self) -> None:
         """All replicas serve: a rollout and a budget keep them."""
@@ -360,6 +365,7 @@ class TestElection:
         rollout = of(documents, "Deployment")["spec"]["strategy"]["rollingUpdate"]
 
         assert rollout == {"maxSurge": 1, "maxUnavailable": 0}
+        assert container(documents)["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
         assert of(documents, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
 
 
