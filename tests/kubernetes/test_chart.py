@@ -284,6 +284,22 @@ class TestChart:
         assert modes["response_trailer_mode"] == "SEND"
         assert int(wanted["message_timeout"].removesuffix("s")) * 10**9 > waited_ns
 
+    def test_absence_of_one_pool(self) -> None:
+        """The alert that nothing answers is about each pool, as far as labels tell them apart."""
+        monitoring = {"prometheusRule": {"enabled": True}, "serviceMonitor": {"enabled": False}}
+        pools = [{"name": "llama"}, {"name": "qwen"}]
+        exprs = [
+            of(rendered({"pools": pools, "monitoring": each}), "PrometheusRule")["spec"]["groups"][
+                0
+            ]["rules"][0]["expr"]
+            for each in (monitoring, {**monitoring, "serviceMonitor": {"enabled": True}})
+        ]
+
+        labels = [f'namespace="models", service="fc-flowcontrol-{each["name"]}"' for each in pools]
+        each_pool = " or ".join(f"absent(flowcontrol_build_info{{{each}}})" for each in labels)
+
+        assert exprs == ["absent(flowcontrol_build_info)", each_pool]
+
     def test_secrets(self) -> None:
         """TLS and token are mounted, and the configuration names the files."""
         documents = rendered(
