@@ -284,6 +284,31 @@ class TestChart:
         assert modes["response_trailer_mode"] == "SEND"
         assert int(wanted["message_timeout"].removesuffix("s")) * 10**9 > waited_ns
 
+    def test_every_listener_is_patched(self) -> None:
+        """Each listener that a pool's route is attached to has the patch, in its namespace."""
+        route = {"matches": [{"path": {"value": "/a"}}]}
+        pools = [
+            {"name": "a", "httpRoute": {"inferenceGatewayListener": "https", **route}},
+            {"name": "b", "httpRoute": route},
+            {"name": "c", "httpRoute": {"inferenceGatewayNamespace": "other"}},
+        ]
+        documents = rendered({**FULL, "pools": pools})
+        attached = {
+            f"{parent.get('namespace', 'models')}/{parent['name']}/{parent['sectionName']}"
+            for each in documents
+            if each["kind"] == "HTTPRoute"
+            for parent in each["spec"]["parentRefs"]
+        }
+        patched = {
+            (each["metadata"]["namespace"], patch["name"])
+            for each in documents
+            if each["kind"] == "EnvoyPatchPolicy"
+            for patch in each["spec"]["jsonPatches"]
+        }
+
+        assert attached == {"models/models/https", "models/models/http", "other/models/http"}
+        assert patched == {(each.partition("/")[0], each) for each in attached}
+
     def test_absence_of_one_pool(self) -> None:
         """The alert that nothing answers is about each pool, as far as labels tell them apart."""
         monitoring = {"prometheusRule": {"enabled": True}, "serviceMonitor": {"enabled": False}}
