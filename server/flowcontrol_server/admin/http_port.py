@@ -3,8 +3,8 @@
 aiohttp has neither limit. A silent connection costs a file descriptor, and without a free one the
 process can accept no connection, including those of liveness probes.
 
-A new connection beyond the limit replaces one that has sent no request: the oldest of the address
-that has the most of them.
+A new connection beyond the limit replaces one without a request, before its first or between two:
+the oldest of the address that has the most of them.
 """
 
 import asyncio
@@ -123,7 +123,7 @@ class HttpPort:
         self._connections_max = connections_max
         self._connections: dict[asyncio.BaseTransport, _Connection] = {}
         self._silent: dict[_Connection, None] = {}
-        """Connections that have sent no request yet, oldest first."""
+        """Connections without a request, oldest first."""
         self._server: asyncio.Server | None = None
 
     async def open(self, address: tuple[str, int]) -> int:
@@ -146,7 +146,7 @@ class HttpPort:
         await self._runner.cleanup()
 
     def connected(self, connection: _Connection, transport: asyncio.BaseTransport) -> None:
-        """Add a connection; beyond the limit, abort one that has sent no request."""
+        """Add a connection; beyond the limit, abort one without a request."""
         self._connections[transport] = connection
         self._silent[connection] = None
         if len(self._connections) > self._connections_max:
@@ -165,12 +165,17 @@ class HttpPort:
     def _middleware(self) -> Middleware:
         @web.middleware
         async def recorded(request: web.Request, handler: Handler) -> web.StreamResponse:
-            """Record that a connection has sent a request."""
+            """Record that a connection has a request, and when that has been answered."""
             transport = request.transport
             connection = None if transport is None else self._connections.get(transport)
-            if connection is not None and connection in self._silent:
-                del self._silent[connection]
-                connection.requested()
-            return await handler(request)
+            if transport is None or connection is None:
+                return await handler(request)
+            self._silent.pop(connection, None)
+            connection.requested()
+            try:
+                return await handler(request)
+            finally:
+                if transport in self._connections:
+                    self._silent[connection] = None
 
         return recorded

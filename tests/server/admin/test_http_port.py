@@ -104,14 +104,38 @@ class TestSilence:
             await leave(*silent[1:], other)
 
     async def test_asking_stay(self) -> None:
-        """A connection that has sent a request gives way to nobody."""
-        async with opened(connections_max=2) as port:
-            first, second = await connect(port), await connect(port)
-            assert await status(first) == await status(second) == b"HTTP/1.1 200 OK\r\n"
+        """A connection whose request is not answered yet gives way to nobody."""
+        is_over, asked = asyncio.Event(), asyncio.Semaphore(0)
+
+        async def page(_request: web.Request) -> web.Response:
+            """Take time."""
+            asked.release()
+            await is_over.wait()
+            return web.Response()
+
+        async with opened(page, connections_max=2) as port:
+            asking = [await connect(port) for _ in range(2)]
+            answers = [asyncio.create_task(status(each)) for each in asking]
+            async with asyncio.timeout(TIMEOUT_S):
+                await asked.acquire()
+                await asked.acquire()
             third = await connect(port)
 
             assert await until_closed(third) == b""
-            await leave(first, second)
+            is_over.set()
+            assert await asyncio.gather(*answers) == [b"HTTP/1.1 200 OK\r\n"] * 2
+            await leave(*asking)
+
+    async def test_answered(self) -> None:
+        """One that has its answer and asks no more gives way: a probe gets through."""
+        async with opened(connections_max=2) as port:
+            idle = [await connect(port) for _ in range(2)]
+            assert [await status(each) for each in idle] == [b"HTTP/1.1 200 OK\r\n"] * 2
+            probe = await connect(port)
+
+            assert await status(probe) == b"HTTP/1.1 200 OK\r\n"
+            assert (await until_closed(idle[0])).endswith(b"yes")
+            await leave(idle[1], probe)
 
     async def test_unread(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A client that does not read its answer is cut off."""
