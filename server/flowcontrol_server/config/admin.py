@@ -1,4 +1,4 @@
-"""Settings of our own API: the token that calls show."""
+"""Settings of the service's own API: the admin token, and the names of clients."""
 
 import base64
 import hmac
@@ -13,15 +13,15 @@ from flowcontrol_server.common.sections import PathBeside, Section
 
 TOKEN_VARIABLE = "FLOWCONTROL_ADMIN_TOKEN"  # noqa: S105 - a name, no secret
 NO_TOKEN = (
-    "no admin token is set: this machine alone may ask, and calls that change something are "
-    f"refused; set {TOKEN_VARIABLE} or admin.tokenFile"
+    "no admin token is set: only this machine may read, and all write calls are refused; "
+    f"set {TOKEN_VARIABLE} or admin.tokenFile"
 )
-"""What is said at the start of a service without a token."""
+"""Logged at the start of a service without a token."""
 ClientName = Annotated[str, Field(min_length=1)]
 
 
 class Admin(Section):
-    """Who may use our own API: flowcontrol.v1, and the pages beside /metrics."""
+    """Access to the service's own API: flowcontrol.v1, and the pages beside /metrics."""
 
     token_file: PathBeside | None = None
     """File with the admin token, which calls send as `authorization: Bearer`; read again at each
@@ -36,38 +36,38 @@ class Admin(Section):
     a sidecar on this machine forwards requests from elsewhere."""
 
     def problem(self) -> str | None:
-        """Return what is wrong with the token, without showing it; None if nothing is."""
+        """Return what is wrong with the token, without showing it; None: nothing is."""
         where = TOKEN_VARIABLE if self.token_file is None else "admin.tokenFile"
         try:
             self.secret().token()
         except OSError as error:
-            return f"{where} must be a file to read, got '{self.token_file}': {error.strerror}"
+            return f"{where} must be a readable file, got '{self.token_file}': {error.strerror}"
         except ValueError as error:
             return f"{where} {error}"
         return None
 
     def is_read_only(self) -> bool:
-        """Whether all calls that change something are refused."""
+        """Whether all write calls are refused."""
         return self.token_file is None and not self.clients and self.secret().token() is None
 
     def secret(self) -> "Secret":
-        """Return where the token is."""
+        """Return the token's source."""
         return Secret(self.token_file)
 
 
 @final
 class Secret:
-    """The admin token, wherever it is. It is never logged and never shown.
+    """The admin token from its source. It is never logged and never shown.
 
     Args:
-        path: its file; None: the environment.
+        path: its file; None: the environment variable.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
 
     def token(self) -> str | None:
-        """Return it as it is now; None if there is none.
+        """Return the current token; None: there is none.
 
         Raises:
             OSError: its file cannot be read.
@@ -75,32 +75,32 @@ class Secret:
         """
         if self._path is None:
             text = os.environ.get(TOKEN_VARIABLE, "").strip()
-            # empty: as Compose writes a variable that is not set
+            # Compose sets a variable without a value to the empty string
             return checked(text, OWN_LENGTHS) if text else None
         return read_secret(self._path, OWN_LENGTHS)
 
     def is_set(self) -> bool:
-        """Whether there is one, or should be."""
+        """Whether there is a token, or should be one."""
         return self._path is not None or bool(os.environ.get(TOKEN_VARIABLE, "").strip())
 
     def matches(self, authorization: str) -> bool:
-        """Whether the header shows the token: Bearer, or as Basic's password, as browsers do."""
+        """Whether the header has the token: as Bearer, or as Basic's password, as browsers do."""
         shown = _shown(authorization)
         try:
             token = self.token()
-        except (OSError, ValueError):  # gone since the start: then nothing matches
+        except (OSError, ValueError):  # it has become invalid since the start; nothing matches
             return False
         return token is not None and shown is not None and hmac.compare_digest(token, shown)
 
 
 def _shown(authorization: str) -> str | None:
-    """Return the token a header shows; None if it is no header of ours, or not ASCII."""
+    """Return the token in a header; None: the header is of another form, or not ASCII."""
     scheme, _, text = authorization.partition(" ")
     text = text.strip()
     if scheme.lower() == "basic":
         try:
             text = base64.b64decode(text, validate=True).decode("ascii").partition(":")[2]
-        except ValueError:  # no base64, or not ASCII, inside or out
+        except ValueError:  # not base64, or not ASCII before or after decoding
             return None
     elif scheme.lower() != "bearer":
         return None

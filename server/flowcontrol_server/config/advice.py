@@ -1,6 +1,6 @@
-"""Pure. What is valid in a configuration and probably unintended: `check-config` warns of it.
+"""Pure. Warnings of `check-config` about settings that are valid but probably unintended.
 
-Each line names the setting, what follows from it, and what to do.
+Each line names the setting, its consequence, and what to do.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from flowcontrol_server.requests.rules import BODY_NAMESPACE
 
 
 def advice(settings: Settings) -> list[str]:
-    """Return a line for each thing to look at; none for most configurations."""
+    """Return one line for each warning; most configurations have none."""
     return [
         *_ports(settings),
         *_callers(settings),
@@ -49,24 +49,24 @@ def _callers(settings: Settings) -> Iterator[str]:
     if in_pod and settings.admin.trust_loopback:
         yield (
             "admin.trustLoopback is true in a pod: a sidecar that connects from 127.0.0.1 lets "
-            "everybody ask without a token; set it to false"
+            "anyone read without a token; set it to false"
         )
 
 
 def _conformance(settings: Settings) -> Iterator[str]:
     if settings.requests.conformance:
         yield (
-            "requests.conformance is true: any client chooses its model server by a header; leave "
-            "it out but for conformance tests"
+            "requests.conformance is true: any client can choose its model server with a header; "
+            "set it only for conformance tests"
         )
 
 
 def _body_rules(rules: Sequence[RequestRule]) -> Iterator[str]:
-    """Say which rules a client can miss on purpose, to be treated as if they were not there.
+    """Warn of rules that a client can evade.
 
-    Envoy reads nothing of a body of another content type, of one that is too large, or of JSON it
-    does not take: then no rule on the body matches. Nothing is gained by that only where a rule for
-    everybody follows, to whom those on bodies give more.
+    Envoy does not read a body of another content type, one that is too large, or JSON that it
+    cannot parse. Then no rule on the body matches. A client gains nothing by that only if the last
+    rule is for everyone, and rules on bodies give more than that one.
     """
     objectives = [(i, r) for i, r in enumerate(rules) if r.objective or r.objective_from]
     flow_ids = [(i, r) for i, r in enumerate(rules) if r.flow_id or r.flow_id_from]
@@ -79,40 +79,40 @@ def _body_rules(rules: Sequence[RequestRule]) -> Iterator[str]:
         is_for_all = bool(of_kind) and not of_kind[-1][1].facts()
         if on_bodies and not is_for_all:
             yield (
-                f"requests.rules[{on_bodies[0]}] reads the body, which a client can keep from "
-                f"being read: end the rules with one for everybody that says {name}, without a "
-                "match, and let those on bodies only raise above it"
+                f"requests.rules[{on_bodies[0]}] needs the body, and a client can send a body that "
+                f"is not read: end the rules with one without a match that sets {name} for "
+                "everyone, and let rules on bodies only give more"
             )
 
 
 def _load(settings: Settings) -> Iterator[str]:
     if settings.scraping is None:
         yield (
-            "load is not set: a model server that is down is noticed only by requests that fail "
-            "there; set `load: {}`, or `load: {engine: ollama}` where there is no metrics page"
+            "load is not set: a model server that is down is detected only by requests that fail "
+            "there; set `load: {}`, or `load: {engine: ollama}` if there is no metrics page"
         )
 
 
 def _rules(settings: Settings) -> Iterator[str]:
     for namespace in settings.requests.namespaces():
         yield (
-            f"requests asks for metadata:{namespace}, which no filter of `envoy-config` provides: "
-            "put the filter that does before ext_proc"
+            f"requests uses metadata:{namespace}, which no filter of `envoy-config` sets: "
+            "put a filter that sets it before ext_proc"
         )
-    said = [False, False]
+    are_set = [False, False]
     for index, rule in enumerate(settings.requests.rules):
-        says = [
+        sets = [
             bool(rule.objective or rule.objective_from),
             bool(rule.flow_id or rule.flow_id_from),
         ]
-        if all(done or not new for done, new in zip(said, says, strict=True)):
+        if all(done or not new for done, new in zip(are_set, sets, strict=True)):
             yield (
-                f"requests.rules[{index}] is never used: a rule before it always matches and says "
+                f"requests.rules[{index}] is never used: a rule before it always matches and sets "
                 "the same"
             )
         if not rule.match:
             fixed = [rule.objective is not None, rule.flow_id is not None]
-            said = [done or new for done, new in zip(said, fixed, strict=True)]
+            are_set = [done or new for done, new in zip(are_set, fixed, strict=True)]
 
 
 def _bands(bands: Sequence[BandSection]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Pure. In what two configurations differ, and what of it a running service cannot change."""
+"""Pure. Differences of two configurations, and whether a running service can apply them."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ FIXED = (
     *("apiVersion", "kind", "pool", "listen", "tls", "admin", "traces"),
     *("ledger", "recentDecisions", "state", "availability"),
 )
-"""Settings, with all below them, that hold from start to end: Envoy and the kernel know them, or
-doors are built on them. The files that tls and admin name are read again all the same. So does
-`kubernetes` while the leader is elected there."""
+"""Settings, with all below them, that cannot change while the process runs: Envoy and the kernel
+depend on them, or ports are opened with them. The files named by tls and admin are reloaded
+nevertheless. `kubernetes` cannot change either, while the leader is elected there."""
 IN_ENVOY = (
     *("pool", "listen.extProc", "listen.grpc", "listen.secretFile", "tls", "traces.exporter"),
     *("availability.election", "picker", "pickerFallbacks", "endpoints.static", "endpoints.dns"),
@@ -25,8 +25,9 @@ IN_ENVOY = (
     *("requests.responseHeaders", "requests.conformance"),
     *("settlement.accessLog", "settlement.tokenUsage"),
 )
-"""Settings, with all below them, that `envoy-config` writes into Envoy's configuration. Until Envoy
-has it, it goes on as before: it gives up on a request that waits longer than it knows of."""
+"""Settings, with all below them, that `envoy-config` writes into Envoy's configuration. Until it is
+loaded there, Envoy uses the old values: it gives up on a request that waits longer than those
+allow."""
 HASH_HEX = 12
 _INDEX = re.compile(r"\[[0-9]+\]")
 
@@ -38,9 +39,9 @@ class Change(NamedTuple):
     where: str
     before: str
     after: str
-    """As JSON; `unset` where there is none."""
+    """New value, as JSON like the one before; `unset`: there is none."""
     is_live: bool
-    """Whether a running service can change it."""
+    """Whether a running service can apply it."""
 
     def __str__(self) -> str:
         notes = [] if self.is_live else ["needs a restart"]
@@ -68,10 +69,10 @@ def _is_among(where: str, names: Iterable[str]) -> bool:
 
 
 def settings_hash(settings: Settings) -> str:
-    """Return 12 hexadecimal digits that are equal where two services have the same settings.
+    """Return 12 hexadecimal digits that are equal for equal settings.
 
-    Of the settings with their defaults, not of the file: neither its order nor its comments count,
-    nor the folder that it and what it names lie in.
+    The hash is of the settings with their defaults, not of the file: its order, its comments, and
+    the folder of the file and of the files that it names make no difference.
     """
     text = json.dumps(_beside(_plain(settings), f"{settings.folder}/"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_HEX]
@@ -82,7 +83,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
 
 
 def _beside(node: Any, folder: str) -> Any:
-    """Return the same with paths that begin in the file's folder relative to it."""
+    """Return a copy in which paths below the file's folder are relative to it."""
     if isinstance(node, dict):
         return {key: _beside(value, folder) for key, value in node.items()}
     if isinstance(node, list):

@@ -1,6 +1,6 @@
-"""The engine's settings as a section of files: of the service's, of a simulation's.
+"""The engine's settings as a section of files: the service's configuration, and scenarios.
 
-A default that is the engine's own is taken from its configuration.
+The engine's own defaults are taken from its configuration classes.
 """
 
 from collections import Counter
@@ -47,9 +47,9 @@ from flowcontrol_server.common.sections import (
 )
 
 ENVOY_PATIENCE_MAX_NS = 3_600_000_000_000
-"""The longest message_timeout Envoy accepts: no wait can outlast it."""
+"""The longest message_timeout that Envoy accepts: no wait can be longer."""
 ENVOY_MARGIN_NS = 30_000_000_000
-"""Envoy waits this much longer than the longest wait we allow: the decision is always ours."""
+"""Envoy waits this much longer than the longest wait, so that the engine always decides first."""
 
 _ENGINE, _BAND = ControllerConfig(), BandSettings()
 _CONCURRENCY, _UTILIZATION, _ADAPTIVE = Concurrency(), Utilization(), Adaptive()
@@ -147,7 +147,7 @@ class Saturation(Section):
 
 
 TAGS = _ONE, _SEVERAL = ("(one)", "(several)")
-"""Tags of pydantic's; left out where an error says where it is."""
+"""Tags of pydantic, which are left out of the paths in errors."""
 
 OneOrSeveral = Annotated[
     Annotated[Saturation, Tag(_ONE)] | Annotated[tuple[Saturation, ...], Tag(_SEVERAL)],
@@ -156,7 +156,7 @@ OneOrSeveral = Annotated[
 
 
 class BandMatch(Section):
-    """Which bands a template is for."""
+    """The bands that a template is for."""
 
     min_priority: Priority | None = None
     """Lowest priority, included."""
@@ -338,7 +338,7 @@ class FlowControl(Section):
 
     @property
     def longest_wait_ns(self) -> int:
-        """How long a request can possibly be parked: both budgets, one after the other."""
+        """Longest time that a request can be parked: both limits, one after the other."""
         ttls = [self.request_ttl]
         ttls += [band.request_ttl for band in self.bands if band.request_ttl]
         return max(ttls) + self.no_endpoint_ttl
@@ -401,6 +401,6 @@ class EngineSection(Section):
             raise broken(rule)
         kinds = [each.detector for each in value] if isinstance(value, tuple) else []
         if twice := [kind for kind, count in Counter(kinds).items() if count > 1]:
-            rule = f"must name a detector of a kind once, got {', '.join(twice)} more often"
+            rule = f"must name each detector once, got {', '.join(twice)} more than once"
             raise broken(rule)
         return value

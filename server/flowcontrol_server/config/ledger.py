@@ -19,7 +19,7 @@ from flowcontrol_server.common.sections import (
 
 
 class LedgerSection(Section):
-    """The decision ledger: every fact and every decision, to be decided again by `replay`."""
+    """The decision ledger: every fact and every decision, for `replay`."""
 
     file: PathBeside
     """File with the newest part. Older parts have the same name with .1, .2 and so on; an empty

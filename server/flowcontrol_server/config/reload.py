@@ -1,7 +1,7 @@
-"""The service's own configuration, followed live: checked, compared, applied whole or not at all.
+"""Live reload of the service's configuration: it is applied as a whole or not at all.
 
-A file with a mistake, or with a change that a running service cannot make, changes nothing: what
-was in force stays in force, and that is said, counted and shown until the file is mended.
+A file with an error, or with a change that a running service cannot make, changes nothing: the
+settings in force stay, and the error is logged, counted and shown until the file is fixed.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ from flowcontrol_server.config.difference import differences, settings_hash
 from flowcontrol_server.config.settings import Settings, load_settings
 
 FOLLOW_AGAIN_S = 5.0
-"""After a fault in following the file, until it is followed again; SIGHUP is heeded meanwhile."""
+"""Pause after watching the file has failed, before it is tried again; SIGHUP works meanwhile."""
 READ_AGAIN_S = 30.0
-"""How often a file with a mistake is read again: what the mistake is about may be another file, a
-secret say, whose folder is not watched."""
+"""Interval at which a file with an error is reloaded: the cause may be another file, such as a
+secret, whose folder is not watched."""
 _RELOADS_PENDING_MAX = 2
-"""One that reads, and one that reads what has changed since."""
+"""One reload running, and one queued for changes since it began."""
 _log = structlog.get_logger()
 
 
@@ -34,9 +34,9 @@ class Configuration:
     """The settings in force, and the file that may change them. Owner: the loop.
 
     Args:
-        settings: as read at the start.
+        settings: the settings at the start.
         path: the file.
-        apply: puts other settings into force; may raise FlowControlError, and has then changed
+        apply: puts other settings into force; if it raises FlowControlError, it has changed
             nothing.
     """
 
@@ -44,38 +44,38 @@ class Configuration:
         self, settings: Settings, path: Path, apply: Callable[[Settings], Awaitable[None]]
     ) -> None:
         self.settings = settings
-        """In force."""
+        """The settings in force."""
         self.hash = settings_hash(settings)
         self.changed_s = time.time()
-        """When they were put into force, seconds since 1970."""
+        """When they came into force, seconds since 1970."""
         self.changes: tuple[str, ...] = ()
-        """What the last reload changed."""
+        """Changes of the last reload."""
         self.reload_count = 0
         self.rejection_count = 0
         self.problems: Sequence[str] = ()
-        """Why the file as it now is has been rejected; empty when it is in force."""
+        """Why the current file is rejected; empty: it is in force."""
         self._path = path
         self._apply = apply
         self._turn = asyncio.Lock()
         self._read_stamp: tuple[int, ...] | None = ()
-        """Of the file as it was read last; nothing is like an empty one."""
+        """Stamp of the file when it was last read; the empty one equals no other."""
 
     async def follow(self) -> None:
-        """Read the file whenever it changes, and at SIGHUP; until cancelled."""
+        """Reload the file whenever it changes, and at SIGHUP, until cancelled."""
         loop = asyncio.get_running_loop()
-        hangups: set[asyncio.Task[None]] = set()
+        reloads: set[asyncio.Task[None]] = set()
 
-        def hang_up() -> None:
-            """Read, and keep hold of the task until it has."""
-            if len(hangups) == _RELOADS_PENDING_MAX:
+        def reload() -> None:
+            """Begin a reload, and keep the task until it is done."""
+            if len(reloads) == _RELOADS_PENDING_MAX:
                 return
             task = in_background(self.read(), "configuration_not_read")
-            hangups.add(task)
-            task.add_done_callback(hangups.discard)
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
 
         # Not the loop's own handler: once that is removed, the signal ends the process.
-        before = signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(hang_up))
-        again = in_background(self._read_again(), "configuration_not_read")
+        before = signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(reload))
+        repeated = in_background(self._retry(), "configuration_not_read")
         try:
             while True:
                 try:
@@ -84,35 +84,35 @@ class Configuration:
                     self._reject([f"cannot be followed: {error!r}"], error)
                 await asyncio.sleep(FOLLOW_AGAIN_S)
         finally:
-            again.cancel()
+            repeated.cancel()
             signal.signal(signal.SIGHUP, before)
 
-    async def _read_again(self) -> None:
-        """Read the file now and then while a mistake stands; until cancelled."""
+    async def _retry(self) -> None:
+        """Reload the file at intervals while it has an error, until cancelled."""
         while True:
             await asyncio.sleep(READ_AGAIN_S)
             if self.problems:
                 await self.read()
 
     async def _look(self) -> None:
-        """Read the file if it is another than was read last, or a mistake stands.
+        """Reload the file if it has changed since it was last read, or has an error.
 
-        The folder may hold more: with a log in it that every request writes to, reading each time
-        cost 80 us a request. What a mistake is about may be another file in it.
+        Other files in the folder may change, too: with a log that every request writes to, reading
+        each time cost 80 us a request. The cause of an error may be another file in the folder.
         """
         if self.problems or self._stamp() != self._read_stamp:
             await self.read()
 
     async def read(self) -> None:
-        """Read the file, and put it into force if it is right and differs."""
+        """Read the file, and put it into force if it is valid and differs."""
         async with self._turn:
-            self._read_stamp = self._stamp()  # before: a change in between is read once more
+            self._read_stamp = self._stamp()  # before reading: a change meanwhile is read again
             try:
                 settings = await asyncio.to_thread(load_settings, self._path)
                 await self._change(settings)
             except FlowControlError as error:
                 self._reject(error.problems if isinstance(error, ConfigError) else [str(error)])
-            except Exception as error:  # noqa: BLE001 - the next file may be good, and is to be read
+            except Exception as error:  # noqa: BLE001 - the next file may be valid
                 self._reject([f"cannot be read: {error!r}"], error)
             else:
                 self.problems = ()
@@ -127,7 +127,7 @@ class Configuration:
         )
 
     def _stamp(self) -> tuple[int, ...] | None:
-        """Return what differs once the file has been replaced or rewritten; None without a file."""
+        """Return a value that changes when the file is replaced or rewritten; None: no file."""
         try:
             stat = self._path.stat()
         except OSError:
@@ -140,7 +140,7 @@ class Configuration:
             return
         fixed = [change for change in changes if not change.is_live]
         if fixed:
-            rule = "cannot change while the service runs; restart it, or take the change back"
+            rule = "cannot change while the service runs; restart it, or revert the change"
             raise ConfigError([f"{each.where} {rule}, got {each.after}" for each in fixed])
         await self._apply(settings)
         self.settings = settings

@@ -29,9 +29,9 @@ from flowcontrol_server.requests.rules import (
 )
 
 _HEADER = re.compile(r":(authority|method|path|scheme)|[!#$%&'*+.^_`|~0-9a-z-]+")
-"""Names that a header can have by the time Envoy forwards it."""
+"""Names of headers that Envoy can forward."""
 _HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection"))
-"""Removed by Envoy before any filter sees them."""
+"""Headers that Envoy removes before any filter gets them."""
 
 
 def _fact(value: object) -> object:
@@ -67,14 +67,14 @@ def _pattern(value: object) -> object:
 
 
 def _match(value: object) -> object:
-    """Reject values that the fact can never have, as YAML reads them, and a fact named twice."""
+    """Reject a value, as YAML reads it, that its fact can never have, and a fact named twice."""
     named: set[Fact] = set()
     for name, pattern in value.items() if isinstance(value, Mapping) else ():
         fact = parse_fact(name) if isinstance(name, str) else None
         if fact is None:
             continue
-        if fact in named:  # in other letters, where YAML sees another key
-            rule = f"must name each fact once, {name} comes again"
+        if fact in named:  # in other case, which makes it another key for YAML
+            rule = f"must name each fact once, {name} is repeated"
             raise broken(rule)
         named.add(fact)
         is_text = fact.header or fact.namespace == BODY_NAMESPACE
@@ -113,7 +113,7 @@ Pattern = Annotated[str, BeforeValidator(_pattern)]
 
 
 class RequestRule(Section):
-    """What an operator makes of trusted facts."""
+    """A rule that sets objective or tenant from trusted facts."""
 
     match: Annotated[Mapping[FactName, Pattern], BeforeValidator(_match)] = Field(default={})
     """Facts and the value each must have: a text, a prefix (`gold-*`), or any value (`*`). A fact
@@ -133,7 +133,7 @@ class RequestRule(Section):
     that no log, ledger or page shows the key. `flowcontrol classify` shows the digits."""
 
     @model_validator(mode="after")
-    def _says_something_once(self) -> Self:
+    def _sets_each_once(self) -> Self:
         objectives = (self.objective, self.objective_from)
         flow_ids = (self.flow_id, self.flow_id_from)
         if all(objectives) or all(flow_ids) or not any((*objectives, *flow_ids)):
@@ -142,7 +142,7 @@ class RequestRule(Section):
         return self
 
     def rule(self) -> Rule:
-        """Return it as requests are read by it."""
+        """Return the rule in the form that requests are read with."""
         return Rule(
             match=tuple(Condition(fact, pattern) for fact, pattern in self.match.items()),
             objective=self.objective or self.objective_from,
@@ -150,9 +150,9 @@ class RequestRule(Section):
         )
 
     def facts(self) -> list[Fact]:
-        """Return every fact it asks for."""
-        said = (self.objective_from, self.flow_id_from)
-        return [*self.match, *(fact for fact in said if fact is not None)]
+        """Return every fact that the rule uses."""
+        sources = (self.objective_from, self.flow_id_from)
+        return [*self.match, *(fact for fact in sources if fact is not None)]
 
 
 class Requests(Section):
@@ -182,7 +182,7 @@ class Requests(Section):
     they pass ungated in both cases. Either way, responses that have begun complete."""
     rules: tuple[RequestRule, ...] = ()
     """Objective and flow id from facts that the operator trusts. Each is taken from the first rule
-    that matches and says it; such a rule comes before the client's header."""
+    that matches and sets it; such a rule takes precedence over the client's header."""
     trust_headers: bool = Field(default=True, strict=True)
     """Whether objective, flow id and TTFT target are also taken from the headers of the request. If
     false, clients cannot set them, and only the rules count."""
@@ -236,15 +236,15 @@ class Requests(Section):
     def _bodies_are_read_for_rules(self) -> Self:
         asked = [fact for fact in self._facts() if fact.namespace == BODY_NAMESPACE]
         if asked and not self.read_bodies:
-            rule = f"must have readBodies: true while {_fact_text(asked[0])} is asked for"
+            rule = f"must have readBodies: true while {_fact_text(asked[0])} is used"
             raise broken(rule)
         return self
 
     def body_bytes_max(self, *, by_default: bool) -> int | None:
-        """Return up to how many bytes Envoy is to read a body; None: it reads every one.
+        """Return the size in bytes up to which Envoy reads bodies; None: it reads every one.
 
         Args:
-            by_default: whether there is a limit where none is set, and no rule asks for the body.
+            by_default: whether there is a limit if none is set and no rule uses the body.
         """
         is_asked = any(fact.namespace == BODY_NAMESPACE for fact in self._facts())
         is_set = "read_bodies_up_to" in self.model_fields_set
@@ -257,12 +257,12 @@ class Requests(Section):
         reads_prefixes: bool = False,
         endpoints: Callable[[], Iterable[str]] = tuple,
     ) -> Intake:
-        """Return how requests are to be read.
+        """Return how requests are read.
 
         Args:
-            bodies: counts those that Envoy was to read and has not.
-            reads_prefixes: whether the picker asks what prompts begin with.
-            endpoints: returns those of the pool.
+            bodies: counts bodies that Envoy could not read.
+            reads_prefixes: whether the picker uses hashes of the beginning of prompts.
+            endpoints: returns the addresses of the pool.
         """
         return Intake(
             exempt=ExemptPaths(self.exempt_paths),
@@ -275,11 +275,11 @@ class Requests(Section):
         )
 
     def engine(self) -> EnginePriority | None:
-        """Return how the band is passed on to model servers."""
+        """Return how model servers get the band; None: they do not."""
         return ENGINE_PRIORITIES.get(self.engine_priority)
 
     def namespaces(self) -> list[str]:
-        """Return the metadata that Envoy must forward for the rules, that of bodies apart."""
+        """Return the metadata namespaces that Envoy must forward for rules, without the body's."""
         return sorted({fact.namespace for fact in self._facts()} - {"", BODY_NAMESPACE})
 
     def headers(self) -> list[str]:
@@ -289,13 +289,13 @@ class Requests(Section):
         return sorted({*READ_HEADERS, *facts, *conformance} - {""})
 
     def _facts(self) -> list[Fact]:
-        """Return every fact that is asked for."""
+        """Return every fact that is used."""
         facts = [fact for each in self.rules for fact in each.facts()]
         return facts if self.input_tokens_from is None else [*facts, self.input_tokens_from]
 
 
 class Settlement(Section):
-    """What Envoy reports of finished requests, in its gRPC access log."""
+    """Envoy's reports of finished requests, in its gRPC access log."""
 
     access_log: bool = Field(default=True, strict=True)
     """Whether Envoy reports every finished request (`envoy-config`): status, time to first token,

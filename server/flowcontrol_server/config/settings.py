@@ -1,6 +1,7 @@
-"""The configuration file: its shape, its units, its errors. The only reader of it.
+"""The configuration file: its format, its units, its errors. Only this module reads it.
 
-Every model field carries its meaning as a docstring; the README's reference is generated from them.
+Every field of a model has its meaning as a docstring; the reference of settings is generated from
+them.
 """
 
 import re
@@ -70,7 +71,7 @@ _TRACE_HEADERS: Final = (
 
 
 class Listen(Section):
-    """Where the service listens, each as host:port. By default this machine alone connects."""
+    """Addresses of the service, each as host:port. By default only this machine can connect."""
 
     ext_proc: DirectAddress = written("127.0.0.1:9002")
     """The direct door, the port for Envoy: ext_proc, its access log, and gRPC health. host:port,
@@ -93,11 +94,11 @@ class Listen(Section):
     `tls.clientCa`."""
 
     def secret(self) -> EnvoySecret | None:
-        """Return what Envoy must show; None: nothing.
+        """Return the secret that Envoy must present; None: none is needed.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: what it holds cannot be used.
+            ValueError: it has no secret, too many, or an invalid one.
         """
         return None if self.secret_file is None else EnvoySecret(self.secret_file)
 
@@ -106,7 +107,7 @@ class Listen(Section):
         try:
             self.secret()
         except OSError as error:
-            rule = f"secretFile must be a file to read, got '{self.secret_file}': {error.strerror}"
+            rule = f"secretFile must be a readable file, got '{self.secret_file}': {error.strerror}"
             raise broken(rule) from error
         except ValueError as error:
             rule = f"secretFile {error}"
@@ -125,7 +126,7 @@ class Listen(Section):
 
 
 class Metrics(Section):
-    """What /metrics says."""
+    """Contents of /metrics."""
 
     reference_names: bool = Field(default=False, strict=True)
     """Also exports metrics under the names of llm-d-router's flow control,
@@ -145,14 +146,14 @@ class Traces(Section):
 
 
 class _Surroundings(Section):
-    """What the file says of itself, and of the service around the engine."""
+    """The format of the file, and settings of the service around the engine."""
 
     api_version: Literal["flowcontrol/v1alpha1"]
     """Version of this file's format."""
     kind: Literal["FlowControlConfig"]
     """Kind of this file."""
     pool: str = Field(min_length=1)
-    """The one inference pool this process guards; objectives of other pools are ignored."""
+    """The inference pool that this process guards; objectives of other pools are ignored."""
     listen: Listen = Listen()
     tls: Tls = Tls()
     admin: Admin = Admin()
@@ -163,12 +164,12 @@ class _Surroundings(Section):
 
 
 class ServiceEngine(EngineSection):
-    """The engine's settings, and those about requests, on which it depends as well."""
+    """The engine's settings, and those about requests, on which it also depends."""
 
     requests: Requests = Requests()
 
     def controller_config(self) -> ControllerConfig:
-        """Return the engine's settings; every wait is forecast only where answers say it."""
+        """Return the engine's settings; every wait is forecast only if answers report it."""
         forecasts = "position" in self.requests.response_headers
         return replace(super().controller_config(), forecasts=forecasts)
 
@@ -182,7 +183,7 @@ class Settings(ServiceEngine, _Surroundings):
     metrics: Metrics = Metrics()
     traces: Traces = Traces()
     ledger: Annotated[LedgerSection | None, Given] = left_out()
-    """Where decisions are written down, nowhere if left out."""
+    """The decision ledger; if unset, no decisions are recorded."""
     recent_decisions: int = Field(default=10_000, ge=1, le=10_000_000, strict=True)
     """Decisions kept in memory for explanations, about 1 kB each."""
 
@@ -190,17 +191,17 @@ class Settings(ServiceEngine, _Surroundings):
 
     @property
     def folder(self) -> Path:
-        """Where the file lies, at which relative paths start."""
+        """The folder of the file, at which relative paths start."""
         return self._folder
 
     @property
     def is_reported(self) -> bool:
-        """Whether Envoy's access log reports of finished requests."""
+        """Whether Envoy's access log reports finished requests."""
         return self.settlement.access_log and self.listen.ext_proc is not None
 
     @property
     def scraping(self) -> Load | None:
-        """How endpoints are asked for their load: `load`, or its defaults for a detector's sake."""
+        """How endpoints are scraped: `load`, or its defaults if a detector needs it; None: not."""
         detectors = self.controller_config().detectors
         is_needed = any(isinstance(each, Utilization) for each in detectors)
         return self.load or (Load() if is_needed else None)
@@ -211,8 +212,8 @@ class Settings(ServiceEngine, _Surroundings):
         names = [str(address) for address in static if not address.is_ip]
         if self.picker != "off" and names:
             rule = (
-                "picker must be off while endpoints.static has host names, as Envoy knows a picked "
-                f"endpoint by its IP address alone, got {', '.join(names)}"
+                "picker must be off while endpoints.static has host names, as Envoy identifies a "
+                f"picked endpoint only by its IP address, got {', '.join(names)}"
             )
             raise broken(rule)
         return self
@@ -251,13 +252,13 @@ class Settings(ServiceEngine, _Surroundings):
         pods = self.endpoints.kubernetes
         if pods is not None and not pods.selector and not is_name(self.pool):
             rule = (
-                "pool must be a name that an InferencePool can have where endpoints.kubernetes "
+                "pool must be a valid name of an InferencePool where endpoints.kubernetes "
                 f"has no selector, got {self.pool!r}"
             )
             raise broken(rule)
         if self.availability.election == "kubernetes" and not is_name(f"flowcontrol-{self.pool}"):
             rule = (
-                "pool must leave flowcontrol-POOL a name that a Lease can have where "
+                "pool must make flowcontrol-POOL a valid name of a Lease where "
                 f"availability.election is kubernetes, got {self.pool!r}"
             )
             raise broken(rule)
@@ -297,7 +298,7 @@ class Settings(ServiceEngine, _Surroundings):
 
     @property
     def longest_wait_ns(self) -> int:
-        """How long a request can possibly be parked: both budgets, one after the other."""
+        """Longest time that a request can be parked: both limits, one after the other."""
         return self.flow_control.longest_wait_ns
 
 
@@ -305,12 +306,12 @@ def load_settings(path: Path, *, is_elsewhere: bool = False) -> Settings:
     """Read a configuration file.
 
     Args:
-        path: of the file.
-        is_elsewhere: this is not the service's machine: files and folders that only the service
-            reads need not be here.
+        path: path of the file.
+        is_elsewhere: this is not the service's machine, so files and folders that only the service
+            reads need not exist here.
 
     Raises:
-        ConfigError: naming every mistake in it, each with its path in the file.
+        ConfigError: the file has errors; each is named, with its path in the file.
     """
     content = read_mapping(path)
     try:
@@ -323,16 +324,17 @@ def load_settings(path: Path, *, is_elsewhere: bool = False) -> Settings:
 
 
 class _Policies(ServiceEngine):
-    """Picker, saturation, queue and requests; the rest of the file is for the service."""
+    """Picker, saturation, queue and requests; the rest of the file is ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 def load_policies(path: Path) -> ControllerConfig:
-    """Read the engine's settings from a configuration file; folders in it need not exist.
+    """Read the engine's settings from a configuration file; its folders need not exist.
 
     Raises:
-        ConfigError: naming every mistake in the part that counts, and every unknown setting.
+        ConfigError: the part that is used has errors, or the file has unknown settings; each is
+            named.
     """
     content = read_mapping(path)
     known = {str(field.alias or name) for name, field in Settings.model_fields.items()}
@@ -347,14 +349,14 @@ def load_policies(path: Path) -> ControllerConfig:
 
 
 def problems_of(error: ValidationError, model: type[BaseModel] | None = None) -> list[str]:
-    """Return pydantic's errors in this project's words, each with its path in the file.
+    """Return pydantic's errors in this project's format, each with its path in the file.
 
     Args:
-        error: pydantic's.
-        model: what did not validate, to suggest the names of its settings.
+        error: pydantic's error.
+        model: the model that failed, to suggest names of its settings; None: no suggestions.
     """
     names = [] if model is None else list(_names(model))
-    return [f"{_say(each)}{_hint(each, names)}" for each in error.errors()]
+    return [f"{_text(each)}{_hint(each, names)}" for each in error.errors()]
 
 
 def _names(model: type[BaseModel], where: str = "") -> Iterator[str]:
@@ -374,7 +376,7 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _hint(error: ErrorDetails, names: Sequence[str]) -> str:
-    """Return what an unknown setting may have been meant to be."""
+    """Return a suggestion for an unknown setting; empty: there is none."""
     if error["type"] != "extra_forbidden":
         return ""
     *above, last = error["loc"]
@@ -389,7 +391,7 @@ def _hint(error: ErrorDetails, names: Sequence[str]) -> str:
 
 
 _SHOWN_MAX = 120
-"""Characters of a wrong value that are said."""
+"""Characters of an invalid value that an error shows."""
 _EXPONENT = re.compile(r"-?([0-9]{1,9}\.?[0-9]{0,9}|\.[0-9]{1,9})[eE][+-]?[0-9]{1,2}")
 _RULES = {
     "literal_error": "must be {expected}",
@@ -413,12 +415,12 @@ _RULES = {
     "model_attributes_type": "must be a mapping",
     "rule": "{rule}",
 }
-"""pydantic's kinds of error in this project's words."""
+"""This project's text for each kind of pydantic's errors."""
 
 
-def _say(error: ErrorDetails) -> str:
-    """Put one of pydantic's errors as where, rule, value."""
-    # Whether one or several are given is not a place in the file.
+def _text(error: ErrorDetails) -> str:
+    """Return one of pydantic's errors as place, rule, value."""
+    # The tag for one or several is not part of the place in the file.
     is_key = error["loc"][-1:] == ("[key]",)
     loc = error["loc"][:-2] if is_key else error["loc"]
     places = ("''" if part == "" else part for part in loc if part not in TAGS)
@@ -432,16 +434,16 @@ def _say(error: ErrorDetails) -> str:
     if is_key and error["type"] == "string_type":
         rule = "must have keys that are text, in quotes"
     value = error["input"]
-    is_said = isinstance(value, dict | BaseModel) or ", got " in rule
-    shown = "" if is_said else f", got {_shortened(repr(value))}"
+    is_complete = isinstance(value, dict | BaseModel) or ", got " in rule
+    shown = "" if is_complete else f", got {_shortened(repr(value))}"
     return f"{where} {rule}{shown}{_in_digits(rule, value)}".strip()
 
 
 def _in_digits(rule: str, value: object) -> str:
-    """Return how to write a number that YAML 1.1 takes for text, such as 1e3."""
+    """Return how to write a number that YAML 1.1 reads as text, such as 1e3; empty: it is not."""
     if "number" not in rule or not isinstance(value, str) or not _EXPONENT.fullmatch(value):
         return ""
-    return f": YAML takes that for text, write {Decimal(value):f}"
+    return f": YAML reads that as text, write {Decimal(value):f}"
 
 
 def _shortened(text: str) -> str:

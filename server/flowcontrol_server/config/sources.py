@@ -1,6 +1,6 @@
-"""The sections of the configuration file that say where objectives, endpoints and load come from.
+"""The sections of the configuration file about the sources of objectives, endpoints and load.
 
-Apart from `settings` for size alone: that is where they are part of the whole.
+They are part of `settings`, and a module of their own only because of its size.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from flowcontrol_server.common.sections import (
 )
 
 _PORTS_MAX = 8
-"""As many target ports as an InferencePool may have."""
+"""The limit of target ports of an InferencePool."""
 
 
 def _not_null(value: object) -> object:
@@ -36,11 +36,11 @@ def _not_null(value: object) -> object:
 
 
 Given = BeforeValidator(_not_null)
-"""For what may be left out: but when it is there, it must say something."""
+"""For an optional setting: if its key is present, it must have a value."""
 
 
 def left_out() -> Any:
-    """Return the default of what may be left out."""
+    """Return the default of an optional setting."""
     return Field(default=None, validate_default=False)
 
 
@@ -53,7 +53,7 @@ class KubernetesObjectives(Section):
 
 
 class ApiObjectives(Section):
-    """Objectives put and deleted by the gRPC API, flowcontrol.v1, with the admin token."""
+    """Objectives set and deleted by the gRPC API, flowcontrol.v1, with the admin token."""
 
     file: Annotated[PathBeside | None, Given] = left_out()
     """File in which objectives set by the API are kept, as manifests, reloaded on change. If unset,
@@ -68,7 +68,7 @@ class ApiObjectives(Section):
 
 
 class Objectives(Section):
-    """Where InferenceObjectives come from: one of three."""
+    """The source of InferenceObjectives: one of three."""
 
     directory: Annotated[PathBeside | None, Given] = left_out()
     """Folder of InferenceObjective manifests (*.yaml, *.yml), reloaded on change. A relative path
@@ -85,14 +85,14 @@ class Objectives(Section):
     def _one_source(self) -> Self:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
-            said = " and ".join(given) or "none of them"
-            rule = f"must have one of directory, kubernetes or api, got {said}"
+            names = " and ".join(given) or "none of them"
+            rule = f"must have one of directory, kubernetes or api, got {names}"
             raise broken(rule)
         return self
 
 
 class Dns(Section):
-    """Endpoints by DNS, asked again and again; with the picker on, their addresses are used."""
+    """Endpoints by DNS, queried repeatedly; with the picker on, their addresses are used."""
 
     names: tuple[HostPort, ...] = ()
     """Host names with a port. Every address of each name (A, AAAA) is an endpoint."""
@@ -120,7 +120,7 @@ class Dns(Section):
     def _are_names(cls, value: tuple[Address, ...]) -> tuple[Address, ...]:
         addresses = [str(address) for address in value if address.is_ip]
         if addresses:
-            rule = f"must be host names, addresses belong into static, got {', '.join(addresses)}"
+            rule = f"must be host names, addresses belong in static, got {', '.join(addresses)}"
             raise broken(rule)
         return value
 
@@ -138,7 +138,7 @@ Port = Annotated[int, Field(ge=1, le=65535, strict=True)]
 
 
 class KubernetesEndpoints(Section):
-    """Ready pods of the InferencePool that is called as the pool, at each of its target ports."""
+    """Ready pods of the InferencePool named like the pool, at each of its target ports."""
 
     selector: Mapping[str, str] = Field(default={})
     """Labels of the pods, instead of an InferencePool's. Needs ports."""
@@ -150,7 +150,7 @@ class KubernetesEndpoints(Section):
     def _can_be_labels(cls, value: Mapping[str, str]) -> Mapping[str, str]:
         strangers = {key: each for key, each in value.items() if not is_label(key, each)}
         if strangers:
-            rule = f"must have labels that a pod can have, got {strangers!r}"
+            rule = f"must have valid labels of a pod, got {strangers!r}"
             raise broken(rule)
         return value
 
@@ -182,7 +182,7 @@ class Endpoints(Section):
         value = value or ()
         twice = sorted({str(address) for address in value if value.count(address) > 1})
         if twice:
-            rule = f"must name each endpoint once, {', '.join(twice)} comes again"
+            rule = f"must name each endpoint once, {', '.join(twice)} is repeated"
             raise broken(rule)
         return value
 
@@ -205,12 +205,12 @@ class Endpoints(Section):
 
     @property
     def written(self) -> tuple[Address, ...]:
-        """The endpoints that the file itself names, host names among them."""
+        """The endpoints that the file itself names, including host names."""
         return (*(self.static or ()), *(self.dns.names if self.dns else ()))
 
     @property
     def is_written(self) -> bool:
-        """Whether the file itself names all that there will ever be."""
+        """Whether the file itself names all endpoints that there can be."""
         return self.file is None and self.kubernetes is None and not (self.dns and self.dns.srv)
 
 
@@ -222,11 +222,11 @@ def _http_path(value: object) -> object:
 
 
 class Load(Section):
-    """Asking the endpoints for their load, and so noticing which are down."""
+    """Scrapes of the endpoints for their load, which also show which endpoints are down."""
 
     engine: Literal["auto", "vllm", "sglang", "tgi", "triton", "llama.cpp", "ollama"] = "auto"
-    """Engine whose metrics page to expect. auto recognises each by its metric names. ollama has no
-    metrics page, and is only checked for being up."""
+    """Engine whose metrics page to expect. auto recognises each engine by its metric names. ollama
+    has no metrics page, and is only checked for being up."""
     scheme: Literal["http", "https"] = "http"
     """With https, the certificate must be one that the system trusts."""
     port: Annotated[Port | None, Given] = left_out()
@@ -265,7 +265,7 @@ class Kubernetes(Section):
     @classmethod
     def _can_be_a_namespace(cls, value: str | None) -> str | None:
         if value is not None and not is_namespace(value):
-            rule = "must be the name of a namespace: at most 63 of a-z, 0-9 and, inside, -"
+            rule = "must be a valid namespace: at most 63 of a-z, 0-9 and, except at the ends, -"
             raise broken(rule)
         return value
 

@@ -1,4 +1,4 @@
-"""The sections of the configuration file about state kept outside the process, and the leader."""
+"""The sections of the configuration file about state outside the process, and the leader."""
 
 import re
 from pathlib import Path
@@ -61,15 +61,15 @@ class Valkey(Section):
         except ValueError:
             is_one = False
         if not is_one:
-            begins = value.partition("/")[0]  # no more of it: it may hold a password
+            begins = value.partition("/")[0]  # only this part: the rest may have a password
             rule = (
                 f"must be a URL with one of {', '.join(_SCHEMES)} as its scheme, got one that "
                 f"begins with {begins!r}"
             )
             raise broken(rule)
         rule = _surplus(parts) or _missing(parts)
-        if not value.isprintable():  # urlsplit passes over some of these
-            rule = "must hold printable characters alone, got another"
+        if not value.isprintable():  # urlsplit ignores some of these
+            rule = "must have only printable characters, got others"
         if rule:
             raise broken(rule)
         return value
@@ -102,7 +102,7 @@ class Valkey(Section):
 
 
 def _has_port(parts: SplitResult) -> bool:
-    """Whether the port is one that a server can have, or left out."""
+    """Whether the port is valid, or left out."""
     try:
         return parts.port != 0
     except ValueError:
@@ -110,7 +110,7 @@ def _has_port(parts: SplitResult) -> bool:
 
 
 def _missing(parts: SplitResult) -> str:
-    """Return the rule that a URL breaks by what is not there; empty where it breaks none."""
+    """Return the rule that a URL breaks by a missing part; empty: it breaks none."""
     if parts.scheme == "unix":
         is_path = parts.path.startswith("/")
         return "" if is_path else f"must be unix:///PATH, got the path {parts.path!r}"
@@ -118,13 +118,13 @@ def _missing(parts: SplitResult) -> str:
 
 
 def _surplus(parts: SplitResult) -> str:
-    """Return the rule that a URL breaks by what would be ignored; empty where it breaks none."""
+    """Return the rule that a URL breaks by a part that is not used; empty: it breaks none."""
     if parts.password is not None:
-        return "must not hold a password, which belongs in passwordFile, got one"
+        return "must not have a password, which belongs in passwordFile, got one"
     if parts.username is not None:
-        return f"must not hold a user, who belongs in user, got {parts.username!r}"
+        return f"must not have a user name, which belongs in user, got {parts.username!r}"
     if parts.query or parts.fragment:
-        return "must not hold options behind ? or #, got some"
+        return "must not have options after ? or #, got some"
     if parts.scheme == "unix":
         return f"must be unix:///PATH, got the host {parts.netloc!r}" if parts.netloc else ""
     if not _DATABASE.fullmatch(parts.path):
@@ -135,9 +135,9 @@ def _surplus(parts: SplitResult) -> str:
 class State(Section):
     """Where requests in flight are recorded, so that a restart does not exceed the limit.
 
-    Nothing is recorded by default. Records are written behind, in batches: a request waits for none
-    of it. What was dispatched within the last batch is not recorded when the process is killed, and
-    the limit can be exceeded by that many.
+    Nothing is recorded by default. Records are written later, in batches: no request waits for its
+    record. If the process is killed, requests dispatched since the last batch are not recorded, and
+    the limit can be exceeded by their number.
     """
 
     directory: Annotated[PathBeside | None, Given] = left_out()
@@ -169,7 +169,7 @@ class State(Section):
 
 
 class Availability(Section):
-    """How several replicas of one pool agree on which of them decides."""
+    """How several replicas of one pool elect the one that decides."""
 
     election: Annotated[Literal["kubernetes", "valkey", "off"], BeforeValidator(switched_off)] = (
         written("off")

@@ -210,15 +210,15 @@ class TestRejections:
             (
                 {"pool": "qwen", "picker": "least-loaded"},
                 (
-                    "pool cannot change while the service runs; restart it, or take the change "
-                    'back, got "qwen"'
+                    "pool cannot change while the service runs; restart it, or revert the "
+                    'change, got "qwen"'
                 ),
             ),
             (
                 {"listen": {"extProc": "127.0.0.1:1"}},
                 (
-                    "listen.extProc cannot change while the service runs; restart it, or take the "
-                    'change back, got "127.0.0.1:1"'
+                    "listen.extProc cannot change while the service runs; restart it, or revert "
+                    'the change, got "127.0.0.1:1"'
                 ),
             ),
             ({"endpoints": {"static": []}}, "cannot listen on an endpoint"),
