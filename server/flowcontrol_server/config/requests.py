@@ -230,7 +230,8 @@ class Requests(Section):
     conformance: bool = Field(default=False, strict=True)
     """Only for the conformance tests of the Gateway API Inference Extension, never for real
     traffic. A request chooses its endpoints by the header test-epp-endpoint-selection; the response
-    header x-conformance-test-served-endpoint says which one the gateway named. Needs a picker."""
+    header x-conformance-test-served-endpoint names the one that served it, as the gateway reports.
+    Needs a picker."""
 
     @model_validator(mode="after")
     def _bodies_are_read_for_rules(self) -> Self:

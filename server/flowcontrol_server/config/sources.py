@@ -49,7 +49,7 @@ class KubernetesObjectives(Section):
 
     write_status: Annotated[bool, Field(strict=True)] = True
     """Whether the condition Accepted is written into each objective's status. If the service
-    account may not write it, objectives are followed all the same."""
+    account may not write it, objectives are still followed."""
 
 
 class ApiObjectives(Section):

@@ -75,8 +75,8 @@ ID_ATTRIBUTE: Final = "request.id"
 ATTRIBUTES: Final = (ID_ATTRIBUTE, SIZE_ATTRIBUTE, TIME_ATTRIBUTE, ARRIVED_ATTRIBUTE)
 """Attributes that Envoy is asked to send with the headers."""
 ATTEMPT_ATTRIBUTE: Final = "upstream.address"
-"""The endpoint of a further attempt at a request. Only the filter for such attempts asks for it,
-and only there Envoy knows it."""
+"""The endpoint of a further attempt at a request. Only the filter for such attempts asks for it:
+elsewhere Envoy does not know it."""
 
 _TICKET_MARK: Final = b"?"
 _MARKS: Final = {

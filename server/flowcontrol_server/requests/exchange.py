@@ -63,7 +63,7 @@ class Mode(Enum):
     ANSWERS = "answers"
     """Envoy keeps the bodies."""
     BUFFERED = "buffered"
-    """Envoy is asked not to send bodies; those that it sends all the same are acknowledged."""
+    """Envoy is asked not to send bodies; a body that comes nevertheless is acknowledged."""
     DUPLEX = "duplex"
     """Envoy sends the bodies and gets them back."""
 

@@ -115,8 +115,8 @@ class Call:
                 self._end()
         except FramingError as error:
             self._fail(error)
-        except (ProtocolError, MalformedMessageError) as mistake:
-            self.finish(Status.INVALID_ARGUMENT, str(mistake))
+        except (ProtocolError, MalformedMessageError) as invalid:
+            self.finish(Status.INVALID_ARGUMENT, str(invalid))
         except Exception:  # noqa: BLE001 - a bug; it must not end all other calls, too
             _log.exception("direct_call_failed")
             self.finish(Status.INTERNAL, "internal error")
@@ -257,10 +257,10 @@ class ProcessCall(Call):
                 return self._begin_large(error)
         try:
             messages, after = self._large.take(data)
-        except NoBodyError as mistake:  # compiled, a name has one type in a function
+        except NoBodyError as no_body:  # compiled, a name has one type in a function
             bytes_max = self._message_bytes_max()
             reason = f"messages must be at most {bytes_max} bytes, except parts of bodies"
-            raise FramingError(Status.RESOURCE_EXHAUSTED, reason) from mistake
+            raise FramingError(Status.RESOURCE_EXHAUSTED, reason) from no_body
         if after is not None:
             self._large = None
             if after:
