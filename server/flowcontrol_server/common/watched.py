@@ -100,11 +100,11 @@ def _identity(directory: Path) -> tuple[int, int] | None:
 
 
 def _stamps(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Return what differs once a file in a folder is replaced or rewritten, links followed."""
+    """Return values that change when a file in a folder is replaced or rewritten; follows links."""
     stamps: dict[str, tuple[int, ...]] = {}
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            with suppress(OSError):  # a link that leads nowhere, for one
+            with suppress(OSError):  # for example a broken link
                 stat = entry.stat()
                 stamps[entry.name] = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
     return stamps

@@ -63,7 +63,7 @@ def differences(before: Settings, after: Settings) -> list[Change]:
 
 
 def _is_among(where: str, names: Iterable[str]) -> bool:
-    """Whether it is one of these settings, or below one."""
+    """Whether a setting is one of these, or below one of them."""
     place = f"{_INDEX.sub('', where)}."
     return any(place.startswith(f"{name}.") for name in names)
 

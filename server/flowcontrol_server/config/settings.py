@@ -225,7 +225,7 @@ class Settings(ServiceEngine, _Surroundings):
         if is_asked and self.load is not None and self.load.engine == "ollama":
             rule = (
                 "saturation.detector must not be utilization where load.engine is ollama, which "
-                "has no metrics: take auto or concurrency"
+                "has no metrics: use auto or concurrency"
             )
             raise broken(rule)
         return self
@@ -283,7 +283,7 @@ class Settings(ServiceEngine, _Surroundings):
     def _certificates_are_asked_for(self) -> Self:
         if self.admin.clients and self.tls.client_ca is None:
             rule = (
-                "admin.clients must be empty without tls.clientCa, by which clients show "
+                "admin.clients must be empty without tls.clientCa, as clients then present no "
                 f"certificates, got {', '.join(self.admin.clients)}"
             )
             raise broken(rule)

@@ -256,7 +256,7 @@ def _subset(
 
 
 def _answer_max(body: Mapping[str, Any]) -> int | None:
-    """Return the token limit of the answer in a body; None: there is none, or it is no count."""
+    """Return the token limit of the answer in a body; None: there is none, or it is not a count."""
     for name in ANSWER_FIELDS:
         value = body.get(name)
         if value is not None:

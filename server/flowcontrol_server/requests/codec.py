@@ -94,7 +94,7 @@ _ANNOUNCED: Final = "content-length"
 _LONG_SIZE: Final = len(str(UNSENT_BYTES_MAX))
 _CLIENT_ID: Final = "x-request-id"
 _CODINGS: Final = "accept-encoding"
-"""Without it nobody may compress the response, of which neither Envoy nor we could read a word."""
+"""Removed so that the response is not compressed: Envoy and this service could not read it."""
 _NO_HEADERS: Final[dict[str, str]] = {}
 _NO_METADATA: Final[Metadata] = {}
 _TRAILERS: Final = {
@@ -339,7 +339,7 @@ class Encoder:
             itself.
         anywhere: with `picks`, returns an endpoint for requests for which none was picked.
         engine_priority: how the model server gets the band; None: it does not.
-        reads_responses: whether Envoy reads responses, which then must not be compressed.
+        reads_responses: whether Envoy reads responses, so that they must not be compressed.
         tickets: issues the tickets that identify requests in Envoy's access log.
     """
 

@@ -41,7 +41,7 @@ GEMINI_METHODS: Final = (
     *("generateContent", "streamGenerateContent", "countTokens"),
     *("embedContent", "batchEmbedContents"),
 )
-"""Gemini's, each behind a colon at the end of a path that names the model."""
+"""Methods of Gemini's API: each follows a colon at the end of a path that names the model."""
 _OLLAMA, _KSERVE = "/api/", "/v2"
 
 

@@ -96,7 +96,7 @@ class Parked:
     former: "Parked | None" = None
     """The attempt before, which Envoy could not send; it leaves when this one is dispatched."""
     is_followed: bool = False
-    """Whether it was dispatched, could not be sent, and another attempt has come."""
+    """Whether it was dispatched and not sent, and another attempt has come."""
     is_unsent: bool = False
     """Whether it was dispatched and not sent, and another attempt has been dispatched since."""
 
@@ -314,7 +314,7 @@ class FlowGate:
         return None if parked is None or self.claim_in_flight(parked.request_id) is None else parked
 
     def _unsent_to(self, parked: Parked) -> None:
-        """Note that a request could not be sent, once: attempts that wait since say nothing new."""
+        """Report the endpoint of a request that was not sent, once for all further attempts."""
         is_known, parked.is_followed = parked.is_followed, True
         if not is_known and parked.decision is not None and parked.decision.endpoint is not None:
             self._unsent(parked.decision.endpoint)
@@ -332,7 +332,7 @@ class FlowGate:
         if decision is None:
             former = parked.former
             if former is not None and former.left_ns is None and outcome is _CANCELLED:
-                outcome = Outcome.EVICTED_MOVED  # its client stays: the next attempt is to come
+                outcome = Outcome.EVICTED_MOVED  # its client stays, and the next attempt follows
             self._put(Left(parked.request_id, outcome))
             return
         if decision.outcome is _DISPATCHED:

@@ -153,7 +153,7 @@ def answer(
     if decision.outcome is Outcome.DISPATCHED:
         return decision
     if decision.outcome is Outcome.EVICTED_MOVED:
-        return unavailable(dialect)  # to whoever still listens
+        return unavailable(dialect)  # for a client that still waits
     if status_of(decision.outcome, continue_on_fault=continue_on_fault) is None:
         return Exempt()
     return refusal(decision, chance, dialect)
