@@ -19,7 +19,8 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     fi
 fi
 
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# Also where pip is missing: this was interrupted while it made the environment, or Python is another one since.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv"
 echo "setup: installing into $venv (about a minute, once)"
 # In the environment, constraints hold for what the build needs, too; newer pips have another name for those.
 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt

@@ -1,9 +1,12 @@
 """setup.sh, and the versions it pins."""
 
 import importlib.metadata
+import os
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -13,7 +16,7 @@ OLDEST_PYTHON = "3.11.2"
 """Debian 12's."""
 PYTHON_WITHOUT_PIP_SUCCESS = """\
 #!/bin/sh
-[ "$1" = --version ] && { echo Python 3.11.2; exit; }
+case "$*" in *--version) echo Python 3.11.2; exit ;; esac
 echo Collecting this
 echo 'ERROR: Ignored the following versions that require a different python version: 13.1'
 echo 'ERROR: No matching distribution found for left-pad==1.0'
@@ -72,6 +75,21 @@ class TestSetup:
         ]
         assert "PYTHON=python3.x" in said[3]
         assert "PIP_INDEX_URL" in said[4]
+
+    @pytest.mark.slow
+    def test_interrupted(self, tmp_path: Path) -> None:
+        """An environment that ctrl-C left without pip is finished by the next run."""
+        subprocess.run((sys.executable, "-m", "venv", "--without-pip", tmp_path), check=True)
+
+        command = ("sh", "setup.sh", str(tmp_path), "demo")
+        offline = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PYTHON": sys.executable}
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, env=offline
+        )
+
+        assert (tmp_path / "bin" / "pip").exists()
+        assert "No module named pip" not in done.stderr
+        assert done.stderr.startswith("setup: pip could not install the project")
 
 
 class TestClean:
