@@ -55,7 +55,7 @@ class Running:
                 command,
                 cwd=self.directory,
                 stderr=log,
-                env={**os.environ, **self._environment, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, **self._environment, "PYTHONPATH": f"{ROOT}:{ROOT}/server"},
             )
         async with asyncio.timeout(PATIENCE_S):
             while not await self._is_ready(session):  # noqa: ASYNC110 - another process
