@@ -250,8 +250,7 @@ class Service:
             _log.info("start_cancelled")
             return 0
         await self._tell_health()
-        for line in advice(settings):
-            _log.warning("configuration_warning", warning=line)
+        _warn(settings)
         if settings.admin.is_read_only():
             _log.info("admin_api_read_only", reason=NO_TOKEN)
         following = in_background(self._configuration.follow(), "configuration_not_followed")
@@ -327,6 +326,7 @@ class Service:
         config = settings.controller_config()
         await self._feed.apply(settings)
         self._gate.post(Reconfigured(config))
+        _warn(settings, self._configuration.settings)
         self._log_join.lost_after_ns = settings.settlement.lost_after
         self._set_call_context(settings)
 
@@ -547,6 +547,14 @@ class Service:
             await self._http_port.close()
         if self._traces is not None:
             await self._traces.close()
+
+
+def _warn(settings: Settings, before: Settings | None = None) -> None:
+    """Log what to look at in settings, as far as it was not so before."""
+    known = () if before is None else advice(before)
+    for line in advice(settings):
+        if line not in known:
+            _log.warning("configuration_warning", warning=line)
 
 
 def tune_garbage_collection() -> None:

@@ -169,6 +169,29 @@ class TestHangUp:
         assert status == 0
 
 
+class TestReload:
+    """What a running service says of another configuration."""
+
+    def test_warnings(self, config: Path) -> None:
+        """What to look at is logged as at the start, but not what was so before."""
+        bands = "flowControl: {bands: [{}, {maxRequests: 5}]}"
+        text = config.read_text()
+        said: list[list[str]] = []
+        with serving(config) as process:
+            lines_until(process, "service_started")
+            for more in (bands, "flowControl: {requestTTL: 7s}", bands):
+                new = config.with_suffix(".new")
+                new.write_text(f"{text}{more}\n")
+                new.rename(config)
+                lines = lines_until(process, "configuration_changed")
+                warnings = [line["warning"] for line in lines if "warning" in line]
+                said.append([each.partition(" ")[0] for each in warnings])
+            process.send_signal(signal.SIGTERM)
+
+            assert process.wait(TIMEOUT_S) == 0
+        assert said == [["flowControl.bands[1]"], [], ["flowControl.bands[1]"]]
+
+
 class TestInotify:
     """A system whose limits for inotify are reached."""
 
