@@ -278,8 +278,9 @@ async def _load_kubeconfig(settings: Kubernetes) -> tuple[Any, str | None]:
     )
 
     configuration = client.Configuration()
+    where = str(settings.kubeconfig or KUBE_CONFIG_DEFAULT_LOCATION)
     try:
-        _expect_bounds(settings.kubeconfig or KUBE_CONFIG_DEFAULT_LOCATION)
+        _expect_bounds(where)
         async with asyncio.timeout(CREDENTIALS_S):
             loader = await config.load_kube_config(
                 config_file=settings.kubeconfig and str(settings.kubeconfig),
@@ -290,7 +291,7 @@ async def _load_kubeconfig(settings: Kubernetes) -> tuple[Any, str | None]:
         current: Any = loader.current_context
         namespace = current["context"].get("namespace")
     except TimeoutError as error:
-        message = f"kubernetes: no usable credentials: not loaded within {CREDENTIALS_S:g} s"
+        message = f"kubernetes: no usable credentials: {where}: none within {CREDENTIALS_S:g} s"
         raise FlowControlError(message) from error
     except (
         config.ConfigException,
@@ -301,10 +302,11 @@ async def _load_kubeconfig(settings: Kubernetes) -> tuple[Any, str | None]:
         ValueError,
         LookupError,
     ) as error:
-        reason = str(error) or "a value in the kubeconfig has the wrong type"
-        if settings.kubeconfig is None:
-            folder = _NAMESPACE_FILE.parent
-            reason = f"no service account in {folder}, and {KUBE_CONFIG_DEFAULT_LOCATION}: {reason}"
+        # other errors have messages about the library, not about the file
+        is_plain = isinstance(error, config.ConfigException | ConfigError | OSError | ValueError)
+        reason = (is_plain and str(error)) or "a value in it is missing, or has the wrong type"
+        if where not in reason:
+            reason = f"{where}: {reason}"
         message = f"kubernetes: no usable credentials: {reason}"
         raise FlowControlError(message) from error
     return _client(configuration), namespace
@@ -344,16 +346,23 @@ async def _request(client: Any, call: _Call) -> aiohttp.ClientResponse:
     return response
 
 
-def _expect_bounds(paths: Path | str) -> None:
+def _expect_bounds(where: str) -> None:
     """Read the files that kubernetes-asyncio is about to read, because it has no bounds.
 
     Raises:
+        FlowControlError: there is no file.
         ConfigError: a file is beyond a bound, or is not YAML.
     """
-    for each in str(paths).split(os.pathsep):
-        path = Path(each).expanduser()
-        if each and path.exists():
-            read_documents(path)
+    paths = [Path(each).expanduser() for each in where.split(os.pathsep) if each]
+    files = [path for path in paths if path.exists()]
+    if not files:
+        message = (
+            f"kubernetes: no usable credentials: not in a pod, and there is no kubeconfig {where}; "
+            "set kubernetes.kubeconfig"
+        )
+        raise FlowControlError(message)
+    for path in files:
+        read_documents(path)
 
 
 @contextmanager

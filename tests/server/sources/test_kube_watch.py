@@ -1,6 +1,7 @@
 """A copy of a Kubernetes collection, against a server over real HTTP that fails in every way."""
 
 import asyncio
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -605,6 +606,7 @@ class TestCredentials:
         [
             ("", None),
             ("clusters: []", None),
+            ("nonsense", None),
             (kubeconfig_for("http://127.0.0.1:1"), "nobody"),
             ("[", None),
             ("a: &a [*a]", None),
@@ -618,5 +620,15 @@ class TestCredentials:
         kubeconfig.write_text(text)
         settings = Kubernetes(kubeconfig=kubeconfig)
 
-        with pytest.raises(FlowControlError, match="kubernetes: no usable credentials: "):
+        with pytest.raises(FlowControlError, match="kubernetes: no usable credentials: ") as caught:
             await KubeApi.connect(settings.model_copy(update={"context": context}))
+        said = str(caught.value)
+        assert str(kubeconfig) in said or "certificates: " in said
+        assert "object does not" not in said, "of Python, not of the file"
+
+    async def test_nowhere(self, tmp_path: Path) -> None:
+        """Neither in a pod nor with a kubeconfig: what was looked for, and what to set."""
+        kubeconfig = tmp_path / "kubeconfig"
+        rule = f"not in a pod, and there is no kubeconfig {kubeconfig}; set kubernetes.kubeconfig"
+        with pytest.raises(FlowControlError, match=re.escape(rule)):
+            await KubeApi.connect(Kubernetes().model_copy(update={"kubeconfig": kubeconfig}))
