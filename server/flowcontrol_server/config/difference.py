@@ -79,7 +79,11 @@ def settings_hash(settings: Settings) -> str:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", by_alias=True)
+    plain = settings.model_dump(mode="json", by_alias=True)
+    bytes_max = settings.requests.body_bytes_max(by_default=True)
+    # whether it is set makes a difference, and its default depends on the rules
+    plain["requests"]["readBodiesUpTo"] = "unlimited" if bytes_max is None else bytes_max
+    return plain
 
 
 def _beside(node: Any, folder: str) -> Any:

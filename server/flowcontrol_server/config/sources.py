@@ -257,7 +257,8 @@ class Kubernetes(Section):
     namespace: str | None = None
     """Namespace of the pool. If unset, the pod's own, or that of the kubeconfig."""
     kubeconfig: Annotated[PathBeside | None, Given] = left_out()
-    """Path of a kubeconfig. If unset, the pod's service account is used, or else ~/.kube/config."""
+    """Path of a kubeconfig. If unset, the pod's service account is used; or else the files that the
+    environment variable KUBECONFIG names, or ~/.kube/config."""
     context: Annotated[str | None, Field(min_length=1), Given] = left_out()
     """Context of the kubeconfig; its current context if unset."""
 

@@ -127,6 +127,16 @@ class TestDifferences:
         assert [*map(str, differences(before, after))] == expected
         assert settings_hash(before) != settings_hash(after)
 
+    def test_a_default_that_depends(self, tmp_path: Path) -> None:
+        """A body that rules ask for is read whole, unless the size is set: that is a difference."""
+        rules = {"rules": [{"objectiveFrom": "body:model"}]}
+        before = settings(tmp_path, requests=rules)
+        after = settings(tmp_path, requests={**rules, "readBodiesUpTo": "64Ki"})
+
+        (change,) = map(str, differences(before, after))
+        assert change == f'requests.readBodiesUpTo: "unlimited" -> 65536 ({AGAIN})'
+        assert settings_hash(before) != settings_hash(after)
+
     def test_bands(self, tmp_path: Path) -> None:
         """The settings of a template are named by its place in the list."""
         before = settings(tmp_path, flowControl={"bands": [{"maxRequests": 7}]})
