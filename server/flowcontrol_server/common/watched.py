@@ -106,5 +106,9 @@ def _stamps(directory: Path) -> dict[str, tuple[int, ...]]:
         for entry in entries:
             with suppress(OSError):  # for example a broken link
                 stat = entry.stat()
-                stamps[entry.name] = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+                times = (
+                    stat.st_mtime_ns,
+                    stat.st_ctime_ns,
+                )  # some tools set the first
+                stamps[entry.name] = (stat.st_dev, stat.st_ino, *times, stat.st_size)
     return stamps

@@ -127,12 +127,12 @@ class Configuration:
         )
 
     def _stamp(self) -> tuple[int, ...] | None:
-        """Return a value that changes when the file is replaced or rewritten; None: no file."""
+        """Return a value that changes with the file, its content or mode; None: no file."""
         try:
             stat = self._path.stat()
         except OSError:
             return None
-        return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
+        return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size
 
     async def _change(self, settings: Settings) -> None:
         changes = differences(self.settings, settings)

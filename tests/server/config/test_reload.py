@@ -145,6 +145,19 @@ class TestChanges:
 
             assert configuration.hash == before
 
+    async def test_the_same_time_and_size(self, path: Path) -> None:
+        """A file that is written in place and looks as old as before: some tools set its time."""
+        async with followed(path) as (configuration, told):
+            write(path, picker="least-loaded")
+            await eventually(lambda: configuration.reload_count == 1)
+            times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+            path.write_text(path.read_text().replace("8000", "8001"))
+            os.utime(path, ns=times)
+            await eventually(lambda: configuration.reload_count == 2)
+
+        assert path.stat().st_mtime_ns == times[1]
+        assert [str(each) for each in told.news[-1].endpoints.static or ()] == ["127.0.0.1:8001"]
+
     async def test_hang_up(self, path: Path, tmp_path: Path) -> None:
         """SIGHUP has the file read, also where no change of its folder is seen."""
         elsewhere = tmp_path / "elsewhere"
