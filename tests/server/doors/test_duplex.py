@@ -135,6 +135,20 @@ class TestEcho:
         assert (frame.stream_id, echo.status) == (3, 429)
         assert refusals == 1
 
+    async def test_counted_as_its_client_is_told(self) -> None:
+        """One that waited when its body became too much was refused: its client has not left."""
+        async with house(Http2Limits(partial_bytes_max=5000), has_pool=False) as home:
+            raw = await home.connect()
+            raw.say(begun(1))
+            await home.until(waiting=1)
+            raw.say(cut(1, part(b"x" * 6000, is_end=True)))
+            echo = Echo()
+            echo.take((await raw.hear_of(frames.DATA)).payload)
+            await home.until(waiting=0)
+
+        assert echo.status == 429
+        assert home.outcomes == [Outcome.REJECTED_CAPACITY]
+
     async def test_large_and_no_body(self) -> None:
         """A message beyond a gRPC message's size that is no part of a body ends its stream."""
         async with house(Http2Limits(message_bytes_max=300)) as home:

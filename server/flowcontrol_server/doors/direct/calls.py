@@ -446,6 +446,7 @@ class ProcessCall(Call):
             return
         self._wire.context.body_refusals += 1
         own = self._wire.context.gate.refused(parked)
+        self._leave(own.outcome)  # counted and logged as its client is told
         dialect = Dialect.OPENAI if parked is None else parked.dialect
         self._answer(refusal(own, self._wire.context.chance.random(), dialect))
 
