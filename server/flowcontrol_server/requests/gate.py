@@ -197,7 +197,7 @@ class FlowGate:
         self._may_decide = may_decide
         self._unsent = unsent
         self._held: list[Decision] = []
-        """Decisions that came while they did not count; one or two at most per live request."""
+        """Decisions that came while none counted, for live requests; at most one or two for each."""
         self._inbox = Inbox(arrivals_max)
         self.made_ns = time.monotonic_ns()
         """When the engine was made."""
@@ -516,12 +516,20 @@ class FlowGate:
             each = delivered.popleft()
             if not isinstance(each, Decision):
                 each()
-            elif is_held:
+            elif is_held and not self._has_left(each):
                 self._held.append(each)
             else:
                 self._settle(each)
         if delivered:
             self._loop.call_soon(self._settle_some)
+
+    def _has_left(self, decision: Decision) -> bool:
+        """Whether nobody is told of a decision any more, as of one that moved: it may be settled.
+
+        But a reclaim comes behind its dispatch, which may be held.
+        """
+        is_left = self._parked[decision.request_id].left_ns is not None
+        return is_left and decision.outcome is not _RECLAIMED
 
     def _in_turn(self, action: Callable[[], None]) -> None:
         """Run an action after everything that the processor delivered before it."""

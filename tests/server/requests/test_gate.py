@@ -763,7 +763,7 @@ class TestFault:
     async def test_of_who_is_told_what_was_held(self) -> None:
         """Nor does it keep a replica that decides no more from its end."""
         loop, complaints = asyncio.get_running_loop(), list[str]()
-        async with house(has_pool=False) as home:
+        async with house(config=ControllerConfig(detectors=(Concurrency(requests_max=1),))) as home:
 
             def append(_ended: tuple[Parked, Decision]) -> None:
                 """Fail."""
@@ -773,15 +773,28 @@ class TestFault:
             loop.set_exception_handler(lambda _, it: complaints.append(str(it["exception"])))
             home.is_leader, home.tell = False, append
             moved, stays = home.gate.park(request()), home.gate.park(request())
-            home.gate.leave(moved, Outcome.EVICTED_MOVED)
             await home.gate.snapshot()
-            assert complaints == [], "decisions do not count now"
+            assert moved.decision is None, "decisions do not count now"
+            home.gate.leave(moved)
             home.gate.post(DrainBegan(0))
             await home.ended()
 
-            assert (await decided(stays)).outcome is Outcome.EVICTED_DRAINED
+            assert (await decided(stays)).outcome is Outcome.DISPATCHED
             assert (complaints, home.faults) == (["cannot be told"], [None])
             home.tell = home.requests.append
+            home.gate.leave(stays)
+
+    async def test_what_has_moved_is_not_held(self) -> None:
+        """That a replica decides no more keeps nothing from being told that has no client here."""
+        async with house(has_pool=False) as home:
+            home.is_leader = False
+            moved, stays = home.gate.park(request()), home.gate.park(request())
+            home.gate.leave(moved, Outcome.EVICTED_MOVED)
+            await home.gate.snapshot()
+
+            assert home.outcomes == {Outcome.EVICTED_MOVED: 1}
+            assert stays.decision is None
+            home.is_leader = True
             home.gate.leave(stays)
 
     def test_before_the_news_arrives(self) -> None:
