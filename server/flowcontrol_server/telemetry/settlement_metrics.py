@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from flowcontrol.request import DEFAULT_PRIORITY
 from flowcontrol.views.snapshot import Snapshot
+from flowcontrol_server.common.addresses import parse_address
 from flowcontrol_server.requests.log_join import TTFT_BOUNDS_S, Account, EntryResult, LogJoin
 from flowcontrol_server.requests.pool_view import PoolView
 from flowcontrol_server.telemetry.metrics import buckets_of
@@ -143,7 +144,8 @@ class SettlementCollector(Collector):
             labels=["endpoint", "result"],
         )
         for address, counts in self._pool_view.answers.items():
-            if not (self._is_reported or any(counts)):
+            # Of one that is known by name nothing is reported: the log names the IP address.
+            if not any(counts) and not (self._is_reported and parse_address(address).is_ip):
                 continue
             for result, count in zip(("success", "failure"), counts, strict=True):
                 answers.add_metric([address, result], count)

@@ -137,7 +137,7 @@ class TestCollect:
     def test_counters_begin_at_zero(self) -> None:
         """Where the log will report: a rate misses a counter's first step."""
         view = PoolView()
-        view.notice(EndpointsChanged((A,)), 0)
+        view.notice(EndpointsChanged((A, "model-a:8000")), 0)
         settlement = LogJoin(10, lambda _id: None, lambda _settled: None)
         collector = SettlementCollector(settlement, view, SNAPSHOT, 0, is_reported=True)
         said = generate_latest(registry_of([collector])).decode()
@@ -149,6 +149,7 @@ class TestCollect:
             f'flowcontrol_endpoint_responses_total{{endpoint="{A}",result="failure"}} 0.0',
         ):
             assert series in said.splitlines()
+        assert "model-a" not in said, "the log names IP addresses alone"
         assert f'endpoint="{A}"' not in samples(settlement, view, 0), "but not where it will not"
 
     def test_standby(self) -> None:
