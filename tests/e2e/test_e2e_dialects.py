@@ -94,6 +94,20 @@ class TestGrpc:
             == "rejected-saturated: the queue for this request is full (band 0, limit reached: all)"
         )
 
+    async def test_when_to_come_back(self, gateway: Gateway) -> None:
+        """Its own retries wait for that: they read no Retry-After, and would come at once."""
+        _, occupying = await gateway.occupy()
+        async with grpc.aio.insecure_channel(str(gateway.stack.gateway)) as channel:
+            call: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")  # type: ignore[call-arg]  # bytes to bytes
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(b"", timeout=TIMEOUT_S)
+        await occupying.respond()
+        said: Any = caught.value.trailing_metadata()
+        seconds = int(said["retry-after"])
+
+        assert 1 <= seconds <= 30
+        assert said["grpc-retry-pushback-ms"] == str(1000 * seconds)
+
     async def test_watched_health(self, gateway: Gateway) -> None:
         """A client that watches its server's health has its stream all day: it takes no slot."""
         headers = {"content-type": "application/grpc", "te": "trailers"}

@@ -16,6 +16,9 @@ LIMIT_HEADER: Final = "x-llm-d-flow-limit"
 """The limits that refused the request: of its flow, its band, all bands, or a time."""
 SHOULD_RETRY_HEADER: Final = "x-should-retry"
 """Read by the official clients of OpenAI and Anthropic, which retry 429 twice by themselves."""
+PUSHBACK_HEADER: Final = "grpc-retry-pushback-ms"
+"""Read by gRPC's own clients that are told to retry; they know no Retry-After. Below zero: not at
+all."""
 REFUSALS_MAX: Final = 2_048
 """Refusals that are cached. Those of one second differ by outcome, dialect, band, Retry-After and
 seconds waited. Building each of them was a quarter of the cost of expiring a queue."""
@@ -198,6 +201,7 @@ def unavailable(dialect: Dialect) -> Refuse:
         grpc_status,
         UNREACHABLE_RETRY_S,
         content_type_of(dialect),
+        _pushback(dialect, UNREACHABLE_RETRY_S),
     )
 
 
@@ -220,6 +224,9 @@ def _refusal(  # noqa: PLR0913, PLR0917 - all that refusals differ in
         headers.append((LIMIT_HEADER, ", ".join(limits)))
     if outcome is Outcome.EVICTED_TTL:  # it has waited its time; a retry would double that
         headers.append((SHOULD_RETRY_HEADER, "false"))
+        headers += _pushback(dialect, -1)
+    elif retry_after_s is not None:
+        headers += _pushback(dialect, retry_after_s)
     message = refused.message if is_internal else f"{refused.message} ({', '.join(circumstances)})"
     return Refuse(
         refused.status,
@@ -230,3 +237,8 @@ def _refusal(  # noqa: PLR0913, PLR0917 - all that refusals differ in
         content_type_of(dialect),
         () if is_internal else tuple(headers),
     )
+
+
+def _pushback(dialect: Dialect, seconds: int) -> tuple[tuple[str, str], ...]:
+    """Return when a gRPC client is to come back; nothing for others."""
+    return ((PUSHBACK_HEADER, str(seconds * 1000)),) if dialect is Dialect.GRPC else ()

@@ -20,6 +20,7 @@ from flowcontrol.events import (
 from flowcontrol.request import DEFAULT_FLOW_ID, Outcome, Request, Scope
 from flowcontrol_server.requests.dialects import Dialect
 from flowcontrol_server.requests.replies import (
+    PUSHBACK_HEADER,
     REFUSALS,
     Exempt,
     Refuse,
@@ -251,3 +252,28 @@ class TestRetryAfterByOutcome:
     def test_known(self, outcome: str) -> None:
         """An expectation is passed on."""
         assert refused(outcome, 3 * SECOND).retry_after_s == 3
+
+
+class TestPushback:
+    """When a gRPC client that is told to retry comes back."""
+
+    @pytest.mark.parametrize(
+        ("outcome", "retry_after_ns", "expected"),
+        [
+            ("rejected-capacity", 7 * SECOND, "7000"),
+            ("evicted-ttl", None, "-1000"),
+            ("evicted-operator", None, None),
+        ],
+    )
+    def test_grpc(self, outcome: str, retry_after_ns: int | None, expected: str | None) -> None:
+        """As Retry-After says; never, where the request had its time."""
+        decision = replace(DECISION, outcome=Outcome(outcome), retry_after_ns=retry_after_ns)
+        of_grpc = dict(refusal(decision, 0.0, Dialect.GRPC).headers)
+
+        assert of_grpc.get(PUSHBACK_HEADER) == expected
+        assert PUSHBACK_HEADER not in dict(refusal(decision, 0.0).headers)
+
+    def test_unavailable(self) -> None:
+        """Nor is it forgotten where another replica decides."""
+        assert unavailable(Dialect.GRPC).headers == ((PUSHBACK_HEADER, "5000"),)
+        assert unavailable(Dialect.OPENAI).headers == ()

@@ -27,7 +27,12 @@ from flowcontrol_server.requests.dialects import (
     content_type_of,
     error_body,
 )
-from flowcontrol_server.requests.replies import REASON_HEADER, UNREACHABLE, UNREACHABLE_RETRY_S
+from flowcontrol_server.requests.replies import (
+    PUSHBACK_HEADER,
+    REASON_HEADER,
+    UNREACHABLE,
+    UNREACHABLE_RETRY_S,
+)
 from flowcontrol_server.tools.envoy.filters import fail_over, secret_metadata
 
 EXT_PROC: Final = "envoy.filters.http.ext_proc"
@@ -143,13 +148,13 @@ def _local_reply(dialect: Dialect) -> hcm.ResponseMapper:
     denied = accesslog.AccessLogFilter(extension_filter=expression)
     header = _DIALECTS[dialect]
     body = error_body(dialect, UNREACHABLE.status, UNREACHABLE.reason, UNREACHABLE.message)
+    headers = {REASON_HEADER: UNREACHABLE.reason, "retry-after": str(UNREACHABLE_RETRY_S)}
+    if dialect is Dialect.GRPC:
+        headers[PUSHBACK_HEADER] = str(UNREACHABLE_RETRY_S * 1000)
     return hcm.ResponseMapper(
         filter=denied if header is None else _both(denied, *header),
         status_code=UNREACHABLE.status,
-        headers_to_add=[
-            _header(REASON_HEADER, UNREACHABLE.reason),
-            _header("retry-after", str(UNREACHABLE_RETRY_S)),
-        ],
+        headers_to_add=[_header(name, value) for name, value in headers.items()],
         body_format_override=core.SubstitutionFormatString(
             text_format_source=core.DataSource(inline_string=body.decode()),
             content_type=content_type_of(dialect),
