@@ -13,6 +13,7 @@ from flowcontrol_server.common.kubernetes_names import is_service
 from flowcontrol_server.config.difference import FIXED
 from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.sources.objectives import read_objective
+from flowcontrol_server.state.kube_lock import lease_name
 from flowcontrol_server.tools.envoy.binary import envoy_binary
 from tests.kubernetes.conftest import Place
 from tests.support.control_plane import ControlPlane, manifests, module_directory
@@ -399,6 +400,23 @@ class TestElection:
         assert rollout == {"maxSurge": "100%", "maxUnavailable": "100%"}
         assert budgets == []
         assert "lifecycle" not in container(documents)
+
+    def test_leases(self) -> None:
+        """Its own Leases may be changed, and nobody else's."""
+        names = ["llama", "llama-3.1", "x.-a", f"{'long-' * 12}a"]
+        elected = {"availability": {"election": "kubernetes"}}
+        pools = [{"name": each, "config": elected} for each in ("llama-3.1", f"{'long-' * 12}a")]
+        pools += [
+            {"name": f"p{n}", "config": {**elected, "pool": each}} for n, each in enumerate(names)
+        ]
+        rules = of(rendered({"pools": [*pools, {"name": "other"}]}), "Role")["rules"]
+        leases = [
+            (rule["verbs"], set(rule.get("resourceNames", [])))
+            for rule in rules
+            if rule["resources"] == ["leases"]
+        ]
+
+        assert leases == [(["create"], set()), (["get", "update"], set(map(lease_name, names)))]
 
     def test_without(self) -> None:
         """All replicas serve: a rollout and a budget keep them."""

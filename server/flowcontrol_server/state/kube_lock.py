@@ -7,7 +7,7 @@ version that was read: of two replicas that try at once, one succeeds.
 
 import re
 from datetime import UTC, datetime, timedelta
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Any, Final, final
 from urllib.parse import quote
 
@@ -156,13 +156,14 @@ class KubeLock:
 def lease_name(pool: str) -> str:
     """Return the name of a pool's Lease, a DNS label, which a pool's name need not be.
 
-    A name that had to be changed ends with a digest, so that two pools do not share a Lease.
+    A name that had to be changed ends with a digest, so that two pools do not share a Lease. The
+    chart generates the same names for its Role.
     """
     name = f"flowcontrol-{pool}"
     if len(name) <= _NAME_MAX and _LABEL.fullmatch(name):
         return name
     plain = re.sub(r"[^a-z0-9-]+", "-", name.lower())[: _NAME_MAX - 9].rstrip("-")
-    return f"{plain}-{blake2b(pool.encode(), digest_size=4).hexdigest()}"
+    return f"{plain}-{sha256(pool.encode()).hexdigest()[:8]}"
 
 
 def _time(text: object) -> datetime | None:

@@ -136,9 +136,19 @@ and no leader is elected, who could not read another pod's. Of: root, pool.
 {{- pick (include "flowcontrol.config" . | fromYaml) "pool" "listen" "tls" "admin" "traces" "ledger" "recentDecisions" "state" "availability" | toJson | sha256sum | trunc 12 }}
 {{- end }}
 
-{{/* Whether any pool elects its leader by a Lease. */}}
-{{- define "flowcontrol.hasLease" -}}
+{{/* Names of the Leases by which pools elect their leaders, as the service makes them; as YAML. */}}
+{{- define "flowcontrol.leases" -}}
+{{- $names := list }}
 {{- range $pool := .Values.pools }}
-{{- if eq (include "flowcontrol.election" (dict "root" $ "pool" $pool)) "kubernetes" }}yes{{ end }}
+{{- $of := dict "root" $ "pool" $pool }}
+{{- if eq (include "flowcontrol.election" $of) "kubernetes" }}
+{{- $guarded := (include "flowcontrol.config" $of | fromYaml).pool }}
+{{- $name := printf "flowcontrol-%s" $guarded }}
+{{- if or (gt (len $name) 63) (not (regexMatch "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$" $name)) }}
+{{- $name = printf "%s-%s" (regexReplaceAll "-+$" (regexReplaceAll "[^a-z0-9-]+" (lower $name) "-" | trunc 54) "") ($guarded | sha256sum | trunc 8) }}
 {{- end }}
+{{- $names = append $names $name }}
+{{- end }}
+{{- end }}
+{{- if $names }}{{ toYaml $names }}{{ end }}
 {{- end }}
