@@ -24,6 +24,7 @@ Json = dict[str, Any]
 ISTIO: Json = {"gateway": {"provider": "istio", "istio": {"selector": {"app": "gateway"}}}}
 OLD = "inference.networking.x-k8s.io/v1alpha2"
 CHAT: Json = {"inferenceObjectives": [{"name": "chat", "priority": 10}]}
+PORTS: Json = {"targetPorts": [{"number": 8000}, {"number": 8001}]}
 ROUTE: Json = {"httpRoute": {"create": True, "inferenceGatewayName": "models"}}
 OTHERS: Json = {"pool": "other", "recentDecisions": 5}
 """Settings that are no sections."""
@@ -68,6 +69,15 @@ FULL: Json = {
     "priorityClassName": "system-cluster-critical",
     "env": [{"name": "A", "value": "b"}],
 }
+OLDER: Json = {
+    "inferencePool": {
+        "create": True,
+        "apiVersion": OLD,
+        "modelServers": {"matchLabels": {"app": "vllm"}},
+    },
+    **CHAT,
+    "httpRoute": {"create": True, "inferenceGatewayName": "models"},
+}
 CRDS = (
     (
         "github.com/envoyproxy/gateway@v1.9.0",
@@ -82,6 +92,10 @@ CRDS = (
         "example/prometheus-operator-crd/*_prometheusrules.yaml",
     ),
     ("github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"),
+    (
+        "sigs.k8s.io/gateway-api-inference-extension@v1.0.0",
+        "config/crd/bases/*x-k8s.io_inferencepools.yaml",
+    ),
     ("istio.io/api@v1.32.0", "kubernetes/customresourcedefinitions.gen.yaml"),
 )
 
@@ -140,6 +154,8 @@ class TestChart:
             ({"stateVolume": {"sizeLimit": "64"}}, "sizeLimit"),
             ({"gateway": {"provider": "envoy-gateway"}}, "needs httpRoute.create"),
             ({"inferencePool": {"create": True}}, "matchLabels must be set"),
+            ({"inferencePool": {"apiVersion": "v1"}}, "apiVersion"),
+            ({"inferencePool": {**OLDER["inferencePool"], **PORTS}}, "must be one port"),
             ({"serviceAccount": {"create": False}}, "serviceAccount.name must be set"),
             ({"pools": [{"name": "a"}, {"name": "b"}], **ROUTE}, "set httpRoute.matches"),
             ({"pools": [{"name": "a.b"}, {"name": "a-b"}]}, "both have objects called"),
@@ -284,6 +300,25 @@ class TestChart:
         assert (modes["request_body_mode"], modes["response_body_mode"]) == ("NONE", "NONE")
         assert modes["response_trailer_mode"] == "SEND"
         assert int(wanted["message_timeout"].removesuffix("s")) * 10**9 > waited_ns
+
+    def test_pool_of_the_older_group(self) -> None:
+        """It has the fields of that group, and what refers to it says so."""
+        documents = rendered(OLDER)
+        pool = of(documents, "InferencePool")
+        route = of(documents, "HTTPRoute")["spec"]["rules"][0]["backendRefs"][0]
+        objective = of(documents, "InferenceObjective")["spec"]["poolRef"]
+
+        assert pool["apiVersion"] == OLD
+        assert pool["spec"] == {
+            "selector": {"app": "vllm"},
+            "targetPortNumber": 8000,
+            "extensionRef": {
+                "name": "fc-flowcontrol-llama",
+                "portNumber": 9002,
+                "failureMode": "FailClose",
+            },
+        }
+        assert route["group"] == objective["group"] == OLD.partition("/")[0]
 
     def test_every_listener_is_patched(self) -> None:
         """Each listener that a pool's route is attached to has the patch, in its namespace."""
@@ -514,7 +549,9 @@ class TestState:
 class TestApplied:
     """On a real API server."""
 
-    @pytest.mark.parametrize("values", [PLAIN, FULL, ISTIO], ids=["plain", "full", "istio"])
+    @pytest.mark.parametrize(
+        "values", [PLAIN, FULL, ISTIO, OLDER], ids=["plain", "full", "istio", "older"]
+    )
     async def test_they_apply(self, place: Place, values: Json) -> None:
         """It knows every field of every object, with the CRDs of those who define them."""
         documents = rendered(values, place.namespace)
