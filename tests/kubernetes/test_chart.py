@@ -1,6 +1,7 @@
 """The Helm chart: what it renders, that flowcontrol reads it, and that an API server takes it."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ pytestmark = [pytest.mark.kubernetes, pytest.mark.timeout(900)]
 Json = dict[str, Any]
 ISTIO: Json = {"gateway": {"provider": "istio", "istio": {"selector": {"app": "gateway"}}}}
 OLD = "inference.networking.x-k8s.io/v1alpha2"
+NAME = "fc-flowcontrol-llama"
 CHAT: Json = {"inferenceObjectives": [{"name": "chat", "priority": 10}]}
 PORTS: Json = {"targetPorts": [{"number": 8000}, {"number": 8001}]}
 ROUTE: Json = {"httpRoute": {"create": True, "inferenceGatewayName": "models"}}
@@ -319,6 +321,35 @@ class TestChart:
             },
         }
         assert route["group"] == objective["group"] == OLD.partition("/")[0]
+
+    @pytest.mark.parametrize(
+        ("samples", "value"),
+        [
+            ({"waiting_requests": "priority='0',", "in_flight_requests": "priority='5',"}, [2.0]),
+            ({"build_info": "version='1',"}, [0.0]),
+            ({}, []),
+        ],
+        ids=["busy", "idle", "nobody is asked"],
+    )
+    def test_scaling(self, tmp_path: Path, samples: dict[str, str], value: list[float]) -> None:
+        """Model servers are scaled by what waits and runs; that nothing is known is no zero."""
+        promtool = shutil.which("promtool") or pytest.skip("promtool is not installed")
+        trigger = of(rendered(FULL), "ScaledObject", NAME)["spec"]["triggers"][0]["metadata"]
+        labels = f"namespace='models',service='{NAME}'"
+        series = [
+            {"series": f"flowcontrol_{name}{{{more}{labels}}}", "values": "1x9"}
+            for name, more in samples.items()
+        ]
+        expected = [{"labels": "{}", "value": each} for each in value]
+        test = {"expr": trigger["query"], "eval_time": "1m", "exp_samples": expected}
+        file = tmp_path / "test.yaml"
+        tests = [{"interval": "1m", "input_series": series, "promql_expr_test": [test]}]
+        file.write_text(yaml.safe_dump({"tests": tests}))
+        command = [promtool, "test", "rules", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert trigger["ignoreNullValues"] == "false"
 
     def test_every_listener_is_patched(self) -> None:
         """Each listener that a pool's route is attached to has the patch, in its namespace."""
