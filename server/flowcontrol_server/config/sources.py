@@ -58,7 +58,8 @@ class ApiObjectives(Section):
     file: Annotated[PathBeside | None, Given] = left_out()
     """File in which objectives set by the API are kept, as manifests, reloaded on change. If unset,
     they are kept in memory only. It must hold objectives of this pool only, because each change by
-    the API writes the whole file."""
+    the API writes the whole file. If this setting changes while the service runs and the new file
+    does not exist, it is created with the present objectives."""
 
     @field_validator("file")
     @classmethod

@@ -197,7 +197,7 @@ class FlowGate:
         self._may_decide = may_decide
         self._unsent = unsent
         self._held: list[Decision] = []
-        """Decisions that came while none counted, for live requests; at most one or two for each."""
+        """Decisions for live requests that came while none counted; at most two for each."""
         self._inbox = Inbox(arrivals_max)
         self.made_ns = time.monotonic_ns()
         """When the engine was made."""

@@ -267,7 +267,7 @@ class Feed:
         Raises:
             FlowControlError: a source cannot be used at all; nothing has changed.
         """
-        wanted = _wanted(settings)
+        wanted = _wanted(settings, self.store)
         made: dict[str, _Running] = {}
         try:
             for name, (key, make) in wanted.items():
@@ -424,8 +424,13 @@ class Feed:
             self._scraper = None
 
 
-def _wanted(settings: Settings) -> dict[str, _Wanted]:
-    """Return the sources that the settings name, without static endpoints."""
+def _wanted(settings: Settings, store: ObjectiveStore | None) -> dict[str, _Wanted]:
+    """Return the sources that the settings name, without static endpoints.
+
+    Args:
+        settings: in effect from now on.
+        store: the objectives until now, if they came from the API.
+    """
     pool, kubernetes = settings.pool, settings.kubernetes
     objectives, endpoints = settings.objectives, settings.endpoints
     wanted: dict[str, _Wanted] = {}
@@ -433,7 +438,7 @@ def _wanted(settings: Settings) -> dict[str, _Wanted]:
         wanted["objectives.directory"] = _plain(directory, lambda: ObjectiveFolder(directory, pool))
     if (api := objectives.api) is not None:
         file = api.file
-        wanted["objectives.api"] = _plain(file, lambda: ObjectiveStore(file, pool))
+        wanted["objectives.api"] = _plain(file, lambda: ObjectiveStore(file, pool, store))
     if (status := objectives.kubernetes) is not None:
 
         async def follow_objectives() -> tuple[Source, KubeApi]:

@@ -41,18 +41,29 @@ class ObjectiveStore(FileSource):
     Args:
         file: keeps them across restarts; None: they are not kept.
         pool: name of the pool.
+        before: the store that this one replaces; its objectives apply while there is no file.
     """
 
-    def __init__(self, file: Path | None, pool: str) -> None:
+    def __init__(
+        self, file: Path | None, pool: str, before: "ObjectiveStore | None" = None
+    ) -> None:
         super().__init__("objective_rejected")
         self._file = file
         self._pool = pool
-        self._priorities: dict[str, int] | None = None if file else {}
+        self._before = before
+        self._priorities: dict[str, int] | None = None
         self._changed: Callable[[Mapping[str, int]], None] | None = None
         self._turn = asyncio.Lock()
         """Held while the file is read or written."""
         self._stamp: _FileStamp | None = None
         """Stamp of the file when it was last read or written."""
+
+    @property
+    def known(self) -> dict[str, int]:
+        """Objectives, name to priority; until the file has been read, those of the store before."""
+        if self._priorities is None:
+            return {} if self._before is None else self._before.known
+        return self._priorities
 
     async def follow(self, changed: Callable[[Mapping[str, int]], None]) -> None:
         """Report the whole set once it is known and at every change, until cancelled."""
@@ -61,6 +72,7 @@ class ObjectiveStore(FileSource):
             changed(self._priorities)
         try:
             if self._file is None:
+                await self._look()
                 await asyncio.get_running_loop().create_future()
             else:
                 await watch_folder(self._file.parent, self._look)
@@ -74,6 +86,8 @@ class ObjectiveStore(FileSource):
     async def _read(self) -> None:
         """Read the file, if it has changed since it was last read or written; needs `_turn`."""
         if self._file is None:
+            if self._priorities is None:
+                self._publish(self.known)
             return
         stamp = _stamp(self._file)
         if self._priorities is not None:
@@ -83,6 +97,10 @@ class ObjectiveStore(FileSource):
             if stamp == self._stamp and not self.problems:
                 return
         try:
+            if stamp is None and self.known:
+                await self._replace(self.known)
+                self.report({})
+                return
             priorities, problem = await asyncio.to_thread(read_kept, self._file, self._pool)
         except Exception as error:  # noqa: BLE001 - an error of the file
             self.report({self._file: describe_error(error, self._file)})
@@ -139,7 +157,7 @@ class ObjectiveStore(FileSource):
         self._publish(priorities)
 
     def _publish(self, priorities: dict[str, int]) -> None:
-        self._priorities = priorities
+        self._priorities, self._before = priorities, None
         if self._changed is not None:
             self._changed(priorities)
 

@@ -195,6 +195,17 @@ class TestApply:
             assert feed.store is store
             assert latest(told) == ((), {"chat": 10})
 
+    async def test_objectives_that_begin_to_be_kept(self, tmp_path: Path) -> None:
+        """Those set by the API count on when they get a file, and when they lose it."""
+        kept = settings(objectives={"api": {"file": str(tmp_path / "kept.yaml")}})
+        async with feeding(settings()) as (feed, told):
+            for change in (kept, settings()):
+                assert feed.store is not None
+                await feed.store.put("chat", 10)
+                told.news.clear()
+                await feed.apply(change)
+                await told.until(lambda _fact: latest(told)[1] == {"chat": 10})
+
     async def test_objectives(self, tmp_path: Path) -> None:
         """What an old source knew stays in force until the new one tells; counts are kept."""
         manifest(tmp_path, "chat", 10)

@@ -234,6 +234,27 @@ class TestFile:
 
         assert told.news[-1] == await kept(file) == {"chat": 10, "batch": -1}
 
+    @pytest.mark.parametrize("way", ["to a file", "to memory", "to a file that is there"])
+    async def test_in_place_of_another(self, file: Path, way: str) -> None:
+        """Where they are kept changes while they count; what is in a file already counts more."""
+        first = file if way == "to memory" else None
+        old, told = ObjectiveStore(first, "llama"), Told[Priorities]()
+        async with following(old, told):
+            await told.until_equal({})
+            await old.put("chat", 20)
+        if way == "to a file that is there":
+            file.write_text(yaml.safe_dump(CHAT))
+        second = None if way == "to memory" else file
+        new, heard = ObjectiveStore(second, "llama", old), Told[Priorities]()
+        async with following(new, heard):
+            await heard.until(lambda _news: True)
+            await new.put("batch", -1)
+
+        chat = 10 if way == "to a file that is there" else 20
+        assert heard.news == [{"chat": chat}, {"chat": chat, "batch": -1}]
+        if second is not None:
+            assert await kept(file) == heard.news[-1]
+
     async def test_followed_again(self) -> None:
         """What is kept in memory alone outlives the following."""
         store, told = ObjectiveStore(None, "llama"), Told[Priorities]()
