@@ -153,9 +153,7 @@ class LeaseBook:
             token: grows with every leader; a store refuses writes of earlier leaders.
             attempted: called when the store is open, or the first attempt to open it has failed.
         """
-        self._live.clear()
-        self._put.clear()
-        self._removed.clear()
+        self._forget()
         self._is_frozen = False
         backoff = Backoff(_RETRY_FIRST_S, _RETRY_LONGEST_S, lambda: 0.5)
         while True:
@@ -184,6 +182,7 @@ class LeaseBook:
         async with self._turn:
             batch = await self._batch()
             if not batch:
+                self._behind_since_s = None  # what was noted is over
                 return True
             noted_s, self._behind_since_s = self._behind_since_s, None
             try:
@@ -248,7 +247,10 @@ class LeaseBook:
         self.problem = problem
 
     async def close(self, within_s: float) -> None:
-        """Write the notes, if there is time, and close the store."""
+        """Write the notes, if there is time, and close the store.
+
+        After that this process stores nothing more, and has no lag.
+        """
         try:
             async with asyncio.timeout(within_s):
                 if not self._is_frozen:
@@ -259,3 +261,11 @@ class LeaseBook:
                 await self._store.close()
         except Exception as error:  # noqa: BLE001 - the lease is released in any case
             _log.error("state_store_not_closed", problem=str(error) or "no answer in time")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._live.clear()
+        self._put.clear()
+        self._removed.clear()
+        self._behind_since_s = None
+        self.problem = None

@@ -163,6 +163,36 @@ async def test_a_store_that_fails_is_caught_up() -> None:
     assert failing.lag_s > 0
 
 
+async def test_over_before_it_was_written() -> None:
+    """A request as short as that leaves nothing behind, and nothing to be late with."""
+    async with running(MemoryStore()) as house:
+        house.book.dispatched(record(1))
+        house.book.ended("ab.1")
+        noted = house.book.counts()
+        await eventually(lambda: house.book.counts().lag_s == 0)
+        counts = house.book.counts()
+
+    assert (noted.lag_s > 0, noted.unwritten) == (True, 0)
+    assert (counts.live, counts.unwritten, counts.writes) == (0, 0, 0)
+
+
+async def test_closed_while_its_store_is_gone() -> None:
+    """A process that keeps nothing there any more is behind with nothing, and has no problem."""
+    store = MemoryStore()
+    async with running(store) as house:
+        house.book.dispatched(record(1))
+        await eventually(lambda: store.leases)
+        store.error = StateError("gone")
+        house.book.ended("ab.1")
+        await eventually(lambda: house.book.problem)
+        before = house.book.counts()
+    after = house.book.counts()
+
+    assert (before.is_up, before.lag_s > 0) == (False, True)
+    assert house.book.problem is None
+    assert (after.live, after.unwritten, after.lag_s, after.is_up) == (0, 0, 0.0, True)
+
+
 async def test_a_store_that_is_gone_at_the_start() -> None:
     """The book goes on without it, and adds what is in flight to what it then holds."""
     store = MemoryStore()
