@@ -27,7 +27,13 @@ from flowcontrol_server.requests.gate import Parked
 from flowcontrol_server.requests.log_join import Claim
 from flowcontrol_server.requests.tickets import TICKETS
 from flowcontrol_server.state.book import BookCounts, LeaseBook
-from flowcontrol_server.state.election import RENEWALS, Election, ElectionCounts, Lock
+from flowcontrol_server.state.election import (
+    HAND_OVER_WITHIN_S,
+    RENEWALS,
+    Election,
+    ElectionCounts,
+    Lock,
+)
 from flowcontrol_server.state.file_store import FileStore
 from flowcontrol_server.state.kube_lock import KubeLock
 from flowcontrol_server.state.store import LeaseRecord, Store
@@ -39,8 +45,6 @@ COUNT_RUNNING_WITHIN_NS: Final = 10_000_000_000
 """Time after the start in which the first report of an endpoint counts its requests in flight."""
 CLOSE_WITHIN_S: Final = 0.5
 """Longest time for the last write at the end."""
-HAND_OVER_WITHIN_S: Final = 1.0
-"""Longest wait for another replica to take over; after it, none is assumed."""
 IDENTITY: Final = f"{socket.gethostname()}_{TICKETS.instance}"
 """Identifies this process among the replicas."""
 BYTES_PER_TOKEN: Final = 4

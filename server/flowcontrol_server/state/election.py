@@ -22,6 +22,10 @@ RENEWALS: Final = 4
 MARGIN: Final = 0.25
 """Part of the duration by which a leader stops early."""
 RELEASE_WITHIN_S: Final = 1.0
+HAND_OVER_WITHIN_S: Final = 1.0
+"""How long a leader that hands over waits for the next; then there is none."""
+STANDBY_ASKS_S: Final = 0.4
+"""How often a standby asks, however long the lease: often enough to be the next."""
 HELD_AGAIN_S: Final = 0.02
 """Time between two checks of a replica that hands over for the next leader."""
 _log = structlog.get_logger()
@@ -31,7 +35,7 @@ class Lock(Protocol):
     """A lease that one process holds at a time. Every method may raise StateError."""
 
     retry_s: float
-    """Time between two requests of a standby for the lease."""
+    """Time between two requests of a standby for the lease, at most `STANDBY_ASKS_S`."""
 
     async def acquire(self) -> int | None:
         """Take or renew the lease; return its fencing token; None: another process holds it.
@@ -131,7 +135,7 @@ class Election:
                 self._failed(repr(error))
                 if self._token is not None:
                     await self._give_up()
-            wait_s = self._lock.retry_s
+            wait_s = min(self._lock.retry_s, STANDBY_ASKS_S)
             if self._token is not None:
                 # No longer than the lease: a leader must stop in time.
                 left_s = self._until_s - self._clock()

@@ -1,12 +1,18 @@
 """One leads, stops on time, and hands over; on a clock and a lock of the test's own."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import final
 
 import pytest
 
-from flowcontrol_server.state.election import MARGIN, Election
+from flowcontrol_server.state.election import (
+    HAND_OVER_WITHIN_S,
+    MARGIN,
+    STANDBY_ASKS_S,
+    Election,
+)
 from flowcontrol_server.state.store import StateError
 from tests.support.told import eventually
 
@@ -100,6 +106,19 @@ async def test_another_holds_it(house: House) -> None:
     await eventually(lambda: house.told == [1, None, 5])
 
     assert not led_meanwhile
+
+
+async def test_a_long_lease(house: House) -> None:
+    """However seldom a lock would be asked, a standby is there for a leader that hands over."""
+    house.lock.retry_s = 60.0
+    house.lock.token = None
+    await eventually(lambda: house.told == [1, None])
+    house.lock.token = 5
+    began_s = time.monotonic()
+    await eventually(lambda: house.told == [1, None, 5])
+
+    assert STANDBY_ASKS_S <= HAND_OVER_WITHIN_S / 2
+    assert time.monotonic() - began_s < 10 * STANDBY_ASKS_S
 
 
 @pytest.mark.parametrize("is_hanging", [False, True])
