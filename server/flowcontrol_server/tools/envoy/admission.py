@@ -1,8 +1,8 @@
-"""The gate stays shut while this service is gone, as typed messages.
+"""Envoy's filters that refuse requests while this service is down, as typed messages.
 
-ext_proc fails open, so that responses which have begun complete; a filter behind it admits only
-requests that this service has marked. For `envoy_config` alone, which imports it late and says what
-is missing.
+ext_proc fails open, so that responses which have begun complete. A filter behind it admits only
+requests that this service has marked. Import it through
+`config`, which reports missing packages.
 """
 
 import re
@@ -40,7 +40,7 @@ RBAC: Final = "envoy.filters.http.rbac"
 SERVICE_CLUSTER: Final = "ext_proc"
 _POLICY: Final = "flowcontrol"
 _DENIED: Final = f"response.code_details == 'rbac_access_denied_matched_policy[{_POLICY}]'"
-"""What tells our own denial from that of another filter of this kind."""
+"""Distinguishes the denial of our filter from those of other RBAC filters."""
 _DIALECTS: Final = {
     Dialect.GRPC: ("content-type", "application/grpc.*"),
     Dialect.ANTHROPIC: (":path", r"[^?]*/v1/messages([/?].*)?"),
@@ -48,12 +48,12 @@ _DIALECTS: Final = {
     Dialect.PLAIN: (":path", r"/(v2([/?].*)?|api/[^/?]*([?].*)?)"),
     Dialect.OPENAI: None,
 }
-"""Header and regex by which Envoy knows the dialect of a client, in the order in which `dialect_of`
-asks; the last takes all others."""
+"""Header and regex by which Envoy recognizes the dialect of a client, in the order of `dialect_of`.
+The last one covers all other clients."""
 
 
 def grpc_service(settings: Settings, *, retries: bool) -> core.GrpcService:
-    """Return how Envoy calls this service."""
+    """Return Envoy's configuration of calls to this service."""
     return core.GrpcService(
         envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=SERVICE_CLUSTER),
         retry_policy=fail_over(settings) if retries else None,
@@ -62,7 +62,7 @@ def grpc_service(settings: Settings, *, retries: bool) -> core.GrpcService:
 
 
 def admission(settings: Settings) -> list[hcm.HttpFilter]:
-    """Return the filter behind ext_proc that denies what this service has not marked, if wanted."""
+    """Return the filter behind ext_proc that denies unmarked requests; none with `continue`."""
     if settings.requests.on_fault == "continue":
         return []
     marked = matcher.MetadataMatcher(
@@ -91,14 +91,14 @@ def admission(settings: Settings) -> list[hcm.HttpFilter]:
 
 
 def local_replies(settings: Settings) -> hcm.LocalReplyConfig | None:
-    """Return what a client gets that is denied: 503 with the error body of its own API."""
+    """Return the replies to denied requests: 503 with the error body of the client's API."""
     if settings.requests.on_fault == "continue":
         return None
     return hcm.LocalReplyConfig(mappers=[_local_reply(dialect) for dialect in _DIALECTS])
 
 
 def exempt_routes(settings: Settings, action: route.RouteAction) -> list[route.Route]:
-    """Return the routes of requests that do not wait for this service to come back."""
+    """Return the routes of requests that Envoy does not hold while this service is down."""
     overrides = ext_proc.ExtProcOverrides(grpc_service=grpc_service(settings, retries=False))
     filters = {EXT_PROC: protobuf.Any.pack(ext_proc.ExtProcPerRoute(overrides=overrides))}
     return [
@@ -112,7 +112,7 @@ def exempt_routes(settings: Settings, action: route.RouteAction) -> list[route.R
 
 
 def _exempt_paths(settings: Settings) -> dict[tuple[str, ...], matcher.RegexMatcher]:
-    """Return which paths pass while this service is gone, by their methods (empty: every one)."""
+    """Return the paths that pass while this service is down, by their methods (empty: all)."""
     requests = settings.requests
     regexes: dict[tuple[str, ...], list[str]] = {}
     if requests.exempt_without_gate:

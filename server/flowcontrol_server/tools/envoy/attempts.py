@@ -1,8 +1,8 @@
-"""Another attempt of Envoy's at a request asks this service again, as typed messages.
+"""Filters by which Envoy asks this service again before it retries a request, as typed messages.
 
 Where this service picks, a request that cannot be sent to its endpoint needs a slot at another one.
-Envoy's router tries again by itself; a filter in the way to the endpoint, passed by for the first
-attempt, asks for the slot. For `envoy_config` alone, which imports it late.
+Envoy's router retries by itself. A filter between router and endpoint, skipped for the first
+attempt, asks for the slot. Import it through `config`.
 """
 
 from datetime import timedelta
@@ -25,11 +25,11 @@ from flowcontrol_server.tools.envoy.manager import (
 )
 
 _ATTEMPT_HEADER: Final = "x-envoy-attempt-count"
-"""Envoy's own, whatever a client says there."""
+"""Set by Envoy, which overwrites a client's value."""
 
 
 def upstream_filters(settings: Settings) -> list[hcm.HttpFilter]:
-    """Return the filters between router and endpoint; none but Envoy's own where it chooses."""
+    """Return the filters between router and endpoint; empty where Envoy chooses the endpoint."""
     if settings.picker == "off":
         return []
     namespaces = ext_proc.MetadataOptionsMetadataNamespaces

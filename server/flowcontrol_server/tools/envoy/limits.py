@@ -1,6 +1,6 @@
-"""What Envoy allows its clients, as typed messages. No client may cost the others their service.
+"""Envoy's limits for clients, as typed messages: no client may deny service to the others.
 
-For `envoy_config` alone, which imports it late and says what is missing.
+Import it through `config`, which reports missing packages.
 """
 
 from datetime import timedelta
@@ -18,9 +18,9 @@ from envoy_data_plane.envoy.type.matcher import v3 as matcher
 from envoy_data_plane.google import protobuf
 
 CONNECTIONS_MIN: Final = 10_000
-"""What is allowed where the queue is shorter."""
+"""The least bound, if the queue is short."""
 STREAMS_MAX: Final = 1_000
-"""Requests of one HTTP/2 connection at a time."""
+"""Concurrent requests of one HTTP/2 connection."""
 CONNECTION_IDLE: Final = timedelta(seconds=620)
 """Longer than the 600 s for which Google's load balancers keep an idle connection."""
 _WINDOW_MIN_BYTES: Final = 65_535
@@ -31,7 +31,7 @@ _ADMIN_READS: Final = (
     r"/(ready|server_info|stats|stats/prometheus|clusters|listeners|memory|config_dump|certs)"
     r"(\?.*)?"
 )
-"""Pages that change nothing."""
+"""Read-only pages."""
 _RUNTIME: Final = {
     "overload.premature_reset_total_stream_count": 200,
     "overload.premature_reset_min_stream_lifetime_seconds": 1,
@@ -40,7 +40,7 @@ _RUNTIME: Final = {
 
 
 def client_http1() -> core.Http1ProtocolOptions:
-    """Return what Envoy takes from HTTP/1 clients."""
+    """Return the options for HTTP/1 clients."""
     return core.Http1ProtocolOptions(
         accept_http_10=True,
         default_host_for_http_10="models",
@@ -49,9 +49,9 @@ def client_http1() -> core.Http1ProtocolOptions:
 
 
 def client_http2(buffer_limit_bytes: int) -> core.Http2ProtocolOptions:
-    """Return what Envoy takes from HTTP/2 clients.
+    """Return the options for HTTP/2 clients.
 
-    The window of a stream is also what Envoy buffers of it.
+    The window of a stream is also the number of bytes that Envoy buffers of it.
     """
     window_bytes = min(max(buffer_limit_bytes, _WINDOW_MIN_BYTES), _WINDOW_MAX_BYTES)
     return core.Http2ProtocolOptions(
@@ -62,7 +62,7 @@ def client_http2(buffer_limit_bytes: int) -> core.Http2ProtocolOptions:
 
 
 def overload_manager(connections_max: int, heap_bytes_max: int) -> overload.OverloadManager:
-    """Return the bounds of all clients together, and what Envoy does as it comes near to them."""
+    """Return the bounds of all clients together, and Envoy's actions near them."""
     return overload.OverloadManager(
         refresh_interval=timedelta(seconds=0.25),
         resource_monitors=[
@@ -106,9 +106,9 @@ def runtime() -> bootstrap.LayeredRuntime:
 
 
 def admin(address: core.Address, *, is_path: bool) -> bootstrap.Admin:
-    """Return Envoy's admin interface: whole at a Unix socket, else without what changes Envoy.
+    """Return Envoy's admin interface: complete at a Unix socket, else read-only.
 
-    A browser on the same machine can be made to POST to a TCP port by any site it visits.
+    Any web site can make a browser on the same machine POST to a TCP port.
     """
     pages = matcher.StringMatcher(safe_regex=matcher.RegexMatcher(regex=_ADMIN_READS))
     return bootstrap.Admin(address=address, allow_paths=[] if is_path else [pages])

@@ -1,6 +1,6 @@
-"""Envoy's HTTP connection manager: the way of a request, as typed messages.
+"""Envoy's HTTP connection manager, which handles each request, as typed messages.
 
-For `envoy_config` alone, which imports it late and says what is missing.
+Import it through `config`, which reports missing packages.
 """
 
 from datetime import timedelta
@@ -38,14 +38,14 @@ from flowcontrol_server.tools.envoy.filters import (
 from flowcontrol_server.tools.envoy.limits import CONNECTION_IDLE, client_http1, client_http2
 
 _RETRIES_PICKED: Final = 10
-"""A further attempt waits for its slot on a connection that the model server may close meanwhile,
-often after 5 s without a request: then another one goes on waiting."""
+"""A retry waits for its slot on a connection that the model server may close meanwhile, often after
+5 s without a request. Then a further retry continues the wait."""
 _UPLOAD_NS: Final = 300_000_000_000
-"""For the body of a request, beside its wait; 32 MiB come in it at 1 Mbit/s."""
+"""Time for the upload of a body, added to the wait; enough for 32 MiB at 1 Mbit/s."""
 
 
 def connection_manager(settings: Settings, buffer_limit_bytes: int) -> hcm.HttpConnectionManager:
-    """Return how Envoy serves clients, and holds so much of one request."""
+    """Return the connection manager, which buffers at most so much of one request."""
     action = _route_action(settings)
     websocket = hcm.HttpConnectionManagerUpgradeConfig(upgrade_type="websocket")
     return hcm.HttpConnectionManager(
@@ -99,18 +99,18 @@ def connection_manager(settings: Settings, buffer_limit_bytes: int) -> hcm.HttpC
 
 
 def message_timeout_ns(settings: Settings) -> int:
-    """Return how long Envoy waits for a decision: longer than any request waits."""
+    """Return Envoy's timeout for a decision: longer than any request waits."""
     return settings.longest_wait_ns + ENVOY_MARGIN_NS
 
 
 def request_timeout_ns(settings: Settings) -> int:
-    """Return how long a request may take to arrive; for one without a body the wait counts."""
+    """Return the timeout for the arrival of a request; without a body it includes the wait."""
     return message_timeout_ns(settings) + _UPLOAD_NS
 
 
 def _route_action(settings: Settings) -> route.RouteAction:
     policy = route.RetryPolicy(retry_on="connect-failure,reset-before-request", num_retries=3)
-    if settings.picker != "off":  # what was picked has just failed
+    if settings.picker != "off":  # a retry: the picked endpoint has just failed
         policy.num_retries = _RETRIES_PICKED
         policy.retry_host_predicate = [previous_hosts_predicate()]
         policy.host_selection_retry_max_attempts = 5
@@ -131,7 +131,7 @@ def _external_processor(settings: Settings) -> ext_proc.ExternalProcessor:
 
 
 def _early_mutations(settings: Settings) -> list[core.TypedExtensionConfig]:
-    """Return what removes headers by which a client would choose its server or priority."""
+    """Return mutations that remove headers by which clients could choose a server or priority."""
     if settings.requests.trust_engine_headers:
         return []
     mutations = [mutation_rules.HeaderMutation(remove=name) for name in ENGINE_HEADERS]
@@ -144,7 +144,7 @@ def _early_mutations(settings: Settings) -> list[core.TypedExtensionConfig]:
 
 
 def forward_rules(settings: Settings) -> ext_proc.HeaderForwardingRules:
-    """Return which headers this service gets."""
+    """Return the headers that Envoy forwards to this service."""
     names = {*settings.requests.headers(), *settings.traces.headers()}
     patterns = [matcher.StringMatcher(exact=name) for name in sorted(names)]
     return ext_proc.HeaderForwardingRules(
@@ -153,7 +153,7 @@ def forward_rules(settings: Settings) -> ext_proc.HeaderForwardingRules:
 
 
 def processing_mode() -> ext_proc.ProcessingMode:
-    """Return what Envoy sends: no body, and a stream that ends with the request."""
+    """Return the processing mode: no bodies, and a stream that ends with the request."""
     header, body = ext_proc.ProcessingModeHeaderSendMode, ext_proc.ProcessingModeBodySendMode
     return ext_proc.ProcessingMode(
         request_header_mode=header.SEND,
@@ -166,4 +166,4 @@ def processing_mode() -> ext_proc.ProcessingMode:
 
 
 def _duration(duration_ns: int) -> timedelta:
-    return timedelta(microseconds=-(-duration_ns // 1000))  # Rounded up: never less than asked.
+    return timedelta(microseconds=-(-duration_ns // 1000))  # Rounded up: never below the setting.
