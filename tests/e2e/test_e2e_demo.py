@@ -190,6 +190,6 @@ class TestDemo:
         assert status == 2
         assert said.endswith(
             f"demo: in use already: port {PORTS.http}; "
-            "stop what listens there or use --port-offset\n"
+            "stop the process there or use --port-offset\n"
         )
         assert listening() == []

@@ -1,4 +1,4 @@
-"""`flowcontrol classify`: what a request would become by a configuration, and why."""
+"""`flowcontrol classify`: how a configuration classifies a request, and why."""
 
 import json
 import re
@@ -32,10 +32,10 @@ _DEPTH_MAX = 1000
 
 
 def read_headers(given: Iterable[str]) -> dict[str, str]:
-    """Return headers from NAME: VALUE or NAME=VALUE; of one name the first counts.
+    """Return headers from NAME: VALUE or NAME=VALUE; for a repeated name, the first value counts.
 
     Raises:
-        ConfigError: one is neither.
+        ConfigError: a header has neither form.
     """
     headers = {":path": _DEFAULT_PATH, "content-type": "application/json"}
     seen: set[str] = set()
@@ -52,10 +52,10 @@ def read_headers(given: Iterable[str]) -> dict[str, str]:
 
 
 def read_metadata(given: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return metadata from NAMESPACE:KEY[:KEY...]=VALUE; a value is JSON, or else text.
+    """Return metadata from NAMESPACE:KEY[:KEY...]=VALUE; a value that is not JSON is text.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: an item has another form.
     """
     metadata: dict[str, dict[str, Any]] = {}
     for each in given:
@@ -74,7 +74,7 @@ def read_metadata(given: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def body_metadata(body: str) -> dict[str, Any]:
-    """Return what Envoy makes of a body: some of its fields, texts and numbers."""
+    """Return the metadata that Envoy makes of a body: some of its fields, as texts and numbers."""
     try:
         content = json.loads(
             body.removeprefix("\ufeff"),
@@ -82,7 +82,7 @@ def body_metadata(body: str) -> dict[str, Any]:
             parse_float=_fraction,
             parse_constant=_fraction,
         )
-        json.dumps(content, ensure_ascii=False).encode()  # half a pair of surrogates is no text
+        json.dumps(content, ensure_ascii=False).encode()  # fails for a lone surrogate
     except (ValueError, ArithmeticError, RecursionError):
         return {BODY_UNREAD: "1"}
     if _is_deeper_than(content, _DEPTH_MAX):
@@ -93,16 +93,16 @@ def body_metadata(body: str) -> dict[str, Any]:
         if isinstance(value, bool):
             value = str(int(value))
         if isinstance(value, str | int | float):
-            with suppress(ValueError, OverflowError):  # a text that is no number is left out
+            with suppress(ValueError, OverflowError):  # a text that is not a number is omitted
                 found[name] = float(value) if name in ANSWER_FIELDS else str(value)
     return found
 
 
 def _whole(text: str) -> int | float:
-    """Read a whole number: those that do not fit into 64 bits are fractions to Envoy."""
+    """Read an integer; Envoy reads one that does not fit into 64 bits as a fraction."""
     number = int(text)
     if 2**63 <= number < 2**64:
-        message = "a number without a sign"
+        message = "an unsigned number"
         raise ValueError(message)
     return number if -(2**63) <= number < 2**63 else float(number)
 
@@ -110,7 +110,7 @@ def _whole(text: str) -> int | float:
 def _fraction(text: str) -> float:
     number = float(text)
     if not isfinite(number):
-        message = "no number"
+        message = "not a number"
         raise ValueError(message)
     return number
 
@@ -128,7 +128,7 @@ def _is_deeper_than(content: Any, depth: int) -> bool:
 
 
 def _passes_unread(settings: Settings, headers: Mapping[str, str]) -> str:
-    """Return why Envoy does not look at a body; empty where it does."""
+    """Return why Envoy does not read a body; empty: it does."""
     kind, length = headers.get("content-type", ""), headers["content-length"]
     if not settings.requests.read_bodies:
         return "requests.readBodies is false"
@@ -143,7 +143,7 @@ def _passes_unread(settings: Settings, headers: Mapping[str, str]) -> str:
 def verdict(
     settings: Settings, headers: Mapping[str, str], metadata: dict[str, dict[str, Any]], body: str
 ) -> Iterator[str]:
-    """Yield what the request would become, a line each."""
+    """Yield the classification of the request, line by line."""
     unread = ""
     if body:
         headers = {"content-length": str(len(body.encode())), **headers}
@@ -158,7 +158,7 @@ def verdict(
         return
     yield f"path: {path}"
     if is_body_unread(headers, metadata.get(BODY_NAMESPACE, {})):
-        yield "body: Envoy cannot read it, no rule on the body matches"
+        yield "body: Envoy cannot read it; no rule on the body matches"
     elif unread:
         yield f"body: Envoy does not read it, as {unread}; no rule on the body matches"
     yield f"objective: {facts.objective or 'none'} ({origin.objective})"
@@ -173,7 +173,7 @@ def verdict(
 
 
 def _may_wait(settings: Settings, priority: int | None, header_ns: int | None) -> str:
-    """Return the longest wait and what sets it: the header can only shorten the band's."""
+    """Return the longest wait and the setting that limits it; the header can only shorten it."""
     bands = [band.request_ttl for band in settings.flow_control.bands]
     ttl_ns, origin, unless = settings.flow_control.request_ttl, "flowControl.requestTTL", ""
     if priority is not None:
@@ -184,19 +184,19 @@ def _may_wait(settings: Settings, priority: int | None, header_ns: int | None) -
         if own_ns is not None:
             ttl_ns, origin = own_ns, f"flowControl.bands[{number}].requestTTL"
     elif any(bands):
-        unless = ", unless its band's requestTTL is another"
+        unless = ", unless its band has another requestTTL"
     if header_ns is not None and header_ns < ttl_ns:
         ttl_ns, origin = header_ns, f"header {TTL_HEADER}"
     return f"{duration(ttl_ns)} ({origin}{unless})"
 
 
 def _priority(settings: Settings, objective: str | None) -> tuple[int | None, str]:
-    """Return the priority, None where this machine cannot know it, and where it comes from."""
+    """Return the priority and its origin; None: unknown on this machine."""
     if objective is None:
         return 0, "no objective"
     directory = settings.objectives.directory
     if directory is None:
-        return None, "as its InferenceObjective declares, 0 without one"
+        return None, "that of its InferenceObjective, 0 if there is none"
     folder = ObjectiveFolder(directory, settings.pool)
     folder.survey()
     priority = folder.known.get(objective)

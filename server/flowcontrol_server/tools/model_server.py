@@ -1,8 +1,9 @@
-"""A simulated model server: OpenAI's HTTP API and vLLM's metrics in front of the engine's model.
+"""A simulated model server: OpenAI's HTTP API and vLLM's metrics for the model of the simulation.
 
-It computes nothing. It answers at the pace of `flowcontrol.simulation.model_server` in real time,
-under any model name, one word per token, and fails when POST /control/fail says so. Each request
-is one job and one queue of its tokens; a client that leaves cancels its handler, and so its job.
+It computes no model. It answers in real time at the speed of `flowcontrol.simulation.model_server`,
+under any model name, with one word per token, and fails on command (POST /control/fail). Each
+request is one job with a queue of its tokens. If a client disconnects, its handler is cancelled,
+which aborts the job.
 """
 
 import asyncio
@@ -31,10 +32,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from flowcontrol.simulation.model_server import ModelServer, ModelServerConfig, TokenEvent
 from flowcontrol_server.common.listening import naming
 
-CHARACTERS_PER_TOKEN = 4  # The estimate of a prompt's length: OpenAI's rule of thumb for English.
-OUTPUT_TOKENS_DEFAULT = 64  # When the request names none.
+CHARACTERS_PER_TOKEN = 4  # For the estimate of a prompt's length: OpenAI's rule for English.
+OUTPUT_TOKENS_DEFAULT = 64  # If the request sets no limit.
 REQUEST_BYTES_MAX = 16 * 2**20  # Larger bodies are refused with 413.
-SHUTDOWN_TIMEOUT_S = 0.1  # Then answers under way are cut: a simulated one is no loss.
+SHUTDOWN_TIMEOUT_S = 0.1  # Then unfinished answers are cut, which is no loss.
 
 _SENTENCE = "This answer is simulated: each word is one token, timed as one step of the engine."
 _WORDS = [word + " " for word in _SENTENCE.split()]
@@ -50,23 +51,23 @@ _Body = TypeVar("_Body", bound=BaseModel)
 
 
 def run(host: str, port: int, model: str, config: ModelServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then return; answers under way are cut.
+    """Serve until SIGTERM or SIGINT, then return; unfinished answers are cut.
 
     Args:
         host: Address to listen on.
-        port: Port to listen on; 0 takes a free one, which the log names.
+        port: Port to listen on; 0: a free one, which is logged.
         model: Name in answers and metrics.
         config: Size and speed of the engine.
 
     Raises:
-        ListenError: The address cannot be listened on.
+        ListenError: The address cannot be opened.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve_model(host, port, model, config))
 
 
 async def serve_model(host: str, port: int, model: str, config: ModelServerConfig) -> None:
-    """Do what `run` does, on the loop of the main thread."""
+    """Do the same as `run`, on the loop of the main thread."""
     stop = asyncio.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
@@ -83,11 +84,11 @@ async def serve_model(host: str, port: int, model: str, config: ModelServerConfi
         ends = {asyncio.create_task(stop.wait()), application[_ENGINE].driver}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        await runner.cleanup()  # Raises what crashed the driver, if anything did.
+        await runner.cleanup()  # Raises the exception that ended the driver, if any.
 
 
 def model_application(model: str, config: ModelServerConfig) -> web.Application:
-    """The application on its own; run it with `handler_cancellation=True`, as TestServer does."""
+    """Return the application; run it with `handler_cancellation=True`, as TestServer does."""
     application = web.Application(middlewares=[_refusals], client_max_size=REQUEST_BYTES_MAX)
     application[_ENGINE] = engine = _Engine(config)
     application.cleanup_ctx.append(engine.driven)
@@ -102,7 +103,7 @@ def model_application(model: str, config: ModelServerConfig) -> web.Application:
 
 
 class _Engine:
-    """Drives the model in real time and hands each job its tokens. Owner: the event loop."""
+    """Runs the model in real time and passes each job its tokens. Owner: the event loop."""
 
     driver: asyncio.Task[None]
 
@@ -113,7 +114,7 @@ class _Engine:
         self._submitted = asyncio.Event()
 
     async def driven(self, _application: web.Application) -> AsyncIterator[None]:
-        """Run the driver while the application runs; what crashed it is raised at the end."""
+        """Run the driver while the application runs; raise its exception at the end."""
         self.driver = asyncio.create_task(self.drive())
         yield
         self.driver.cancel()
@@ -123,7 +124,7 @@ class _Engine:
     async def drive(self) -> None:
         """Advance the model at the end of each step, and sleep until then.
 
-        Nothing else need wake it: neither a submission nor an abort moves the end of a step.
+        Nothing else needs to wake it: neither a submission nor an abort moves the end of a step.
         """
         while True:
             wakeup_ns = self.model.next_wakeup_ns()
@@ -139,7 +140,7 @@ class _Engine:
 
     @contextlib.contextmanager
     def job(self, prompt_tokens: int, output_tokens: int) -> Iterator[asyncio.Queue[TokenEvent]]:
-        """Submit a job (400 if it can never run) and give its tokens; leaving early aborts it."""
+        """Submit a job and yield its tokens; 400 if it can never run. An early exit aborts it."""
         job_id = next(self._job_ids)
         try:
             self.model.submit(job_id, prompt_tokens, output_tokens, time.monotonic_ns())
@@ -155,7 +156,7 @@ class _Engine:
 
 
 class _Generation(BaseModel):
-    """What both generation requests share. Whatever cannot change the timing is ignored."""
+    """Fields of both generation requests. Fields that do not affect the timing are ignored."""
 
     model_config = ConfigDict(strict=True)
     n: Literal[1] | None = None
@@ -166,12 +167,12 @@ class _Generation(BaseModel):
 
     @property
     def output_tokens(self) -> int:
-        """Length of the answer; the newer name wins."""
+        """Length of the answer; the newer name has precedence."""
         return self.max_completion_tokens or self.max_tokens or OUTPUT_TOKENS_DEFAULT
 
 
 class _Message(BaseModel):
-    """One message of a conversation; a part that is no text counts nothing."""
+    """One message of a conversation; parts that are not text do not count."""
 
     content: str | list[dict[str, object]] | None = None
 
@@ -206,7 +207,7 @@ class _Text(_Generation):
 
 
 class _Failure(BaseModel):
-    """Body of POST /control/fail, then the state it sets."""
+    """Body of POST /control/fail, and the state that it sets."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     mode: Literal["none", "status", "reset", "hang"]
@@ -214,7 +215,7 @@ class _Failure(BaseModel):
     count: int | None = Field(default=1, ge=1)
 
     def take(self) -> str:
-        """The mode of one more generation request, counted."""
+        """Return the mode for the next generation request, and count it."""
         if self.count == 0:
             return "none"
         self.count = None if self.count is None else self.count - 1
@@ -232,7 +233,7 @@ class _Service:
         self._registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
-        """The state of the engine now."""
+        """Return the current state of the engine."""
         engine, gauge, counter = self._engine.model, GaugeMetricFamily, CounterMetricFamily
         for family, name, text, value in (
             (gauge, "num_requests_running", "Requests in the batch.", engine.running_count),
@@ -294,7 +295,7 @@ class _Service:
 
 
 class _Answer:
-    """The wording of one answer; all of a stream's chunk but its word is encoded once."""
+    """Encodes one answer; the parts of a stream's chunks beside the word are encoded once."""
 
     def __init__(self, request: web.Request, model: str, generation: _Chat | _Text) -> None:
         name = request.headers.get("X-Request-Id") or uuid.uuid4().hex  # As vLLM does.
@@ -315,7 +316,7 @@ class _Answer:
         self._head, self._tail = self._event("\0").split(b'"\\u0000"')
 
     def whole(self, output_tokens: int) -> dict[str, object]:
-        """The body of an answer that is not streamed."""
+        """Return the body of an answer that is not streamed."""
         text = "".join(_WORDS[index % len(_WORDS)] for index in range(output_tokens))
         choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": "length"}
         message = {"role": "assistant", "content": text}
@@ -324,7 +325,7 @@ class _Answer:
         return self._frame | {"object": kind, "choices": [choice], "usage": self._usage}
 
     def event(self, token: TokenEvent) -> bytes:
-        """The server-sent event of a token; with the last one, all that ends the stream."""
+        """Return the server-sent event of a token; the last one includes the end of the stream."""
         word = _WORDS[token.token_index % len(_WORDS)]
         if token.token_index > 0 and not token.is_last:
             return self._head + json.dumps(word).encode() + self._tail
@@ -334,7 +335,7 @@ class _Answer:
         return event + b"data: [DONE]\n\n" if token.is_last else event
 
     def _event(self, word: str, *, is_first: bool = False, is_last: bool = False) -> bytes:
-        """The server-sent event of one word."""
+        """Return the server-sent event of one word."""
         delta = ({"role": "assistant"} if is_first else {}) | {"content": word}
         reason = "length" if is_last else None
         choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": reason}
@@ -344,30 +345,30 @@ class _Answer:
 
 
 def _encoded(body: dict[str, object]) -> bytes:
-    """A server-sent event."""
+    """Return a server-sent event."""
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
 @web.middleware
 async def _refusals(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Shape refusals as OpenAI does."""
+    """Write refusals in OpenAI's format."""
     try:
         return await handler(request)
     except web.HTTPException as error:
         return _error(error.status, error.text or error.reason)
-    except ConnectionResetError:  # written to a client that has just gone: the news is on its way
+    except ConnectionResetError:  # the client has just disconnected; the cancellation follows
         await _until_disconnected()
 
 
 def _error(status: int, message: str) -> web.Response:
-    """OpenAI's error object."""
+    """Return OpenAI's error object."""
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
     error = {"message": message, "type": kind, "param": None, "code": status}
     return web.json_response({"error": error}, status=status)
 
 
 async def _parsed(request: web.Request, shape: type[_Body]) -> _Body:
-    """The request's body in that shape, or 400 with every problem."""
+    """Return the request's body in that shape, or answer 400 with every problem."""
     try:
         return shape.model_validate_json(await request.read())
     except ValidationError as error:
@@ -381,7 +382,7 @@ async def _parsed(request: web.Request, shape: type[_Body]) -> _Body:
 
 
 async def _reset(request: web.Request) -> NoReturn:
-    """Close the connection with a TCP reset, behind what was written."""
+    """Close the connection with a TCP reset, after the data already written."""
     transport = request.transport
     if transport is not None:
         # Lingering for 0 s makes close() send RST instead of FIN.
@@ -392,6 +393,6 @@ async def _reset(request: web.Request) -> NoReturn:
 
 
 async def _until_disconnected() -> NoReturn:
-    """Wait to be cancelled, as every handler is when its client has gone."""
+    """Wait for the cancellation that follows when the client disconnects."""
     await asyncio.Event().wait()
     raise AssertionError

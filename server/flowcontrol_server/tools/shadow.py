@@ -1,4 +1,4 @@
-"""`flowcontrol shadow`: a candidate configuration beside a running service, and its own metrics."""
+"""`flowcontrol shadow`: runs a candidate configuration on the ledger of a running service."""
 
 import signal
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ from flowcontrol_server.ledger.follow import Follower
 from flowcontrol_server.ledger.shadow import Shadow, ShadowReport
 from flowcontrol_server.telemetry.metrics import buckets_of
 
-LOOK_AGAIN_S: Final = 0.2
-"""How often to look whether the ledger has grown; the service writes ten times a second at most."""
+POLL_INTERVAL_S: Final = 0.2
+"""Interval at which the ledger is read; the service writes to it ten times a second at most."""
 _NO_TOTALS = Totals(outcomes={}, completed=0, wait_counts={}, wait_sum_ns={})
 
 
@@ -49,7 +49,7 @@ def run(ledger: Path, config: ControllerConfig, listen: Address) -> list[str]:
     with naming(str(listen)):
         server, thread = start_http_server(listen.port, addr=listen.host, registry=registry)
     try:
-        while not ended.wait(LOOK_AGAIN_S):
+        while not ended.wait(POLL_INTERVAL_S):
             shadow.play(follower.entries())
             metrics.report = shadow.report()
     finally:
@@ -62,10 +62,10 @@ def run(ledger: Path, config: ControllerConfig, listen: Address) -> list[str]:
 
 @final
 class ShadowCollector(Collector):
-    """Turns a report into metric families.
+    """Exports a report as metric families.
 
     Args:
-        report: the newest; replaced as a whole by the thread that follows the ledger.
+        report: the newest report; the thread that follows the ledger replaces it as a whole.
     """
 
     def __init__(self, report: ShadowReport) -> None:
@@ -112,7 +112,7 @@ class ShadowCollector(Collector):
 
 
 def table(report: ShadowReport) -> list[str]:
-    """Return what both decided, by priority and outcome, with the mean wait of each."""
+    """Return the decisions of both, by priority and outcome, with the mean wait of each."""
     lines = [f"{'band':>6}  {'outcome':24}{'recorded':>10}{'candidate':>11}  mean wait"]
     for priority in sorted(report.recorded.keys() | report.candidate.keys(), reverse=True):
         mine = report.recorded.get(priority, _NO_TOTALS)

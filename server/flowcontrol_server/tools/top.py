@@ -1,4 +1,4 @@
-"""`flowcontrol top`: what the dashboard shows, in a terminal, over the admin API."""
+"""`flowcontrol top`: the dashboard in a terminal, over the admin API."""
 
 import asyncio
 from collections import Counter
@@ -29,7 +29,7 @@ _FULL = 1.0
 
 @final
 class Explained(ModalScreen[None]):
-    """What there is to say of one request."""
+    """The explanation of one request."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,enter", "dismiss", "Close")]
 
@@ -52,7 +52,7 @@ class Top(App[None]):
     """Bands, tenants, endpoints and decisions, live.
 
     Args:
-        source: where they come from.
+        source: source of snapshots, decisions and explanations.
     """
 
     TITLE = "flowcontrol top"
@@ -63,7 +63,7 @@ class Top(App[None]):
         Binding("u", "undispatched", "All / refused and evicted"),
         Binding("p", "pause", "Pause / go on"),
         Binding("q", "quit", "Quit"),
-        Binding("ctrl+c", "quit", show=False, priority=True),  # also while an id is typed
+        Binding("ctrl+c", "quit", show=False, priority=True),  # also while the input has the focus
     ]
 
     def __init__(self, source: SnapshotSource) -> None:
@@ -112,7 +112,7 @@ class Top(App[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        """Begin to look."""
+        """Set the titles and begin to watch the service."""
         for name, title in (
             ("bands", "Bands"),
             ("flows", "Tenants"),
@@ -122,13 +122,13 @@ class Top(App[None]):
         ):
             self.query_one(f"#{name}").border_title = title
         self._table("decisions").focus()
-        self.run_worker(self._look(), exclusive=True)
+        self.run_worker(self._follow(), exclusive=True)
 
     async def on_unmount(self) -> None:
         """Close the connection to the service."""
         await self._source.close()
 
-    async def _look(self) -> None:
+    async def _follow(self) -> None:
         while True:
             try:
                 async for snapshot in self._source.watch():
@@ -179,7 +179,7 @@ class Top(App[None]):
         self._show_problems(snapshot)
 
     def _show_problems(self, snapshot: api.Snapshot) -> None:
-        """Show what is wrong now; nothing takes no room."""
+        """Show the current problems; hide the strip if there are none."""
         strip = self.query_one("#problems", Static)
         strip.display = bool(snapshot.problems)
         now_ns = snapshot.time.ToNanoseconds()
@@ -206,8 +206,8 @@ class Top(App[None]):
                         str(band.priority),
                         ", ".join(names) if band.declared else "drains",
                         str(band.waiting),
-                        _said(band, "oldest_wait"),
-                        _said(band, "expected_wait"),
+                        _duration(band, "oldest_wait"),
+                        _duration(band, "expected_wait"),
                         f"{band.ceiling:.0%}",
                         Text("gated", "red") if is_gated else Text("open", "green"),
                         str(band.in_flight),
@@ -231,7 +231,7 @@ class Top(App[None]):
                     f"{flow.fair_share:.0%}",
                     str(flow.waiting),
                     str(flow.in_flight),
-                    _said(flow, "oldest_wait"),
+                    _duration(flow, "oldest_wait"),
                 ),
             )
             for band in snapshot.bands
@@ -262,7 +262,7 @@ class Top(App[None]):
             (
                 f"{stage}/{index}",
                 (
-                    _said(move, "ago"),
+                    _duration(move, "ago"),
                     Text(
                         f"{move.before:.1f} > {move.after:.1f}",
                         "green" if move.after > move.before else "yellow",
@@ -286,7 +286,7 @@ class Top(App[None]):
                     str(each.priority),
                     each.flow_id,
                     Text(plain(each.outcome), _outcome_style(each.outcome)),
-                    _said(each, "waited"),
+                    _duration(each, "waited"),
                     each.reason,
                 ),
             )
@@ -296,24 +296,24 @@ class Top(App[None]):
         _fill(self._table("decisions"), rows)
 
     async def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
-        """Explain the decision that Enter was pressed on."""
+        """Explain the selected decision."""
         if event.data_table.id == "decisions-table":
             await self._explain(str(event.row_key.value).partition("/")[0])
 
     def action_ask(self) -> None:
-        """Open the line to type an id into."""
+        """Open the input for a request id."""
         ask = self.query_one("#ask", Input)
         ask.add_class("shown")
         ask.focus()
 
     async def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Explain what was typed."""
+        """Explain the request with the submitted id."""
         self._close_ask()
         if event.value.strip():
             await self._explain(event.value.strip())
 
     def key_escape(self) -> None:
-        """Close the line again."""
+        """Close the input."""
         self._close_ask()
 
     def _close_ask(self) -> None:
@@ -324,20 +324,21 @@ class Top(App[None]):
 
     async def _explain(self, request_id: str) -> None:
         try:
-            said = await self._source.explain(request_id)
+            explanation = await self._source.explain(request_id)
         except grpc.aio.AioRpcError as error:
             self.push_screen(Explained(f"Request {request_id}", [f"{error.details()}."]))
             return
-        state = api.Explanation.State.Name(said.state).lower().replace("_", " ")
-        self.push_screen(Explained(f"Request {said.request_id}: {state}", said.sentences))
+        state = api.Explanation.State.Name(explanation.state).lower().replace("_", " ")
+        title = f"Request {explanation.request_id}: {state}"
+        self.push_screen(Explained(title, explanation.sentences))
 
     def action_undispatched(self) -> None:
-        """Show all decisions, or only those that were not to dispatch."""
+        """Show all decisions, or only those with another outcome than dispatched."""
         self._hides_dispatched = not self._hides_dispatched
         self._show_decisions()
 
     def action_pause(self) -> None:
-        """Let the screen stand still, or go on."""
+        """Pause the screen, or resume."""
         self._is_paused = not self._is_paused
 
     def _summary(self, text: Text) -> None:
@@ -357,7 +358,7 @@ def _panel(name: str, *columns: str) -> VerticalScroll:
 
 
 def _fill(table: "DataTable[Any]", rows: Sequence[tuple[str, Sequence[Any]]]) -> None:
-    """Replace the rows; the cursor stays on its row while that is there, or on top of all."""
+    """Replace the rows; the cursor stays on its row, or moves to the first if that is gone."""
     at = None
     if table.row_count and table.show_cursor and table.cursor_row:
         at = table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value
@@ -379,14 +380,14 @@ def _bar(part: float, width: int) -> str:
     return "█" * full + "░" * (width - full)
 
 
-def _said(message: Any, field: str) -> str:
+def _duration(message: Any, field: str) -> str:
     if not message.HasField(field):
         return "-"
     return duration(getattr(message, field).ToNanoseconds())
 
 
 def _by_group(band: api.Band) -> Counter[Group]:
-    known = {outcome.value: outcome for outcome in Outcome}  # and what else a service may count
+    known = {outcome.value: outcome for outcome in Outcome}  # others may be of a newer service
     counts = {known[each.outcome]: each.count for each in band.outcomes if each.outcome in known}
     return by_group(counts)
 
@@ -400,7 +401,7 @@ def _outcome_style(outcome: str) -> str:
 
 
 def run(address: str, token: str | None, credentials: grpc.ChannelCredentials | None) -> None:
-    """Show a service until q is pressed; a gRPC channel needs the loop it is used in."""
+    """Show a service until q is pressed; its gRPC channel must be made inside the loop."""
 
     async def show() -> None:
         """Connect and show."""

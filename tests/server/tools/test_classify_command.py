@@ -108,7 +108,7 @@ class TestClassify:
         result = classify(config, "--header", "x-llm-d-inference-objective: batch")
 
         wait = (
-            "may wait: 1 min 0 s (flowControl.requestTTL, unless its band's requestTTL is another)"
+            "may wait: 1 min 0 s (flowControl.requestTTL, unless its band has another requestTTL)"
         )
         assert wait in result.stdout.splitlines()
         config.write_text(CONFIG.replace("{directory: objectives}", "{api: {}}"))
@@ -140,7 +140,7 @@ class TestClassify:
         path = tmp_path / "body"
         path.write_text(body)
         result = classify(config, "--body", f"@{path}")
-        assert "body: Envoy cannot read it, no rule on the body matches" in result.stdout
+        assert "body: Envoy cannot read it; no rule on the body matches" in result.stdout
 
     @pytest.mark.parametrize("more", [str(2**64), str(-(2**63)), str(2**63 - 1), "1e308"])
     def test_read_body(self, config: Path, more: str) -> None:

@@ -125,8 +125,8 @@ class TestReport:
         results.waited = [Waited(0, 2 * SECOND, 3 * SECOND, 4 * SECOND)] * 3
         results.waited += [Waited(0, 2 * SECOND, 0, SECOND)]
         assert summary(Run("a", results, 1.0))[-1] == (
-            "band 0: 4 predicted waits, 75% of them true within a factor of 2; "
-            "in the middle it took 1.50 times what was predicted"
+            "band 0: 4 predicted waits, 75% of them within a factor of 2; "
+            "the median wait took 1.50 times the prediction"
         )
 
     def test_no_predictions(self) -> None:

@@ -1,4 +1,4 @@
-"""Shows what the demo measured: a table, a picture, and the samples as text."""
+"""The results of the demo: a table, a picture, and the samples as text."""
 
 import csv
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ class Summary:
     refusals: int
     tokens_per_second: float
     done_s: float
-    """When its last request ended."""
+    """When its last request ended, since the start of the phase."""
 
 
 Results = dict[str, list[DemoSample]]
-"""The samples of each phase by its name."""
+"""The samples of each phase, by its name."""
 
 
 def summarize(samples: list[DemoSample], kind: Kind) -> Summary:
@@ -79,19 +79,20 @@ def table(results: Results) -> Table:
 
 BATCH_WAITS = (
     "With flowcontrol the batch job gets its first tokens later, because it waits at the gate"
-    " instead of ahead of people in the model servers. What counts for a job is when all of it is"
+    " instead of ahead of people in the model servers. What matters for a job is when all of it is"
     " done. Requests that got 429 were retried after Retry-After."
 )
 
 
 def caveat(results: Results) -> str | None:
-    """Return a note on a run in which people waited no less with flow control; None: no need."""
+    """Return a note if people waited no less with flow control; None: they waited less."""
     without, with_it = (summarize(results[name], "interactive") for name in (WITHOUT, WITH))
     if with_it.ttft_s[1] < without.ttft_s[1]:
         return None
     return (
-        "People waited no less with flowcontrol (p95). This run does not measure it: the batch job"
-        " was too short to fill the model servers, or this machine too busy. Use more --seconds."
+        "People waited no less with flowcontrol (p95). This run does not show its effect: the batch"
+        " job was too short to fill the model servers, or this machine was too busy. Use more"
+        " --seconds."
     )
 
 

@@ -29,7 +29,7 @@ from flowcontrol_server.tools.demo.view import PhaseView
 CHAT_PATH = "/v1/chat/completions"
 _INTERRUPTED = 130
 _PLAIN_WIDTH = 120
-"""Where there is no terminal to fit into."""
+"""If the output is not a terminal."""
 
 _NEXT = """\
 Try next{hint}:
@@ -44,11 +44,11 @@ Try next{hint}:
 
 @final
 class _Output(Console):
-    """Standard output. Once nobody reads it any more, as behind `| head`, it stops the demo.
+    """Standard output. Stops the demo once its reader has closed it, as `| head` does.
 
     Args:
-        stop: called then.
-        width: None: the terminal's.
+        stop: called once the output is closed.
+        width: columns; None: those of the terminal.
     """
 
     def __init__(self, stop: Callable[[], object], width: int | None = None) -> None:
@@ -56,7 +56,7 @@ class _Output(Console):
         self._stop = stop
 
     def on_broken_pipe(self) -> None:
-        """Write nothing more; rich would raise SystemExit, in whatever task has written."""
+        """Write nothing more; by default rich raises SystemExit, in the task that writes."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self._stop()
@@ -72,10 +72,10 @@ async def run_demo(
         port_offset: added to every port.
         seed: of the traffic; the same seed sends the same requests at the same times.
         seconds: how long people send requests in each of the two phases.
-        keep: leave everything running afterwards until ctrl-C.
+        keep: keep everything running afterwards until ctrl-C.
 
     Raises:
-        DemoError: something needed is missing; nothing is left running.
+        DemoError: the demo cannot run; nothing is left running.
     """
     ports = Ports().shifted(port_offset)
     load = DemoLoad(seconds=seconds)

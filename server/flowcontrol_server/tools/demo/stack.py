@@ -1,4 +1,4 @@
-"""Everything the demo runs, as real processes on loopback: model servers, the service, Envoy."""
+"""The processes of the demo, on loopback: model servers, the service, Envoy."""
 
 import asyncio
 import contextlib
@@ -22,9 +22,7 @@ from flowcontrol_server.tools.envoy.config import EnvoyOptions, bootstrap
 HOST = "127.0.0.1"
 TOKEN_FILE = "admin-token"  # noqa: S105 - a name, no secret
 """Holds the admin token, a new one for each run."""
-START_TIMEOUT_S = (
-    60.0  # On a busy machine five processes have taken over 20 s to import what they need.
-)
+START_TIMEOUT_S = 60.0  # On a busy machine the imports of five processes have taken over 20 s.
 STOP_TIMEOUT_S = 5.0
 _PORT_MAX = 65_535
 
@@ -42,7 +40,7 @@ picker: least-loaded
 flowControl:
   requestTTL: 60s
   bands:
-    - match: {{maxPriority: -1}}     # batch: waits long, but not in any number
+    - match: {{maxPriority: -1}}     # batch: long waits, but a bounded queue
       maxRequests: 200
       requestTTL: 300s
 """
@@ -56,7 +54,7 @@ OBJECTIVES = {"chat": 10, "batch": -1}
 
 
 class DemoError(FlowControlError):
-    """The demo cannot run; says why and what to do."""
+    """The demo cannot run; the message gives the reason and the remedy."""
 
 
 @final
@@ -74,10 +72,10 @@ class Ports:
     servers: tuple[int, ...] = (8000, 8001, 8002)
 
     def shifted(self, offset: int) -> "Ports":
-        """Return the same ports, each higher by `offset`.
+        """Return the ports, each increased by `offset`.
 
         Raises:
-            DemoError: then some would be none.
+            DemoError: a port would be outside of 1 to 65535.
         """
         least, most = 1 - min(self.all()), _PORT_MAX - max(self.all())
         if not least <= offset <= most:
@@ -101,19 +99,19 @@ class Ports:
 
 @contextlib.asynccontextmanager
 async def running_stack(ports: Ports, directory: Path) -> AsyncIterator[None]:
-    """Start everything, wait until it answers, and stop all of it at the end, however that comes.
+    """Start all processes, wait until they answer, and stop them at the end, whatever ends it.
 
     Args:
         ports: must be free.
-        directory: gets the configurations and the logs.
+        directory: for the configurations and the logs.
 
     Raises:
-        DemoError: a port is taken, Envoy is missing, or a process does not come up.
+        DemoError: a port is taken, Envoy is missing, or a process does not become ready.
     """
     taken = [port for port in ports.all() if _is_taken(port)]
     if taken:
         numbers = ", ".join(map(str, taken))
-        message = f"in use already: port {numbers}; stop what listens there or use --port-offset"
+        message = f"in use already: port {numbers}; stop the process there or use --port-offset"
         raise DemoError(message)
     envoy = envoy_binary()
     _write_configuration(ports, directory)
@@ -175,7 +173,7 @@ def _write_configuration(ports: Ports, directory: Path) -> None:
 
 
 def _without_gate(listener: dict[str, Any], port: int) -> dict[str, Any]:
-    """Return a copy of the listener on another port, its gate left out."""
+    """Return a copy of the listener on another port, without flow control."""
     bare: dict[str, Any] = yaml.safe_load(yaml.safe_dump(listener))
     bare["name"] = "without-flow-control"
     bare["address"]["socket_address"]["port_value"] = port
@@ -188,7 +186,7 @@ def _without_gate(listener: dict[str, Any], port: int) -> dict[str, Any]:
 
 async def _start(command: tuple[str, ...], log: Path) -> asyncio.subprocess.Process:
     with log.open("wb") as output:
-        # A session of its own: ctrl-C is for the demo, which then stops the others in order.
+        # A separate session, so that ctrl-C reaches only the demo, which stops the others in order.
         return await asyncio.create_subprocess_exec(
             *command, stdout=output, stderr=output, start_new_session=True
         )
@@ -222,7 +220,7 @@ async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
 
 
 async def _stop(processes: list[asyncio.subprocess.Process]) -> None:
-    """Ask every process to end, the last started first, and insist after a while."""
+    """Terminate every process, the last one started first; kill those that do not end in time."""
     for process in reversed(processes):
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)

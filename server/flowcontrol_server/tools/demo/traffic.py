@@ -1,7 +1,7 @@
-"""People and a batch job, as clients: an open-loop plan, and the driver that sends it.
+"""The clients of the demo, people and a batch job: an open-loop plan, and the driver that sends it.
 
-Open loop: people do not wait for each other's answers, so arrivals follow the plan whatever the
-servers do. The same seed makes the same plan.
+Open loop: people do not wait for each other's answers, so arrivals follow the plan, however fast
+the servers are. The same seed gives the same plan.
 """
 
 import asyncio
@@ -17,20 +17,21 @@ OBJECTIVES: dict[Kind, str] = {"interactive": "chat", "batch": "batch"}
 TOO_MANY_REQUESTS = 429
 _OK = 200
 _BATCH_MIN = 192
-"""Four times what three model servers run at once. A batch job that just fills them delays people
-more with flow control than without: it queues nowhere, and servers that are full take more."""
+"""Four times the requests that three model servers run at once. A batch job that only just fills
+them delays people more with flow control than without: it queues nowhere, and full servers accept
+more."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class DemoLoad:
-    """What is sent."""
+    """The traffic of one phase."""
 
     seconds: float = 18.0
-    """How long people keep coming; the batch job is sized to keep the pool busy longer."""
+    """How long people send requests; the batch job keeps the pool busy for longer."""
     people_per_second: float = 6.0
     people: int = 5
-    """Fairness ids they share."""
+    """Number of people, each with a fairness id."""
     person_tokens: int = 32
     batch_per_second: float = 16.0
     batch_tokens: int = 96
@@ -38,19 +39,19 @@ class DemoLoad:
 
     @property
     def batch_at_s(self) -> float:
-        """When the batch job drops all its requests at once."""
+        """When the batch job sends all its requests at once."""
         return self.seconds / 10
 
     @property
     def batch_requests(self) -> int:
-        """How many that are: enough to queue where nothing else decides, however short it is."""
+        """Requests of the batch job: enough to queue in the servers, however short the phase."""
         return max(round(self.seconds * self.batch_per_second), _BATCH_MIN)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One request to come."""
+    """One planned request."""
 
     at_s: float
     kind: Kind
@@ -61,7 +62,7 @@ class Planned:
 @final
 @dataclass(slots=True)
 class DemoSample:
-    """What became of one request; times in seconds since the first of the phase."""
+    """The result of one request; times in seconds since the start of the phase."""
 
     planned: Planned
     first_token_s: float | None = None
@@ -72,12 +73,12 @@ class DemoSample:
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token, from when the client first asked; None if there never was one."""
+        """Time to first token, from the first attempt; None: there was no token."""
         return None if self.first_token_s is None else self.first_token_s - self.planned.at_s
 
 
 def plan(load: DemoLoad, seed: int) -> list[Planned]:
-    """Return the arrivals in order of time."""
+    """Return the requests in order of arrival."""
     chance = random.Random(seed)  # noqa: S311 - a workload, not a secret
     requests = []
     at_s = chance.expovariate(load.people_per_second)
@@ -91,7 +92,7 @@ def plan(load: DemoLoad, seed: int) -> list[Planned]:
 
 @final
 class Driver:
-    """Sends a plan to one gateway and keeps what it sees in `samples`, live."""
+    """Sends a plan to one gateway and updates `samples` meanwhile."""
 
     def __init__(self, url: str, load: DemoLoad, requests: list[Planned]) -> None:
         self.samples = [DemoSample(request) for request in requests]
@@ -118,17 +119,17 @@ class Driver:
                 group.create_task(self._send(session, sample))
 
     async def _send(self, session: aiohttp.ClientSession, sample: DemoSample) -> None:
-        """Ask until served; told 429, come back when told to."""
+        """Send until served; after a 429, wait as long as Retry-After demands."""
         try:
-            while (wait_s := await self._ask(session, sample)) is not None:
+            while (wait_s := await self._attempt(session, sample)) is not None:
                 sample.refusals += 1
                 await asyncio.sleep(wait_s)
         except aiohttp.ClientError as error:
             sample.failure = type(error).__name__
         sample.end_s = self.now_s
 
-    async def _ask(self, session: aiohttp.ClientSession, sample: DemoSample) -> float | None:
-        """Send once; return how long to wait before asking again, None when that is not needed."""
+    async def _attempt(self, session: aiohttp.ClientSession, sample: DemoSample) -> float | None:
+        """Send once; return the wait before the next attempt; None: no further attempt."""
         request = sample.planned
         headers = {
             "x-llm-d-inference-objective": OBJECTIVES[request.kind],

@@ -1,4 +1,4 @@
-"""The demo's live view: what the clients see, what the service says, what the servers queue."""
+"""The live view of the demo: results of clients, bands of the service, queues of the servers."""
 
 import asyncio
 import re
@@ -22,14 +22,14 @@ from flowcontrol_server.tools.demo.traffic import DemoSample, Driver, Kind
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _INTERVAL_S = 0.5
 _PLAIN_EVERY = 10
-"""Without a terminal, one line in as many views."""
+"""Without a terminal, snapshots per printed line."""
 _GAUGE = re.compile(r"^vllm:num_requests_(running|waiting)\{[^}]*\} (\S+)", re.MULTILINE)
 _LATELY_S = 5.0
 
 
 @final
 class PhaseView:
-    """Draws one phase twice a second; where there is no terminal, a line every 5 s."""
+    """Draws one phase twice a second; without a terminal, prints a line every 5 s."""
 
     def __init__(self, console: Console, title: str, driver: Driver, ports: Ports) -> None:
         self._console = console
@@ -118,7 +118,7 @@ def _is_sent(sample: DemoSample, now_s: float) -> bool:
 
 
 async def _engine_queue(session: aiohttp.ClientSession, port: int) -> tuple[int, int]:
-    """Return how many requests a model server runs, and how many wait inside it."""
+    """Return the number of requests that a model server runs, and that wait inside it."""
     async with session.get(f"http://{HOST}:{port}/metrics") as response:
         gauges = dict(_GAUGE.findall(await response.text()))
     return int(float(gauges["running"])), int(float(gauges["waiting"]))

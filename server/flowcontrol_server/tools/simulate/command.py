@@ -1,4 +1,4 @@
-"""`flowcontrol simulate`: run scenarios on the virtual clock, and show what came of it."""
+"""`flowcontrol simulate`: run scenarios on the virtual clock, and show the results."""
 
 import time
 from pathlib import Path
@@ -15,9 +15,9 @@ from flowcontrol_server.tools.simulate.report import Run, comparison, summary, t
 from flowcontrol_server.tools.simulate.scenario import Scenario, load_scenario
 
 _STEPS = 200
-"""How often a run's progress is shown."""
+"""Updates of the progress bar during a run."""
 _PLAIN_WIDTH = 140
-"""Where there is no terminal to fit into."""
+"""If the output is not a terminal."""
 _FAILED = 1
 
 
@@ -27,16 +27,16 @@ def run_simulation(
     """Run each scenario with the same seed; show tables, save pictures and transcripts.
 
     Args:
-        paths: the scenario; and another, to compare with it.
-        trace: replayed by the workloads that replay one.
-        seed: in place of the first scenario's.
-        output: gets the picture and one transcript per scenario; made if need be.
+        paths: the scenario, and optionally another to compare with it.
+        trace: the trace for workloads that replay one; None: those named in the scenarios.
+        seed: the seed; None: that of the first scenario.
+        output: directory for the picture and one transcript per scenario; created if missing.
 
     Returns:
-        0; 1 when a run was not safe or did not come to an end, which is a fault of the engine.
+        0; 1: a run violated a safety rule or did not end, which is a bug in the engine.
 
     Raises:
-        ConfigError: a scenario or the trace has a mistake; nothing was run.
+        ConfigError: a scenario or the trace is invalid; nothing was run.
     """
     scenarios = [_loaded(path) for path in paths]
     chosen = scenarios[0].seed if seed is None else seed
@@ -84,13 +84,13 @@ def _run(console: Console, name: str, world: World, duration_ns: int) -> Run:
         for step in range(1, _STEPS + 1):
             world.run_until(duration_ns * step // _STEPS)
             progress.update(task, completed=step)
-        progress.update(task, description=f"{name}, until everybody is gone")
+        progress.update(task, description=f"{name}, until all requests have ended")
         results = world.finish()
     return Run(name, results, time.process_time() - began_s)
 
 
 def _names(paths: tuple[Path, ...]) -> list[str]:
-    """Name scenarios by their files, and by their folders too where the files are called alike."""
+    """Name scenarios by their files, and also by their folders if the files have equal names."""
     stems = [path.stem for path in paths]
     if len(set(stems)) == len(stems):
         return stems

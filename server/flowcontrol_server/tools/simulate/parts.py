@@ -1,4 +1,4 @@
-"""Parts of a scenario file: its own words for numbers, the model servers, and what goes wrong."""
+"""Parts of a scenario file: types of values, model servers and faults."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -36,7 +36,7 @@ _SERVERS_MAX = 10_000
 
 
 def demand(is_so: bool, rule: str) -> None:  # noqa: FBT001 - an assertion
-    """Raise what pydantic reports as a broken rule, unless it is so."""
+    """Raise the error that pydantic reports as a broken rule, unless the condition holds."""
     if not is_so:
         raise broken(rule)
 
@@ -83,7 +83,7 @@ Priorities = Annotated[dict[str, int], BeforeValidator(_priorities)]
 
 
 class OneOf(Section):
-    """A section of which exactly one setting must be made."""
+    """A section with exactly one setting."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -94,18 +94,18 @@ class OneOf(Section):
 
     @property
     def chosen(self) -> Any:
-        """What is set."""
+        """The value of that setting."""
         (name,) = self.model_fields_set
         return getattr(self, name)
 
 
 class Span(Section):
-    """A time that something lasts."""
+    """A span of time."""
 
     from_: Moment = Field(alias="from")
-    """When it begins."""
+    """Its begin."""
     until: Moment
-    """When it is over."""
+    """Its end."""
 
     @model_validator(mode="after")
     def _lasts(self) -> Self:
@@ -114,35 +114,35 @@ class Span(Section):
 
 
 class Servers(Section):
-    """Model servers that are alike."""
+    """A group of identical model servers."""
 
     name: str = Field(default="server", min_length=1)
-    """They are called by it and a number: server-0, server-1."""
+    """Prefix of their names, followed by a number: server-0, server-1."""
     count: int = Field(default=1, ge=1, le=_SERVERS_MAX)
-    """How many."""
+    """Number of servers."""
     role: Literal["both", "prefill", "decode"] = "both"
-    """What they do; prefill and decode: requests pass one of each, one after the other."""
+    """Their role. With prefill and decode, each request passes one server of each role in turn."""
     joins_at: Moment = Field(default="0s")  # type: ignore[assignment]  # read by its validator
     """When they join the pool."""
     speed: Positive = 1.0
-    """How many times as fast as the times below say."""
+    """Speed factor: the times below are divided by it."""
     sequences_max: Whole = _DEFAULT.sequences_max
-    """Requests batched at once; what comes beyond queues inside the server."""
+    """Most requests in a batch; further requests queue inside the server."""
     kv_tokens: Whole = _DEFAULT.kv_tokens
-    """Tokens its KV cache holds."""
+    """Size of its KV cache in tokens."""
     batched_tokens_max: Whole = _DEFAULT.batched_tokens_max
-    """Tokens of one step."""
+    """Most tokens of one step."""
     step_base: Duration = Field(default=format_duration(_DEFAULT.step_base_ns))  # type: ignore[assignment]  # read by its validator
-    """Time of any step."""
+    """Base time of a step."""
     sequence: Moment = Field(default=format_duration(_DEFAULT.sequence_ns))  # type: ignore[assignment]  # read by its validator
     """Added for each request that is generating."""
     prefill_token: Moment = Field(default=format_duration(_DEFAULT.prefill_token_ns))  # type: ignore[assignment]  # read by its validator
-    """Added for each token of a prompt."""
+    """Added for each prompt token."""
     context_token: Moment = Field(default=format_duration(_DEFAULT.context_token_ns))  # type: ignore[assignment]  # read by its validator
     """Added for each token in the KV cache."""
 
     prefix_block_tokens: Count = 0
-    """Tokens of a block of its prefix cache, 512 for a trace of Mooncake's; 0: it has none."""
+    """Tokens of a block of its prefix cache; 512 for Mooncake's traces; 0: no prefix cache."""
 
     @model_validator(mode="after")
     def _can_run(self) -> Self:
@@ -165,7 +165,7 @@ class Servers(Section):
         )
 
     def specs(self) -> list[ServerSpec]:
-        """Return each of them."""
+        """Return the specification of each server."""
         names = [f"{self.name}-{index}" for index in range(self.count)]
         config = self._config()
         role = Role(self.role)
@@ -176,15 +176,15 @@ class Servers(Section):
 
 
 class EndpointGoneSection(Span):
-    """A server crashes and comes back."""
+    """A server crashes and returns."""
 
     server: str
-    """Its name."""
+    """Name of the server."""
     noticed_after: Moment = Field(default="0s")  # type: ignore[assignment]  # read by its validator
-    """How long Envoy and the gate take to notice, both times."""
+    """Time until Envoy and the gate detect the crash, and the return."""
 
     def fault(self) -> Fault:
-        """Return what it means."""
+        """Return the fault for the simulation."""
         return EndpointGone(
             address=self.server,
             from_ns=self.from_,
@@ -200,24 +200,24 @@ class MetricsStaleSection(Span):
     """Whose; all when left out."""
 
     def fault(self) -> Fault:
-        """Return what it means."""
+        """Return the fault for the simulation."""
         return MetricsStale(from_ns=self.from_, until_ns=self.until, addresses=self.servers)
 
 
 class MetricsLieSection(Span):
-    """Scrapes say what is not true."""
+    """Scrapes return wrong values."""
 
     servers: tuple[str, ...] | None = None
     """Whose; all when left out."""
     waiting: int = Field(default=0, ge=0)
-    """Requests they claim to have queued."""
+    """Queued requests that they report."""
     running: int = Field(default=0, ge=0)
-    """Requests they claim to run."""
+    """Running requests that they report."""
     kv_usage: Proportion = 0.0
-    """How full they claim the KV cache to be."""
+    """KV cache usage that they report, 0 to 1."""
 
     def fault(self) -> Fault:
-        """Return what it means."""
+        """Return the fault for the simulation."""
         return MetricsLie(
             from_ns=self.from_,
             until_ns=self.until,
@@ -232,14 +232,14 @@ class DelaySection(Span):
     """Something takes longer."""
 
     delay: Duration
-    """How long it takes."""
+    """The delay."""
 
 
 class SettlementSlowSection(DelaySection):
     """The access log arrives late."""
 
     def fault(self) -> Fault:
-        """Return what it means."""
+        """Return the fault for the simulation."""
         return SettlementsSlow(from_ns=self.from_, until_ns=self.until, delay_ns=self.delay)
 
 
@@ -247,7 +247,7 @@ class SettlementLostSection(Span):
     """The access log is lost."""
 
     def fault(self) -> Fault:
-        """Return what it means."""
+        """Return the fault for the simulation."""
         return SettlementsLost(from_ns=self.from_, until_ns=self.until)
 
 
@@ -255,7 +255,7 @@ class DecisionsSlowSection(DelaySection):
     """Decisions take effect late."""
 
     def fault(self) -> Fault:
-        """Return what it means."""
+        """Return the fault for the simulation."""
         return DecisionsSlow(from_ns=self.from_, until_ns=self.until, delay_ns=self.delay)
 
 
@@ -263,7 +263,7 @@ class EngineStalledSection(Span):
     """The gate gets no turn."""
 
     def fault(self) -> Fault:
-        """Return what it means."""
+        """Return the fault for the simulation."""
         return EngineStalled(from_ns=self.from_, until_ns=self.until)
 
 
@@ -273,10 +273,10 @@ class ClockJumpedSection(Section):
     at: Moment
     """When."""
     by: Duration
-    """How far."""
+    """Size of the jump."""
 
     def fault(self) -> Fault:
-        """Return what it means."""
+        """Return the fault for the simulation."""
         return ClockJumped(at_ns=self.at, by_ns=self.by)
 
 
@@ -286,10 +286,10 @@ class ObjectivesEditedSection(Section):
     at: Moment
     """When."""
     objectives: Priorities
-    """All of them from then on, name to priority."""
+    """The new set of objectives, name to priority."""
 
     def fault(self) -> Fault:
-        """Return what it means."""
+        """Return the fault for the simulation."""
         return ObjectivesEdited(at_ns=self.at, priorities=self.objectives)
 
 
@@ -299,15 +299,15 @@ class DrainBeginsSection(Section):
     at: Moment
     """When."""
     budget: Duration
-    """How long what waits may still be dispatched."""
+    """How long waiting requests may still be dispatched."""
 
     def fault(self) -> Fault:
-        """Return what it means."""
+        """Return the fault for the simulation."""
         return DrainBegins(at_ns=self.at, budget_ns=self.budget)
 
 
 class FaultSection(OneOf):
-    """One thing that goes wrong."""
+    """One fault."""
 
     endpoint_gone: EndpointGoneSection | None = None
     metrics_stale: MetricsStaleSection | None = None
@@ -321,13 +321,13 @@ class FaultSection(OneOf):
     drain_begins: DrainBeginsSection | None = None
 
     def fault(self) -> Fault:
-        """Return what it means."""
+        """Return the fault for the simulation."""
         fault: Fault = self.chosen.fault()
         return fault
 
     @property
     def server_names(self) -> tuple[str, ...]:
-        """Servers it names."""
+        """Names of the servers that the fault lists."""
         match self.chosen:
             case EndpointGoneSection(server=name):
                 return (name,)

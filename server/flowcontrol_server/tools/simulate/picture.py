@@ -1,4 +1,4 @@
-"""What a simulation measured, as a picture."""
+"""The results of a simulation, as a picture."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from flowcontrol_server.tools.simulate.report import Run, shown_tenants
 _COLOURS = ("#2471a3", "#c0392b", "#7d8b2f", "#8e44ad", "#d68910", "#5d6d7e")
 _SECOND_NS = 1_000_000_000
 _DOTS_MAX = 4000
-"""Of each band; of more, every n-th is drawn."""
+"""Most dots of a band; of more requests, every n-th is drawn."""
 
 
 def picture(runs: list[Run], path: Path) -> None:
-    """Draw each run as a column: waits of people over time, queues over time, tenants.
+    """Draw each run as a column: time to first token and queues over time, and tenants.
 
     The columns share their scales, so that two runs can be compared by eye.
     """

@@ -1,4 +1,4 @@
-"""What a simulation measured, as tables."""
+"""The results of a simulation, as tables."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from flowcontrol.simulation.results import Results, TenantFigures
 from flowcontrol_server.common.plain_text import plain
 
 TENANTS_SHOWN_MAX = 8
-"""Of each band, those with the most calls; the rest are in the band's own row."""
+"""Tenants shown of each band, those with the most calls; the band's row includes all."""
 _SECOND_NS = 1_000_000_000
 _PERCENTS = (50, 95, 99)
 _LARGE = 100
@@ -23,28 +23,28 @@ _LARGE = 100
 @final
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One scenario that was run."""
+    """The run of one scenario."""
 
     name: str
     results: Results
     cpu_s: float
-    """What it cost."""
+    """CPU time of the run."""
 
     @property
     def times_real(self) -> float:
-        """How many times faster than real time."""
+        """Simulated time over CPU time; 0: not measured."""
         return self.results.ended_ns / _SECOND_NS / self.cpu_s if self.cpu_s else 0.0
 
 
 def shown_tenants(results: Results, priority: int) -> list[tuple[str, TenantFigures]]:
-    """Return the tenants of a band that are shown one by one, by name; none where there is one."""
+    """Return the tenants of a band that have their own rows, by name; none if there is only one."""
     mine = [(name, each) for (band, name), each in results.tenants.items() if band == priority]
     busiest = sorted(mine, key=lambda pair: (-pair[1].call_count, pair[0]))[:TENANTS_SHOWN_MAX]
     return sorted(busiest, key=lambda pair: pair[0]) if len(mine) > 1 else []
 
 
 def table(run: Run) -> Table:
-    """Return the figures of a run, band by band, and of each band the busiest tenants."""
+    """Return the figures of a run for each band and its busiest tenants."""
     results = run.results
     drawn = _table(run.name)
     drawn.add_column("band", justify="right")
@@ -80,31 +80,32 @@ def _cells(results: Results, figures: TenantFigures) -> list[str]:
 
 
 def summary(run: Run) -> list[str]:
-    """Return what there is to say of the pool, the run and its predictions."""
+    """Return lines on the model servers, the run and the forecasts of waits."""
     results = run.results
     after_s = (results.ended_ns - results.duration_ns) / _SECOND_NS
     lines = [
         f"{server.address}: busy {server.utilisation:.0%} of the time, on average "
-        f"{server.running_mean:.1f} running, at most {server.in_flight_most} in flight, "
-        f"{server.waiting_most} of them queued inside"
+        f"{server.running_mean:.1f} requests running, at most {server.in_flight_most} in flight, "
+        f"at most {server.waiting_most} queued inside"
         + (f", {server.cached_share:.0%} of prompt tokens cached" if server.cached_share else "")
         for server in results.servers
     ]
     lines.append(
-        f"at most {results.waiting_most} waited at the gate, {results.in_flight_most} were in "
-        f"flight; the last was gone {after_s:.0f} s after the end of arrivals"
+        f"at most {results.waiting_most} requests waited at the gate, at most "
+        f"{results.in_flight_most} were in flight; the last one ended {after_s:.0f} s after the "
+        "end of arrivals"
     )
     lines.append(
-        f"{results.ended_ns / _SECOND_NS:.0f} s in {run.cpu_s:.2f} s of CPU, {run.times_real:.0f} "
-        f"times faster than real time; transcript {results.digest[:16]}"
+        f"simulated {results.ended_ns / _SECOND_NS:.0f} s in {run.cpu_s:.2f} s of CPU time, "
+        f"{run.times_real:.0f} times real time; transcript {results.digest[:16]}"
     )
     for priority in results.priorities:
         calibration = results.calibration(priority)
         if calibration is not None:
             lines.append(
                 f"band {priority}: {calibration.predicted_count} predicted waits, "
-                f"{calibration.close:.0%} of them true within a factor of 2; "
-                f"in the middle it took {calibration.ratio:.2f} times what was predicted"
+                f"{calibration.close:.0%} of them within a factor of 2; "
+                f"the median wait took {calibration.ratio:.2f} times the prediction"
             )
     return lines
 
@@ -142,14 +143,14 @@ _POOL_MEASURES: tuple[tuple[str, Callable[[Results], float]], ...] = (
     ("most in flight", lambda results: results.in_flight_most),
     ("most waiting at the gate", lambda results: results.waiting_most),
     (
-        "last gone after the end, s",
+        "last end after arrivals, s",
         lambda results: (results.ended_ns - results.duration_ns) / _SECOND_NS,
     ),
 )
 
 
 def comparison(one: Run, other: Run) -> Table:
-    """Return the figures of two runs side by side, with what the second is of the first."""
+    """Return the figures of two runs side by side, with the ratio of the second to the first."""
     drawn = _table("side by side")
     for name in ("band", "measure"):
         drawn.add_column(name)
@@ -180,7 +181,7 @@ def _compared(one: float | None, other: float | None) -> tuple[str, str, str]:
 
 
 def _number(value: float | None) -> str:
-    """Spell a number with as many digits as matter."""
+    """Format a number; "-": unknown."""
     if value is None:
         return "-"
     if isinstance(value, int):

@@ -1,7 +1,7 @@
-"""The scenario file of a simulation: its shape, and what it means to the simulated world.
+"""The scenario file of a simulation: its format, and its translation for the simulated world.
 
-It speaks the words of the configuration file (`config.settings`), and makes its errors. What a
-scenario does not say of the engine has the service's own default.
+It uses the settings of the configuration file (`config.settings`) and reports errors like it.
+Settings of the engine that a scenario omits have the defaults of the service.
 """
 
 from dataclasses import replace
@@ -25,16 +25,16 @@ from flowcontrol_server.tools.simulate.parts import FaultSection, Priorities, Se
 from flowcontrol_server.tools.simulate.workloads import WorkloadSection
 
 EXTENDS_MAX = 8
-"""Files that may extend one another; more are a circle."""
+"""Longest chain of files that extend one another; a longer one is taken for a cycle."""
 
 _REQUESTS_MAX = 5_000_000
-"""Some 500 bytes of memory each, and 200 us."""
+"""Each takes some 500 bytes of memory and 200 us."""
 _SCRAPES_MAX = 100_000_000
-"""Some 15 us each: half an hour; three servers a second for a year."""
+"""Each takes some 15 us, so all take half an hour; three servers scraped a second for a year."""
 
 
 def _on_or_off(value: object) -> object:
-    """Read what YAML makes of a bare on or off."""
+    """Return on or off for the booleans that YAML reads from the bare words."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
@@ -43,36 +43,36 @@ def _off_is_none(value: object) -> object:
 
 
 class SettlementSection(Section):
-    """Envoy's access log, which tells what a request really took."""
+    """Envoy's access log, which reports the actual usage of a request."""
 
     delay: Duration = Field(default="1s")  # type: ignore[assignment]  # read by its validator
-    """After the end of a request, when it arrives."""
+    """Time from the end of a request to the arrival of its entry."""
 
 
 class ScrapeSection(Section):
     """Load observed from the model servers' metrics."""
 
     every: Duration = Field(default="1s")  # type: ignore[assignment]  # read by its validator
-    """How often."""
+    """Interval."""
 
 
 class _Head(Section):
-    """What the file says of itself."""
+    """Settings of the file as a whole."""
 
     api_version: Literal["flowcontrol/v1alpha1"]
-    """Version of this file's shape."""
+    """Version of this file's format."""
     kind: Literal["Scenario"]
     """Kind of this file."""
     extends: str | None = None
-    """Another scenario, relative to this one; what is set here replaces what is set there, mappings
-    setting by setting."""
+    """Path of another scenario, relative to this one. Settings here replace those there; mappings
+    are merged."""
     seed: int = Field(default=889, ge=0)
-    """Of all chance; `--seed` counts more."""
+    """Seed of all random choices; `--seed` has precedence."""
     duration: Duration
     """How long requests arrive. The run goes on until all have ended."""
     gate: Annotated[Literal["on", "off", "forgetful"], BeforeValidator(_on_or_off)] = "on"
     """on: the engine decides. off: Envoy alone, no request waits at the gate. forgetful: the engine
-    decides, but takes what is in flight for longer than forgetsAfter for ended."""
+    decides, but regards requests in flight for longer than forgetsAfter as ended."""
     forgets_after: Duration = Field(default="5m")  # type: ignore[assignment]  # read by its validator
     """For the forgetful gate. 5m: as the reference did (llm-d-router#2295)."""
 
@@ -81,21 +81,21 @@ class Scenario(EngineSection, _Head):
     """The whole file."""
 
     balancer: Literal["least-request", "round-robin"] = "least-request"
-    """How Envoy chooses, when it does."""
+    """Envoy's load balancing, if the engine does not pick."""
     objectives: Priorities = Field(default={})
     """InferenceObjectives: name to priority."""
     settlement: Annotated[SettlementSection | None, BeforeValidator(_off_is_none)] = (
         SettlementSection()
     )
-    """Or off."""
+    """Or off: no access log."""
     scrape: Annotated[ScrapeSection | None, BeforeValidator(_off_is_none)] = ScrapeSection()
-    """Or off."""
+    """Or off: no scrapes."""
     servers: tuple[Servers, ...]
     """The pool."""
     workloads: tuple[WorkloadSection, ...]
-    """Who asks."""
+    """The clients."""
     faults: tuple[FaultSection, ...] = ()
-    """What goes wrong."""
+    """The faults."""
 
     @field_validator("workloads")
     @classmethod
@@ -140,11 +140,11 @@ class Scenario(EngineSection, _Head):
         return self
 
     def controller_config(self) -> ControllerConfig:
-        """Return the engine's settings; every wait is forecast, as results say how true that is."""
+        """Return the engine's settings; every wait is forecast, to measure the accuracy."""
         return replace(super().controller_config(), forecasts=True)
 
     def engine(self) -> Decider:
-        """Return who decides, new."""
+        """Return a new gate, which decides requests."""
         if self.gate == "off":
             return OpenGate()
         controller = FlowController(self.controller_config(), 0)
@@ -153,18 +153,18 @@ class Scenario(EngineSection, _Head):
         return controller
 
     def slots(self) -> Slots | None:
-        """Return what may be in flight, for the ledger; None, if that is not checked."""
+        """Return the limits of slots for the safety checks; None: not checked."""
         has_roles = any(servers.role != "both" for servers in self.servers)
         return None if self.gate != "on" or has_roles else slots_of(self.controller_config())
 
     def plan(self, trace: Path | None = None) -> Plan:
-        """Return what happens.
+        """Return the plan of the simulation.
 
         Args:
-            trace: replayed by every workload that replays one.
+            trace: replaces the trace of every workload that replays one; None: their own.
 
         Raises:
-            ConfigError: a trace is missing or cannot be read, or none is replayed.
+            ConfigError: a trace is missing or unreadable, or no workload replays the given one.
         """
         if trace is not None and not any(each.arrivals.trace for each in self.workloads):
             raise ConfigError([f"{trace}: no workload of the scenario replays a trace"])
@@ -181,10 +181,10 @@ class Scenario(EngineSection, _Head):
 
 
 def load_scenario(path: Path) -> Scenario:
-    """Read a scenario, and those it extends.
+    """Read a scenario, and the scenarios it extends.
 
     Raises:
-        ConfigError: naming every mistake in it, each with its path in the file.
+        ConfigError: the scenario is invalid; lists every problem with its path in the file.
     """
     content = _extended(path, EXTENDS_MAX)
     try:
@@ -208,6 +208,6 @@ def _merged(base: dict[Any, Any], changes: dict[Any, Any]) -> dict[Any, Any]:
     for key, value in changes.items():
         old = base.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            value = _merged(old, value)  # noqa: PLW2901 - what it comes to
+            value = _merged(old, value)  # noqa: PLW2901 - the merged value
         merged[key] = value
     return merged

@@ -1,4 +1,4 @@
-"""The workloads of a scenario file: who asks, when, for how much, and how patiently."""
+"""The workloads of a scenario file: clients, arrivals, lengths and patience."""
 
 from itertools import pairwise
 from math import prod
@@ -44,7 +44,7 @@ _TENANTS_MAX = 100_000
 
 
 def _plain(value: object) -> object:
-    """Read a bare number or duration as one that is always the same."""
+    """Read a bare number or duration as a constant."""
     return value if isinstance(value, dict | Section) else {"fixed": value}
 
 
@@ -52,7 +52,7 @@ def load_trace(path: Path) -> list[TraceRow]:
     """Read a trace file.
 
     Raises:
-        ConfigError: it cannot be read, or a line of it is wrong.
+        ConfigError: the file cannot be read, or one of its lines is invalid.
     """
     try:
         with path.open() as lines:
@@ -65,7 +65,7 @@ def load_trace(path: Path) -> list[TraceRow]:
 
 
 class UniformTokens(Section):
-    """Every length of a range is as likely as any other."""
+    """A uniform distribution of lengths."""
 
     min: Whole
     """The shortest."""
@@ -79,14 +79,14 @@ class UniformTokens(Section):
 
 
 class LognormalTokens(Section):
-    """Many short, few long."""
+    """A lognormal distribution: many short, few long."""
 
     median: Whole
     """Half are shorter."""
     sigma: Positive
     """Two thirds lie within a factor of e^sigma of the median."""
     max: Whole
-    """What would be longer is this long."""
+    """Bound of the length; longer ones are reduced to it."""
 
 
 class TokensSection(OneOf):
@@ -97,7 +97,7 @@ class TokensSection(OneOf):
     lognormal: LognormalTokens | None = None
 
     def distribution(self) -> Distribution:
-        """Return what it means."""
+        """Return the distribution for the simulation."""
         match self.chosen:
             case UniformTokens() as uniform:
                 return Uniform(uniform.min, uniform.max)
@@ -108,7 +108,7 @@ class TokensSection(OneOf):
 
 
 class UniformTime(Section):
-    """Every time of a range is as likely as any other."""
+    """A uniform distribution of times."""
 
     min: Moment
     """The shortest."""
@@ -122,10 +122,10 @@ class UniformTime(Section):
 
 
 class ExponentialTime(Section):
-    """Memoryless."""
+    """An exponential distribution, which is memoryless."""
 
     mean: Duration
-    """On average."""
+    """The mean."""
 
 
 class TimeSection(OneOf):
@@ -136,7 +136,7 @@ class TimeSection(OneOf):
     exponential: ExponentialTime | None = None
 
     def distribution(self) -> Distribution:
-        """Return what it means."""
+        """Return the distribution for the simulation."""
         match self.chosen:
             case UniformTime() as uniform:
                 return Uniform(uniform.min, uniform.max)
@@ -147,30 +147,30 @@ class TimeSection(OneOf):
 
 
 Tokens = Annotated[TokensSection, BeforeValidator(_plain)]
-"""A number, or how it is drawn."""
+"""A number, or a distribution."""
 Time = Annotated[TimeSection, BeforeValidator(_plain)]
-"""A duration, or how it is drawn."""
+"""A duration, or a distribution."""
 
 
 class BurstSection(Span):
-    """A time in which more come, or fewer."""
+    """A span with more arrivals, or fewer."""
 
     times: From0
-    """What the rate is multiplied by."""
+    """Factor on the rate."""
 
 
 class OnOffSection(Section):
-    """They come and stay away by turns, beginning with coming."""
+    """Alternating times with and without arrivals; the first has arrivals."""
 
     on: Duration
-    """How long they come."""
+    """Length of the times with arrivals."""
     off: Duration
-    """How long they stay away."""
+    """Length of the times without."""
 
     @model_validator(mode="before")
     @classmethod
     def _as_written(cls, value: object) -> object:
-        """Read what YAML makes of a bare on or off."""
+        """Read the keys on and off, which YAML reads as booleans."""
         if not isinstance(value, dict):
             return value
         words = {True: "on", False: "off"}
@@ -178,24 +178,24 @@ class OnOffSection(Section):
 
 
 class PoissonSection(Section):
-    """People who know nothing of each other; they come whatever the servers do."""
+    """Independent clients, whose arrivals do not depend on the servers."""
 
     per_second: Positive
-    """How many come."""
+    """Mean rate of arrivals."""
     bursts: tuple[BurstSection, ...] = ()
-    """When it is another rate."""
+    """Spans with another rate."""
     on_off: OnOffSection | None = None
-    """Whether they come only by turns."""
+    """Alternating times with and without arrivals; omitted: they always arrive."""
 
     def arrivals(self, trace: Path | None) -> Arrivals:  # noqa: ARG002 - as the others
-        """Return what it means."""
+        """Return the arrivals for the simulation."""
         windows = tuple(Window(burst.from_, burst.until, burst.times) for burst in self.bursts)
         if self.on_off is None:
             return Poisson(self.per_second, windows)
         return Poisson(self.per_second, windows, self.on_off.on, self.on_off.off)
 
     def expected(self, span_ns: tuple[int, int]) -> float:
-        """Return how many come in a time, about."""
+        """Return the expected number of arrivals in a span."""
         begin, end = span_ns
         moments = {each for burst in self.bursts for each in (burst.from_, burst.until)}
         edges = [begin, *sorted(each for each in moments if begin < each < end), end]
@@ -210,52 +210,52 @@ class PoissonSection(Section):
 
 
 class AtOnceSection(Section):
-    """A job that is dropped in one piece."""
+    """A job whose requests arrive at the same time."""
 
     count: Whole
     """Requests in it."""
 
     def arrivals(self, trace: Path | None) -> Arrivals:  # noqa: ARG002 - as the others
-        """Return what it means."""
+        """Return the arrivals for the simulation."""
         return AtOnce(self.count)
 
     def expected(self, span_ns: tuple[int, int]) -> float:  # noqa: ARG002 - as the others
-        """Return how many come."""
+        """Return the number of arrivals."""
         return self.count
 
 
 class ClosedLoopSection(Section):
-    """Users who ask again only when they are answered."""
+    """Users who send the next request only after the answer to the one before."""
 
     users: Whole
-    """How many."""
+    """Number of users."""
     think: Time = Field(default="0s")  # type: ignore[assignment]  # read by its validator
-    """How long each reads and thinks in between."""
+    """Time between an answer and the next request of a user."""
     ramp: Moment = Field(default="0s")  # type: ignore[assignment]  # read by its validator
-    """Over how long they begin, one after another."""
+    """Time over which the users begin, one after another."""
 
     def arrivals(self, trace: Path | None) -> Arrivals:  # noqa: ARG002 - as the others
-        """Return what it means."""
+        """Return the arrivals for the simulation."""
         return ClosedLoop(self.users, self.think.distribution(), self.ramp)
 
     def expected(self, span_ns: tuple[int, int]) -> float:  # noqa: ARG002 - as the others
-        """Return how many come at least: each asks once."""
+        """Return the least number of arrivals: one of each user."""
         return self.users
 
 
 class TraceSection(Section):
-    """Recorded traffic, with its own times and lengths."""
+    """Recorded traffic, with its times and lengths."""
 
     file: FileBeside | None = None
-    """Azure's CSV or Mooncake's JSON lines; `--trace` names another.
-    A relative path starts at the scenario."""
+    """Azure's CSV or Mooncake's JSON lines; `--trace` replaces it.
+    A relative path is relative to the scenario."""
     per_second: Positive | None = None
-    """Replay it at this mean rate; its own when left out."""
+    """Mean rate of the replay; omitted: that of the trace."""
     limit: Whole | None = None
     """The most requests to replay."""
 
     def arrivals(self, trace: Path | None) -> Arrivals:
-        """Return what it means.
+        """Return the arrivals for the simulation.
 
         Raises:
             ConfigError: there is no trace, or it cannot be read.
@@ -270,12 +270,12 @@ class TraceSection(Section):
         return Replayed(tuple(scaled))
 
     def expected(self, span_ns: tuple[int, int]) -> float:  # noqa: ARG002 - as the others
-        """Return nothing: what a file holds has its own size."""
+        """Return 0: the size of a trace is not limited."""
         return 0
 
 
 class ArrivalsSection(OneOf):
-    """When they come."""
+    """The process of arrivals."""
 
     poisson: PoissonSection | None = None
     at_once: AtOnceSection | None = None
@@ -284,18 +284,18 @@ class ArrivalsSection(OneOf):
 
 
 class RetrySection(Section):
-    """What a client does when it is refused."""
+    """A client's reaction to a refusal."""
 
     attempts: int = Field(default=1, ge=1)
-    """How often it asks at all."""
+    """Most attempts, including the first."""
     honours_retry_after: Switch = True
-    """Whether it waits as long as Retry-After says."""
+    """Whether it waits for the time in Retry-After."""
     backoff: Duration = Field(default="1s")  # type: ignore[assignment]  # read by its validator
-    """How long it waits without a Retry-After, or if it ignores it; doubles each time."""
+    """Its wait if there is no Retry-After, or it ignores that; doubles each time."""
     backoff_max: Duration = Field(default="30s")  # type: ignore[assignment]  # read by its validator
     """The longest such wait."""
     after_patience: Switch = False
-    """Whether it also asks again when it has disconnected."""
+    """Whether it also retries after it has disconnected."""
 
 
 def _tenants(value: object) -> object:
@@ -317,43 +317,43 @@ class WorkloadSection(Section):
     """One kind of client."""
 
     name: str = Field(min_length=1)
-    """Unique in the scenario; its chance is its own, so others change nothing for it."""
+    """Unique in the scenario. Its random choices do not depend on other workloads."""
     objective: str | None = None
-    """The InferenceObjective they name; none when left out."""
+    """The InferenceObjective that requests name; omitted: none."""
     tenants: Annotated[dict[str, Positive], BeforeValidator(_tenants)] = Field(
         default_factory=lambda: {"default-flow": 1.0}
     )
     """Fairness ids: a list; a mapping to shares of the requests; or count, for tenant-0, tenant-1
-    and so on, of whom with zipf the n-th asks n^-zipf as much as the first."""
+    and so on. With zipf, the n-th tenant sends n^-zipf times as many requests as the first."""
     from_: Moment = Field(alias="from", default="0s")  # type: ignore[assignment]  # read by its validator
-    """When they begin to come."""
+    """When arrivals begin."""
     until: Duration | None = None
-    """When they stop; at the end when left out."""
+    """When arrivals stop; omitted: at the end."""
     arrivals: ArrivalsSection
-    """When they come."""
+    """The process of arrivals."""
     prompt: Tokens | None = None
     """Length of a prompt."""
     output: Tokens | None = None
     """Length of its answer."""
     lengths_from: FileBeside | None = None
-    """A trace whose requests lend both lengths, in pairs."""
+    """A trace that provides both lengths, in pairs."""
     announces_prompt: Switch = True
-    """Whether the gateway knows the tokens of the prompt, or only its bytes."""
+    """Whether the gateway gets the tokens of the prompt, or only its bytes."""
     max_tokens: Whole | None = None
-    """What they ask for at most; a longer answer is cut there."""
+    """Limit of the answer that requests set; a longer answer is cut there."""
     ttft_slo: Duration | None = Field(default=None, alias="ttftSLO")
-    """When the first token is due, from the first attempt."""
+    """Objective for the time to first token, from the first attempt."""
     announces_slo: Switch = Field(default=True, alias="announcesSLO")
-    """Whether requests say so, or the results only count it."""
+    """Whether requests announce it, or only the results use it."""
     request_ttl: Duration | None = Field(default=None, alias="requestTTL")
-    """The longest wait their requests allow."""
+    """The longest wait that requests allow."""
     patience: Time | None = None
-    """How long they wait for a first token before they leave; without limit when left out."""
+    """How long clients wait for a first token before they disconnect; omitted: no limit."""
     retry: RetrySection = RetrySection()
     model: str = ""
-    """Names what is alike in output length."""
+    """Model of the requests; output lengths are learnt for each model."""
     servers: tuple[str, ...] | None = None
-    """Names of those their requests may go to, as a gateway's subset hint says; any otherwise."""
+    """Servers that requests may go to, as in a gateway's subset hint; omitted: all."""
 
     @model_validator(mode="after")
     def _has_lengths(self) -> Self:
@@ -367,16 +367,16 @@ class WorkloadSection(Section):
         return self
 
     def expected(self, duration_ns: int) -> float:
-        """Return how many of its requests come, about."""
+        """Return the expected number of arrivals."""
         end = duration_ns if self.until is None else min(self.until, duration_ns)
         expected: float = self.arrivals.chosen.expected((self.from_, max(self.from_, end)))
         return expected
 
     def workload(self, trace: Path | None) -> Workload:
-        """Return what it means.
+        """Return the workload for the simulation.
 
         Args:
-            trace: replayed in place of the trace named here, if one is replayed at all.
+            trace: replaces the trace named here; None: that one. Ignored if no trace is replayed.
 
         Raises:
             ConfigError: a trace cannot be read.
