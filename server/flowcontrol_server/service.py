@@ -1,12 +1,12 @@
-"""Start, drain and crash, on one page.
+"""The service: start, drain and crash.
 
-start: handlers of signals ─▶ processor ─▶ sources known, or 10 s ─▶ doors open ─▶ Kubernetes API
+start: signal handlers ─▶ processor ─▶ sources known, or 10 s ─▶ doors open ─▶ Kubernetes API
        listed, or 60 s ─▶ health SERVING;
-       SIGTERM cancels it ─▶ all that is open closes ─▶ exit 0
+       SIGTERM cancels it ─▶ everything open is closed ─▶ exit 0
 drain: SIGTERM ─▶ health NOT_SERVING, liveness stays ─▶ engine drains: refuses arrivals, decides
-       what waits within the budget ─▶ streams in flight end politely ─▶ doors close ─▶ exit 0;
-       a second signal ─▶ exit 1 at once
-crash: the processor or a callback of ours on the loop fails ─▶ every parked request is settled
+       waiting requests within the budget ─▶ streams in flight end gracefully ─▶ doors close
+       ─▶ exit 0; a second signal ─▶ exit 1 at once
+crash: the processor or one of our callbacks on the loop fails ─▶ every parked request is settled
        ─▶ all health NOT_SERVING ─▶ exit 1
 """
 
@@ -72,38 +72,39 @@ from flowcontrol_server.telemetry.traces import open_traces
 from flowcontrol_server.telemetry.unknown_objectives import UnknownObjectives
 
 ARRIVALS_MAX = 100_000
-"""Arrivals the processor may be behind: about a second of its work."""
+"""Most arrivals in the processor's inbox: about a second of its work."""
 SWITCH_INTERVAL_S = 0.0005
-"""How long a Python thread may keep the others waiting. With the interpreter's 5 ms, waking the
-processor while the loop is busy took 8 to 15 ms at the 99th percentile; with this 1.2 ms."""
+"""How long a Python thread may run before it must yield to others. With the default of 5 ms, to
+wake the processor while the loop is busy took 8 to 15 ms at the 99th percentile; with this 1.2 ms.
+"""
 GC_THRESHOLDS = (20_000, 2, 700)
-"""Container objects more than before at which garbage is looked for, among those; how many such
-looks until one at all since the last of these, 60,000 objects, some 20 ms; and how many of those
-until one at everything. By default that is at 700 objects, and at everything each time that it has
-grown by a quarter: with 50,000 parked 0.3 s in which nothing is decided, again and again. What a
-request leaves behind holds no cycles and needs no collector; what does, a client that was cut off
-for example, waits a while longer."""
+"""Thresholds of the garbage collector: new container objects until a collection of the youngest
+generation; such collections until one of the middle generation, at 60,000 objects, some 20 ms; and
+those until a full one. By default the first is 700 objects, and a full collection follows whenever
+the heap has grown by a quarter: with 50,000 parked requests that is 0.3 s in which nothing is
+decided, again and again. The objects of a request form no cycles and need no collector. Those that
+do, as after a client was cut off, are freed a little later."""
 CLOSE_GRACE_S = 1.0
-"""For answers already written to reach Envoy before the port closes."""
+"""Time for answers already written to reach Envoy before the port closes."""
 JOIN_TIMEOUT_S = 5.0
 LOADS_WITHIN_S = 2.0
-"""How long the start waits for the endpoints' first load reports, which tell what is in flight."""
+"""How long the start waits for the endpoints' first load reports, which show what is in flight."""
 ABORT_FLUSH_S = 0.2
-"""For the last line of a service that gets a second signal to stop."""
+"""Time to write the last log lines after a second signal to stop."""
 
 READY_NAMES = ("", "readiness", codec.SERVICE, admin.SERVICE, "inference-extension")
-"""Names of health checks; the last is that of the endpoint picker in gateways' charts."""
+"""Names in health checks; gateways' charts use the last one for their endpoint picker."""
 LIVE_NAME = "liveness"
 _log = structlog.get_logger()
 
 
 @final
 class Service:
-    """The whole service around one flow controller.
+    """The service around one flow controller.
 
     Args:
-        settings: as read from the configuration file.
-        path: that file, followed while the service runs.
+        settings: the settings in the configuration file.
+        path: the configuration file; changes are followed while the service runs.
     """
 
     def __init__(self, settings: Settings, path: Path) -> None:
@@ -112,10 +113,10 @@ class Service:
             asyncio.get_running_loop().create_future()
         )
         self._is_open = False
-        """Whether the doors are open, and no drain has begun."""
+        """Whether the doors are open and no drain has begun."""
         self._is_remembered = False
         self._restored: MemoryRestored | None = None
-        """What a former process had learnt."""
+        """What an earlier process had learnt; None: nothing, or not read yet."""
         self._draining: asyncio.Task[None] | None = None
         self._start: asyncio.Task[None] | None = None
         self._stop_signals = 0
@@ -163,7 +164,7 @@ class Service:
             memory=self._memory,
             remembered=self._remember,
             is_live=lambda request_id: self._gate.live(request_id) is not None,
-            turned=self._leadership_turned,
+            turned=self._leadership_changed,
             renew_loads=self._feed.renew_loads,
         )
 
@@ -226,8 +227,8 @@ class Service:
         """Serve until SIGTERM or SIGINT, drain, and return the exit status.
 
         Raises:
-            ListenError: naming the address; nothing is left running.
-            LedgerError: it cannot be written; nothing is left running.
+            ListenError: an address cannot be opened; nothing is left running.
+            LedgerError: the ledger cannot be written; nothing is left running.
         """
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
@@ -249,12 +250,12 @@ class Service:
                 raise
             _log.info("start_cancelled")
             return 0
-        await self._tell_health()
+        await self._set_health()
         _warn(settings)
         if settings.admin.is_read_only():
             _log.info("admin_api_read_only", reason=NO_TOKEN)
         following = in_background(self._configuration.follow(), "configuration_not_followed")
-        looking = in_background(self._live.run(), "dashboard_not_sampled")
+        sampling = in_background(self._live.run(), "dashboard_not_sampled")
         _log.info(
             "service_started",
             pool=settings.pool,
@@ -263,10 +264,10 @@ class Service:
         )
         fault = await self._ended
         following.cancel()
-        looking.cancel()
+        sampling.cancel()
         await self._feed.stop()
         self._is_open = False
-        await self._tell_health(is_live=fault is None)
+        await self._set_health(is_live=fault is None)
         await asyncio.to_thread(self._gate.join, JOIN_TIMEOUT_S)
         if self._ledger is not None:
             self._ledger.close()
@@ -278,7 +279,7 @@ class Service:
         return int(fault is not None)
 
     async def _open(self) -> None:
-        """Begin to serve."""
+        """Start the sources, open the doors and begin to decide."""
         settings = self._configuration.settings
         if settings.availability.election == "off":
             await self._continuity.begin()
@@ -288,17 +289,17 @@ class Service:
         if settings.state.count_running:
             await self._feed.loads_known(LOADS_WITHIN_S)
         await self._open_doors()
-        # Last: a second process started by mistake must not rename the ledger of the first.
+        # Only now, or a second process started by mistake would rename the ledger of the first.
         if self._ledger is not None:
             self._ledger.start(settings.controller_config(), self._gate.made_ns)
-        await self._tell_health()
+        await self._set_health()
         await self._feed.until_listed()
         self._is_open = True
         if settings.availability.election != "off":
             await self._continuity.begin()
 
     async def _abandon(self) -> None:
-        """Close whatever a start that failed or was cancelled has opened."""
+        """Close everything that a failed or cancelled start has opened."""
         await self._feed.stop()
         self._gate.post(DrainBegan(0))
         await self._ended
@@ -309,7 +310,7 @@ class Service:
         await self._continuity.end()
 
     def _stop(self, number: signal.Signals) -> None:
-        """Cancel the start, or drain; at the second signal exit at once."""
+        """Cancel the start, or drain; at a second signal, exit at once."""
         self._stop_signals += 1
         if self._stop_signals > 1:
             _log.warning("drain_aborted", cause=number.name, exit_status=1)
@@ -322,7 +323,7 @@ class Service:
             self._start.cancel()
 
     async def _reconfigure(self, settings: Settings) -> None:
-        """Put other settings into force, or raise and change nothing."""
+        """Apply new settings; if one cannot be applied, raise and change nothing."""
         config = settings.controller_config()
         await self._feed.apply(settings)
         self._gate.post(Reconfigured(config))
@@ -331,7 +332,7 @@ class Service:
         self._set_call_context(settings)
 
     def _set_call_context(self, settings: Settings) -> None:
-        """Let settings count for streams that open or are answered from now on."""
+        """Apply settings to streams that open or are answered from now on."""
         self._access_log.serve(is_served=settings.settlement.access_log)
         requests = settings.requests
         self._call_context.intake = requests.intake(
@@ -351,7 +352,7 @@ class Service:
         self._call_context.unseen_ns = requests.unseen_hold
 
     async def _memory(self) -> str | None:
-        """Return what the engine has learnt, as JSON; None where it cannot be had."""
+        """Return what the engine has learnt, as JSON; None: the engine does not run."""
         try:
             memory, held = await self._gate.ask(
                 lambda engine, now_ns: (engine.learned.memory(now_ns), engine.recovery.tickets)
@@ -362,7 +363,7 @@ class Service:
         return json.dumps(plainly(EngineMemory).write(memory))
 
     def _remember(self, text: str) -> None:
-        """Let the engine go on with what another had learnt; once, and if it can be read."""
+        """Restore what another process had learnt; only the first time, and if it is readable."""
         if self._is_remembered:
             return
         self._is_remembered = True
@@ -409,7 +410,7 @@ class Service:
         if decision.outcome.was_dispatched:
             self._continuity.ended(parked.request_id)
             is_reported = self._configuration.settings.is_reported
-            if parked.is_unsent and is_reported:  # the log tells of the last attempt alone
+            if parked.is_unsent and is_reported:  # the log reports only the last attempt
                 self._gate.post(
                     Settled(parked.request_id, 0, 0, 0, is_success=False, was_sent=False)
                 )
@@ -434,27 +435,27 @@ class Service:
         self._draining = in_background(self._hand_over_or_drain(cause), "drain_failed")
 
     async def _hand_over_or_drain(self, cause: str) -> None:
-        """Let another replica decide; where there is none, decide what waits within the budget."""
+        """Hand over to another replica; if there is none, drain within the budget."""
         budget_ns = self._configuration.settings.flow_control.drain_budget
         _log.info("drain_began", cause=cause, budget_ms=budget_ns / 1e6)
         if await self._continuity.hand_over():
             _log.info("handed_over")
             budget_ns = 0
             self._move_streams()
-        await self._tell_health()
+        await self._set_health()
         self._direct_door.begin_drain()
         self._gate.post(DrainBegan(budget_ns))
 
-    async def _leadership_turned(self) -> None:
-        """Take up requests, or let the next leader do so."""
+    async def _leadership_changed(self) -> None:
+        """Begin to decide requests, or move them to the next leader."""
         if self._may_decide():
             self._gate.resume()
         else:
             self._move_streams()
-        await self._tell_health()
+        await self._set_health()
 
     def _move_streams(self) -> None:
-        """End all streams: those that wait move to another replica, responses go on."""
+        """End all streams: waiting requests move to another replica, responses continue."""
         self._continuity.freeze()
         self._direct_door.move_calls()
         self._door.move_calls()
@@ -477,13 +478,13 @@ class Service:
             self._ended.set_result(fault)
 
     def _callback_failed(self, exception: Exception) -> None:
-        """End the service: what the callback was doing is half done."""
+        """End the service, because the work of the callback is incomplete."""
         if self._ended.done():
             _log.error("callback_failed", exc_info=exception)
         else:
             self._gate.fail(exception)
 
-    async def _tell_health(self, *, is_live: bool = True) -> None:
+    async def _set_health(self, *, is_live: bool = True) -> None:
         for name in READY_NAMES:
             await self._health.set(name, is_serving=self._is_serving())
         await self._health.set(LIVE_NAME, is_serving=is_live)
@@ -550,7 +551,7 @@ class Service:
 
 
 def _warn(settings: Settings, before: Settings | None = None) -> None:
-    """Log what to look at in settings, as far as it was not so before."""
+    """Log the warnings about settings that did not apply to the settings before."""
     known = () if before is None else advice(before)
     for line in advice(settings):
         if line not in known:
@@ -558,7 +559,7 @@ def _warn(settings: Settings, before: Settings | None = None) -> None:
 
 
 def tune_garbage_collection() -> None:
-    """Look for garbage seldom, and never again at what has been loaded until now."""
+    """Make collections rare, and exempt the objects that exist now."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
