@@ -1,13 +1,13 @@
-# Two commands matter: `make demo` runs the main job, `make test` proves it.
-# Both set up their own virtual environment in .venv first.
+# Two main commands: `make demo` shows the effect of flow control, `make test` runs all checks.
+# Both first create a virtual environment in .venv.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 COMPILED := build/compiled
 ON_COMPILED = PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED) $(BIN)/pytest -o pythonpath="$(COMPILED) ."
-# Many tests wait for processes and sockets that a busy machine holds up. So in a whole run a test that fails is run once
-# more; eight such in all. Both outcomes are printed, with the traceback, so that nobody overlooks a test that needed it.
+# Many tests wait for processes and sockets, which a busy machine delays. So in a whole run a failed test is repeated once,
+# for at most eight tests. Both outcomes are printed, with the traceback, so that a repeated test is not overlooked.
 TWICE := --reruns 1 --max-suite-reruns 8 --rerun-show-tracebacks
 .DEFAULT_GOAL := help
 
@@ -16,7 +16,7 @@ TWICE := --reruns 1 --max-suite-reruns 8 --rerun-show-tracebacks
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# The environment is rebuilt when a dependency or a .proto file changes. A demo needs a part of it.
+# The environment is rebuilt when a dependency or a .proto file changes. The demo needs a part of it.
 INSTALLED := setup.sh pyproject.toml constraints.txt hatch_build.py $(wildcard protos/flowcontrol/v1/*.proto)
 
 $(VENV)/ready: $(INSTALLED)
@@ -27,14 +27,14 @@ $(VENV)/ready-demo: $(INSTALLED)
 	@PYTHON="$(PYTHON)" sh ./setup.sh $(VENV) demo
 	@touch $@
 
-demo: $(VENV)/ready-demo  ## The main job on a real Envoy: with and without flow control, then a picture
+demo: $(VENV)/ready-demo  ## Run the demo on a real Envoy: with and without flow control, then a picture
 	@$(BIN)/flowcontrol demo $(ARGS)
 
-test: lint types unit  ## Everything CI checks: lint, types, layers, docs, unit to real-Envoy tests
+test: lint types unit  ## Run all checks of CI: lint, types, layers, docs, all tests including a real Envoy
 
-# A minute of tests on two idle cores; lint and types 5 s, or a minute the first time. Left out: a real Envoy, a real API
-# server, tests of properties (Hypothesis), and what takes more than a second, such as whole simulations.
-quick: lint types  ## Lint, types, and the unit tests that take no time: under two minutes
+# A minute of tests on two idle cores; lint and types 5 s, or a minute the first time. Not included: a real Envoy, a real
+# API server, property tests (Hypothesis), and tests of more than a second, such as whole simulations.
+quick: lint types  ## Lint, types, and the fast unit tests: under two minutes
 	$(BIN)/pytest -m "not e2e and not kubernetes and not slow and not hypothesis" --quiet --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/ready  ## Style, import layers, docstrings, generated documentation
@@ -47,12 +47,12 @@ types: $(VENV)/ready  ## mypy --strict
 	$(BIN)/mypy
 	$(BIN)/mypy --strict tests --exclude tests/benchmarks
 
-# Those on a real Envoy measure waits, so they run one after the other, with the machine to themselves.
-unit: $(VENV)/ready  ## All tests, end to end on a real Envoy included
+# Tests on a real Envoy measure waits, so they run one after the other, with nothing beside them.
+unit: $(VENV)/ready  ## All tests, including end-to-end tests on a real Envoy
 	$(BIN)/pytest -m "not e2e and not kubernetes" --numprocesses auto --dist loadfile $(TWICE) $(ARGS)
 	$(BIN)/pytest -m e2e $(TWICE) --durations 15 $(ARGS)
 
-coverage: $(VENV)/ready  ## Which lines of the engine no unit test runs
+coverage: $(VENV)/ready  ## Lines of the engine that no unit test runs
 	$(BIN)/pytest -m "not e2e and not kubernetes" --numprocesses auto --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 e2e: $(VENV)/ready  ## Only the tests on a real Envoy
@@ -62,22 +62,22 @@ kubernetes: $(VENV)/ready  ## Only the tests on a real Kubernetes API server; ne
 	@$(BIN)/python -m tests.support.control_plane
 	$(BIN)/pytest -m kubernetes $(TWICE) --durations 15 $(ARGS)
 
-fuzz: $(VENV)/ready  ## Every parser of what others wrote against odd input, a minute each
+fuzz: $(VENV)/ready  ## Fuzz every parser of external input, a minute each
 	PYTHONPATH=. $(BIN)/python tests/fuzz/parsers.py $(ARGS)
 
-# Without isolation xds-protos is not there: its descriptors are those of the last installation.
-# The wheel is unpacked beside the sources, which it would hide, and used only where a path says so.
+# Without isolation xds-protos is missing: its descriptors are those of the last installation.
+# The wheel is unpacked into a separate directory, because it would hide the sources, and used only through its path.
 $(COMPILED)/ready: $(VENV)/ready $(shell find flowcontrol server -name '*.py')
 	@rm -rf build && FLOWCONTROL_COMPILE=1 $(BIN)/python -m build --wheel --no-isolation --skip-dependency-check --outdir build . >/dev/null
 	@$(BIN)/python -m pip install --quiet --no-deps --target $(COMPILED) build/*.whl
 	@touch $@
 
-compiled: $(COMPILED)/ready  ## Compile what is on the way of a request, and run all tests on that; needs gcc
+compiled: $(COMPILED)/ready  ## Compile the modules that handle each request, and run all tests on them; needs gcc
 	$(ON_COMPILED) -m "not e2e and not kubernetes and not interpreted" --numprocesses auto --dist loadfile $(TWICE) $(ARGS)
 	$(ON_COMPILED) -m "e2e and not interpreted" $(TWICE) --durations 15 $(ARGS)
 
-# Each script says its question, method, caveats, and how to run it shorter. ONLY names some of them. EPP and
-# REFERENCE are llm-d-router's endpoint picker, built, and its tree.
+# Each script documents its question, method and caveats, and how to shorten it. ONLY selects scripts. EPP is the built
+# endpoint picker of llm-d-router, REFERENCE its source tree.
 bench: $(COMPILED)/ready  ## Benchmarks, and the table of targets with pass or miss; needs wrk, valgrind, g++, libgrpc++-dev
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/table.py --run $(or $(ONLY),all) $(if $(EPP),--epp $(EPP)) \
 	  $(if $(REFERENCE),--reference $(REFERENCE)) $(ARGS)
@@ -85,11 +85,11 @@ bench: $(COMPILED)/ready  ## Benchmarks, and the table of targets with pass or m
 faults: $(VENV)/ready  ## Kill, stop and starve every part under load: 100,000 requests, under 20 minutes; needs redis-server
 	@$(BIN)/python -m tests.faults.run $(ARGS)
 
-# TRACES: the directory of Azure's two traces of 2023; what replays one is left out where it is not.
-effect: $(VENV)/ready  ## What flow control does for people with nothing set, as a table and a picture
+# TRACES: the directory of Azure's two traces of 2023; without it, runs that replay one are omitted.
+effect: $(VENV)/ready  ## The effect of flow control with default settings, as a table and a picture
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/effect.py --traces $(or $(TRACES),traces) $(ARGS)
 
-docs: $(VENV)/ready  ## Rewrite what pages quote from the code
+docs: $(VENV)/ready  ## Regenerate the parts of pages that come from the code
 	$(BIN)/python -m tests.support.readme --write
 
 site: $(VENV)/ready  ## Build the documentation into site/, every link checked
@@ -102,13 +102,13 @@ format: $(VENV)/ready  ## Apply formatter and safe fixes
 wheel: $(VENV)/ready  ## Build the wheel into dist/
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --wheel .
 
-release-check: $(VENV)/ready  ## What must hold before a release: version, wheel, sdist, installation, known faults, licences
+release-check: $(VENV)/ready  ## The checks before a release: version, wheel, sdist, installation, vulnerabilities, licences
 	@.ci/release-check $(ARGS)
 
-containers:  ## Build the image and run docker-compose.yaml, with podman in place of Docker; needs root
+containers:  ## Build the image and run docker-compose.yaml, with podman instead of Docker; needs root
 	@.ci/containers
 
-clean:  ## Remove everything made here
+clean:  ## Remove all generated files and directories
 	rm -rf $(VENV) dist build site flowcontrol/v1 server/flowcontrol_server/common/envoy_messages.binpb demo-result simulation-result *.egg-info .coverage
 	rm -rf .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What is made when the project is built: messages, and machine code where wanted."""
+"""The build hook: generates messages, and machine code if requested."""
 
 import os
 from importlib import import_module
@@ -13,42 +13,43 @@ from grpc_tools import protoc
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 COMPILE = "FLOWCONTROL_COMPILE"
-"""Set to 1, modules on the way of a request go into the wheel as machine code, too."""
+"""Set to 1, the wheel also contains the modules that handle each request as machine code."""
 INTERPRETED = "\n# interpreted: "
-"""How a module says, with a reason, that it is not to be compiled."""
+"""Mark of a module that must not be compiled; the reason follows."""
 COMPILE_NEEDS = ("mypy[mypyc]>=1.14", "types-protobuf", "hpack", "structlog")
-"""Types of what those modules import among it."""
+"""Requirements of the compilation, including types of modules that are imported."""
 COMPILED = "flowcontrol.compiled"
-"""Names the module with the machine code of all; by default it would be a top-level one."""
+"""Name of the module with all machine code; by default it would be a top-level module."""
 ENVOY = "server/flowcontrol_server/common/envoy_messages.binpb"
 ENVOY_ROOTS = (
     "envoy.service.accesslog.v3.als_pb2",
     "envoy.service.ext_proc.v3.external_processor_pb2",
     "xds.data.orca.v3.orca_load_report_pb2",
 )
-"""Modules of xds-protos with the messages that are used."""
+"""Modules of xds-protos with the messages that the service uses."""
 
 
 class Generate(BuildHookInterface[Any]):
-    """Runs protoc and mypyc before files are collected; nothing generated is kept in git.
+    """Runs protoc and mypyc before files are collected; generated files are not kept in git.
 
-    mypyc makes C of the same typed Python, and needs a C compiler. The source tree is left alone:
-    compiled modules in it would hide what is edited. pyproject.toml says which are compiled. Not
-    those with dataclasses that are read by their hints (ledger, settings): compiled, they have no
-    hints of generic fields. In the others, beyond what mypy asks for: a name has one type in a
-    function, `except ... as` included; no tuple is known by its identity; what is `final` cannot be
-    patched, so tests that plant a bug in it are marked `interpreted`.
+    mypyc translates the typed Python to C, and needs a C compiler. It writes nothing into the
+    source tree, where compiled modules would hide edited ones. pyproject.toml lists the modules to
+    compile. Modules with dataclasses that are read by their type hints (ledger, settings) are
+    excluded: compiled, they have no hints of generic fields. Compiled modules have rules beyond
+    those of mypy: a name has one type in a function, including `except ... as`; no tuple is
+    compared by identity; `final` names cannot be patched, so tests that plant a bug there are
+    marked `interpreted`.
     """
 
     PLUGIN_NAME = "custom"
     _scratch: "TemporaryDirectory[str] | None" = None
 
     def dependencies(self) -> list[str]:
-        """Return what a build needs beyond what every build needs."""
+        """Return the requirements of a build that compiles."""
         return list(COMPILE_NEEDS) if _compiles() else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Make what is wanted, or stop the build."""
+        """Generate everything needed, or fail the build."""
         root = Path(self.root)
         _messages(root)
         _envoy_messages(root / ENVOY)
@@ -59,13 +60,13 @@ class Generate(BuildHookInterface[Any]):
             build_data.update(pure_python=False, infer_tag=True)
 
     def finalize(self, _version: str, _build_data: dict[str, Any], _artifact: str) -> None:
-        """Leave nothing behind."""
+        """Remove temporary files."""
         if self._scratch is not None:
             self._scratch.cleanup()
 
 
 def compiled_modules(root: Path, config: dict[str, Any]) -> list[str]:
-    """Return the modules that the hook's settings choose to compile, by their paths from the root.
+    """Return the modules that the hook's settings select, as paths relative to the root.
 
     Raises:
         ValueError: a pattern matches nothing.
@@ -75,7 +76,7 @@ def compiled_modules(root: Path, config: dict[str, Any]) -> list[str]:
 
 
 def make_c(modules: list[str], into: Path) -> list[Any]:
-    """Make C of modules; return them as extensions to be built. To be called in the root."""
+    """Translate modules to C; return the extensions to build. Must be called in the root."""
     from mypyc.build import mypycify  # noqa: PLC0415 - only a build that compiles needs it
 
     options = ["--no-warn-unused-ignores", f"--cache-dir={into / 'mypy'}"]
@@ -86,7 +87,7 @@ def make_c(modules: list[str], into: Path) -> list[Any]:
         target_dir=str(into),
         group_name=COMPILED,
     )
-    for extension in made:  # direct calls among them; they may share a list
+    for extension in made:  # for direct calls between them; extensions may share a list
         extension.extra_compile_args = [*extension.extra_compile_args, "-fvisibility=hidden"]
     return made
 
@@ -104,7 +105,7 @@ def _named(root: Path, config: dict[str, Any], option: str) -> set[str]:
 
 
 def _messages(root: Path) -> None:
-    """Write messages, type stubs and services beside each other."""
+    """Write messages, type stubs and services into one package."""
     sources = sorted(str(path) for path in (root / "protos").rglob("*.proto"))
     arguments = [
         "protoc",
@@ -124,9 +125,9 @@ def _messages(root: Path) -> None:
 
 
 def _envoy_messages(path: Path) -> None:
-    """Write what xds-protos knows of Envoy's messages, each file after those it needs.
+    """Write the descriptors of Envoy's messages from xds-protos, each after those it needs.
 
-    A build without isolation has no xds-protos: it takes what the installation has written.
+    A build without isolation has no xds-protos and uses the file that the installation has written.
     """
     try:
         roots = [import_module(name).DESCRIPTOR for name in ENVOY_ROOTS]
@@ -145,7 +146,7 @@ def _envoy_messages(path: Path) -> None:
 
 
 def _add(file: FileDescriptor, needed: dict[str, FileDescriptor]) -> None:
-    """Add a file behind those it needs; protobuf itself brings its own."""
+    """Add a file after the files it needs; those of protobuf itself are not needed."""
     if file.name not in needed and not file.name.startswith("google/protobuf/"):
         for dependency in file.dependencies:
             _add(dependency, needed)
@@ -153,10 +154,10 @@ def _add(file: FileDescriptor, needed: dict[str, FileDescriptor]) -> None:
 
 
 def _extensions(root: Path, config: dict[str, Any], scratch: Path) -> dict[str, str]:
-    """Compile; return what was made, with where it goes in the wheel."""
+    """Compile; return the paths of the libraries, with their paths in the wheel."""
     from setuptools import Distribution  # noqa: PLC0415 - only a build that compiles needs it
 
-    os.chdir(root)  # modules are named from here, and mypy's settings found
+    os.chdir(root)  # module names and mypy's settings are relative to it
     made, c = scratch / "made", scratch / "c"
     extensions = make_c(compiled_modules(root, config), c)
     build = Distribution({"ext_modules": extensions}).get_command_obj("build_ext")

@@ -71,7 +71,7 @@ class TestSetup:
         assert said[:3] == [
             "setup: pip could not install the project with Python 3.11.2:",
             "ERROR: No matching distribution found for left-pad==1.0",
-            f"setup: all that pip said is in {tmp_path}/setup.log.",
+            f"setup: the whole output of pip is in {tmp_path}/setup.log.",
         ]
         assert "PYTHON=python3.x" in said[3]
         assert "PIP_INDEX_URL" in said[4]
