@@ -1,4 +1,4 @@
-"""A real browser, driven over its own debugging protocol: Debian's chromium, nothing else."""
+"""A real browser, Debian's chromium, driven over its debugging protocol."""
 
 import asyncio
 import base64
@@ -28,14 +28,14 @@ class Page:
 
     def __init__(self, socket: ClientWebSocketResponse) -> None:
         self.complaints: list[str] = []
-        """Exceptions, errors on the console, and what the page was not allowed to load."""
+        """Exceptions, errors on the console, and requests of the page that were blocked."""
         self._socket = socket
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._listening = asyncio.create_task(self._listen())
 
     async def begin(self, width: int, height: int) -> None:
-        """Hear of everything, in a window of that size."""
+        """Receive all events, in a window of that size."""
         for domain in ("Page", "Runtime", "Log"):
             await self.call(f"{domain}.enable")
         await self.call(
@@ -47,7 +47,7 @@ class Page:
         )
 
     async def end(self) -> None:
-        """Listen no more."""
+        """Stop receiving events."""
         self._listening.cancel()
         await asyncio.gather(self._listening, return_exceptions=True)
 
@@ -64,18 +64,18 @@ class Page:
         return result
 
     async def open(self, url: str) -> None:
-        """Go to a page."""
+        """Open a URL."""
         await self.call("Page.navigate", url=url)
 
     async def prefer(self, scheme: str) -> None:
-        """Prefer light or dark."""
+        """Set the preferred colour scheme, light or dark."""
         await self.call(
             "Emulation.setEmulatedMedia",
             features=[{"name": "prefers-color-scheme", "value": scheme}],
         )
 
     async def run(self, script: str) -> Any:
-        """Return what an expression is worth in the page."""
+        """Return the value of an expression in the page."""
         result = await self.call(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
@@ -83,7 +83,7 @@ class Page:
         return result["result"].get("value")
 
     async def until(self, script: str) -> Any:
-        """Wait until an expression is true; return it."""
+        """Wait until an expression is true; return its value."""
         async with asyncio.timeout(PATIENCE_S):
             while not (value := await self.run(script)):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.05)
@@ -103,7 +103,7 @@ class Page:
             )
 
     async def picture(self, path: Path, *, whole: bool = False) -> None:
-        """Save what is seen, or the whole page."""
+        """Save a picture of the window, or of the whole page."""
         shot = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
 
@@ -124,7 +124,7 @@ class Page:
 
 @asynccontextmanager
 async def browser(profile: Path, width: int = 1440, height: int = 900) -> AsyncIterator[Page]:
-    """A page of a new browser."""
+    """Open a page in a new browser."""
     assert CHROMIUM is not None, "chromium is installed"
     process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
         [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],

@@ -1,4 +1,4 @@
-"""Certificates for tests, and files that hold them."""
+"""Certificates for tests, and the files that contain them."""
 
 import socket
 import ssl
@@ -11,14 +11,14 @@ import trustme
 
 @final
 class Authority:
-    """An authority of certificates, made for one test."""
+    """A certificate authority for one test."""
 
     def __init__(self) -> None:
         self.root = trustme.CA()
 
     @property
     def pem(self) -> bytes:
-        """Its own certificate."""
+        """Its certificate, as PEM."""
         return bytes(self.root.cert_pem.bytes())
 
     def issue(self, *names: str) -> tuple[bytes, bytes]:
@@ -28,7 +28,7 @@ class Authority:
         return chain, bytes(issued.private_key_pem.bytes())
 
     def client_context(self, shows: "Authority | None" = None) -> ssl.SSLContext:
-        """Return what a client that trusts it connects with, over HTTP/2."""
+        """Return the context of a client that trusts it, with HTTP/2."""
         context = ssl.create_default_context(cadata=self.pem.decode())
         context.set_alpn_protocols(["h2"])
         if shows is not None:
@@ -36,10 +36,10 @@ class Authority:
         return context
 
     def channel_credentials(self, shows: "Authority | None" = None) -> grpc.ChannelCredentials:
-        """Return what a client that trusts it opens a channel with.
+        """Return the channel credentials of a client that trusts it.
 
         Args:
-            shows: whose certificate the client shows, if any.
+            shows: authority of the client's certificate; None: no certificate.
         """
         certificate, key = shows.issue("client.example") if shows is not None else (None, None)
         return grpc.ssl_channel_credentials(self.pem, key, certificate)
@@ -49,16 +49,16 @@ class Visit(NamedTuple):
     """A connection that has ended."""
 
     answer: bytes
-    """Empty when the server refused."""
+    """The answer; empty: the server refused."""
     session: ssl.SSLSession | None = None
-    """To be resumed, if the server resumes any."""
+    """A session to resume, if the server resumes any."""
     was_resumed: bool = False
 
 
 def visit(
     port: int, context: ssl.SSLContext, say: bytes, session: ssl.SSLSession | None = None
 ) -> Visit:
-    """Connect, resuming a session if the server does; say something and wait for the answer."""
+    """Connect, resume the session if the server does, send `say` and wait for the answer."""
     try:
         with (
             socket.create_connection(("127.0.0.1", port), timeout=20) as plain,
@@ -72,14 +72,14 @@ def visit(
 
 
 def write_all_at_once(path: Path, content: bytes) -> None:
-    """Replace a file as whoever rotates certificates does."""
+    """Replace a file atomically, as a rotation of certificates does."""
     new = path.with_suffix(".new")
     new.write_bytes(content)
     new.rename(path)
 
 
 def write_pair(directory: Path, authority: Authority) -> None:
-    """Write a new certificate and its key into certificate.pem and key.pem."""
+    """Write a new certificate and its key to certificate.pem and key.pem."""
     certificate, key = authority.issue()
     write_all_at_once(directory / "certificate.pem", certificate)
     write_all_at_once(directory / "key.pem", key)

@@ -1,7 +1,7 @@
 """A real Kubernetes control plane for tests: etcd and kube-apiserver, built from their Go modules.
 
-The two programs are built once into a cache, which takes minutes; where Go is absent, whoever asks
-for them is skipped. `python -m tests.support.control_plane` builds them beforehand.
+The two programs are built once into a cache, which takes minutes. Without Go, tests that need them
+are skipped. `python -m tests.support.control_plane` builds them beforehand.
 """
 
 import asyncio
@@ -36,14 +36,14 @@ CRDS: Final = {
     "sigs.k8s.io/gateway-api-inference-extension@v1.5.0": ("config/crd/bases/*.yaml",),
     "sigs.k8s.io/gateway-api@v1.5.1": ("config/crd/standard/*.yaml",),
 }
-"""Go modules and the CRDs in them that are tested with."""
+"""Go modules, and the CRDs in them that tests use."""
 START_S = 120.0
 FIELD_MANAGER = "tests"
 Json = dict[str, Any]
 
 
 class RefusedError(Exception):
-    """The API server has refused; says status and message."""
+    """The API server has refused a request; with status and message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
@@ -51,13 +51,13 @@ class RefusedError(Exception):
 
 
 def cache_directory() -> Path:
-    """Return where programs are kept that were built for tests."""
+    """Return the directory of programs built for tests."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "flowcontrol-tests"
 
 
 def go(*arguments: str, cwd: Path, **environment: str) -> str:
-    """Run Go and return its output; skip the test where it cannot be run."""
+    """Run Go and return its output; skip the test if it cannot run."""
     program = shutil.which("go")
     if program is None:
         pytest.skip("Go is not installed: nothing is tested on a real Kubernetes API server")
@@ -75,7 +75,7 @@ def go(*arguments: str, cwd: Path, **environment: str) -> str:
 
 
 def module_directory(module: str) -> Path:
-    """Return where a Go module is unpacked, as path@version."""
+    """Return the directory of an unpacked Go module, given as path@version."""
     directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
     found = json.loads(go("mod", "download", "-json", module, cwd=directory))
@@ -83,7 +83,7 @@ def module_directory(module: str) -> Path:
 
 
 def build() -> Path:
-    """Return the folder of both programs, built if they are not in the cache."""
+    """Return the directory of both programs; build them if they are not in the cache."""
     sources = sorted(path for path in SOURCES.rglob("*") if path.is_file())
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     target = cache_directory() / f"control-plane-{digest}"
@@ -109,12 +109,12 @@ def build() -> Path:
 
 
 def manifests(path: Path) -> Iterator[Json]:
-    """Yield the documents of a file; read by libyaml, as CRDs take Python's own reader seconds."""
+    """Yield the documents of a file; read by libyaml, as Python's reader takes seconds for CRDs."""
     yield from filter(None, yaml.load_all(path.read_text(), Loader=yaml.CSafeLoader))
 
 
 def custom_resources() -> Iterator[Json]:
-    """Yield the CRDs; that of llm-d.ai is the one its InferenceObjective was made from."""
+    """Yield the CRDs, and InferenceObjective also as that of llm-d.ai, which derives from it."""
     for module, patterns in CRDS.items():
         for pattern in patterns:
             for path in sorted(module_directory(module).glob(pattern)):
@@ -134,11 +134,11 @@ def _of_llm_d(document: Json) -> Json:
 
 @final
 class ControlPlane:
-    """etcd and an API server that run.
+    """Running etcd and API server.
 
     Args:
-        programs: their folder.
-        directory: for their files.
+        programs: directory of the programs.
+        directory: directory for their files.
     """
 
     TOKEN = "admin-token"
@@ -155,7 +155,7 @@ class ControlPlane:
 
     @property
     def authority(self) -> Path:
-        """The certificate the API server has made for itself."""
+        """The certificate that the API server has created for itself."""
         return self.directory / "certs" / "apiserver.crt"
 
     def start(self) -> None:
@@ -213,7 +213,7 @@ class ControlPlane:
             time.sleep(0.1)
 
     def stop_server(self) -> None:
-        """Kill the API server: every connection breaks off."""
+        """Kill the API server: every connection breaks."""
         _killed(self._server)
 
     def stop(self) -> None:
@@ -222,17 +222,17 @@ class ControlPlane:
         _killed(self._etcd)
 
     def compact(self) -> None:
-        """Have etcd forget all that is not current."""
+        """Make etcd discard all old versions."""
         current = self._etcd_call("kv/range", {"key": "AA=="})["header"]["revision"]
         self._etcd_call("kv/compaction", {"revision": current, "physical": True})
 
     def delete_stored(self, key: str) -> None:
-        """Delete an object behind the back of the API server, by its key below /registry."""
+        """Delete an object without the API server, by its key below /registry."""
         encoded = base64.b64encode(f"/registry/{key}".encode()).decode()
         assert self._etcd_call("kv/deleterange", {"key": encoded})["deleted"] == "1", key
 
     def kubeconfig(self, directory: Path, user: Mapping[str, Any], namespace: str) -> Path:
-        """Write a kubeconfig that leads here."""
+        """Write a kubeconfig for this control plane."""
         path = directory / "kubeconfig"
         cluster = {"server": self.url, "certificate-authority": str(self.authority)}
         context = {"cluster": "here", "user": "user", "namespace": namespace}
@@ -248,7 +248,7 @@ class ControlPlane:
         return path
 
     def log(self, program: str) -> str:
-        """Return the end of what a program has logged."""
+        """Return the end of a program's log."""
         return (self.directory / f"{program}.log").read_text(errors="replace")[-4000:]
 
     def _run(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -297,12 +297,12 @@ async def _install(running: ControlPlane) -> None:
 
 @final
 class Cluster:
-    """What an administrator does to a cluster. Use as a context."""
+    """The actions of a cluster administrator. Use as a context."""
 
     def __init__(self, running: ControlPlane) -> None:
         self._running = running
         self._resources: dict[tuple[str, str], tuple[str, bool]] = {}
-        """Plural name and whether it is namespaced, by apiVersion and kind."""
+        """Plural name, and whether it is namespaced, by apiVersion and kind."""
 
     async def __aenter__(self) -> "Cluster":
         self._session = ClientSession(connector=TCPConnector(ssl=False, limit=8))
@@ -339,7 +339,7 @@ class Cluster:
             return found
 
     async def path(self, document: Json, namespace: str) -> str:
-        """Return where an object is, or will be."""
+        """Return the path of an object, which need not exist."""
         version, kind = document["apiVersion"], document["kind"]
         root = f"/api/{version}" if "/" not in version else f"/apis/{version}"
         if (version, kind) not in self._resources:
@@ -352,7 +352,7 @@ class Cluster:
         return f"{root}{where}/{plural}/{document['metadata']['name']}"
 
     async def apply(self, document: Json, namespace: str, **query: str) -> Json:
-        """Apply an object on the server's side; an unknown field is an error."""
+        """Apply an object by server-side apply; an unknown field is an error."""
         return await self.call(
             "PATCH",
             await self.path(document, namespace),
@@ -365,7 +365,7 @@ class Cluster:
         )
 
     async def get(self, document: Json, namespace: str) -> Json:
-        """Return an object as it now is."""
+        """Return the current object."""
         return await self.call("GET", await self.path(document, namespace))
 
     async def delete(self, document: Json, namespace: str) -> None:
@@ -387,7 +387,7 @@ class Cluster:
                 await asyncio.sleep(0.05)
 
     async def token(self, account: str, namespace: str, bound_to: Json | None = None) -> str:
-        """Return a token of a service account, of no use once what it is bound to is gone."""
+        """Return a token of a service account; it expires with the object it is bound to."""
         spec: Json = {"expirationSeconds": 3600}
         if bound_to is not None:
             spec["boundObjectRef"] = bound_to

@@ -1,4 +1,4 @@
-"""The table of the ext_proc conversations as docs/design.md shows it."""
+"""The table of the ext_proc conversations in docs/design.md."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ BEGIN, END = "<!-- conversation: generated -->", "<!-- /conversation -->"
 
 
 def table() -> str:
-    """Return the table: phases and messages, and what is done about each; a dash is an error."""
+    """Return the table of phases, messages and the reaction to each; a dash is an error."""
     kinds = [kind.value.replace("_", " ") for kind in MessageKind]
     lines = ["| conversation, phase | " + " | ".join(kinds) + " | stand-down |"]
     lines.append("|---" * (len(kinds) + 2) + "|")
@@ -23,7 +23,7 @@ def table() -> str:
 
 
 def rewritten(page: str) -> str:
-    """Return the page with the table as it is."""
+    """Return the page with the current table."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"

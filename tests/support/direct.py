@@ -1,4 +1,4 @@
-"""An open direct door, a client of it by grpcio, and one of bare frames."""
+"""An open direct door, a grpcio client of it, and a client of bare frames."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ def announcing(
     path: str = "/v1/completions",
     objective: str = "",
 ) -> bytes:
-    """Request headers of an Envoy that says what it will do with bodies."""
+    """Request headers of an Envoy that announces its modes for bodies."""
     more = {OBJECTIVE: objective} if objective else {}
     request = envoy_messages.ProcessingRequest.FromString(headers_message(path, **more))
     request.request_headers.end_of_stream = is_end
@@ -62,7 +62,7 @@ def announcing(
 
 
 def slots(count: int) -> ControllerConfig:
-    """So many slots."""
+    """A configuration with so many slots."""
     return ControllerConfig(detectors=(Concurrency(requests_max=count),))
 
 
@@ -73,7 +73,7 @@ RECLAIMING = ControllerConfig(
 
 @final
 class House:
-    """A door, its gate and what has become of its requests."""
+    """A door, its gate and the outcomes of its requests."""
 
     def __init__(
         self,
@@ -98,11 +98,11 @@ class House:
 
     @property
     def outcomes(self) -> list[Outcome]:
-        """What became of the requests that are over."""
+        """The outcomes of the requests that have ended."""
         return [decision.outcome for _, decision in self.ended]
 
     async def connect(self, **settings: int) -> "Raw":
-        """Connect a client of bare frames and say hello; it is closed with the house."""
+        """Connect a client of bare frames and send its preface; it is closed with the house."""
         raw = Raw(*await asyncio.open_connection("127.0.0.1", self.port))
         self.raws.append(raw)
         numbers = {getattr(frames, name): value for name, value in settings.items()}
@@ -110,7 +110,7 @@ class House:
         return raw
 
     async def until(self, *, waiting: int | None = None, in_flight: int | None = None) -> None:
-        """Wait until the engine has so many."""
+        """Wait until the engine has so many requests."""
         async with asyncio.timeout(TIMEOUT_S):
             while True:
                 snapshot = await self.gate.snapshot()
@@ -126,7 +126,7 @@ async def house(
     has_pool: bool = True,
     access_log: AccessLog | None = None,
 ) -> AsyncIterator[House]:
-    """A door that is open on a port of 127.0.0.1; all slots are free at the end."""
+    """A door on a port of 127.0.0.1; all slots must be free at the end."""
     ended: list[tuple[Parked, Decision]] = []
     async with running_gate(config, has_pool=has_pool, ended=ended) as gate:
         each = House(gate, limits or Http2Limits(), ended, access_log)
@@ -142,7 +142,7 @@ async def house(
 
 @final
 class Stream:
-    """One call of grpcio's."""
+    """One call of grpcio."""
 
     def __init__(self, channel: grpc.aio.Channel, path: str = PROCESS, **more: Any) -> None:
         method: Any = channel.stream_stream
@@ -153,24 +153,24 @@ class Stream:
         await self.call.write(message)
 
     async def hear(self) -> envoy_messages.ProcessingResponse:
-        """Wait for a message."""
+        """Wait for a message and return it."""
         data = await asyncio.wait_for(self.call.read(), TIMEOUT_S)
         assert isinstance(data, bytes), await self.ending()
         return envoy_messages.ProcessingResponse.FromString(data)
 
     async def end(self) -> None:
-        """Say no more."""
+        """Close our side."""
         await self.call.done_writing()
 
     async def ending(self) -> tuple[grpc.StatusCode, str]:
-        """Wait for the status the call ends with."""
+        """Wait for the status of the call."""
         code = await asyncio.wait_for(self.call.code(), TIMEOUT_S)
         return code, await self.call.details()
 
 
 @asynccontextmanager
 async def grpcio(target: int | str, **more: Any) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel of grpcio's."""
+    """A channel of grpcio."""
     address = f"127.0.0.1:{target}" if isinstance(target, int) else target
     async with grpc.aio.insecure_channel(address, **more) as channel:
         yield channel
@@ -185,25 +185,25 @@ class Raw:
         self.writer = writer
 
     def say(self, *said: bytes) -> None:
-        """Send."""
+        """Send bytes."""
         self.writer.write(b"".join(said))
 
     async def hear(self) -> Heard:
-        """Wait for a frame."""
+        """Wait for the next frame."""
         async with asyncio.timeout(TIMEOUT_S):
             header = await self.reader.readexactly(frames.FRAME_HEADER_BYTES)
             high, low, *_ = frames.unpack_header(header, 0)
             return heard(header + await self.reader.readexactly(high << 8 | low))[0]
 
     async def hear_of(self, kind: int, flags: int = 0) -> Heard:
-        """Wait for a frame of this kind with these flags."""
+        """Wait for a frame of this type with these flags."""
         while True:
             frame = await self.hear()
             if frame.kind == kind and frame.flags & flags == flags:
                 return frame
 
     async def eof(self) -> bytes:
-        """Wait for the end of the connection; return what came before it."""
+        """Wait for the end of the connection; return the frames before it."""
         async with asyncio.timeout(TIMEOUT_S):
             try:
                 return await self.reader.read()
@@ -211,7 +211,7 @@ class Raw:
                 return b""
 
     async def hang_up(self) -> None:
-        """Close."""
+        """Close the connection."""
         self.writer.transport.abort()
         with contextlib.suppress(OSError):
             await self.writer.wait_closed()
@@ -236,5 +236,5 @@ def data(stream_id: int, content: bytes, *, is_end: bool = False) -> bytes:
 
 
 def arrival(stream_id: int) -> bytes:
-    """A request of Envoy's."""
+    """A request, as Envoy sends it."""
     return opening(stream_id) + data(stream_id, framed(headers_message()))

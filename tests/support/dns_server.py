@@ -1,4 +1,4 @@
-"""A name server for tests, over real UDP: it answers what it is told to, or not at all."""
+"""A name server for tests, over real UDP, with configured answers or none."""
 
 import asyncio
 import struct
@@ -16,33 +16,33 @@ _IN = 1
 
 @final
 class FakeDns(asyncio.DatagramProtocol):
-    """Answers by name and type; a name it has no word for does not exist."""
+    """Answers by name and type; a name without records does not exist."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
-        """Questions, in order."""
+        """The questions, in order."""
         self.records: dict[tuple[str, int], list[bytes]] = {}
         self.codes: dict[str | tuple[str, int], int | None] = {}
-        """A response code by name, or name and type, in place of an answer; None: silence."""
+        """Response code by name, or by name and type, instead of an answer; None: no response."""
         self.ttl_s = 300
         self.transport: asyncio.DatagramTransport | None = None
-        """Where it answers."""
+        """The socket on which it answers."""
 
     def address(self, name: str, addresses: Iterable[str]) -> None:
-        """Have a name at some addresses."""
+        """Set the addresses of a name."""
         packed = [ip_address(each).packed for each in addresses]
         self.records[name, A] = [each for each in packed if len(each) == 4]
         self.records[name, AAAA] = [each for each in packed if len(each) == 16]
 
     def service(self, name: str, targets: Iterable[tuple[int, str, int]]) -> None:
-        """Have SRV records: priority number, target and port of each."""
+        """Set SRV records: priority number, target and port of each."""
         self.records[name, SRV] = [
             struct.pack("!HHH", priority, 0, port) + _encoded(target)
             for priority, target, port in targets
         ]
 
     def forget(self, name: str) -> None:
-        """Have a name no more."""
+        """Remove a name."""
         self.records = {key: value for key, value in self.records.items() if key[0] != name}
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:

@@ -33,5 +33,5 @@ def arguments_of(name: str, stage: int = 1) -> list[str]:
 
 
 def copied() -> list[str]:
-    """Return what the build stage copies from the checkout."""
+    """Return the files that the build stage copies from the checkout."""
     return [source for line in arguments_of("COPY", stage=0) for source in line.split()[:-1]]

@@ -1,4 +1,4 @@
-"""Bodies that pass through the direct door, as Envoy sends them, and what has come back."""
+"""Bodies that pass through the direct door, as Envoy sends them, and the echoed parts."""
 
 import asyncio
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def cut(stream_id: int, content: bytes, size: int = 16_384) -> bytes:
 
 @final
 class Echo:
-    """What has come back on a stream."""
+    """The parts that came back on a stream."""
 
     def __init__(self) -> None:
         self.request = self.response = b""
@@ -66,7 +66,7 @@ class Echo:
 
 @final
 class Peer:
-    """An Envoy without a socket, whose frames are cut as a test likes; its request is stream 1."""
+    """An Envoy without a socket, whose frames are split as a test requires; its stream is 1."""
 
     def __init__(self, line: Line) -> None:
         self.line = line
@@ -75,10 +75,10 @@ class Peer:
         self.spoken = asyncio.Event()
         self.answered = asyncio.Event()
         self.is_ended = False
-        """The door has ended the stream."""
+        """Whether the door has ended the stream."""
 
     def written(self, content: bytes) -> None:
-        """Read what the door writes."""
+        """Read the output of the door."""
         self.spoken.set()
         for frame in heard(content):
             if frame.stream_id != 1:

@@ -1,4 +1,4 @@
-"""The runs of tests/benchmarks/effect.py: what each is, and the file that keeps them."""
+"""The runs of tests/benchmarks/effect.py: their definitions, and the file with the results."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from tests.support.effects import CASES, Case, effect, load_traces, run
 from tests.support.overloads import MINUTE, SECOND
 
 FRONTIER = "demo's servers and a job"
-"""The workload of which more policies are run than of the others."""
+"""The workload that is run with more policies than the others."""
 STATIC = CeilingSettings(policy=Ceilings.STATIC)
 RESERVE = CeilingSettings(policy=Ceilings.RESERVE)
 HOLDBACKS = {
@@ -29,9 +29,9 @@ POLICIES = {
     "reserve": RESERVE,
     "holdback 0.8": HOLDBACKS["holdback 0.8"],
 }
-"""With which every limit of the sweep is run where there is a job; static is among the fixed."""
+"""Policies with which every limit of the sweep is run if there is a job; static is a fixed one."""
 WAIT_SEEDS = (31, 7)
-"""Of the forecasts of waits, beside the seed of all else."""
+"""Seeds of the forecasts of waits, in addition to the seed of everything else."""
 _NEAR, _EARLY = 0.995, 1.02
 _SCARCE_MINUTES, _SHARES_MINUTES = 6, 5
 _SCARCE_SEEDS = (889, 31, 7, 1, 2, 3)
@@ -39,7 +39,7 @@ _SCARCE_SEEDS = (889, 31, 7, 1, 2, 3)
 
 @final
 class Runs:
-    """Every run that was ever made, by workload and what it was made with.
+    """All runs so far, by workload and settings.
 
     Args:
         path: the file that keeps them, a line each, in a checkout.
@@ -55,17 +55,17 @@ class Runs:
             self.kept[case, how] = json.loads(values)
 
     def forget(self, is_gone: Callable[[str, str], bool]) -> None:
-        """Forget those of some workloads that were made with something."""
+        """Remove the runs of some workloads that were made with some setting."""
         self.kept = {key: values for key, values in self.kept.items() if not is_gone(*key)}
 
     @property
     def engines(self) -> list[str]:
-        """Return of which engines those runs are that are not of fixed limits."""
+        """Return the engines of the runs without a fixed limit."""
         ours = [values for (_, how), values in self.kept.items() if not how.startswith("fixed ")]
         return sorted({str(values.get("engine", "an older one")) for values in ours})
 
     def add(self, case: str, how: str, came_to: Mapping[str, float | None]) -> None:
-        """Keep one."""
+        """Add one run."""
         self.kept[case, how] = {
             key: round(value, 4) for key, value in came_to.items() if value is not None
         }
@@ -74,7 +74,7 @@ class Runs:
         self._path.write_text("\n".join(lines) + "\n")
 
     def best(self, case: str) -> tuple[int, dict[str, float]] | None:
-        """Return the best fixed limit of a workload, and what it came to."""
+        """Return the best fixed limit of a workload, and its results."""
         fixed = {
             int(how.removeprefix("fixed ")): values
             for (name, how), values in self.kept.items()
@@ -88,7 +88,7 @@ class Runs:
         return limit, good[limit]
 
     def as_early(self, case: str, job_s: float) -> dict[str, Any] | None:
-        """Return what came of the least fixed limit by which the job ends as early, if one does."""
+        """Return the results of the lowest fixed limit whose job ends as early; None: no such."""
         early = [
             values
             for (name, how), values in self.kept.items()
@@ -98,7 +98,7 @@ class Runs:
 
 
 def _engine(directory: Path) -> str:
-    """Return of which engine the runs are that are made now."""
+    """Return the engine of runs made now."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -110,7 +110,7 @@ def _engine(directory: Path) -> str:
 
 
 def plans(case: Case) -> dict[str, Callable[..., Results]]:
-    """Return what a workload is run with, each to be called with the traces."""
+    """Return the simulations of a workload; each is a function of the traces."""
 
     def auto(**changes: object) -> Callable[..., Results]:
         return lambda traces: run(case, Auto(), traces, **changes)  # type: ignore[arg-type]  # run's own
@@ -141,10 +141,10 @@ def plans(case: Case) -> dict[str, Callable[..., Results]]:
 
 
 def came_to(what: tuple[str, str], traces: Path) -> Mapping[str, float | None]:
-    """Make one run: of a workload, and what it is made with.
+    """Make one run.
 
     Args:
-        what: both, by name.
+        what: workload and settings, by name.
         traces: the folder of the traces.
     """
     if what in PARTS:
@@ -170,7 +170,7 @@ def _refused(scarce: scarcity.Scarce) -> dict[str, float | None]:
 
 
 def _fewer_served(scarce: scarcity.Scarce) -> float:
-    """Return how many fewer are served than without the limit, of those it refuses."""
+    """Return how many fewer requests are served than without the limit, per refused request."""
     fewer = refused = 0
     for seed in _SCARCE_SEEDS:
         limited, _ = scarcity.run(scarce, _SCARCE_MINUTES, seed)
@@ -193,4 +193,4 @@ PARTS: Mapping[tuple[str, str], Callable[[], Mapping[str, float | None]]] = {
     **{(name, "refusals"): partial(_refused, each) for name, each in scarcity.CASES.items()},
     **{(name, "shares"): partial(_shared, each) for name, each in wrong_estimates.CASES.items()},
 }
-"""What is not about limits."""
+"""The parts that are not about limits."""

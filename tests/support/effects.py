@@ -1,8 +1,8 @@
-"""Traffic that a limit and a reserve are judged by: people alone, and people beside a job.
+"""Traffic on which a limit and a reserve are judged: people alone, and people beside a job.
 
-Two public traces (Azure conversations and code, Patel et al., ISCA 2024) and shapes made here. Each
-case says to which half it belongs: constants were chosen on the first half only, so the second half
-says what they are worth on traffic they were never shown.
+Two public traces (Azure conversations and code, Patel et al., ISCA 2024) and synthetic shapes. Each
+case belongs to one of two halves. Constants were chosen on the first half only, so the second half
+shows their quality on traffic that they were not tuned for.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,9 +55,9 @@ SERVER = ModelServerConfig(
     prefill_token_ns=40_000,
     context_token_ns=20,
 )
-"""About an 8 B model on a GPU of 80 GB: what the cases of real traffic run on."""
+"""About an 8 B model on a GPU of 80 GB, for the cases of real traffic."""
 SMALL = ModelServerConfig()
-"""The demo's."""
+"""The model server of the demo."""
 LIMITS_SMALL = (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 32)
 LIMITS_LARGE = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
 
@@ -75,18 +75,18 @@ class Case:
     """Whether it belongs to the half on which constants were chosen."""
     servers: tuple[ServerSpec, ...]
     workloads: Workloads
-    """Given the traces by name."""
+    """Returns the workloads, given the traces by name."""
     trace: str | None = None
     minutes: float = 10
     ttl_s: float = 120
     job_ttl_s: float = 3000
     limits: tuple[int, ...] = LIMITS_LARGE
-    """Of the sweep."""
+    """Fixed limits of the sweep."""
     objectives: Mapping[str, int] = field(default_factory=lambda: OBJECTIVES)
 
     @property
     def has_job(self) -> bool:
-        """Whether a job is beside the people."""
+        """Whether a job runs beside the people."""
         return any(each.objective == "batch" for each in self.workloads(_NO_TRACES))
 
 
@@ -118,7 +118,7 @@ def people(
     objective: str = "chat",
     tenants: int = 10,
 ) -> Workload:
-    """Return people who wait for an answer."""
+    """Return people, who wait for an answer."""
     return Workload(
         name=objective,
         arrivals=arrivals,
@@ -140,7 +140,7 @@ def job(
     longest: int = 30_000,
     from_s: float = 60,
 ) -> Workload:
-    """Return a job that is dropped in one piece."""
+    """Return a job whose requests arrive at the same time."""
     return Workload(
         name="job",
         arrivals=AtOnce(count),
@@ -200,7 +200,7 @@ def _times(arrivals: object, factor: float) -> Poisson:
 
 
 def _day(rate: float) -> Poisson:
-    """Return a day of half an hour: from a fifth of the rate up to it, and down again."""
+    """Return a day in half an hour: from a fifth of the rate up to the full rate and down again."""
     shares = (0.2, 0.3, 0.5, 0.8, 1.0, 1.0, 0.8, 0.5, 0.3, 0.2)
     step = 3 * MINUTE
     return Poisson(
@@ -343,26 +343,26 @@ CASES = {
 @final
 @dataclass(frozen=True)
 class Effect:
-    """What one run was for people and for the job."""
+    """The effect of one run on people and on the job."""
 
     people: float
-    """Share of them whose first token came in time."""
+    """Share of the people whose first token came in time."""
     p99_s: float
-    """Of their time to first token."""
+    """p99 of their time to first token."""
     job_s: float | None
-    """When the last of the job was answered, from when it came."""
+    """When the last answer of the job came, since its arrival."""
     in_flight: int
-    """At most, after the first minute."""
+    """Most requests in flight, after the first minute."""
     jain: float | None
-    """Of tokens among the tenants of the people, 1 is fair."""
+    """Jain's index of tokens among the tenants of the people; 1 is fair."""
     median: float | None
-    """Of real over predicted waits of the people."""
+    """Median of real over predicted waits of the people."""
     within: float | None
-    """Share of their waits within what nine in ten were said to stay within."""
+    """Share of their waits within the forecast for nine in ten."""
     foretold: int
-    """How many of their waits were forecast."""
+    """Number of their waits that were forecast."""
     waited: float
-    """Share of them that found no place at once."""
+    """Share of the people that had to wait."""
     queued_s: float
     """p99 of their waits in our queue; the rest of the time to first token is the engine's."""
 
@@ -385,17 +385,17 @@ def run(
 
     Args:
         case: the traffic and the pool.
-        detector: what limits it.
-        traces: by name.
-        ceilings: what each band may fill; all of the pool if None.
-        seed: of arrivals and lengths.
-        settles: whether an access log tells what each request took.
-        scrapes: whether endpoints tell how they are.
-        picker: who picks endpoints.
-        has_job: whether the job comes.
-        has_engine_priority: whether engines take higher bands first.
-        is_known: whether the engine goes on with what another learnt of such traffic, that came by
-            another seed.
+        detector: the detector that limits it.
+        traces: the traces, by name.
+        ceilings: the part of the pool that each band may fill; None: all of it.
+        seed: seed of arrivals and lengths.
+        settles: whether an access log reports the actual usage of requests.
+        scrapes: whether endpoints report their load.
+        picker: which component picks endpoints.
+        has_job: whether the job arrives.
+        has_engine_priority: whether engines prefer higher bands.
+        is_known: whether the engine starts with the memory of an earlier run of such traffic, made
+            with another seed.
     """
     workloads = case.workloads(traces)
     plan = Plan(
@@ -430,7 +430,7 @@ def run(
 
 
 def effect(case: Case, results: Results) -> Effect:
-    """Return what a run came to."""
+    """Return the effect of a run."""
     calls = [f for f in results.tenants.values() if f.slo_count]
     met, asked = (sum(getattr(f, key) for f in calls) for key in ("slo_met_count", "slo_count"))
     ttfts = sorted(ttft for f in calls for _, ttft in f.ttfts)
@@ -456,7 +456,7 @@ def effect(case: Case, results: Results) -> Effect:
 
 @cache
 def load_traces(directory: Path) -> dict[str, tuple[TraceRow, ...]]:
-    """Read the traces that are there."""
+    """Read the traces that exist."""
     found = {}
     for name, file_name in TRACES.items():
         path = directory / file_name

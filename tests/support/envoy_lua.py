@@ -1,4 +1,4 @@
-"""The Lua of a generated Envoy configuration, run by the LuaJIT that Envoy has, without Envoy."""
+"""The Lua of a generated Envoy configuration, run by Envoy's LuaJIT, without Envoy."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -36,25 +36,25 @@ end
 def read_of(
     *chunks: bytes, kind: bytes = b"text/event-stream", chunk_ms: int = 0
 ) -> dict[str, float]:
-    """Return what the script reads from a response in these chunks.
+    """Return the values that the script reads from a response in these chunks.
 
     Args:
-        chunks: of the response's body.
+        chunks: chunks of the response's body.
         kind: content type of the response.
-        chunk_ms: time from each chunk to the next.
+        chunk_ms: time between chunks.
     """
     found: dict[str, float] = {}
     rest = iter(chunks)
     now_ms = 1_700_000_000_000
 
     def next_chunk() -> bytes | None:
-        """Let time pass, and return another chunk."""
+        """Advance the time, and return another chunk."""
         nonlocal now_ms
         now_ms += chunk_ms
         return next(rest, None)
 
     def add(key: bytes, value: float) -> None:
-        """Note what the script sets."""
+        """Record a value that the script sets."""
         found[key.decode()] = value
 
     runtime = lupa.LuaRuntime(encoding=None)

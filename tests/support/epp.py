@@ -1,4 +1,4 @@
-"""llm-d-router's endpoint picker as a process of the tests, without Kubernetes."""
+"""llm-d-router's endpoint picker as a process for tests, without Kubernetes."""
 
 import os
 from collections.abc import Iterable
@@ -10,11 +10,11 @@ import yaml
 from flowcontrol_server.config.settings import Address
 
 BINARY: Final = os.environ.get("FLOWCONTROL_TEST_EPP", "")
-"""Built in a checkout of llm-d-router; empty where there is none."""
+"""The program, built in a checkout of llm-d-router; empty: none."""
 
 
 def configuration(directory: Path, endpoints: Iterable[Address]) -> dict[str, Any]:
-    """Write a file of these endpoints; return a configuration that picks any of them."""
+    """Write a file with these endpoints; return a configuration that picks any of them."""
     found = [
         {"name": f"server-{each.port}", "address": each.host, "port": str(each.port)}
         for each in endpoints
@@ -34,7 +34,7 @@ def configuration(directory: Path, endpoints: Iterable[Address]) -> dict[str, An
 
 
 def options(config: Path, port: int, health_port: int, metrics_port: int) -> list[str]:
-    """Return what it is started with: plain text, on these ports."""
+    """Return its command-line options: plain text, on these ports."""
     return [
         *("--config-file", str(config), "--pool-name", "llama"),
         *("--grpc-port", str(port), "--grpc-health-port", str(health_port)),

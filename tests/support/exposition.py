@@ -1,4 +1,4 @@
-"""Every metric family the service can show, of an engine that has something to show of each."""
+"""Every metric family of the service, from an engine that has a value for each."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -97,7 +97,7 @@ _FEED = FeedSnapshot(
 
 
 def own_families() -> list[Metric]:
-    """Return those under our own names."""
+    """Return the families under our own names."""
     view = PoolView()
     view.notice(EndpointsChanged((_ENDPOINT,)), 0)
     view.notice(LoadObserved(_ENDPOINT, waiting=1, running=1, kv_usage=0.5), 0)
@@ -131,12 +131,12 @@ def own_families() -> list[Metric]:
 
 
 def reference_families() -> list[Metric]:
-    """Return those under the reference's names."""
+    """Return the families under the reference's names."""
     return _families([ReferenceCollector(EVERYTHING, "llama")])
 
 
 def sample_names(families: Iterable[Metric]) -> set[str]:
-    """Return the names that a query can ask for."""
+    """Return the names that a query can use."""
     return {sample.name for family in families for sample in family.samples}
 
 

@@ -1,7 +1,7 @@
 """A test double: the real service with a planted fault.
 
-Where the environment says PLANTED=sample, the dashboard's samples fail. The end of requests of the
-tenant FAULT cannot be told; that of LIBRARY_FAULT's has a callback of a library fail.
+With PLANTED=sample in the environment, the dashboard's samples fail. For the tenant FAULT, the
+callback at the end of a request fails; for LIBRARY_FAULT, a callback of a library does.
 """
 
 import asyncio

@@ -22,9 +22,9 @@ async def running_gate(
     """A gate that is drained and joined at the end.
 
     Args:
-        config: of its engine.
+        config: configuration of its engine.
         has_pool: whether there is an endpoint; without one every request waits.
-        ended: gets every request that has ended, with its decision.
+        ended: called with every request that has ended, and its decision.
     """
     over = asyncio.Event()
     requests = [] if ended is None else ended

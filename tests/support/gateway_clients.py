@@ -1,6 +1,6 @@
-"""Gateways whose client of an endpoint picker is not Envoy's, after what their sources document.
+"""Gateways whose client of an endpoint picker differs from Envoy's, after their source code.
 
-Each does what its product does and no more: it fails where the product would.
+Each behaves as its product does, and fails where the product would.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ _DUPLEX = envoy_messages.ProcessingMode.FULL_DUPLEX_STREAMED
 
 
 async def unverified(port: int) -> grpc.aio.Channel:
-    """A channel over TLS to whatever certificate is shown there; grpcio must be given it first."""
+    """A channel over TLS that accepts any certificate; grpcio must get the certificate first."""
     shown = await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", port))
     name = [("grpc.ssl_target_name_override", "flowcontrol")]
     credentials = grpc.ssl_channel_credentials(shown.encode())
@@ -27,7 +27,7 @@ async def unverified(port: int) -> grpc.aio.Channel:
 
 
 class Picked(NamedTuple):
-    """What a gateway has learnt: where to send the request, or what to answer in its place."""
+    """The result for a gateway: where to send the request, or the reply to send instead."""
 
     endpoint: str = ""
     status: int = 0
@@ -35,7 +35,7 @@ class Picked(NamedTuple):
 
 
 def _destination(response: Any) -> str:
-    """Return the first header of that name, as both gateways look for it."""
+    """Return the first header with that name; both gateways use the first."""
     mutation = response.request_headers.response.header_mutation
     for option in mutation.set_headers:
         if option.header.key.lower() == DESTINATION:
@@ -48,15 +48,15 @@ def _destination(response: Any) -> str:
 class NginxGatewayFabric:
     """One request of NGINX Gateway Fabric 2.6 (cmd/gateway/endpoint_picker.go).
 
-    Headers with their text in `value`, the whole body in one message, no word about modes; then it
-    ends its side and reads until the server ends its own. No response phase.
+    Sends headers with their text in `value` and the whole body in one message, without modes. Then
+    it half-closes and reads until the server ends the stream. There is no response phase.
     """
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stream = Stream(channel, PROCESS)
 
     async def ask(self, body: bytes | None) -> None:
-        """Say all that it says."""
+        """Send the headers and the body."""
         await self.open(has_body=body is not None)
         await self.send(body)
 
@@ -74,7 +74,7 @@ class NginxGatewayFabric:
         await self._stream.say(request.SerializeToString())
 
     async def send(self, body: bytes | None) -> None:
-        """Send the body, whole, if there is one; then end its side."""
+        """Send the whole body, if there is one, then half-close."""
         if body is not None:
             whole = {"body": body, "end_of_stream": True}
             message = envoy_messages.ProcessingRequest(request_body=whole)
@@ -82,7 +82,7 @@ class NginxGatewayFabric:
         await self._stream.end()
 
     async def pick(self) -> Picked:
-        """Read until the end of the stream; return what it tells."""
+        """Read until the end of the stream; return the result."""
         picked = Picked()
         while True:
             data = await asyncio.wait_for(self._stream.call.read(), TIMEOUT_S)
@@ -99,7 +99,7 @@ class NginxGatewayFabric:
         return picked
 
     def cancel(self) -> None:
-        """Reset the stream: the client is gone."""
+        """Reset the stream, because the client has disconnected."""
         self._stream.call.cancel()
 
 
@@ -107,8 +107,8 @@ class NginxGatewayFabric:
 class Agentgateway:
     """One request of agentgateway 1.4 (crates/agentgateway/src/http/ext_proc.rs).
 
-    It says its modes, sends no metadata with a request, takes one address, and holds a stream that
-    the server ends early for an error. A client that went away shows as the end of its side.
+    It announces its modes, sends no metadata with a request and accepts one address. A stream that
+    the server ends early is an error. If its client disconnects, it half-closes.
     """
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
@@ -139,7 +139,7 @@ class Agentgateway:
         return Picked(endpoint)
 
     async def send(self, parts: Sequence[bytes], *, is_request: bool = True) -> None:
-        """Send a body in parts, the last of them with the end."""
+        """Send a body in parts; the last part carries the end."""
         for number, part in enumerate(parts, 1):
             content = {"body": part, "end_of_stream": number == len(parts)}
             name = "request_body" if is_request else "response_body"
@@ -147,7 +147,7 @@ class Agentgateway:
             await self._stream.say(message.SerializeToString())
 
     async def echoed(self, *, is_request: bool = True) -> bytes:
-        """Read a body back to its end, which an answer without a part of a body is, too."""
+        """Read a body back to its end; a reply without a body part is an end, too."""
         body = b""
         while True:
             response: Any = await self._stream.hear()
@@ -162,7 +162,7 @@ class Agentgateway:
                 return body
 
     async def respond(self, served: str) -> None:
-        """Send the headers of the response, with who served it, and wait for their answer."""
+        """Send the headers of the response, with its endpoint, and wait for the reply."""
         request = envoy_messages.ProcessingRequest()
         request.response_headers.headers.headers.add(key=":status", raw_value=b"200")
         fields = request.metadata_context.filter_metadata["envoy.lb"].fields
@@ -172,9 +172,9 @@ class Agentgateway:
         assert response.HasField("response_headers"), "any other answer is an error there"
 
     async def is_open(self) -> bool:
-        """Whether the server has not ended the stream, which is an error there: NoMoreResponses."""
+        """Whether the server has not ended the stream, which would be an error: NoMoreResponses."""
         return not self._stream.call.done()
 
     async def end(self) -> None:
-        """End its side: the exchange is over, or the client is gone."""
+        """Half-close: the exchange is over, or the client has disconnected."""
         await self._stream.end()

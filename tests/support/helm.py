@@ -1,4 +1,4 @@
-"""Helm for tests: the one installed, or built once from its Go module into the cache."""
+"""Helm for tests: the installed one, or one built from its Go module, kept in the cache."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 @cache
 def program() -> str:
-    """Return Helm; skip the test where it cannot be had."""
+    """Return the path of Helm; skip the test if there is none."""
     installed = shutil.which("helm")
     if installed is not None:
         return installed
@@ -31,7 +31,7 @@ def program() -> str:
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Helm; return what it says."""
+    """Run Helm; return its output."""
     command = [program(), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -44,7 +44,7 @@ def template(values: Path, namespace: str = "models") -> subprocess.CompletedPro
 
 
 def rendered(values: Mapping[str, Any], namespace: str = "models") -> list[Json]:
-    """Return what the chart makes of values."""
+    """Return the manifests that the chart renders from values."""
     with TemporaryDirectory() as directory:
         file = Path(directory) / "values.yaml"
         file.write_text(yaml.safe_dump(dict(values)))

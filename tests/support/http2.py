@@ -1,4 +1,4 @@
-"""HTTP/2 as tests read it: what a server sends, and what a connection makes of what it receives."""
+"""HTTP/2 for tests: the frames a server sends, and how a connection interprets received ones."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from flowcontrol_server.doors.http2.events import Event
 
 
 class Heard(NamedTuple):
-    """A frame of the server's."""
+    """A frame of the server."""
 
     kind: int
     flags: int
@@ -17,7 +17,7 @@ class Heard(NamedTuple):
 
 
 def heard(data: bytes) -> list[Heard]:
-    """What the server says, frame by frame."""
+    """Yield the server's frames."""
     said = []
     while data:
         high, low, kind, flags, stream_id = frames.unpack_header(data, 0)
@@ -29,7 +29,7 @@ def heard(data: bytes) -> list[Heard]:
 
 
 def received(core: Http2Connection, data: bytes, now_ns: int = 0) -> list[Event]:
-    """What all of it means, in as many calls as that takes."""
+    """Return the meaning of all of them, taken in several calls if necessary."""
     events = core.receive(data, now_ns)
     while core.is_behind:
         events += core.receive(b"", now_ns)

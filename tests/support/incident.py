@@ -1,4 +1,4 @@
-"""An incident to look at: steady chat, three tenants of an API, and a burst of batch work.
+"""A simulated incident: steady chat, three tenants of an API, and a burst of batch work.
 
 `python -m tests.support.incident FOLDER` plays it and saves pictures of the dashboard.
 """
@@ -21,7 +21,7 @@ from tests.support.streams import Running, Streams, running
 OBJECTIVES = {"chat": 10, "api": 0, "batch": -1}
 ENDPOINTS = [f"10.0.0.{number}:8000" for number in (5, 6, 7)]
 RUNS_AT_ONCE = 8
-"""What a model server runs; more wait inside it."""
+"""Requests that a model server runs at once; further ones wait inside it."""
 SETTINGS: dict[str, Any] = {
     "endpoints": {"static": ENDPOINTS},
     "picker": "least-loaded",
@@ -36,12 +36,12 @@ SETTINGS: dict[str, Any] = {
 }
 _BUTTONS = "#decision-rows button"
 _SETTLED_S = 3.0
-"""For the screen to have something to show."""
+"""Time for the screen to fill."""
 
 
 @asynccontextmanager
 async def traffic(service: Running, seed: int = 889) -> AsyncIterator[None]:
-    """Traffic without end: more than the pool can serve."""
+    """Endless traffic, more than the pool can serve."""
     chance = Random(seed)
     streams = Streams(service.grpc)
     servers = {address: asyncio.Semaphore(RUNS_AT_ONCE) for address in ENDPOINTS}
@@ -119,7 +119,7 @@ async def _picture_of_dialog(page: Page, path: Path) -> None:
 
 
 async def _waiting(page: Page) -> str:
-    """Return the id of a request that waits."""
+    """Return the id of a waiting request."""
     await page.run("document.querySelector('input[value=all]').click()")
     ids = f"[...document.querySelectorAll('{_BUTTONS}')].map(each => each.textContent)"
     newest = int(await page.run(f"Math.max(...{ids})"))

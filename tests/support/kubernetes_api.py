@@ -1,8 +1,8 @@
-"""A Kubernetes API server for tests, over real HTTP: every verb, and every way to fail.
+"""A Kubernetes API server for tests, over real HTTP, with every verb and every kind of failure.
 
-It keeps no schema and knows no kinds: a collection exists once `serve` has named its path.
-Versions, pages, selectors, bookmarks, 410 Gone, conflicts and Status objects are as the API
-conventions have them.
+It has no schema and no kinds: a collection exists once `serve` has been called with its path.
+Versions, pages, selectors, bookmarks, 410 Gone, conflicts and Status objects follow the API
+conventions.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ Json = dict[str, Any]
 
 
 class Asked(NamedTuple):
-    """A request that came."""
+    """A received request."""
 
     method: str
     path: str
@@ -39,7 +39,7 @@ class _Event(NamedTuple):
 
 @final
 class FakeApiServer:
-    """One API server and all it holds."""
+    """One API server and its objects."""
 
     def __init__(self) -> None:
         self.asked: list[Asked] = []
@@ -47,26 +47,26 @@ class FakeApiServer:
         self.forbidden: set[tuple[str, str]] = set()
         """Verbs (list, watch, patch) and paths that are refused."""
         self.refusal = 403
-        """The status they answer."""
+        """The status of such refusals."""
         self.unwritable: dict[str, int] = {}
-        """Names of objects whose status is refused, and with what status."""
+        """Statuses that refuse to update the status of objects, by the objects' names."""
         self.watches_are_gone = False
-        """Whether every watch is answered 410."""
+        """Whether every watch gets 410."""
         self.is_mute = False
-        """Whether requests are taken and never answered."""
+        """Whether requests get no answer."""
         self.pages_expire = False
-        """Whether every page but the first of a list is answered 410."""
+        """Whether every page of a list except the first gets 410."""
         self.token = TOKEN
-        """What must be presented."""
+        """The token that requests must have."""
         self.failing: int | None = None
-        """A status that every request answers, if any."""
+        """A status that all requests get; None: none."""
         self.failures_left: int | None = None
-        """How many requests still do; None: all."""
+        """How many requests still get it; None: all."""
         self.page_max = 500
-        """Objects a page holds, at most."""
+        """Most objects on a page."""
         self.retry_after: str | None = None
         self.list_count = 0
-        """Lists answered to their last page."""
+        """Lists read to their last page."""
         self._version = 100
         self._oldest = 0
         self._collections: dict[str, dict[str, Json]] = {}
@@ -79,16 +79,16 @@ class FakeApiServer:
     # What tests do to it
 
     def serve(self, path: str) -> None:
-        """Have a collection, as if its CRD were installed."""
+        """Add a collection, as if its CRD were installed."""
         self._collections.setdefault(path, {})
         self._events.setdefault(path, [])
 
     def unserve(self, path: str) -> None:
-        """Have it no more."""
+        """Remove a collection."""
         del self._collections[path]
 
     def put(self, path: str, item: Json) -> Json:
-        """Create or replace an object; watchers are told."""
+        """Create or replace an object, and notify watchers."""
         self.serve(path)
         name = item["metadata"]["name"]
         old = self._collections[path].get(name)
@@ -97,28 +97,28 @@ class FakeApiServer:
         return self._store(path, new, "ADDED" if old is None else "MODIFIED", old)
 
     def delete(self, path: str, name: str) -> None:
-        """Delete an object; watchers are told."""
+        """Delete an object, and notify watchers."""
         item = copy.deepcopy(self._collections[path].pop(name))
         self._log(path, "DELETED", item)
 
     def get(self, path: str, name: str) -> Json:
-        """Return an object as it now is."""
+        """Return the current object."""
         return copy.deepcopy(self._collections[path][name])
 
     def bookmark(self) -> None:
-        """Tell every watcher the current version and nothing else."""
+        """Send every watcher only the current version."""
         self._version += 1
         item = {"metadata": {"resourceVersion": str(self._version)}}
         for _request, queue in self._watchers.values():
             queue.put_nowait(_line("BOOKMARK", item))
 
     def forget_history(self) -> None:
-        """Compact: watches from before now are answered 410 Gone from now on."""
+        """Compact: from now on, watches from earlier versions get 410 Gone."""
         self._version += 1
         self._oldest = self._version
 
     def restore(self) -> None:
-        """Break off, and be as etcd is from an old backup: empty, and counting from far behind."""
+        """Break all connections, and be as etcd is from an old backup: empty, with old versions."""
         self.cut()
         self._version = 1
         self._collections = {path: {} for path in self._collections}
@@ -130,18 +130,18 @@ class FakeApiServer:
             queue.put_nowait(line)
 
     def cut(self) -> None:
-        """Break every watch off, without a word."""
+        """Break every watch without an end."""
         for request, _queue in list(self._watchers.values()):
             if request.transport is not None:
                 request.transport.abort()
 
     def end_watches(self) -> None:
-        """End every watch politely, as at its timeout."""
+        """End every watch gracefully, as at its timeout."""
         for _request, queue in self._watchers.values():
             queue.put_nowait(None)
 
     async def until_asked(self, method: str, path: str, count: int = 1, **query: str) -> Asked:
-        """Wait until so many requests like this have come; return the last."""
+        """Wait until so many requests like this have arrived; return the last one."""
         async with asyncio.timeout(5):
             while True:
                 found = [
@@ -159,7 +159,7 @@ class FakeApiServer:
     # HTTP
 
     def application(self) -> web.Application:
-        """Return what serves it."""
+        """Return the application that serves it."""
         application = web.Application()
         application.router.add_get("/{path:.*}", self._get)
         application.router.add_patch("/{path:.*}", self._patch)
@@ -290,7 +290,7 @@ class FakeApiServer:
             if request.path == path and _matches(item, request.query):
                 queue.put_nowait(_line(kind, event.item))
             elif request.path == path and old is not None and _matches(old, request.query):
-                queue.put_nowait(_line("DELETED", event.item))  # it has left the selection
+                queue.put_nowait(_line("DELETED", event.item))  # the selector no longer matches
 
 
 def _line(kind: str, item: Mapping[str, Any]) -> bytes:
@@ -298,7 +298,7 @@ def _line(kind: str, item: Mapping[str, Any]) -> bytes:
 
 
 def _matches(item: Json, query: Mapping[str, str]) -> bool:
-    """Whether an object is selected."""
+    """Whether a selector selects an object."""
     labels = item["metadata"].get("labels", {})
     wanted = dict(each.split("=") for each in query.get("labelSelector", "").split(",") if each)
     field = query.get("fieldSelector", "")
@@ -312,9 +312,9 @@ async def api_server(
     user: Mapping[str, Any] | None = None,
     context: ssl.SSLContext | None = None,
 ) -> AsyncIterator[tuple[FakeApiServer, Path]]:
-    """A server on a real port, and a kubeconfig that leads to it with those credentials.
+    """A server on a real port, and a kubeconfig for it with those credentials.
 
-    With a context it speaks TLS, and the kubeconfig trusts the file ca.crt beside it.
+    With a context it serves TLS, and the kubeconfig trusts the file ca.crt beside it.
     """
     fake = FakeApiServer()
     server = TestServer(fake.application())

@@ -1,4 +1,4 @@
-"""What a policy ought to give, worked out in another way than the policy does."""
+"""Expected results of policies, computed in another way than the policies do."""
 
 from collections.abc import Mapping
 
@@ -6,9 +6,10 @@ from collections.abc import Mapping
 def water_filling(
     demands: Mapping[str, float], weights: Mapping[str, float], capacity: float
 ) -> dict[str, float]:
-    """Return the weighted max-min fair shares: nobody can have more but from who has less.
+    """Return the weighted max-min fair shares: no flow gets more but from one that has less.
 
-    The level rises evenly by weight until a demand is met; that flow is done, the rest shares on.
+    The level rises evenly by weight until a demand is met. Then that flow is done, and the others
+    share the remainder.
     """
     shares: dict[str, float] = {}
     open_flows = dict(demands)
@@ -28,9 +29,9 @@ def unfairness(
     demands: Mapping[str, float],
     weights: Mapping[str, float],
 ) -> float:
-    """Return by how much, over its weight, somebody has more than one whose demand is not met.
+    """Return the largest excess, over its weight, of a flow over one whose demand is not met.
 
-    0 is max-min fairness: this is its definition by bottlenecks (Bertsekas and Gallager, 1987).
+    0 is max-min fairness, by its definition with bottlenecks (Bertsekas and Gallager, 1987).
     """
     level = max(share / weights[each] for each, share in shares.items())
     wanting = [each for each, share in shares.items() if share < demands[each] * (1 - 1e-9)]

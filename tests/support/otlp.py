@@ -1,4 +1,4 @@
-"""A collector of traces: what an OTLP exporter sends, received over real gRPC or HTTP."""
+"""A collector of traces: receives the exports of an OTLP exporter over real gRPC or HTTP."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -12,12 +12,12 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 _EXPORT = "opentelemetry.proto.collector.trace.v1.TraceService"
 
 _GRACE_S = 5.0
-"""For exports under way when the collector ends."""
+"""Time for exports in progress when the collector ends."""
 
 
 @final
 class Collector:
-    """Keeps the spans it was sent."""
+    """Keeps the spans it receives."""
 
     def __init__(self) -> None:
         self.batches: list[api.ExportTraceServiceRequest] = []
@@ -35,7 +35,7 @@ class Collector:
         return [span for _, span in self.spans() if span.name == name]
 
     def take(self, batch: bytes) -> bytes:
-        """Take what an exporter sends; return what it is told."""
+        """Receive an export; return the response."""
         self.batches.append(api.ExportTraceServiceRequest.FromString(batch))
         return api.ExportTraceServiceResponse().SerializeToString()
 
@@ -51,7 +51,7 @@ async def over_grpc(port: int = 0) -> AsyncIterator[tuple[Collector, str]]:
     collector = Collector()
 
     async def export(request: bytes, _context: Any) -> bytes:
-        """Take a batch."""
+        """Receive a batch."""
         return collector.take(request)
 
     server = grpc.aio.server()
@@ -64,7 +64,7 @@ async def over_grpc(port: int = 0) -> AsyncIterator[tuple[Collector, str]]:
     try:
         yield collector, f"http://127.0.0.1:{port}"
     finally:
-        await server.stop(_GRACE_S)  # else whoever exports is cut off, and complains
+        await server.stop(_GRACE_S)  # else exports in progress fail and are logged
 
 
 @asynccontextmanager
@@ -73,7 +73,7 @@ async def over_http() -> AsyncIterator[tuple[Collector, str]]:
     collector = Collector()
 
     async def export(request: web.Request) -> web.Response:
-        """Take a batch."""
+        """Receive a batch."""
         answer = collector.take(await request.read())
         return web.Response(body=answer, content_type="application/x-protobuf")
 

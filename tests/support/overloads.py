@@ -1,9 +1,10 @@
-"""Pools with more asked of them than they can do: what a limit on requests in flight is judged by.
+"""Overloaded pools, on which a limit of requests in flight is judged.
 
-Whoever waits at the gate longer than a while is refused, and whoever is served must have the first
-token in a time that leaves room for that wait and for the prompt, but for no queue inside a model
-server. So a limit too low leaves servers idle, a limit too high lets work queue where nobody can
-refuse it any more, and both show in one number: answers in time, per second.
+Requests that wait at the gate for longer than some time are refused. Requests that are served must
+have the first token within a time that allows for that wait and the prompt, but not for a queue
+inside a model server. So a limit that is too low leaves servers idle, and one that is too high
+lets work queue where it can no longer be refused. Both show in one number: answers in time per
+second.
 """
 
 from dataclasses import dataclass, replace
@@ -26,12 +27,12 @@ MINUTE = 60 * SECOND
 @final
 @dataclass(frozen=True)
 class Overload:
-    """One kind of traffic, and how long it may wait."""
+    """One kind of traffic, and its longest wait."""
 
     name: str
     workloads: tuple[Workload, ...]
     ttl_s: float
-    """At the gate."""
+    """Longest wait at the gate."""
 
 
 def _traffic(
@@ -108,9 +109,9 @@ POOLS = {
     "mixed": [_scaled(_USUAL, 1.5)] * 2 + [_scaled(_USUAL, 0.5)] * 2,
     "large": [_LARGE] * 2,
 }
-"""Three alike; fast and slow ones; and two that batch so many that only their memory stops them."""
+"""Three equal servers; fast and slow ones; two with large batches, limited only by memory."""
 STRENGTH = {"uniform": 1.0, "mixed": 4 / 3, "large": 2.5}
-"""How much of the first one's traffic each needs to be overloaded."""
+"""Factor on the traffic of the first pool with which each pool is overloaded."""
 
 
 def run(
@@ -123,7 +124,7 @@ def run(
     settles: bool = True,
     picker: Picker = Picker.LEAST_LOADED,
 ) -> Results:
-    """Run it to the end, and return how it was."""
+    """Run it to the end, and return the results."""
     plan = Plan(
         duration_ns=round(minutes * MINUTE),
         servers=tuple(
@@ -147,6 +148,6 @@ def _times(workload: Workload, factor: float) -> Workload:
 
 
 def goodput(results: Results) -> float:
-    """Return the answers in time, per second."""
+    """Return the answers in time per second."""
     met = sum(figures.slo_met_count for figures in results.tenants.values())
     return met * SECOND / results.duration_ns

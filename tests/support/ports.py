@@ -6,11 +6,11 @@ import socket
 
 HOST = "127.0.0.1"
 _ports = itertools.count(20_000 + os.getpid() * 997 % 10_000)
-"""Below those that the kernel gives to clients; workers, whose ids are close, begin far apart."""
+"""Below the kernel's range for clients; workers, whose process ids are close, begin far apart."""
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on and no client will be given."""
+    """Return a port that is free and outside of the kernel's range for clients."""
     while True:
         port = next(_ports)
         with socket.socket() as probe:
@@ -23,5 +23,5 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return as many of them."""
+    """Return several such ports."""
     return [free_port() for _ in range(count)]

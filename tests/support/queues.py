@@ -1,8 +1,8 @@
-"""A band's flows under a fairness policy, without the band, and naive policies to hold it against.
+"""A band's flows under a fairness policy, without the band, and naive policies for comparison.
 
-The queue tells a policy what a band would. The naive ones look at every flow for every choice and
-cannot be wrong in the ways that heaps and lazily kept accounts can; each can be given a flaw, which
-the checks in the tests must find.
+The queue calls a policy as a band does. The naive policies examine every flow for every choice, so
+they cannot have the errors of heaps and lazily kept accounts. Each can be given a flaw, which the
+checks in the tests must find.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from flowcontrol.request import FlowKey, Request
 
 FLOW_IDS = "abcde"
 Step = tuple[str, int, int, int]
-"""What happens, to whom, how large the request is said to be and is, or how much time passes."""
+"""Action, flow, and the announced and the real size of the request, or the time that passes."""
 
 
 def everywhere(subset: Subset) -> bool:
@@ -29,9 +29,9 @@ class Queue:
     """Flows under a policy.
 
     Args:
-        policy: who chooses.
-        ordering: of each flow's own requests.
-        weights: of flows, as the policy knows them.
+        policy: the policy that chooses.
+        ordering: order of each flow's requests.
+        weights: weights of flows, as in the policy.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class Queue:
         self.now_ns = 0
         self.arrived_count = 0
         self.unsettled: list[Lease] = []
-        """Dispatched, in order."""
+        """Dispatched leases that are not settled, in order."""
         self.has_room: HasRoom = everywhere
 
     @property
     def waiting(self) -> list[Lease]:
-        """All that wait, flow by flow."""
+        """All waiting requests, flow by flow."""
         return [lease for flow in self.flows.values() for lease in flow.leases()]
 
     def arrive(
         self, flow_id: str, cost: float = 1, true_cost: float = 1, subset: Subset | None = None
     ) -> Lease:
-        """Queue a request that is charged for one cost and turns out to have another."""
+        """Queue a request with an estimated and a real cost."""
         self.arrived_count += 1
         flow = self.flows[flow_id]
         lease = Lease(
@@ -76,7 +76,7 @@ class Queue:
         return lease
 
     def leave(self, lease: Lease) -> None:
-        """Take a request out undispatched."""
+        """Remove a request that was not dispatched."""
         was_head = lease.flow.head is lease
         lease.flow.remove(lease)
         if not lease.flow:
@@ -85,27 +85,27 @@ class Queue:
             self.policy.head_moved(lease.flow)
 
     def dispatch(self) -> Lease:
-        """Let the policy choose, and send the head of that flow."""
+        """Dispatch the head of the flow that the policy chooses."""
         flow = self.policy.pick(self.has_room)
         assert flow is not None, "somebody waits"
         return self.send(flow.head)
 
     def send(self, lease: Lease) -> Lease:
-        """Send a request, in turn or out of it."""
+        """Dispatch a request, in its turn or not."""
         lease.flow.remove(lease)
         self.policy.served(lease.flow, lease.cost, self.now_ns)
         self.unsettled.append(lease)
         return lease
 
     def settle(self, index: int) -> Lease:
-        """Tell what one dispatched request really took."""
+        """Settle one dispatched request with its real cost."""
         lease = self.unsettled.pop(index % len(self.unsettled))
         error = lease.tokens.input - lease.cost
         self.policy.correct(lease.flow.key.flow_id, error, self.now_ns)
         return lease
 
     def take(self, step: Step) -> Lease | None:
-        """Take a step as far as it is possible; return the request it dispatched or settled."""
+        """Take a step if it is possible; return the request that it dispatched or settled."""
         what, number, cost, true_cost = step
         if what == "arrive":
             self.arrive(FLOW_IDS[number % len(FLOW_IDS)], cost, true_cost)
@@ -120,62 +120,62 @@ class Queue:
         return None
 
     def run(self, steps: Iterable[Step]) -> list[Lease]:
-        """Take steps; return whom was dispatched."""
+        """Take steps; return the dispatched leases."""
         return [lease for step in steps if (lease := self.take(step)) and step[0] == "dispatch"]
 
 
 class NaivePolicy:
-    """Keeps what waits and chooses by looking at all of it."""
+    """Keeps the waiting requests and chooses by examining all of them."""
 
     def __init__(self) -> None:
         self.flows: dict[Flow, None] = {}
 
     def enter(self, flow: Flow, now_ns: int) -> None:  # noqa: ARG002 - for those below
-        """Take up the flow."""
+        """Add the flow."""
         self.flows[flow] = None
 
     def head_moved(self, flow: Flow) -> None:
-        """Take no notice."""
+        """Do nothing."""
 
     def leave(self, flow: Flow) -> None:
-        """Let go of the flow."""
+        """Remove the flow."""
         del self.flows[flow]
 
     def pick(self, has_room: HasRoom = everywhere) -> Flow:
-        """Return the flow with the longest backlog: whoever asks for most gets most."""
+        """Return the flow with the longest backlog, so the one that asks for most gets most."""
         del has_room
         return max(self.flows, key=len)
 
     def served(self, flow: Flow, cost: float, now_ns: int) -> None:  # noqa: ARG002 - for those below
-        """Keep no account."""
+        """Do nothing: there are no accounts."""
         if not flow.waiting:
             self.leave(flow)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
-        """Keep no account."""
+        """Do nothing: there are no accounts."""
 
     def accounts(self) -> Mapping[str, float]:
-        """Have nothing to hand on."""
+        """Return nothing: there are no accounts."""
         return {}
 
     def turns(self, lease: Lease, place: int, cost_each: float) -> float:  # noqa: ARG002 - no idea
-        """Say nothing of use."""
+        """Return no useful value."""
         return 0.0
 
     def tied(self, flow: Flow) -> list[Flow]:  # noqa: ARG002 - no idea
-        """Say nothing of use."""
+        """Return no useful value."""
         return []
 
     def reconfigure(self, config: ControllerConfig, now_ns: int) -> None:
-        """Take no notice."""
+        """Do nothing."""
 
 
 class NaiveTokens(NaivePolicy):
     """Virtual counters without heaps.
 
     Args:
-        weights: of flows.
-        flaw: "no lift", "no correction", "no weights" or "charged late"; "" for none.
+        weights: weights of flows.
+        flaw: "no lift", "no correction", "no weights" or "charged late"; "": none.
     """
 
     def __init__(self, weights: Mapping[str, float], flaw: str) -> None:
@@ -184,7 +184,7 @@ class NaiveTokens(NaivePolicy):
         self.flaw = flaw
         self.counters: dict[str, float] = {}
         self.owed: dict[str, float] = {}
-        """Charges put off until something is settled."""
+        """Charges deferred until something is settled."""
         self.level = 0.0
 
     def enter(self, flow: Flow, now_ns: int) -> None:
@@ -203,7 +203,7 @@ class NaiveTokens(NaivePolicy):
         return min(self.flows, key=lambda flow: self.counters[flow.key.flow_id])
 
     def served(self, flow: Flow, cost: float, now_ns: int) -> None:
-        """Count by estimate."""
+        """Charge by the estimate."""
         self._raise_level()
         flow_id = flow.key.flow_id
         if self.flaw == "charged late":
@@ -213,7 +213,7 @@ class NaiveTokens(NaivePolicy):
         super().served(flow, cost, now_ns)
 
     def correct(self, flow_id: str, cost: float, now_ns: int) -> None:
-        """Count by what was true."""
+        """Charge by the real cost."""
         if self.flaw != "no correction":
             self._add(flow_id, cost + self.owed.pop(flow_id, 0.0))
         del now_ns

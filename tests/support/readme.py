@@ -1,4 +1,4 @@
-"""What pages quote from the code: `python -m tests.support.readme --write` renews them."""
+"""The parts of pages that are generated from code: `python -m tests.support.readme --write`."""
 
 import re
 import sys
@@ -39,7 +39,7 @@ def config_reference() -> str:
 
 
 def outcome_table() -> str:
-    """Return what a client sees of every outcome."""
+    """Return the client's view of every outcome."""
     rows = [
         f"| {outcome.value} | {refused.status} | `{refused.reason}` "
         f"| {_RETRY_AFTER.get(outcome, 'no')} |"
@@ -53,12 +53,12 @@ def outcome_table() -> str:
 
 
 def metric_table() -> str:
-    """Return every metric of ours."""
+    """Return all our own metrics."""
     return _metrics(own_families())
 
 
 def reference_metric_table() -> str:
-    """Return every metric under the reference's names."""
+    """Return all metrics under the reference's names."""
     return _metrics(reference_families())
 
 
@@ -68,16 +68,16 @@ PARTS = {
     "metrics": metric_table,
     "reference metrics": reference_metric_table,
 }
-"""What is made from the code; each stands in one page."""
+"""Generated parts; each is in one page."""
 
 
 def marks(name: str) -> tuple[str, str]:
-    """Return what stands before a made part, and after it."""
+    """Return the lines before and after a generated part."""
     return f"<!-- {name}: made from the code by `make docs` -->", f"<!-- /{name} -->"
 
 
 def renewed(text: str) -> str:
-    """Return a page with its made parts as the code has them now."""
+    """Return a page with its generated parts updated."""
     for name, make in PARTS.items():
         begin, end = marks(name)
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
@@ -110,9 +110,9 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, s
 
 
 def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """Return the section that a setting is, if it is one, and whether it is a list of them.
+    """Return the section of a setting, and whether it is a list; None: the setting is no section.
 
-    One that may be written as one or as several is shown as one.
+    One that can be written as a single section or as several is shown as single.
     """
     if get_origin(annotation) in {Annotated, Union, UnionType}:
         parts = [_section(part) for part in get_args(annotation)]

@@ -1,12 +1,12 @@
-"""Pages whose commands are run as they stand: files are written, commands run, outputs compared.
+"""Pages whose commands are run as written: files are written, commands run, outputs compared.
 
 In such a page a block of code after a line like
 
     `flowcontrol.yaml`, which may say something:
 
-is the content of that file. Blocks of `sh` are commands, and a block of `text` right behind one is
-what they print; an ellipsis stands for anything. Ports are replaced by free ones, those that the
-service opens by default, too.
+is the content of that file. Blocks of `sh` are commands, and a block of `text` directly after one
+is their expected output; an ellipsis matches anything. Ports are replaced by free ones, including
+the default ports of the service.
 """
 
 import contextlib
@@ -36,21 +36,21 @@ _MARK = "@@ end of block @@"
 _ENDED = re.compile(
     r"^(?:bash|environment): line \d+: +\d+ (?:Killed|Terminated) .*\n", re.MULTILINE
 )
-"""What bash says, now or later, of a program that was ended; to a person it says so elsewhere."""
+"""Messages of bash on terminated programs, which an interactive user does not see."""
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 class Block(NamedTuple):
-    """A block of code, and what it is for."""
+    """A block of code and its purpose."""
 
     language: str
     text: str
     file: str | None
-    """Name of the file whose content it is."""
+    """Name of the file with this content; None: no file."""
 
 
 def blocks_of(page: str) -> Iterator[Block]:
-    """Yield a page's blocks of code in their order."""
+    """Yield a page's blocks of code in order."""
     for found in _BLOCK.finditer(page):
         named = _FILE.match(found["before"])
         yield Block(found["language"], found["text"], named["name"] if named else None)
@@ -63,7 +63,7 @@ class Recipe:
     Args:
         page: the page.
         directory: the folder.
-        environment: for its commands.
+        environment: environment of its commands.
     """
 
     def __init__(self, page: Path, directory: Path, environment: Mapping[str, str]) -> None:
@@ -78,7 +78,7 @@ class Recipe:
         self._blocks = [*blocks_of(page.read_text())]
 
     def run(self) -> Iterator[tuple[str, str, str]]:
-        """Run all of it; yield what each block should print, what it printed, and the difference.
+        """Run the page; yield the expected and the actual output of each block, and their diff.
 
         Raises:
             AssertionError: a command failed.
@@ -95,7 +95,7 @@ class Recipe:
                 yield wanted, last, "" if is_so else f"wanted:\n{wanted}\ngot:\n{last}"
 
     def _output(self) -> str:
-        """Write the files and run the commands, in their order."""
+        """Write the files and run the commands, in order."""
         script = ["set -eu"]
         for number, block in enumerate(self._blocks):
             text = self._replaced(block.text)
@@ -119,7 +119,7 @@ class Recipe:
             try:
                 status = process.wait(DONE_S)
             finally:
-                with contextlib.suppress(ProcessLookupError):  # nothing was left running
+                with contextlib.suppress(ProcessLookupError):  # no process was left
                     os.killpg(process.pid, signal.SIGKILL)
         said = log.read_text()
         logs = "\n".join(f"{path}:\n{path.read_text()[-2000:]}" for path in self._logs())
@@ -130,7 +130,7 @@ class Recipe:
         yield from sorted(self._directory.glob("*.log"))
 
     def _with_ports(self, text: str) -> str:
-        """Return a configuration of the service with free ports where it leaves them out."""
+        """Return a configuration of the service with free ports where it omits them."""
         if "kind: FlowControlConfig" not in text or "\nlisten:" in text:
             return text
         ports = ", ".join(

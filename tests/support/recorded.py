@@ -1,4 +1,4 @@
-"""Recordings for tests: an engine that keeps its turns, and traffic with a bit of everything."""
+"""Recordings for tests: an engine that records its turns, and traffic with every kind of event."""
 
 from dataclasses import replace
 from random import Random
@@ -46,7 +46,7 @@ ENDPOINTS = ("10.0.0.1:8000", "10.0.0.2:8000")
 
 
 def small_config(in_flight_max: int = 4) -> ControllerConfig:
-    """Two endpoints' worth of trouble: short waits, small queues, weights."""
+    """Two endpoints, short waits, small queues and weights."""
     return ControllerConfig(
         limits=Limits(requests_max=60),
         templates=(
@@ -65,7 +65,7 @@ def small_config(in_flight_max: int = 4) -> ControllerConfig:
 
 
 def whole_config() -> ControllerConfig:
-    """The same with all that the engine can do."""
+    """The same with all features of the engine."""
     small = small_config()
     return replace(
         small,
@@ -95,12 +95,13 @@ def whole_config() -> ControllerConfig:
 
 @final
 class Recording:
-    """An engine with its turns kept; also for a simulated world.
+    """An engine that records its turns; also usable in a simulated world.
 
     Args:
-        config: of the engine.
-        now_ns: when it is made.
-        is_looked_at: whether somebody looks and asks between its turns, as an operator would.
+        config: configuration of the engine.
+        now_ns: when it is created.
+        is_looked_at: whether snapshots and explanations are requested between its turns, as by an
+            operator.
     """
 
     def __init__(
@@ -115,17 +116,17 @@ class Recording:
 
     @property
     def decisions(self) -> list[Decision]:
-        """All there were."""
+        """All decisions so far."""
         return [decision for turn in self.turns for decision in turn.decisions]
 
     def turn(self, now_ns: int, *facts: Fact) -> list[Decision]:
-        """One turn."""
+        """Run one turn."""
         for fact in facts:
             self.handle(fact, now_ns)
         return self.poll(now_ns)
 
     def handle(self, fact: Fact, now_ns: int) -> None:
-        """Take in one fact."""
+        """Add one fact."""
         self._facts.append(fact)
         self.controller.handle(fact, now_ns)
 
@@ -146,32 +147,32 @@ class Recording:
         return self.controller.next_wakeup_ns()
 
     def check_invariants(self) -> None:
-        """Let it check itself."""
+        """Check the invariants of the engine."""
         self.controller.check_invariants()
 
 
 def busy(recording: Recording, requests: int, seed: int = 1) -> Recording:
-    """Let requests come faster than they are served, some impatient, some in vain, then drain."""
+    """Send requests faster than they are served, some impatient, some that time out, then drain."""
     _Traffic(recording, Random(seed)).run(requests)
     return recording
 
 
 @final
 class _Traffic:
-    """Clients and model servers, as far as the engine notices them."""
+    """Clients and model servers, as far as they affect the engine."""
 
     def __init__(self, recording: Recording, chance: Random) -> None:
         self._recording = recording
         self._chance = chance
         self._now_ns = recording.began_ns
         self._ending: dict[int, int] = {}
-        """When whom's stream ends."""
+        """When streams end, by request id."""
         self._unanswered: list[int] = []
-        """Those whose first byte the engine wants to be told of."""
+        """Requests whose first byte must be reported to the engine."""
         self._next_id = 1
 
     def run(self, requests: int) -> None:
-        """So many requests, until all are gone."""
+        """Send so many requests, and run until all have ended."""
         self._turn(ObjectivesChanged(OBJECTIVES), EndpointsChanged(ENDPOINTS))
         while self._next_id <= requests or self._ending:
             self._wait_until(self._now_ns + self._chance.randrange(1, 60 * MILLISECOND))
@@ -182,7 +183,7 @@ class _Traffic:
         self._turn(DrainBegan(0))
 
     def _wait_until(self, until_ns: int) -> None:
-        """Let the engine be woken when it asks for it, as late as a thread may be."""
+        """Wake the engine when it asks for it, as late as a thread may be."""
         while (wakeup_ns := self._recording.controller.next_wakeup_ns()) is not None:
             woken_ns = wakeup_ns + self._chance.randrange(100_000)
             if woken_ns >= until_ns:
@@ -230,7 +231,7 @@ class _Traffic:
         facts: list[Fact] = []
         for request_id in range(self._next_id, self._next_id + count):
             facts.append(Arrived(_request(request_id, self._chance)))
-            if self._chance.random() < 0.05:  # hangs up, whatever happens
+            if self._chance.random() < 0.05:  # its client disconnects
                 self._ending[request_id] = self._now_ns + self._chance.randrange(SECOND)
         self._next_id += count
         if self._chance.random() < 0.002:

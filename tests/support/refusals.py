@@ -1,16 +1,16 @@
-"""Who was refused that could have been served? Counted by what came of those behind them.
+"""Counts the refused requests that could have been served, by the fate of those behind them.
 
-A request is refused for lack of a place (a limit on what may wait, or displaced by a better one),
-or it is said that it will be evicted before its turn. Could it have been served?
+A request is refused for lack of a place (a limit of waiting requests, or displaced by another one),
+or because it is predicted to be evicted before its turn. Could it have been served?
 
-Of one for which there was no place nobody knows: it is gone. But had that one alone been kept, at
-its place in its flow, it would have had the turn of the next request of its flow that came after it
-and was dispatched. So it could have been served if that turn came within its time to live. Each is
-looked at by itself: of ten that could have had the same turn all ten count, and so does one whose
-flow has no turn any more, unless whoever was before it waited too long. So this is an upper bound.
-It holds for flows that are served in order of arrival. A test keeps single ones and compares.
+If there was no place, its fate is unknown. But had only that request been kept, at its place in its
+flow, it would have had the turn of the next request of its flow that arrived after it and was
+dispatched. So it could have been served if that turn came within its time to live. Each request is
+judged alone: if ten could have had the same turn, all ten count. So does a request whose flow has
+no later turn, unless the one before it waited too long. So this is an upper bound. It holds for
+flows that are served in order of arrival. A test keeps single requests and compares.
 
-One of whom it is said waits on, so what it would have come to is what it did.
+A request with a prediction goes on waiting, so its real fate is known.
 """
 
 from bisect import bisect_right
@@ -37,7 +37,7 @@ WITHOUT_A_PLACE = (Outcome.REJECTED_CAPACITY, Outcome.EVICTED_DISPLACED)
 
 ASKED_NS = 10 * SECOND
 SERVED = 12.0
-"""People a second that the pool of these cases serves, about."""
+"""People per second that the pool of these cases can serve, approximately."""
 
 
 @final
@@ -47,17 +47,17 @@ class Scarce:
 
     workloads: tuple[Workload, ...]
     requests_max: int | None = None
-    """That may wait; None: unlimited."""
+    """Most waiting requests; None: unlimited."""
     ttl_s: float = 30
 
 
 def _crowd(times: float) -> Workload:
-    """Return people who ask so many times as much as is served."""
+    """Return people who send so many times the traffic that is served."""
     return people(Poisson(times * SERVED), 3, 200, 64, spread=0.6, longest=2000)
 
 
 def _within(part: float) -> int:
-    """Return how many may wait so that this part of the time to live serves them."""
+    """Return how many may wait so that this part of the time to live suffices to serve them."""
     return round(part * SERVED * Scarce.ttl_s)
 
 
@@ -71,7 +71,7 @@ CASES = {
 
 
 def run(scarce: Scarce, minutes: float, seed: int = 889) -> tuple[Results, "Hopeless"]:
-    """Run a case on three of the demo's servers, all else by default."""
+    """Run a case on three of the demo's servers, with defaults for everything else."""
     plan = Plan(
         duration_ns=round(minutes * MINUTE),
         servers=tuple(ServerSpec(address=f"s{n}", config=SMALL) for n in range(3)),
@@ -102,12 +102,12 @@ class Line(NamedTuple):
 @final
 @dataclass
 class Refusals:
-    """What was refused in a run, and what of it could have been served."""
+    """The requests refused in a run, and those of them that could have been served."""
 
     outcomes: Counter[Outcome] = field(default_factory=Counter)
-    """Of all requests."""
+    """Outcomes of all requests."""
     could: dict[int, bool] = field(default_factory=dict)
-    """Of those without a place by id, whether they would have been dispatched in time."""
+    """Whether requests without a place would have been dispatched in time, by id."""
 
     @property
     def share(self) -> float | None:
@@ -116,11 +116,11 @@ class Refusals:
 
 
 def refusals(transcript: Iterable[str], ttl_ns: int) -> Refusals:
-    """Count what was refused for lack of a place.
+    """Count the requests refused for lack of a place.
 
     Args:
-        transcript: of a run, see `simulation.results.Results`.
-        ttl_ns: time to live of all of them.
+        transcript: the transcript of a run, see `simulation.results.Results`.
+        ttl_ns: time to live of all requests.
     """
     lines = [_line(text) for text in transcript]
     found = Refusals(Counter(line.outcome for line in lines))
@@ -137,7 +137,7 @@ def refusals(transcript: Iterable[str], ttl_ns: int) -> Refusals:
 
 
 def served(transcript: Iterable[str], end_ns: int) -> int:
-    """Return how many were dispatched up to a moment."""
+    """Return how many requests were dispatched up to a time."""
     lines = (_line(text) for text in transcript)
     return sum(line.outcome is Outcome.DISPATCHED and line.at_ns <= end_ns for line in lines)
 
@@ -149,16 +149,16 @@ def _line(text: str) -> Line:
 
 
 class _History:
-    """What came of the requests of one flow, in order of arrival."""
+    """The fates of the requests of one flow, in order of arrival."""
 
     def __init__(self) -> None:
         self.turns: list[Line] = []
-        """Of those that were dispatched."""
+        """Dispatched requests."""
         self.expired: list[int] = []
-        """When those came that waited too long."""
+        """Arrivals of requests that waited too long."""
 
     def could_serve(self, line: Line, ttl_ns: int) -> bool:
-        """Whether the next turn comes in time; where there is none, whether those ahead had one."""
+        """Whether the next turn comes in time; without one, whether those ahead had a turn."""
         place = bisect_right(self.turns, line.arrived_ns, key=_arrival)
         if place < len(self.turns):
             return self.turns[place].at_ns - line.arrived_ns < ttl_ns
@@ -173,32 +173,32 @@ def _arrival(line: Line) -> int:
 
 @final
 class Hopeless:
-    """Lets an engine decide, and asks it who waits in vain.
+    """Lets an engine decide, and asks it which requests wait in vain.
 
-    As a request begins to wait, and then every ten seconds of waiting: of one request in eight, of
-    which each question looks at all that stand before it.
+    It asks when a request begins to wait and then every ten seconds, for one request in eight,
+    because each question examines all requests ahead.
     """
 
     def __init__(self, engine: FlowController) -> None:
         self.outcomes: Counter[Outcome] = Counter()
-        """Of those that were said to be evicted before their turn."""
+        """Outcomes of the requests predicted to be evicted before their turn."""
         self.asked: Counter[Outcome] = Counter()
-        """Of all of whom it was asked."""
+        """Outcomes of all requests asked about."""
         self._engine = engine
         self._due: deque[tuple[int, int]] = deque()
-        """Whom to ask of next, and when."""
+        """Requests to ask about next, with their times."""
         self._live: dict[int, bool] = {}
-        """Whether it was said of them."""
+        """Whether the prediction was made, by request."""
 
     def handle(self, fact: Fact, now_ns: int) -> None:
-        """Remember who came."""
+        """Record arrivals, and pass the fact on."""
         if isinstance(fact, Arrived) and fact.request.request_id % 8 == 0:
             self._live[fact.request.request_id] = False
             self._due.appendleft((now_ns, fact.request.request_id))
         self._engine.handle(fact, now_ns)
 
     def poll(self, now_ns: int) -> list[Decision]:
-        """Ask of those that are due and wait."""
+        """Ask about requests that are due and waiting."""
         decisions = self._engine.poll(now_ns)
         for decision in decisions:
             said = self._live.pop(decision.request_id, None)
@@ -215,15 +215,15 @@ class Hopeless:
         return decisions
 
     def next_wakeup_ns(self) -> int | None:
-        """Pass on."""
+        """Delegate."""
         return self._engine.next_wakeup_ns()
 
     def check_invariants(self) -> None:
-        """Pass on."""
+        """Delegate."""
         self._engine.check_invariants()
 
     @property
     def share(self) -> float | None:
-        """Share of them that were served all the same; None: it was said of none."""
+        """Share of them that were served nevertheless; None: no prediction was made."""
         said = sum(self.outcomes.values())
         return self.outcomes[Outcome.DISPATCHED] / said if said else None

@@ -1,4 +1,4 @@
-"""The two readers of a response's usage and errors: Envoy's script, and ours."""
+"""The two readers of a response's usage and errors: Envoy's script, and the service's reader."""
 
 from typing import Final, Protocol
 
@@ -11,26 +11,26 @@ _BEGIN_NS: Final = 1_000_000_000
 
 
 class Reader(Protocol):
-    """Reads a response that comes in chunks."""
+    """Reads a response that arrives in chunks."""
 
     __name__: str
 
     def __call__(
         self, *chunks: bytes, kind: bytes = b"text/event-stream", chunk_ms: int = 0
     ) -> dict[str, float]:
-        """Return its tokens, the status of an error, and how late the first token came.
+        """Return its tokens, the status of an error, and the delay of the first token.
 
         Args:
-            chunks: of the response's body.
+            chunks: chunks of the response's body.
             kind: content type of the response.
-            chunk_ms: time from each chunk to the next.
+            chunk_ms: time between chunks.
         """
 
 
 def read_by_envoy(
     *chunks: bytes, kind: bytes = b"text/event-stream", chunk_ms: int = 0
 ) -> dict[str, float]:
-    """Let the script of the generated configuration read."""
+    """Read with the script of the generated configuration."""
     found = read_of(*chunks, kind=kind, chunk_ms=chunk_ms)
     counts = [found.pop(name, None) for name in COUNTS]
     return _said(*tokens([None if each is None else int(each) for each in counts])) | found
@@ -39,7 +39,7 @@ def read_by_envoy(
 def read_here(
     *chunks: bytes, kind: bytes = b"text/event-stream", chunk_ms: int = 0
 ) -> dict[str, float]:
-    """Let a `ResponseReader` read."""
+    """Read with a `ResponseReader`."""
     reader = ResponseReader({":status": "200", "content-type": kind.decode()})
     now_ns = _BEGIN_NS
     for chunk in chunks:

@@ -1,6 +1,6 @@
 """Draws docs/rooms.svg, the imports between the rooms: `python -m tests.support.rooms`.
 
-The graph is grimp's, the layout that of Graphviz, whose `dot` must be installed.
+The graph comes from grimp, the layout from Graphviz, whose `dot` must be installed.
 """
 
 import subprocess
@@ -14,7 +14,7 @@ SERVER = "flowcontrol_server"
 
 
 def room_of(module: str) -> str:
-    """The room a module lives in; a module beside the rooms is one of its own."""
+    """Return the room of a module; a module outside of the rooms is its own room."""
     package, _, rest = module.partition(".")
     name = rest.partition(".")[0]
     if package == "flowcontrol":
@@ -23,7 +23,7 @@ def room_of(module: str) -> str:
 
 
 def arrows() -> Counter[tuple[str, str]]:
-    """How many imports lead from each room to each other."""
+    """Return the number of imports from each room to each other."""
     graph = grimp.build_graph("flowcontrol", SERVER)
     found: Counter[tuple[str, str]] = Counter()
     for module in graph.modules:
@@ -35,7 +35,7 @@ def arrows() -> Counter[tuple[str, str]]:
 
 
 def main() -> None:
-    """Draw it, and say what is on it."""
+    """Draw the graph, and print its content."""
     found = arrows()
     lines = [f'"{a}" -> "{b}" [label={n}]' for (a, b), n in sorted(found.items())]
     style = 'rankdir=TB; node [shape=box, fontname="sans-serif"]; edge [fontsize=9, color=gray50]'

@@ -1,4 +1,4 @@
-"""`flowcontrol serve` in a process of its own, for the tests of what only a process shows."""
+"""`flowcontrol serve` in a separate process, for tests that need one."""
 
 import json
 import os
@@ -16,12 +16,12 @@ import pytest
 def serving(
     config: Path, stderr: int | IO[bytes] = subprocess.PIPE, prefix: Sequence[str] = ()
 ) -> Iterator[subprocess.Popen[str]]:
-    """`flowcontrol serve` in a process of its own, gone at the end.
+    """Run `flowcontrol serve` in a separate process, ended at the end.
 
     Args:
-        config: its configuration.
-        stderr: where its log goes.
-        prefix: a command that is given its command line, and becomes it.
+        config: path of its configuration.
+        stderr: destination of its log.
+        prefix: a command that executes the command line after it.
     """
     command = [
         *prefix,
@@ -41,7 +41,7 @@ def serving(
 
 
 def lines_until(process: subprocess.Popen[str], event: str) -> list[dict[str, Any]]:
-    """The log of a service up to an event."""
+    """Return the log of a service up to an event."""
     assert process.stderr is not None
     lines: list[dict[str, Any]] = []
     for line in process.stderr:
@@ -52,7 +52,7 @@ def lines_until(process: subprocess.Popen[str], event: str) -> list[dict[str, An
 
 
 def configuration(directory: Path, ports: Sequence[int], more: str = "") -> Path:
-    """A configuration that listens on these ports: ext_proc, gRPC and HTTP."""
+    """Return a configuration with these ports: ext_proc, gRPC and HTTP."""
     (directory / "objectives").mkdir()
     path = directory / "flowcontrol.yaml"
     path.write_text(

@@ -1,4 +1,4 @@
-"""An access log that has told of nothing, for those who show what it told."""
+"""The state of an access log that has reported nothing, for tests of how it is shown."""
 
 import time
 
@@ -10,7 +10,7 @@ SILENT = Counts(received=0, lost=2, awaited=1)
 
 
 def silent_log(gate: FlowGate) -> LogJoin:
-    """Return the account of three requests that ended: two longer ago than they are waited for."""
+    """Return the state with three ended requests, two of them longer ago than the log may take."""
     settlement = LogJoin(LOST_AFTER_NS, gate.claim_in_flight, gate.post)
     settlement.stream_opened()
     now_ns = time.monotonic_ns()

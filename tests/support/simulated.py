@@ -1,4 +1,4 @@
-"""Small simulated worlds for the tests: plans to change, engines that listen, plans by chance."""
+"""Small simulated worlds for tests: plans to adapt, engines that record facts, random plans."""
 
 from dataclasses import replace
 from random import Random
@@ -44,7 +44,7 @@ TEN_TOKENS = Independent(Fixed(10), Fixed(10))
 
 
 class Listening:
-    """Lets an engine decide, and keeps what it was told and when."""
+    """Lets an engine decide, and records its facts with their times."""
 
     def __init__(self, engine: Decider) -> None:
         self.engine = engine
@@ -52,25 +52,25 @@ class Listening:
         self.polls: list[int] = []
 
     def handle(self, fact: Fact, now_ns: int) -> None:
-        """Keep the fact."""
+        """Record the fact."""
         self.facts.append((now_ns, fact))
         self.engine.handle(fact, now_ns)
 
     def poll(self, now_ns: int) -> list[Decision]:
-        """Keep the time."""
+        """Record the time."""
         self.polls.append(now_ns)
         return self.engine.poll(now_ns)
 
     def next_wakeup_ns(self) -> int | None:
-        """Pass on."""
+        """Delegate."""
         return self.engine.next_wakeup_ns()
 
     def check_invariants(self) -> None:
-        """Pass on."""
+        """Delegate."""
         self.engine.check_invariants()
 
     def told(self, kind: type[Fact]) -> list[tuple[int, Fact]]:
-        """Return the facts of a kind, each with its time."""
+        """Return the facts of a type, each with its time."""
         return [(now_ns, fact) for now_ns, fact in self.facts if isinstance(fact, kind)]
 
 
@@ -81,7 +81,7 @@ def make_plan(
     faults: tuple[faults.Fault, ...] = (),
     scrape_interval_ns: int | None = None,
 ) -> Plan:
-    """Return a plan with servers s0, s1 and so on, all from the beginning."""
+    """Return a plan with servers s0, s1 and so on, all present from the beginning."""
     return Plan(
         duration_ns=duration_ns,
         servers=tuple(ServerSpec(address=f"s{n}", config=SERVER) for n in range(servers)),
@@ -93,7 +93,7 @@ def make_plan(
 
 
 def make_controller(**settings: object) -> FlowController:
-    """Return an engine that picks; two requests at each endpoint, unless told otherwise."""
+    """Return an engine that picks, by default with two requests at each endpoint."""
     usual = {
         "detectors": (engine_config.Concurrency(requests_max=2),),
         "picker": engine_config.Picker.LEAST_LOADED,
@@ -103,7 +103,7 @@ def make_controller(**settings: object) -> FlowController:
 
 
 def run(plan: Plan, engine: Decider | None = None, *, slots: Slots | None = None) -> Results:
-    """Run a plan to its end with every check."""
+    """Run a plan to its end with all checks."""
     engine = make_controller() if engine is None else engine
     return World(engine, plan, 1, slots=slots, is_checked=True).finish()
 
@@ -114,12 +114,12 @@ def workload(arrivals: Arrivals, name: object = "people", **settings: object) ->
 
 
 def rows(*at_ms: int) -> Replayed:
-    """Return arrivals at these times, of ten tokens each way."""
+    """Return arrivals at these times, with ten tokens of prompt and answer."""
     return Replayed(tuple(TraceRow(at * MILLISECOND, 10, 10) for at in at_ms))
 
 
 def random_config(chance: Random) -> engine_config.ControllerConfig:
-    """Return any configuration of the engine."""
+    """Return a random configuration of the engine."""
 
     def settings() -> engine_config.BandSettings:
         return engine_config.BandSettings(
@@ -157,7 +157,7 @@ def random_config(chance: Random) -> engine_config.ControllerConfig:
 
 
 def _random_detectors(chance: Random) -> tuple[engine_config.Detector, ...]:
-    """Return detectors that let everything through in the end, if there are scrapes."""
+    """Return detectors that let everything through eventually, if there are scrapes."""
     counted = engine_config.Concurrency(requests_max=chance.randint(1, 6))
     others: list[engine_config.Detector] = [
         engine_config.Concurrency(requests_max=None, tokens_max=chance.choice([50, 500])),
@@ -174,7 +174,7 @@ def _random_detectors(chance: Random) -> tuple[engine_config.Detector, ...]:
 
 
 def random_plan(chance: Random) -> Plan:
-    """Return a plan in which about everything may happen, for half a minute."""
+    """Return a random plan of half a minute with almost every kind of event."""
     duration_ns = 30 * SECOND
     server_count = chance.randint(1, 4)
     is_plain = chance.random() < 0.7
@@ -192,7 +192,7 @@ def random_plan(chance: Random) -> Plan:
         )
         for n in range(server_count)
     )
-    if specs[0].role is engine_config.Role.PREFILL:  # else nobody may ever answer what is for s0
+    if specs[0].role is engine_config.Role.PREFILL:  # else requests for s0 may never be served
         specs = (replace(specs[0], role=engine_config.Role.DECODE), *specs[1:])
     return Plan(
         duration_ns=duration_ns,

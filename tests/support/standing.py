@@ -1,4 +1,4 @@
-"""What is wrong, as a test says it."""
+"""A status with given problems, for tests."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -11,7 +11,7 @@ ABOUT = About(
 
 
 def standing(*problems: tuple[str, str, str]) -> ServiceStatus:
-    """Return a status in which these problems stand: kind, what about, and what is wrong."""
+    """Return a status with these problems: kind, subject and description."""
     kinds = dict.fromkeys(kind for kind, _about, _text in problems)
     finders = {kind: partial(_of_kind, problems, kind) for kind in kinds}
     return ServiceStatus(finders, lambda: ABOUT, lambda: 1_700_000_100.0)

@@ -1,4 +1,4 @@
-"""A whole service in a process of its own, and requests as Envoy would send them, without Envoy."""
+"""A whole service in a separate process, and requests as Envoy sends them, without Envoy."""
 
 import asyncio
 import json
@@ -25,12 +25,12 @@ _PROCESS = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 
 @final
 class Running:
-    """A service that serves.
+    """A running service.
 
     Attributes:
         grpc: its gRPC address.
-        http: the root of its pages.
-        directory: where its configuration and its log are.
+        http: root URL of its pages.
+        directory: directory of its configuration and log.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Running:
         return await self.ended()
 
     async def ended(self) -> int:
-        """Wait for its end; return its exit status."""
+        """Wait until it ends; return its exit status."""
         assert self._process is not None, "it has been started"
         try:
             return await asyncio.to_thread(self._process.wait, PATIENCE_S)
@@ -87,11 +87,11 @@ class Running:
 
     @property
     def log(self) -> str:
-        """All it logged."""
+        """Its whole log."""
         return (self.directory / "service.log").read_text()
 
     def lines(self, event: str) -> list[dict[str, Any]]:
-        """Return what it logged of one kind."""
+        """Return its log lines of one event."""
         lines = [json.loads(line) for line in self.log.splitlines()]
         return [line for line in lines if line["event"] == event]
 
@@ -108,11 +108,11 @@ async def running(
     """A service with these settings, drained at the end.
 
     Args:
-        directory: for its files.
-        settings: beside those of the doors.
-        objectives: with their priorities.
-        program: what Python runs.
-        environment: of the process, beside ours.
+        directory: directory for its files.
+        settings: settings beside those of the doors.
+        objectives: objectives with their priorities.
+        program: module or script that Python runs.
+        environment: environment of the process beside ours.
     """
     ports = free_ports(2)
     manifests = directory / "objectives"
@@ -151,7 +151,7 @@ async def running(
 
 @final
 class Streams:
-    """Requests at a service's gRPC port, each on a stream of its own."""
+    """Requests at a service's gRPC port, each on a separate stream."""
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.aio.insecure_channel(address)
@@ -162,7 +162,7 @@ class Streams:
         )
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         await self._channel.close(None)
 
     async def ask(
@@ -179,11 +179,11 @@ class Streams:
 
         Args:
             flow_id: the tenant.
-            objective: what it is for.
+            objective: name of the objective.
             client_id: its x-request-id.
             hold_s: how long the model server takes.
-            until: the model server takes until this is set, too.
-            servers: what each endpoint runs at once; more wait inside it.
+            until: the model server also takes until this is set.
+            servers: concurrent requests of each endpoint; further ones wait inside it.
         """
         request = ext_proc.ProcessingRequest()
         headers = {
@@ -216,7 +216,7 @@ class Streams:
 def _place(
     answer: ext_proc.ProcessingResponse, servers: "Mapping[str, asyncio.Semaphore] | None"
 ) -> AbstractAsyncContextManager[None]:
-    """Return a place at the endpoint that was picked."""
+    """Return the semaphore of the picked endpoint."""
     if servers is None:
         return nullcontext()
     mutation = answer.request_headers.response.header_mutation

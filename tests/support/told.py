@@ -1,4 +1,4 @@
-"""What a source told, in order, and waiting for it."""
+"""The values that a source reports, in order, and waits for them."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,19 +11,19 @@ TIMEOUT_S = 5.0
 
 @final
 class Told(Generic[_T]):
-    """Collects what a source tells."""
+    """Collects the values that a source reports."""
 
     def __init__(self) -> None:
         self.news: list[_T] = []
         self._came = asyncio.Event()
 
     def changed(self, news: _T) -> None:
-        """Take one piece of news."""
+        """Add a reported value."""
         self.news.append(news)
         self._came.set()
 
     async def until(self, is_so: Callable[[_T], bool]) -> _T:
-        """Wait until the latest news is like this; return it."""
+        """Wait until the latest value satisfies a condition; return it."""
         async with asyncio.timeout(TIMEOUT_S):
             while not self.news or not is_so(self.news[-1]):
                 self._came.clear()
@@ -31,7 +31,7 @@ class Told(Generic[_T]):
         return self.news[-1]
 
     async def until_equal(self, expected: _T) -> None:
-        """Wait until the latest news is this."""
+        """Wait until the latest value equals this one."""
         try:
             await self.until(lambda news: news == expected)
         except TimeoutError:
@@ -45,7 +45,7 @@ class _Source(Protocol):
 
 @asynccontextmanager
 async def following(source: _Source, told: Told[_T]) -> AsyncIterator[asyncio.Task[None]]:
-    """Have a source followed; whatever happens, that goes on to the end of the context."""
+    """Follow a source; this must not end before the context, whatever happens."""
     task = asyncio.create_task(_awaited(source.follow(told.changed)))
     try:
         yield task
@@ -61,7 +61,7 @@ async def _awaited(following: Awaitable[None]) -> None:
 
 
 async def eventually(is_so: Callable[[], Any], within_s: float = TIMEOUT_S) -> Any:
-    """Ask again and again until the answer is true; return it. For what tells nobody."""
+    """Poll a condition until it is true; return its value. For changes without notification."""
     async with asyncio.timeout(within_s):
         while not (answer := is_so()):  # noqa: ASYNC110 - what it asks about rings no bell
             await asyncio.sleep(0.005)

@@ -1,4 +1,4 @@
-"""Valkey or Redis as operators run it: with TLS, behind Sentinel, as a cluster. All on loopback."""
+"""Valkey or Redis as in production, on loopback: with TLS, behind Sentinel, as a cluster."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from tests.support.valkey_server import ValkeyServer
 
 CLI: Final = shutil.which("valkey-cli") or shutil.which("redis-cli")
 NAME: Final = "primary"
-"""Of what the sentinel watches."""
+"""Name of the primary that the sentinel watches."""
 _HOST: Final = "127.0.0.1"
 _PRIMARIES: Final = 3
 _WITHIN_S: Final = 20.0
@@ -23,12 +23,12 @@ _DOWN_AFTER_MS: Final = 500
 
 @final
 class Group:
-    """Servers that are stopped together; with TLS they speak nothing else, and ask for ours.
+    """Servers that are stopped together; with TLS they require it, and a client certificate.
 
     Args:
-        directory: gets a folder for each, and the certificates.
-        has_tls: whether they have TLS.
-        names: in their certificates; those of this machine if empty.
+        directory: directory for a folder of each, and the certificates.
+        has_tls: whether they use TLS.
+        names: names in their certificates; empty: those of this machine.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Group:
             "certificate": directory / "client.pem",
             "key": directory / "client.key",
         }
-        """What a client needs, by the names of the settings."""
+        """The files that a client needs, by the names of the settings."""
         self.has_tls = has_tls
         self._stack = ExitStack()
         if has_tls:
@@ -52,7 +52,7 @@ class Group:
                 (directory / f"{name}.key").write_bytes(key)
 
     def start(self, name: str, *options: str, is_sentinel: bool = False) -> ValkeyServer:
-        """Start one more."""
+        """Start a further server."""
         folder = self.directory / name
         folder.mkdir(exist_ok=True)
         port = free_port()
@@ -67,7 +67,7 @@ class Group:
         self._stack.close()
 
     def ask(self, server: ValkeyServer, *words: str) -> str:
-        """Return what a server says."""
+        """Return a server's response to a command."""
         assert CLI is not None
         tls: tuple[str, ...] = ()
         if self.has_tls:

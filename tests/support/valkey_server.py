@@ -1,4 +1,4 @@
-"""A real Valkey or Redis server for tests, on a Unix socket or a port of its own."""
+"""A real Valkey or Redis server for tests, on a Unix socket or a free port."""
 
 import shutil
 import signal
@@ -21,12 +21,12 @@ class ValkeyServer:
     """A server without any persistence.
 
     Args:
-        directory: for its log.
-        options: more of its command line.
-        wrap: begins its command, where it is to run in another network.
-        host: where it is found.
-        port: 0 for one that is free.
-        is_sentinel: whether it is a sentinel, by the file sentinel.conf of its directory.
+        directory: directory for its log.
+        options: further command-line options.
+        wrap: prefix of its command, to run it in another network.
+        host: its address.
+        port: its port; 0: a free one.
+        is_sentinel: whether it is a sentinel, configured by sentinel.conf in its directory.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ValkeyServer:
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """Its URL."""
         return f"valkey://{self.host}:{self.port}"
 
     def start(self) -> None:
@@ -74,7 +74,7 @@ class ValkeyServer:
                 return
 
     def pause(self) -> None:
-        """Let it answer nothing."""
+        """Stop it from answering."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
@@ -84,7 +84,7 @@ class ValkeyServer:
         self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """End it, and all it holds."""
+        """Stop it; its content is lost."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

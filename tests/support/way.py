@@ -1,4 +1,4 @@
-"""Counts what one request costs: objects of ours, turns of the loop, hand-overs between threads."""
+"""Counts the cost of one request: our objects, turns of the loop, hand-overs between threads."""
 
 import asyncio
 import selectors
@@ -16,7 +16,7 @@ _NAMED_TUPLE = "namedtuple_"
 
 @final
 class Made:
-    """Objects of our classes that were made, and futures that we made, by name, in every thread."""
+    """Created objects of our classes, and futures that we create, by name, in every thread."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -62,14 +62,14 @@ class Made:
 
 @final
 class CountingSelector(selectors.DefaultSelector):
-    """Counts how often the loop looks for news: once a turn."""
+    """Counts the polls of the loop, one a turn."""
 
     def __init__(self) -> None:
         super().__init__()
         self.turns = 0
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        """Count, and look."""
+        """Count, and poll."""
         self.turns += 1
         found: list[Any] = super().select(timeout)
         return found
@@ -77,32 +77,32 @@ class CountingSelector(selectors.DefaultSelector):
 
 @final
 class Pipe(asyncio.Transport):
-    """A transport that keeps what is written, and calls back at each write."""
+    """A transport that keeps its output, and calls back at each write."""
 
     def __init__(self, written: Callable[[bytes], None]) -> None:
         super().__init__()
         self._written = written
 
     def write(self, data: Any) -> None:
-        """Take output."""
+        """Keep output."""
         self._written(bytes(data))
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """There is no buffer."""
+        """Do nothing: there is no buffer."""
 
     def get_write_buffer_size(self) -> int:
-        """There is no buffer."""
+        """Return 0: there is no buffer."""
         return 0
 
     def is_closing(self) -> bool:
-        """It never is."""
+        """Return False: it never closes."""
         return False
 
     def pause_reading(self) -> None:
-        """What comes all the same is to be read, later."""
+        """Do nothing: data that still arrives is read later."""
 
     def resume_reading(self) -> None:
-        """Nothing was held back."""
+        """Do nothing: no data was held back."""
 
     def abort(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""

@@ -1,8 +1,8 @@
-"""Flows of equal weight that always have more waiting, whose answers are not as long as estimated.
+"""Flows of equal weight that always have requests waiting, and whose answers are estimated wrongly.
 
-The engine expects `OUTPUT_DEFAULT` tokens of an answer to a model it has never seen, and then what
-this flow's last answers had. Here they have four times as many or a fourth. Prompts are as long as
-answers, so that by tokens and by their prices the same is fair.
+For a model it has never seen, the engine expects `OUTPUT_DEFAULT` tokens of answer, and later what
+this flow's last answers had. Here answers have four times as many tokens or a fourth. Prompts are
+as long as answers, so that shares by tokens and by their prices are the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from tests.support.effects import SMALL
 from tests.support.overloads import MINUTE, SECOND
 
 FLOWS, USERS = 8, 24
-"""How many, and how many users each has, of whom each asks again at once."""
+"""Number of flows, and of users of each, who send the next request at once after an answer."""
 LONG, SHORT = round(4 * OUTPUT_DEFAULT), round(OUTPUT_DEFAULT / 4)
 
 
@@ -32,7 +32,7 @@ def _same(tokens: int) -> Lengths:
 
 
 def _by_chance() -> Lengths:
-    """Return four times as long or a fourth, such that the mean is what is expected."""
+    """Return four times the length or a fourth, at random, with the expected length as the mean."""
     rows = [TraceRow(0, SHORT, SHORT)] * 4 + [TraceRow(0, LONG, LONG)]
     return Recorded(tuple(rows))
 
@@ -49,13 +49,13 @@ def _users(flow: int, name: str, lengths: Lengths, from_ns: int, until_ns: int) 
 
 
 def never_seen(end_ns: int) -> Iterator[Workload]:
-    """Yield half of the flows with long answers, half with short ones."""
+    """Yield flows, half with long answers, half with short ones."""
     for flow in range(FLOWS):
         yield _users(flow, "asks", _same(LONG if flow % 2 else SHORT), 0, end_ns)
 
 
 def changing(end_ns: int) -> Iterator[Workload]:
-    """Yield flows each of which has long answers in every other minute, short ones between."""
+    """Yield flows that alternate each minute between long and short answers."""
     for flow in range(FLOWS):
         for minute, from_ns in enumerate(range(0, end_ns, MINUTE)):
             lengths = _same(LONG if (flow + minute) % 2 else SHORT)
@@ -63,7 +63,7 @@ def changing(end_ns: int) -> Iterator[Workload]:
 
 
 def by_chance(end_ns: int) -> Iterator[Workload]:
-    """Yield half of the flows with long and short answers by chance, half as is expected."""
+    """Yield flows, half with random long and short answers, half with answers as expected."""
     usual = _same(round(OUTPUT_DEFAULT))
     for flow in range(FLOWS):
         yield _users(flow, "asks", _by_chance() if flow % 2 else usual, 0, end_ns)
@@ -75,9 +75,9 @@ class Wrong:
     """One way in which estimates are wrong."""
 
     workloads: Callable[[int], Iterator[Workload]]
-    """Given when arrivals end, ns."""
+    """Returns the flows, given the end of arrivals in ns."""
     settles: bool = True
-    """Whether the access log says what answers came to."""
+    """Whether the access log reports the actual answers."""
 
 
 CASES = {
@@ -89,7 +89,7 @@ CASES = {
 
 
 def run(wrong: Wrong, minutes: float, seed: int = 889) -> Results:
-    """Run with the engine's defaults, where the engine picks."""
+    """Run with the engine's defaults; the engine picks."""
     end_ns = round(minutes * MINUTE)
     plan = Plan(
         duration_ns=end_ns,
