@@ -1,8 +1,8 @@
-"""Runs a scenario, a text file in `scenarios/`, against a flow controller of its own.
+"""Runs a scenario, a text file in `scenarios/`, against a new flow controller.
 
-A scenario begins with a comment that says what it shows; then come settings, then turns. A turn is
-what the processor's turn is: a batch of facts, one reading of the clock, one poll. Below its `----`
-stands what came of it, rewritten by `pytest --rewrite`.
+A scenario begins with a comment on its purpose, followed by settings and turns. A turn is the same
+as for the processor: a batch of facts, one reading of the clock, one poll. The lines below its
+`----` are the results; `pytest --rewrite` rewrites them.
 
     # With one slot, chat overtakes batch.
 
@@ -12,7 +12,7 @@ stands what came of it, rewritten by `pytest --rewrite`.
                                                 flow-bytes-max ttl fairness ordering share-min
                                                 promote-after
     detector utilization waiting-max=5          or concurrency or adaptive, with their settings;
-                                                in place of in-flight-max; several: the fullest
+                                                instead of in-flight-max; several: the fullest
     ceilings soft-reflective                    ceiling-max ceiling-min
     weights a=2                                 of flows
     prices input=1 cached-input=0 output=0
@@ -29,16 +29,16 @@ stands what came of it, rewritten by `pytest --rewrite`.
     band -1: 1 waiting, 0 bytes, 1 in flight
     waiting 1, in flight 1, next wake-up at 1s
 
-    at wake-up                                  the moment the engine asked to be woken
-    answered b1                                 its first byte was seen
+    at wake-up                                  the time of the engine's next wake-up
+    answered b1                                 its first byte arrived
     settle b1 output=500                        input cached output ttft generation failed=yes
-    load a waiting=3 kv=0.5                     what an endpoint says of itself
+    load a waiting=3 kv=0.5                     the reported load of an endpoint
     leave b1
     ----
 
     at 5s
-    config in-flight-max=2                      settings once more, then
-    reconfigure                                 all of them anew
+    config in-flight-max=2                      new settings, then
+    reconfigure                                 apply all settings
     drain 5s
     ----
 """
@@ -73,11 +73,11 @@ FLOWS_SHOWN_MAX = 10
 
 
 class ScenarioError(Exception):
-    """A scenario that cannot be read; says which file and line."""
+    """A scenario is invalid; with file and line."""
 
 
 def nanoseconds(word: str) -> int:
-    """Read a time."""
+    """Parse a time."""
     match = re.fullmatch(r"(\d+)(ns|us|ms|s)", word)
     if match is None:
         message = f"a time must be like 5s, 20ms, 3us or 7ns, got {word!r}"
@@ -86,13 +86,13 @@ def nanoseconds(word: str) -> int:
 
 
 def spell(time_ns: int) -> str:
-    """Write a time, in the largest unit that says it exactly."""
+    """Format a time in the largest unit in which it is exact."""
     unit = next(unit for unit, size_ns in UNITS_NS.items() if time_ns % size_ns == 0)
     return f"{time_ns // UNITS_NS[unit]}{unit}"
 
 
 _Words = Mapping[str, Callable[[str], Any]]
-"""What may be set, and how its value is read."""
+"""Names of settings, with the functions that parse their values."""
 
 _LIMITS: _Words = {"requests-max": int, "bytes-max": int}
 _CONFIG: _Words = {
@@ -149,22 +149,22 @@ _SETTLED: _Words = {
 _LOAD: _Words = {"waiting": int, "running": int, "kv": float}
 _RENAMED = {"ttl": "ttl_ns", "promote_after": "promote_after_ns", "stale_after": "stale_after_ns"}
 _RENAMED |= {"patience": "patience_ns"}
-"""Words that are not just the names of their settings."""
+"""Words that differ from the names of their settings."""
 
 
 @dataclass(slots=True)
 class _Settings:
-    """What the settings of a scenario say, so far."""
+    """The settings of a scenario so far."""
 
     words: dict[str, Any] = field(default_factory=dict)
-    """Of the `config` lines."""
+    """Words of the `config` lines."""
     default_settings: engine_config.BandSettings = field(default_factory=engine_config.BandSettings)
     templates: dict[str, engine_config.BandTemplate] = field(default_factory=dict)
     detectors: dict[str, engine_config.Detector] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)
 
     def read(self, words: list[str]) -> bool:
-        """Take in one line; whether it was about settings."""
+        """Read one line; return whether it contains settings."""
         match words:
             case ["config", *pairs]:
                 self.words |= read_pairs(pairs, _CONFIG)
@@ -203,7 +203,7 @@ class _Settings:
         return True
 
     def config(self) -> engine_config.ControllerConfig:
-        """Return what the settings come to."""
+        """Return the configuration."""
         words = self.words
         detectors = tuple(self.detectors.values())
         if not detectors:
@@ -221,23 +221,23 @@ class _Settings:
 
 @dataclass(slots=True)
 class Replay:
-    """Runs the commands of one scenario against a flow controller of its own."""
+    """Runs the commands of one scenario against a new flow controller."""
 
     settings: _Settings = field(default_factory=_Settings)
     controller: FlowController | None = None
-    """Made by the first turn; from then on the settings stand until `reconfigure`."""
+    """Created by the first turn, with the settings so far; `reconfigure` applies later ones."""
     now_ns: int = 0
     is_turn_open: bool = False
     names: list[str] = field(default_factory=list)
-    """Of the requests; a request's id is its index here."""
+    """Names of the requests; a request's id is its index here."""
     shows: list[str] = field(default_factory=list)
 
     def command(self, line: str) -> None:
-        """Obey one line.
+        """Execute one line.
 
         Raises:
-            ValueError: the line is not understood, or comes at the wrong moment.
-            ConfigError: the settings cannot be used.
+            ValueError: the line is invalid, or not allowed at this point.
+            ConfigError: the settings are invalid.
         """
         words = line.split()
         if words[0] == "at":
@@ -256,7 +256,7 @@ class Replay:
                 self.controller.handle(fact, self.now_ns)
 
     def decide(self) -> list[str]:
-        """End the turn: poll, and return what is to be said about it."""
+        """End the turn: poll, and return the lines of results."""
         if self.controller is None or not self.is_turn_open:
             message = "---- must end a turn"
             raise ValueError(message)
@@ -266,7 +266,7 @@ class Replay:
         snapshot = take_snapshot(self.controller, self.now_ns, FLOWS_SHOWN_MAX)
         shows, self.shows = self.shows, []
         shown = [line for what in shows for line in _SHOWN[what](snapshot)]
-        return [*self._tell(decisions), *shown, self._tell_state(snapshot)]
+        return [*self._decision_lines(decisions), *shown, self._state_line(snapshot)]
 
     def _begin_turn(self, moment: str) -> None:
         if self.is_turn_open:
@@ -355,8 +355,8 @@ class Replay:
             raise ValueError(message)
         return self.names.index(name)
 
-    def _tell(self, decisions: list[Decision]) -> list[str]:
-        """Return a line per decision; neighbours with the same fate share one, as r1..r3."""
+    def _decision_lines(self, decisions: list[Decision]) -> list[str]:
+        """Return a line per decision; consecutive equal ones share a line, as r1..r3."""
         told: list[tuple[str, str, str]] = []
         for decision in decisions:
             name, fate = self.names[decision.request_id], _fate(decision)
@@ -369,7 +369,7 @@ class Replay:
             for first, last, fate in told
         ]
 
-    def _tell_state(self, snapshot: Snapshot) -> str:
+    def _state_line(self, snapshot: Snapshot) -> str:
         assert self.controller is not None
         wakeup_ns = self.controller.next_wakeup_ns()
         if self.controller.is_drained:
@@ -382,10 +382,10 @@ class Replay:
 
 
 def replay(text: str, name: str) -> str:
-    """Return a scenario with what stands below each `----` written anew.
+    """Return a scenario with new results below each `----`.
 
     Raises:
-        ScenarioError: naming the file and the line.
+        ScenarioError: the scenario is invalid; with file and line.
     """
     run = Replay()
     written: list[str] = []
@@ -416,7 +416,7 @@ def replay(text: str, name: str) -> str:
 
 
 def read_pairs(words: Sequence[str], known: _Words) -> dict[str, Any]:
-    """Read words like key=value; the keys are these, each once."""
+    """Parse words like key=value; each of these keys at most once."""
     pairs: dict[str, Any] = {}
     for key, value in _split(words):
         if key not in known:

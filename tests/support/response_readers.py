@@ -33,7 +33,7 @@ def read_by_envoy(
     """Read with the script of the generated configuration."""
     found = read_of(*chunks, kind=kind, chunk_ms=chunk_ms)
     counts = [found.pop(name, None) for name in COUNTS]
-    return _said(*tokens([None if each is None else int(each) for each in counts])) | found
+    return _reported(*tokens([None if each is None else int(each) for each in counts])) | found
 
 
 def read_here(
@@ -47,7 +47,7 @@ def read_here(
         now_ns += chunk_ms * _MS_NS
     reader.end(now_ns)
     entry = reader.report(_BEGIN_NS, now_ns)
-    found = _said(entry.input_tokens, entry.cached_tokens, entry.output_tokens)
+    found = _reported(entry.input_tokens, entry.cached_tokens, entry.output_tokens)
     if entry.status != 200:
         found["error"] = entry.status
     if entry.ttft_us:
@@ -55,7 +55,7 @@ def read_here(
     return found
 
 
-def _said(*counts: int | None) -> dict[str, float]:
+def _reported(*counts: int | None) -> dict[str, float]:
     names = ("input_tokens", "cached_tokens", "output_tokens")
     return {name: each for name, each in zip(names, counts, strict=True) if each is not None}
 
