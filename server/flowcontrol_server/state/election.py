@@ -23,9 +23,9 @@ MARGIN: Final = 0.25
 """Part of the duration by which a leader stops early."""
 RELEASE_WITHIN_S: Final = 1.0
 HAND_OVER_WITHIN_S: Final = 1.0
-"""How long a leader that hands over waits for the next; then there is none."""
+"""Longest wait for another replica to take over; after it, none is assumed."""
 STANDBY_ASKS_S: Final = 0.4
-"""How often a standby asks, however long the lease: often enough to be the next."""
+"""Longest time between two requests of a standby: short enough to take over in time."""
 HELD_AGAIN_S: Final = 0.02
 """Time between two checks of a replica that hands over for the next leader."""
 _log = structlog.get_logger()
