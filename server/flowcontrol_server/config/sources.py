@@ -170,7 +170,8 @@ class Endpoints(Section):
     """Addresses as host:port. With an empty list the pool is empty, and every request waits."""
     roles: Mapping[AddressText, Literal["prefill", "decode"]] = Field(default={})
     """The role of each endpoint where prefill and decode are separate, such as {10.0.0.5:8000:
-    prefill}. Endpoints not listed do both. The stage with the higher saturation counts."""
+    prefill}. It overrides a role from `file` or from a pod's label llm-d.ai/role. Endpoints without
+    a role do both. The stage with the higher saturation counts."""
     dns: Annotated[Dns | None, Given] = left_out()
     file: Annotated[FileBeside | None, Given] = left_out()
     """File with a YAML list of endpoints, reloaded on change: host:port, or {address, port, role}.
