@@ -10,6 +10,8 @@ ON_COMPILED = PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED) $(BIN)/pytest -o
 # for at most eight tests. Both outcomes are printed, with the traceback, so that a repeated test is not overlooked.
 TWICE := --reruns 1 --max-suite-reruns 8 --rerun-show-tracebacks
 .DEFAULT_GOAL := help
+# Whatever -j says, or MAKEFLAGS: two installations into one environment, or checks beside tests that measure waits.
+.NOTPARALLEL:
 
 .PHONY: help demo quick test lint types unit e2e kubernetes fuzz compiled coverage bench faults effect format docs site wheel release-check containers clean
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,22 @@ class TestSetup:
         assert (tmp_path / "bin" / "pip").exists()
         assert "No module named pip" not in done.stderr
         assert done.stderr.startswith("setup: pip could not install the project")
+
+
+class TestMakefile:
+    """Targets together."""
+
+    def test_one_at_a_time(self, tmp_path: Path) -> None:
+        """Also with -j, nothing installs into the environment while something else does."""
+        shutil.copy(ROOT / "Makefile", tmp_path)
+        for name in ("pyproject.toml", "constraints.txt", "hatch_build.py"):
+            (tmp_path / name).touch()
+        (tmp_path / "setup.sh").write_text("mkdir -p $1 && mkdir busy && sleep 0.5 && rmdir busy")
+
+        command = ("make", "-j2", ".venv/ready", ".venv/ready-demo")
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+        assert done.returncode == 0, done.stderr
 
 
 class TestClean:
