@@ -36,6 +36,7 @@ async def demo(output: Path, *more: str) -> asyncio.subprocess.Process:
     """Start the demo, where a proxy is set that nothing on this machine is to be asked through."""
     environment = {name: value for name, value in os.environ.items() if "no_proxy" not in name}
     return await asyncio.create_subprocess_exec(
+        *("env", "--default-signal=HUP"),  # these tests may run under nohup
         *command_line(output, *more),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
