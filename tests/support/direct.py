@@ -51,7 +51,9 @@ def announcing(
     objective: str = "",
 ) -> bytes:
     """Request headers of an Envoy that announces its modes for bodies."""
-    more = {OBJECTIVE: objective} if objective else {}
+    more = {"content-type": "application/json"}
+    if objective:
+        more[OBJECTIVE] = objective
     request = envoy_messages.ProcessingRequest.FromString(headers_message(path, **more))
     request.request_headers.end_of_stream = is_end
     modes = envoy_messages.ProcessingMode.BodySendMode.Value(mode)

@@ -16,6 +16,8 @@ from flowcontrol_server.requests.gate import FlowGate
 
 STANDBY: Final = "another replica decides"
 """The message of a stream that ends with UNAVAILABLE."""
+BODY_S: Final = 0.005
+"""How long a request waits, before it is parked, for a part of its body after its headers."""
 
 
 @final

@@ -6,7 +6,7 @@ from typing import Any, Final, final
 import grpc
 
 from flowcontrol.request import Outcome, Request
-from flowcontrol_server.doors.call_context import STANDBY, CallContext
+from flowcontrol_server.doors.call_context import BODY_S, STANDBY, CallContext
 from flowcontrol_server.doors.envoy_secret import NOT_SHOWN
 from flowcontrol_server.requests.codec import SERVICE, MalformedMessageError, decode
 from flowcontrol_server.requests.dialects import Dialect
@@ -27,8 +27,6 @@ _Context = grpc.aio.ServicerContext[bytes, bytes]
 _Reading = asyncio.Future[Message | BodyPart | None]
 HELD_BYTES_MAX: Final = 65_536
 """Held bytes of a parked request's body, beyond which no more is read until it is decided."""
-BODY_S: Final = 0.005
-"""How long a request waits, before it is parked, for a part of its body after its headers."""
 
 
 @final

@@ -2,9 +2,10 @@
 
 If Envoy's own filters read bodies, they find more, and this module is not used. Behind a gateway
 that streams bodies through this service, the fields are searched in the part of the body that has
-come when the request is parked. The service does not wait for more, because a client may put the
-fields behind a long prompt. They serve estimates and accounting, not authorisation: if a key is
-repeated, the model server may use the value that is not read here.
+come when the request is parked, which is a few milliseconds after its headers at most. The service
+does not wait for more, because a client may put the fields behind a long prompt. They serve
+estimates and accounting, not authorisation: if a key is repeated, the model server may use the
+value that is not read here.
 
 Only strings, numbers and booleans directly inside the outermost object count; all else is skipped,
 not parsed.

@@ -145,7 +145,12 @@ _ORIGINS_MAX: Final = 1024
 
 def is_body_unread(headers: Mapping[str, str], body: Mapping[str, Any]) -> bool:
     """Whether a request has a JSON body that Envoy could not read: no rule on the body matches."""
-    return BODY_UNREAD in body and headers.get("content-type", "").lower().startswith(_JSON)
+    return BODY_UNREAD in body and names_json(headers)
+
+
+def names_json(headers: Mapping[str, str]) -> bool:
+    """Whether the body of a request is JSON, by its headers."""
+    return headers.get("content-type", "").lower().startswith(_JSON)
 
 
 def classify(

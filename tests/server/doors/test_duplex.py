@@ -2,8 +2,11 @@
 
 import asyncio
 
+import pytest
+
 from flowcontrol.request import Outcome
 from flowcontrol_server.common import envoy_messages
+from flowcontrol_server.doors.direct import connection
 from flowcontrol_server.doors.http2 import frames
 from flowcontrol_server.doors.http2.grpc_framing import framed
 from flowcontrol_server.doors.http2.limits import Http2Limits
@@ -191,6 +194,57 @@ class TestEcho:
 
         assert parked is not None
         assert (parked.request.model, parked.request.output_tokens_max) == ("llama", 512)
+
+    @pytest.mark.interpreted
+    async def test_facts_behind_the_headers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So it is of a client that sends its body behind the headers, in a packet of its own."""
+        monkeypatch.setattr(connection, "BODY_S", TIMEOUT_S)
+        body = b'{"model": "llama", "max_tokens": 512, "messages": []}'
+        async with house(has_pool=False) as home:
+            raw = await home.connect()
+            raw.say(begun())
+            await quiet(raw)
+            before = home.gate.live(1)
+            raw.say(data(1, part(body, is_end=True)))
+            await home.until(waiting=1)
+            parked = home.gate.live(1)
+            raw.say(frames.rst_stream(1, 0))
+            await home.until(waiting=0)
+
+        assert before is None
+        assert parked is not None
+        assert (parked.request.model, parked.request.output_tokens_max) == ("llama", 512)
+
+    @pytest.mark.interpreted
+    @pytest.mark.parametrize("leaves", [True, False], ids=["reset", "half-close"])
+    async def test_gone_before_its_body(
+        self, monkeypatch: pytest.MonkeyPatch, *, leaves: bool
+    ) -> None:
+        """A client that goes before its body has come holds nothing."""
+        monkeypatch.setattr(connection, "BODY_S", 0.05)
+        async with house(has_pool=False) as home:
+            raw = await home.connect()
+            raw.say(begun())
+            await quiet(raw)
+            raw.say(frames.rst_stream(1, 0) if leaves else data(1, b"", is_end=True))
+            await home.until(waiting=0)
+            echo = Echo()
+            if not leaves:
+                echo.take((await raw.hear_of(frames.DATA)).payload)
+
+        assert echo.status == (0 if leaves else 499)
+        assert home.outcomes == ([] if leaves else [Outcome.EVICTED_CANCELLED])
+
+    async def test_no_body_comes(self) -> None:
+        """A request whose body is late is parked without it."""
+        async with house(has_pool=False) as home:
+            raw = await home.connect()
+            raw.say(begun())
+            await home.until(waiting=1)
+            raw.say(frames.rst_stream(1, 0))
+            await home.until(waiting=0)
+
+        assert home.outcomes == [Outcome.EVICTED_CANCELLED]
 
     async def test_half_close_before_it_is_parked(self) -> None:
         """A client that has gone in the turn in which it came is answered, and holds nothing."""

@@ -20,6 +20,7 @@ from flowcontrol_server.doors.http2 import grpc_framing
 from flowcontrol_server.doors.http2.grpc_framing import FramingError, Refusal, Status, refused
 from flowcontrol_server.doors.http2.headers import RequestHead
 from flowcontrol_server.requests import codec, log_codec
+from flowcontrol_server.requests.classify import names_json
 from flowcontrol_server.requests.codec import MalformedMessageError, decode
 from flowcontrol_server.requests.dialects import Dialect
 from flowcontrol_server.requests.exchange import (
@@ -66,6 +67,9 @@ class Wire(Protocol):
 
     def park_soon(self, park: Callable[[], None]) -> None:
         """Call a function at the end of this turn of the loop."""
+
+    def park_later(self, park: Callable[[], None]) -> None:
+        """Call something after `BODY_S`."""
 
     def echo_soon(self, call: "ProcessCall") -> None:
         """Make a call send its echo before the next write."""
@@ -181,7 +185,7 @@ class Call:
 class ProcessCall(Call):
     """One request of Envoy. Its states are those of its exchange; it leaves the gate once."""
 
-    __slots__ = ("_echo", "_exchange", "_head", "_is_ended", "_large", "_parked")
+    __slots__ = ("_echo", "_exchange", "_head", "_is_ended", "_large", "_parked", "_parking")
     PATH: ClassVar = f"/{codec.SERVICE}/Process".encode()
 
     def __init__(self, wire: Wire, stream_id: int, head: RequestHead) -> None:
@@ -189,6 +193,8 @@ class ProcessCall(Call):
         self._head = head if wire.context.trace_fields else None
         self._exchange = Exchange(wire.context.intake)
         self._parked: Parked | None = None
+        self._parking: Callable[[], None] | None = None
+        """Parks it, while it waits for the first part of its body."""
         self._is_ended = False
         """The client has sent everything."""
         self._large: LargeBody | None = None
@@ -303,6 +309,8 @@ class ProcessCall(Call):
             elif was_parked:
                 self._wire.pause(self.stream_id, is_paused=True)
                 self._account()
+                if self._parking is not None:
+                    self._wire.park_soon(self._park_now)
         elif was_parked and decoded.kind is MessageKind.RESPONSE_HEADERS:
             self._give_up(reply)
         else:
@@ -323,7 +331,7 @@ class ProcessCall(Call):
                 self._pass_on()
             elif self._exchange.mode is _DUPLEX and not message.is_end:
                 self._wire.pause(self.stream_id, is_paused=True)
-                self._wire.park_soon(partial(self._park_with_body, reply, message))
+                self._wire.park_soon(partial(self._park_in_time, reply, message))
             else:
                 self._park(reply, message)
             return
@@ -331,8 +339,24 @@ class ProcessCall(Call):
         if reply is not None:
             self._reply(reply)
 
+    def _park_in_time(self, request: Request, message: Message) -> None:
+        """Park a request when the first part of its body has come, at the latest after `BODY_S`.
+
+        Many clients send the body in a packet after the headers, such as OpenAI's for Python.
+        """
+        self._parking = partial(self._park_with_body, request, message)
+        if self._exchange.held_bytes or not names_json(message.headers):
+            self._park_now()
+        else:
+            self._wire.park_later(self._park_now)
+
+    def _park_now(self) -> None:
+        park, self._parking = self._parking, None
+        if park is not None:
+            park()
+
     def _park_with_body(self, request: Request, message: Message) -> None:
-        """Park a request at the end of the turn, with the part of its body that has come."""
+        """Park a request with the part of its body that has come."""
         if self._is_gone or self._exchange.phase is not _PARKED:
             return
         self._park(self._exchange.with_body(request, message), message)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Final, Protocol, final
 
-from flowcontrol_server.doors.call_context import CallContext
+from flowcontrol_server.doors.call_context import BODY_S, CallContext
 from flowcontrol_server.doors.connection_log import ConnectionLog
 from flowcontrol_server.doors.direct.calls import CALLS, Call, ProcessCall, WatchCall
 from flowcontrol_server.doors.http2 import grpc_framing
@@ -312,6 +312,10 @@ class Line(asyncio.Protocol):
     def park_soon(self, park: Callable[[], None]) -> None:
         """Call a function at the end of this turn of the loop."""
         self._loop.call_soon(park, context=self.context.callbacks)
+
+    def park_later(self, park: Callable[[], None]) -> None:
+        """Call something after `BODY_S`."""
+        self._loop.call_later(BODY_S, park, context=self.context.callbacks)
 
     def echo_soon(self, call: ProcessCall) -> None:
         """Make a call send its echo before the next write."""
