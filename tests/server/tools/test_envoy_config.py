@@ -765,7 +765,7 @@ class TestPicker:
         """They need an Envoy that goes wherever it is told; another is not made."""
         settings = settings_with(picker=picker, endpoints=endpoints)
 
-        with pytest.raises(ConfigError, match="they need --original-dst"):
+        with pytest.raises(ConfigError, match="need --original-dst, and with it picker"):
             bootstrap(settings, EnvoyOptions())
         if picker != "off":
             cluster = cluster_of(generated(settings, EnvoyOptions(original_dst=True)), SERVERS)

@@ -97,7 +97,7 @@ def summary(run: Run) -> list[str]:
     )
     lines.append(
         f"simulated {results.ended_ns / _SECOND_NS:.0f} s in {run.cpu_s:.2f} s of CPU time, "
-        f"{run.times_real:.0f} times real time; transcript {results.digest[:16]}"
+        f"{run.times_real:.0f} times faster than real time; transcript {results.digest[:16]}"
     )
     for priority in results.priorities:
         calibration = results.calibration(priority)
