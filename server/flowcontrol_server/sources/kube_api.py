@@ -357,8 +357,8 @@ def _expect_bounds(where: str) -> None:
     files = [path for path in paths if path.exists()]
     if not files:
         message = (
-            f"kubernetes: no usable credentials: not in a pod, and there is no kubeconfig {where}; "
-            "set kubernetes.kubeconfig"
+            "kubernetes: no usable credentials: no service account in "
+            f"{_NAMESPACE_FILE.parent}, and no kubeconfig {where}; set kubernetes.kubeconfig"
         )
         raise FlowControlError(message)
     for path in files:

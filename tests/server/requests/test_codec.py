@@ -714,9 +714,13 @@ class TestRefuse:
                     raw("x-llm-d-flow-queue-duration-ms", b"0"),
                     *([raw("x-llm-d-flow-limit", limit.encode())] if limit else []),
                 ]
+            told_s = 1 if after_s is None and outcome is Outcome.EVICTED_DISPLACED else after_s
+            back_s = told_s
             if outcome is Outcome.EVICTED_TTL:
                 headers.append(raw("x-should-retry", b"false"))
-            told_s = 1 if after_s is None and outcome is Outcome.EVICTED_DISPLACED else after_s
+                back_s = -1
+            if back_s is not None and dialect is Dialect.GRPC and outcome is not Outcome.INTERNAL:
+                headers.append(raw("grpc-retry-pushback-ms", str(1000 * back_s).encode()))
             if told_s is not None:
                 headers.append(raw("retry-after", str(told_s).encode()))
             body = error_body(dialect, refused.status, refused.reason, message)

@@ -587,7 +587,8 @@ class TestCredentials:
 
         with pytest.raises(FlowControlError) as caught:
             await KubeApi.connect(Kubernetes())
-        assert f"no service account in {tmp_path}, and {tmp_path / 'config'}: " in str(caught.value)
+        rule = f"no service account in {tmp_path}, and no kubeconfig {tmp_path / 'config'}; set"
+        assert rule in str(caught.value)
 
     async def test_namespace(self, tmp_path: Path) -> None:
         """The context's namespace counts, unless the settings name one."""
@@ -629,6 +630,6 @@ class TestCredentials:
     async def test_nowhere(self, tmp_path: Path) -> None:
         """Neither in a pod nor with a kubeconfig: what was looked for, and what to set."""
         kubeconfig = tmp_path / "kubeconfig"
-        rule = f"not in a pod, and there is no kubeconfig {kubeconfig}; set kubernetes.kubeconfig"
+        rule = f"and no kubeconfig {kubeconfig}; set kubernetes.kubeconfig"
         with pytest.raises(FlowControlError, match=re.escape(rule)):
             await KubeApi.connect(Kubernetes().model_copy(update={"kubeconfig": kubeconfig}))
