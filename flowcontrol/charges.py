@@ -1,9 +1,14 @@
 """Pure. Requests are charged by estimate, and corrected once their actual usage is known.
 
 The access log reports after the fact, in batches, and reports may be lost. So the charge of an
-ended request is kept until its settlement comes. The number kept is bounded, and small before the
-first settlement, because there may be no access log. Settlements that never come are counted where
-the log is read, by time.
+ended request is kept until its settlement comes. It is kept only after the first settlement ever
+(without an access log nothing is kept), and only for a bounded number. Settlements that never come
+are counted where the log is read, by time.
+
+Requests that ended before the first settlement are kept, too, a few of them, but only to count
+their results. To correct them as well was tried: estimates are at their worst in the first second,
+and a flow whose charges are then taken back goes before all that arrived at the level which these
+charges had raised (`weighted_tokens`), for as much as was taken back.
 """
 
 from collections import OrderedDict
@@ -17,8 +22,8 @@ from flowcontrol.request import Request
 
 UNSETTLED_MAX: Final = 65_536
 """Ended requests kept: minutes of traffic, while the access log is seconds behind."""
-UNSETTLED_FIRST_MAX: Final = 1_000
-"""The same before the first settlement, which comes a second after the first request."""
+EARLY_MAX: Final = 1_000
+"""Requests kept that ended before the first settlement, which comes a second after the first."""
 
 
 @final
@@ -32,11 +37,13 @@ class Charges:
         self.estimator = TokenEstimator()
         self._ended: OrderedDict[int, Lease] = OrderedDict()
         """Leases of ended requests that are not settled, by request id, in the order they ended."""
+        self._early: OrderedDict[int, Lease] = OrderedDict()
+        """The same of requests that ended before the first settlement."""
 
     @property
     def unsettled(self) -> int:
         """Ended requests kept until their settlement comes."""
-        return len(self._ended)
+        return len(self._ended) + len(self._early)
 
     def estimate(self, request: Request) -> tuple[Tokens, float]:
         """Return the expected tokens of a request, and their cost."""
@@ -47,13 +54,19 @@ class Charges:
         """Note that a request in flight has ended."""
         if lease.is_settled:
             return
-        self._ended[lease.request.request_id] = lease
-        if len(self._ended) > (UNSETTLED_MAX if self.seen else UNSETTLED_FIRST_MAX):
-            self._ended.popitem(last=False)
+        kept, most = (self._ended, UNSETTLED_MAX) if self.seen else (self._early, EARLY_MAX)
+        kept[lease.request.request_id] = lease
+        if len(kept) > most:
+            kept.popitem(last=False)
 
     def lost(self, request_id: int) -> None:
         """Forget an ended request: its settlement will not come."""
         self._ended.pop(request_id, None)
+        self._early.pop(request_id, None)
+
+    def early(self, request_id: int) -> Lease | None:
+        """Return a request that ended before the first settlement, once: to count its result."""
+        return self._early.pop(request_id, None)
 
     def settle(self, settled: Settled, live: Lease | None) -> tuple[Lease, float] | None:
         """Take in the actual usage of a request.

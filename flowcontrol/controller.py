@@ -215,6 +215,9 @@ class FlowController:
 
     def _settle(self, settled: Settled, now_ns: int) -> None:
         """Correct the estimated charge of a request, once, before or after it has left."""
+        early = self.charges.early(settled.request_id)
+        if early is not None:
+            self.decisions.settled(early, settled)
         news = self.charges.settle(settled, self._leases.get(settled.request_id))
         if news is None:
             return

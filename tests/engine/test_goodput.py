@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowcontrol.charges import UNSETTLED_FIRST_MAX
+from flowcontrol.charges import EARLY_MAX
 from flowcontrol.config import ControllerConfig
 from flowcontrol.controller import FlowController
 from flowcontrol.events import Arrived, EndpointsChanged, Left, ObjectivesChanged, Settled
@@ -88,7 +88,7 @@ class TestGoodput:
         """Is counted when that comes; of more than are kept, those that ended last."""
         controller = FlowController(ControllerConfig(), 0)
         controller.handle(EndpointsChanged(("a",)), 0)
-        numbers = range(1, UNSETTLED_FIRST_MAX + 3)
+        numbers = range(1, EARLY_MAX + 3)
         for number in numbers:
             controller.handle(Arrived(Request(number)), 0)
             controller.poll(0)
@@ -97,7 +97,7 @@ class TestGoodput:
             controller.handle(Settled(number), 1)
 
         (counted,) = take_snapshot(controller, 1, 1).goodput.values()
-        assert counted.results["good"] == UNSETTLED_FIRST_MAX
+        assert counted.results["good"] == EARLY_MAX
         assert controller.charges.unsettled == 0
 
     @pytest.mark.slow
