@@ -68,7 +68,7 @@ def documented() -> list[str]:
     """
     page = (ROOT / "docs" / "grpc-api.md").read_text()
     condition, rest = page.split("With `objectives: {api", 1)
-    _, rest = rest.split("\n\nBe Envoy yourself", 1)
+    _, rest = rest.split("\n\nTo act as Envoy, ", 1)
     found = []
     for text in ((ROOT / "README.md").read_text(), rest, condition):  # it ends with Drain
         joined = re.sub(r" *\\\n *", " ", text)
@@ -125,6 +125,7 @@ class TestDemo:
     @pytest.mark.skipif(not GRPCURL.exists(), reason="grpcurl is not installed")
     async def test_commands_of_the_documents(self, tmp_path: Path) -> None:
         """With what it prints, grpcurl does as README and the API's page say, admin calls too."""
+        commands = documented()
         process = await demo(tmp_path, "--seconds", "2", "--keep")
         assert process.stdout is not None
         said = b""
@@ -137,7 +138,7 @@ class TestDemo:
         environment = os.environ | {"FLOWCONTROL_ADMIN_TOKEN": token[1].decode()}
         environment["PATH"] = f"{GRPCURL.parent}:{os.environ['PATH']}"
         answers = {}
-        for command in documented():
+        for command in commands:
             answers[command] = await asyncio.to_thread(
                 subprocess.run,
                 ("timeout", "4", "sh", "-c", command),

@@ -602,4 +602,4 @@ class TestApplied:
         done = helm("install", "fc", str(CHART), *where)
 
         assert "rollout status deployment/fc-flowcontrol-llama" in done.stdout, done.stderr
-        assert "Set image.registry." in done.stdout
+        assert "set image.registry" in done.stdout
