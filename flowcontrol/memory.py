@@ -144,7 +144,7 @@ class EngineMemory:
         for each in self.estimates:
             _check(each.answers, each.output, each.prompts, each.prompt, each.bytes)
             if each.prompts and not each.bytes:
-                message = f"{each.prompts} prompts of no bytes tell nothing"
+                message = f"{each.prompts} prompts must have bytes, got 0"
                 raise ValueError(message)
         for band in self.bands:
             _check(*band.accounts.values())

@@ -9,7 +9,7 @@ from flowcontrol.events import Decision
 from flowcontrol.request import FlowKey, Outcome
 
 FLOWS_MAX = 10_000
-"""Flows told apart; those that come later are summed up under `OTHERS`."""
+"""Flows shown by name; later ones are summed up under `OTHERS`."""
 OTHERS = "(others)"
 
 

@@ -402,5 +402,5 @@ DAMAGED = (
 @pytest.mark.parametrize("memory", DAMAGED)
 def test_damaged(memory: EngineMemory) -> None:
     """What no engine can have learnt is refused."""
-    with pytest.raises(ValueError, match=r"what was learnt must be|tell nothing"):
+    with pytest.raises(ValueError, match=r"what was learnt must be|prompts must have bytes"):
         memory.check()

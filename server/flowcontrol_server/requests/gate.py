@@ -524,9 +524,9 @@ class FlowGate:
             self._loop.call_soon(self._settle_some)
 
     def _has_left(self, decision: Decision) -> bool:
-        """Whether nobody is told of a decision any more, as of one that moved: it may be settled.
+        """Whether a decision has no recipient any more, so that it may be settled at once.
 
-        But a reclaim comes behind its dispatch, which may be held.
+        Except a reclaim: it follows a dispatch, which may be held.
         """
         is_left = self._parked[decision.request_id].left_ns is not None
         return is_left and decision.outcome is not _RECLAIMED

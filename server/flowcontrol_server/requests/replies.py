@@ -17,7 +17,7 @@ LIMIT_HEADER: Final = "x-llm-d-flow-limit"
 SHOULD_RETRY_HEADER: Final = "x-should-retry"
 """Read by the official clients of OpenAI and Anthropic, which retry 429 twice by themselves."""
 PUSHBACK_HEADER: Final = "grpc-retry-pushback-ms"
-"""Read by gRPC's own clients that are told to retry; they know no Retry-After. Below zero: not at
+"""Read by gRPC clients with a retry policy, which ignore Retry-After. Negative: no retry at
 all."""
 REFUSALS_MAX: Final = 2_048
 """Refusals that are cached. Those of one second differ by outcome, dialect, band, Retry-After and

@@ -86,9 +86,9 @@ class Continuity:
         self._renew_loads = renew_loads
         self._is_deciding = False
         self._recovered_tickets: frozenset[str] = frozenset()
-        """Of those that the engine was told to hold, and whose records are in the store."""
+        """Tickets of requests that the engine was to hold, and whose records are in the store."""
         self._over: dict[str, LeaseRecord] = {}
-        """Recovered requests that the engine holds no more, and whose report may still come."""
+        """Recovered requests that the engine no longer holds, and whose report may still come."""
         self._writing: asyncio.Task[None] | None = None
         self._client: ValkeyClient | None = None
         if settings.state.valkey is not None:
@@ -282,12 +282,12 @@ class Continuity:
         )
 
     def hold_only(self, tickets: frozenset[str]) -> None:
-        """Remove the records of recovered requests that the engine holds no more.
+        """Remove the records of recovered requests that the engine no longer holds.
 
-        Else whoever starts next would hold their slots once more.
+        Otherwise the next process would hold their slots once more.
 
         Args:
-            tickets: of those that it holds.
+            tickets: of the requests that it holds.
         """
         if self.book is None:
             return

@@ -470,7 +470,7 @@ class ProcessCall(Call):
             return
         self._wire.context.body_refusals += 1
         own = self._wire.context.gate.refused(parked)
-        self._leave(own.outcome)  # counted and logged as its client is told
+        self._leave(own.outcome)  # counted and logged as what the client gets
         dialect = Dialect.OPENAI if parked is None else parked.dialect
         self._answer(refusal(own, self._wire.context.chance.random(), dialect))
 
