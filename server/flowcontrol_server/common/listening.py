@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flowcontrol.errors import ListenError
+from flowcontrol_server.common.addresses import Address
 
 _BACKLOG = 1_024
 """Connections that the system queues until they are accepted."""
@@ -43,7 +44,7 @@ async def listen(
                 protocol, str(address), ssl=ssl_context, backlog=_BACKLOG
             )
     host, port = address
-    with naming(f"{host}:{port}"):
+    with naming(str(Address(host, port))):
         # Without reuse_port: two processes would silently share the requests of one port.
         return await loop.create_server(protocol, host, port, ssl=ssl_context, backlog=_BACKLOG)
 

@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Callable
 from typing import Final, final
 
+from flowcontrol_server.common.addresses import Address
 from flowcontrol_server.common.listening import naming
 
 _HANDSHAKE: Final = b"\x16"
@@ -60,7 +61,7 @@ class EitherPort:
         Raises:
             ListenError: it cannot be opened; the error names the address.
         """
-        with naming(f"{host}:{port}"), contextlib.ExitStack() as opened:
+        with naming(str(Address(host, port))), contextlib.ExitStack() as opened:
             found = await self._loop.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )

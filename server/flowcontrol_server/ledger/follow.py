@@ -1,15 +1,14 @@
 """Reads a ledger while it is being written: the existing entries, then those that are added."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, final
 
 from flowcontrol.errors import LedgerError
-from flowcontrol.replay.ledger import Entry, Gap, Header, from_line
+from flowcontrol.replay.ledger import Entry, Gap, Header
 from flowcontrol_server.common.parts import part_path
-from flowcontrol_server.ledger.writer import parts_of
+from flowcontrol_server.ledger.writer import entry_of, parts_of
 
 
 @final
@@ -67,8 +66,8 @@ class Follower:
             self._rest = b""
             self._line += 1
             try:
-                entry = from_line(json.loads(whole))
-            except (ValueError, RecursionError, LedgerError) as error:
+                entry = entry_of(whole)
+            except LedgerError as error:
                 message = f"{self._path} line {self._line} of part {self._part} {error}"
                 raise LedgerError(message) from error
             if isinstance(entry, Header):

@@ -239,6 +239,19 @@ def header_of(path: Path) -> Header:
     return entry
 
 
+def entry_of(text: str | bytes) -> Entry:
+    """Return the entry of one line.
+
+    Raises:
+        LedgerError: it is not a line of a ledger.
+    """
+    try:
+        return from_line(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        message = f"must be a line of a decision ledger, in JSON ({error})"
+        raise LedgerError(message) from error
+
+
 def read_entries(path: Path) -> Iterator[Entry]:
     """Yield the entries of a file, without a last line that a crash has cut off.
 
@@ -251,8 +264,8 @@ def read_entries(path: Path) -> Iterator[Entry]:
                 if not text.endswith("\n"):
                     return
                 try:
-                    yield from_line(json.loads(text))
-                except (ValueError, RecursionError, LedgerError) as error:
+                    yield entry_of(text)
+                except LedgerError as error:
                     message = f"{path}:{number} {error}"
                     raise LedgerError(message) from error
     except (OSError, UnicodeDecodeError) as error:

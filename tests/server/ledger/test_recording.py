@@ -118,6 +118,14 @@ def full_disk(path: Path) -> None:
     path.with_name(f"{path.name}.new").symlink_to("/dev/full")
 
 
+def part_number(path: Path) -> int | None:
+    """Return the number of the newest part; None: it is just being begun."""
+    try:
+        return header_of(path).part
+    except LedgerError:
+        return None
+
+
 def contents(folder: Path) -> dict[str, str]:
     """What is in its files."""
     return {each.name: each.read_text() for each in folder.iterdir()}
@@ -289,7 +297,7 @@ class TestFiles:
         for _ in range(4):
             told.turn()
             await told.until(turns=told.count)
-            await eventually(lambda: header_of(path).part == told.count - 1)
+            await eventually(lambda: part_number(path) == told.count - 1)
         before = contents(tmp_path)
         for lost_turns in range(4):  # the first turn still goes to the part that is full
             full_disk(path)
@@ -323,7 +331,7 @@ class TestFiles:
         [
             ("", "must begin with a header"),
             ('{"t":1}\n', "must begin with a header"),
-            ("{\n", r"ledger.jsonl:1 Expecting"),
+            ("{\n", r"ledger.jsonl:1 must be a line of a decision ledger, in JSON \(Expecting"),
             ('{"what":1}\n', r"ledger.jsonl:1 must be a header"),
             ("\udcff", "cannot be read"),
         ],
