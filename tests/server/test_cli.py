@@ -225,7 +225,6 @@ class TestServe:
         ("host", "reason"),
         [
             ("192.0.2.1", "address not assigned to this host"),
-            ("[2001:db8::1]", "address not assigned to this host"),
             ("nowhere.invalid", "host name does not resolve"),
         ],
     )
