@@ -79,30 +79,30 @@ class TestAnthropic:
 class TestGrpc:
     """A gRPC client, of KServe's or Triton's protocol say."""
 
-    async def test_refusal(self, gateway: Gateway) -> None:
-        """It gets a status, with the reason as its message."""
+    @staticmethod
+    async def _refused(gateway: Gateway) -> grpc.aio.AioRpcError:
+        """Return the error of a call that finds the queue full."""
         _, occupying = await gateway.occupy()
         async with grpc.aio.insecure_channel(str(gateway.stack.gateway)) as channel:
             call: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")  # type: ignore[call-arg]  # bytes to bytes
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call(b"", timeout=TIMEOUT_S)
         await occupying.respond()
+        return caught.value
 
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    async def test_refusal(self, gateway: Gateway) -> None:
+        """It gets a status, with the reason as its message."""
+        error = await self._refused(gateway)
+
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (
-            caught.value.details()
+            error.details()
             == "rejected-saturated: the queue for this request is full (band 0, limit reached: all)"
         )
 
     async def test_when_to_come_back(self, gateway: Gateway) -> None:
         """Its own retries wait for that: they read no Retry-After, and would come at once."""
-        _, occupying = await gateway.occupy()
-        async with grpc.aio.insecure_channel(str(gateway.stack.gateway)) as channel:
-            call: Any = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")  # type: ignore[call-arg]  # bytes to bytes
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call(b"", timeout=TIMEOUT_S)
-        await occupying.respond()
-        said: Any = caught.value.trailing_metadata()
+        said: Any = (await self._refused(gateway)).trailing_metadata()
         seconds = int(said["retry-after"])
 
         assert 1 <= seconds <= 30
