@@ -99,16 +99,19 @@ def _identity(directory: Path) -> tuple[int, int] | None:
     return (stat.st_dev, stat.st_ino) if directory.is_dir() else None
 
 
+def stamp_of(stat: os.stat_result) -> tuple[int, ...]:
+    """Return a value that changes when the file at a path is replaced, rewritten or its mode set.
+
+    Both times count: some tools set the modification time back.
+    """
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size
+
+
 def _stamps(directory: Path) -> dict[str, tuple[int, ...]]:
     """Return values that change when a file in a folder is replaced or rewritten; follows links."""
     stamps: dict[str, tuple[int, ...]] = {}
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             with suppress(OSError):  # for example a broken link
-                stat = entry.stat()
-                times = (
-                    stat.st_mtime_ns,
-                    stat.st_ctime_ns,
-                )  # some tools set the first
-                stamps[entry.name] = (stat.st_dev, stat.st_ino, *times, stat.st_size)
+                stamps[entry.name] = stamp_of(entry.stat())
     return stamps

@@ -15,7 +15,7 @@ import structlog
 
 from flowcontrol.errors import ConfigError, FlowControlError
 from flowcontrol_server.common.background import in_background
-from flowcontrol_server.common.watched import watch_folder
+from flowcontrol_server.common.watched import stamp_of, watch_folder
 from flowcontrol_server.config.difference import differences, settings_hash
 from flowcontrol_server.config.settings import Settings, load_settings
 
@@ -129,10 +129,9 @@ class Configuration:
     def _stamp(self) -> tuple[int, ...] | None:
         """Return a value that changes with the file, its content or mode; None: no file."""
         try:
-            stat = self._path.stat()
+            return stamp_of(self._path.stat())
         except OSError:
             return None
-        return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size
 
     async def _change(self, settings: Settings) -> None:
         changes = differences(self.settings, settings)
