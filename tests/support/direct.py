@@ -49,9 +49,10 @@ def announcing(
     is_end: bool = False,
     path: str = "/v1/completions",
     objective: str = "",
+    content_type: str = "application/json",
 ) -> bytes:
     """Request headers of an Envoy that announces its modes for bodies."""
-    more = {"content-type": "application/json"}
+    more = {"content-type": content_type}
     if objective:
         more[OBJECTIVE] = objective
     request = envoy_messages.ProcessingRequest.FromString(headers_message(path, **more))

@@ -13,7 +13,6 @@ from flowcontrol_server.requests.dialects import Dialect
 from flowcontrol_server.requests.exchange import (
     Exchange,
     Message,
-    Mode,
     Parting,
     Phase,
     ProtocolError,
@@ -98,7 +97,7 @@ class ExtProcDoor:
     ) -> tuple[Request, _Reading]:
         """Return a request updated with its body so far, and the reading of the next message."""
         reading = self._reading(context)
-        if exchange.mode is not Mode.DUPLEX or message.is_end:
+        if not exchange.reads_body(message):
             return request, reading
         try:
             await asyncio.wait((reading,), timeout=BODY_S)

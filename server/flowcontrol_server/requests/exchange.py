@@ -31,6 +31,7 @@ from flowcontrol_server.requests.classify import (
     Intake,
     Origin,
     classify_with_origin,
+    names_json,
     path_of,
     served_endpoint,
 )
@@ -305,14 +306,22 @@ class Exchange:
             return Acknowledge(kind, served_endpoint(message.metadata))
         return Acknowledge(kind)
 
+    def reads_body(self, message: Message) -> bool:
+        """Whether the beginning of the request's body is read: it comes through here, and is JSON.
+
+        Args:
+            message: the headers.
+        """
+        return self.mode is Mode.DUPLEX and not message.is_end and names_json(message.headers)
+
     def with_body(self, request: Request, message: Message) -> Request:
-        """Return a request updated with the part of its body that has come.
+        """Return a request updated with the part of its body that has come, if it is read.
 
         Args:
             request: as classified by its headers.
             message: the headers.
         """
-        if self._held is None:
+        if self._held is None or not self.reads_body(message):
             return request
         body = b"".join(self._held)[:READ_BYTES_MAX]
         if BODY_NAMESPACE not in message.metadata and (found := body_facts(body)):

@@ -10,7 +10,7 @@ from flowcontrol_server.doors.direct import connection
 from flowcontrol_server.doors.http2 import frames
 from flowcontrol_server.doors.http2.grpc_framing import framed
 from flowcontrol_server.doors.http2.limits import Http2Limits
-from tests.support.direct import RESPONSE_MESSAGE, Raw, data, fields_of, house
+from tests.support.direct import RESPONSE_MESSAGE, Raw, announcing, data, fields_of, house
 from tests.support.direct import headers_message as plain_headers
 from tests.support.duplex import Echo, begun, cut, part
 from tests.support.gates import POOL, TIMEOUT_S
@@ -240,6 +240,19 @@ class TestEcho:
         async with house(has_pool=False) as home:
             raw = await home.connect()
             raw.say(begun())
+            await home.until(waiting=1)
+            raw.say(frames.rst_stream(1, 0))
+            await home.until(waiting=0)
+
+        assert home.outcomes == [Outcome.EVICTED_CANCELLED]
+
+    @pytest.mark.interpreted
+    async def test_body_that_is_not_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A request whose body is not JSON does not wait for it."""
+        monkeypatch.setattr(connection, "BODY_S", 10 * TIMEOUT_S)
+        async with house(has_pool=False) as home:
+            raw = await home.connect()
+            raw.say(begun(1, announcing(content_type="audio/wav")))
             await home.until(waiting=1)
             raw.say(frames.rst_stream(1, 0))
             await home.until(waiting=0)

@@ -13,6 +13,7 @@ import pytest
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
 from flowcontrol_server.common import envoy_messages
+from flowcontrol_server.doors import ext_proc
 from flowcontrol_server.doors.call_context import STANDBY, CallContext
 from flowcontrol_server.doors.ext_proc import ExtProcDoor
 from flowcontrol_server.requests.gate import FlowGate, Parked
@@ -65,6 +66,17 @@ async def test_no_body_comes() -> None:
     async with opened() as (_, gate, channel):
         stream = Stream(channel)
         await stream.say(announcing())
+        await _waiting(gate, 1)
+        stream.call.cancel()
+        await _waiting(gate, 0)
+
+
+async def test_body_that_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose body is not JSON does not wait for it."""
+    monkeypatch.setattr(ext_proc, "BODY_S", 10 * TIMEOUT_S)
+    async with opened() as (_, gate, channel):
+        stream = Stream(channel)
+        await stream.say(announcing(content_type="audio/wav"))
         await _waiting(gate, 1)
         stream.call.cancel()
         await _waiting(gate, 0)

@@ -147,6 +147,20 @@ class TestReceive:
         assert exchange.mode is Mode.DUPLEX
         assert exchange.decide(DISPATCHED) == [DISPATCHED, PART]
 
+    @pytest.mark.parametrize(
+        ("content_type", "model"), [("application/json", "llama"), ("text/plain", "")]
+    )
+    def test_body_that_is_read(self, content_type: str, model: str) -> None:
+        """What a body holds counts only if it is JSON, whenever it comes."""
+        exchange = Exchange(Intake())
+        headers = {**HEADERS, "content-type": content_type}
+        message = Message(MessageKind.REQUEST_HEADERS, headers, mode=Mode.DUPLEX)
+        request = exchange.receive(message)
+        exchange.receive(BodyPart(is_request=True, body=b'{"model": "llama"}', is_end=True))
+
+        assert isinstance(request, Request)
+        assert exchange.with_body(request, message).model == model
+
     @pytest.mark.parametrize("kept", [MessageKind.REQUEST_BODY, MessageKind.RESPONSE_BODY])
     def test_one_body_to_be_sent_back(self, kept: MessageKind) -> None:
         """Parts of the other are acknowledged: those of a parked request behind its answer."""

@@ -20,7 +20,6 @@ from flowcontrol_server.doors.http2 import grpc_framing
 from flowcontrol_server.doors.http2.grpc_framing import FramingError, Refusal, Status, refused
 from flowcontrol_server.doors.http2.headers import RequestHead
 from flowcontrol_server.requests import codec, log_codec
-from flowcontrol_server.requests.classify import names_json
 from flowcontrol_server.requests.codec import MalformedMessageError, decode
 from flowcontrol_server.requests.dialects import Dialect
 from flowcontrol_server.requests.exchange import (
@@ -345,7 +344,7 @@ class ProcessCall(Call):
         Many clients send the body in a packet after the headers, such as OpenAI's for Python.
         """
         self._parking = partial(self._park_with_body, request, message)
-        if self._exchange.held_bytes or not names_json(message.headers):
+        if self._exchange.held_bytes or not self._exchange.reads_body(message):
             self._park_now()
         else:
             self._wire.park_later(self._park_now)
