@@ -7,6 +7,10 @@ means: of this flow with this model; else of all flows with this model; else a d
 Running means are kept of answers, of prompts and of their sizes. Bytes per token is the ratio of
 the means, not the mean of the ratios, so that small requests do not outvote large ones. The means
 follow a tenant that changes.
+
+A large body is usually a picture or a recording, of a hundred times as many bytes per token as
+text. So bytes per token are learnt apart of bodies above `LARGE_BYTES`, and until some are known,
+the bytes beyond that are taken to hold no token.
 """
 
 from collections import OrderedDict
@@ -20,6 +24,8 @@ from flowcontrol.memory import KEPT_MAX, Estimate
 from flowcontrol.request import Request
 
 BYTES_PER_TOKEN: Final = 4.0
+LARGE_BYTES: Final = 262_144
+"""Size of a body above which it is seldom text: that would be 65,536 tokens."""
 OUTPUT_DEFAULT: Final = 128.0
 """Expected answer of a model that has not answered yet, in tokens."""
 _MEMORY: Final = 32
@@ -49,31 +55,47 @@ def cost(tokens: Tokens, prices: TokenPrices) -> float:
 
 
 @final
+class _Prompts:
+    """Running means of prompts; a count of 0 means that nothing is known."""
+
+    __slots__ = ("bytes", "count", "tokens")
+
+    def __init__(self, count: int = 0, tokens: float = 0.0, byte_size: float = 0.0) -> None:
+        self.count = count
+        self.tokens = tokens
+        """Mean tokens of a prompt."""
+        self.bytes = byte_size
+        """Mean size of the same requests."""
+
+    def learn(self, tokens: int, byte_size: int) -> None:
+        """Add the length and size of one prompt."""
+        self.count = min(self.count + 1, _MEMORY)
+        self.tokens += (tokens - self.tokens) / self.count
+        self.bytes += (byte_size - self.bytes) / self.count
+
+
+@final
 class _Learned:
     """Running means of one kind of request; a count of 0 means that nothing is known."""
 
-    __slots__ = ("answers", "bytes", "output", "prompt", "prompts")
+    __slots__ = ("answers", "large", "output", "small")
 
     def __init__(self) -> None:
         self.answers = 0
         self.output = 0.0
         """Mean tokens of an answer."""
-        self.prompts = 0
-        self.prompt = 0.0
-        """Mean tokens of a prompt."""
-        self.bytes = 0.0
-        """Mean size of the same requests, in bytes."""
+        self.small = _Prompts()
+        self.large = _Prompts()
+        """Of bodies above `LARGE_BYTES`."""
 
     def learn_output(self, tokens: int) -> None:
         """Add the length of one answer."""
         self.answers = min(self.answers + 1, _MEMORY)
         self.output += (tokens - self.output) / self.answers
 
-    def learn_prompt(self, tokens: int, byte_size: int) -> None:
-        """Add the length and size of one prompt."""
-        self.prompts = min(self.prompts + 1, _MEMORY)
-        self.prompt += (tokens - self.prompt) / self.prompts
-        self.bytes += (byte_size - self.bytes) / self.prompts
+    def prompts(self, byte_size: int) -> _Prompts:
+        """Return what is known of prompts in bodies like one of this size."""
+        return self.large if byte_size > LARGE_BYTES else self.small
 
 
 @final
@@ -86,15 +108,18 @@ class TokenEstimator:
 
     def estimate(self, request: Request) -> Tokens:
         """Return the expected tokens of a request."""
-        per_byte, answer = 1 / BYTES_PER_TOKEN, OUTPUT_DEFAULT
+        size, answer = request.byte_size, OUTPUT_DEFAULT
+        prompt = min(size, LARGE_BYTES) / BYTES_PER_TOKEN
         if self._learned:
             for key in ((None, request.model), (request.flow_id, request.model)):
                 learned = self._learned.get(key)
-                if learned is not None and learned.answers:
+                if learned is None:
+                    continue
+                if learned.answers:
                     answer = learned.output
-                if learned is not None and learned.prompts:
-                    per_byte = learned.prompt / learned.bytes
-        prompt = request.byte_size * per_byte
+                prompts = learned.prompts(size)
+                if prompts.count:
+                    prompt = size * (prompts.tokens / prompts.bytes)
         if request.input_tokens is not None:
             prompt = float(request.input_tokens)
         if request.output_tokens_max is not None and request.output_tokens_max < answer:
@@ -115,7 +140,7 @@ class TokenEstimator:
             if output is not None:
                 learned.learn_output(output)
             if prompt is not None and is_measured:
-                learned.learn_prompt(prompt, request.byte_size)
+                learned.prompts(request.byte_size).learn(prompt, request.byte_size)
         while len(self._learned) > _LEARNED_MAX:
             self._learned.popitem(last=False)
 
@@ -124,7 +149,16 @@ class TokenEstimator:
         latest = list(islice(reversed(self._learned.items()), KEPT_MAX))
         return tuple(
             Estimate(
-                flow_id, model, each.answers, each.output, each.prompts, each.prompt, each.bytes
+                flow_id,
+                model,
+                answers=each.answers,
+                output=each.output,
+                prompts=each.small.count,
+                prompt=each.small.tokens,
+                bytes=each.small.bytes,
+                large_prompts=each.large.count,
+                large_prompt=each.large.tokens,
+                large_bytes=each.large.bytes,
             )
             for (flow_id, model), each in reversed(latest)
         )
@@ -136,5 +170,5 @@ class TokenEstimator:
             if key not in self._learned:
                 learned = self._learned[key] = _Learned()
                 learned.answers, learned.output = each.answers, each.output
-                learned.prompts, learned.prompt = each.prompts, each.prompt
-                learned.bytes = each.bytes
+                learned.small = _Prompts(each.prompts, each.prompt, each.bytes)
+                learned.large = _Prompts(each.large_prompts, each.large_prompt, each.large_bytes)

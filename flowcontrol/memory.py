@@ -22,15 +22,20 @@ _MOST = 1e15
 @final
 @dataclass(slots=True)
 class Estimate:
-    """Usage of requests of one flow and model; flow None: of every flow."""
+    """Usage of requests of one flow and model: means, and how many requests they are of."""
 
     flow_id: str | None
+    """None: of every flow."""
     model: str
     answers: int = 0
     output: float = 0.0
     prompts: int = 0
     prompt: float = 0.0
     bytes: float = 0.0
+    large_prompts: int = 0
+    """The same of bodies above `estimates.LARGE_BYTES`."""
+    large_prompt: float = 0.0
+    large_bytes: float = 0.0
 
 
 @final
@@ -142,10 +147,9 @@ class EngineMemory:
             ValueError: a number is negative, too large, or not a number.
         """
         for each in self.estimates:
-            _check(each.answers, each.output, each.prompts, each.prompt, each.bytes)
-            if each.prompts and not each.bytes:
-                message = f"{each.prompts} prompts must have bytes, got 0"
-                raise ValueError(message)
+            _check(each.answers, each.output)
+            _check_prompts(each.prompts, each.prompt, each.bytes)
+            _check_prompts(each.large_prompts, each.large_prompt, each.large_bytes)
         for band in self.bands:
             _check(*band.accounts.values())
         for drain in (self.drain, *(band.drain for band in self.bands)):
@@ -161,6 +165,13 @@ class EngineMemory:
             _check(self.reserve.fullness, *(band.load for band in self.reserve.bands))
             for counts in (self.reserve.departures, *(b.arrivals for b in self.reserve.bands)):
                 _check(*counts.bins, *counts.means, *counts.squares)
+
+
+def _check_prompts(count: int, tokens: float, byte_size: float) -> None:
+    _check(count, tokens, byte_size)
+    if count and not byte_size:
+        message = f"{count} prompts must have bytes, got 0"
+        raise ValueError(message)
 
 
 def _check(*numbers: float) -> None:

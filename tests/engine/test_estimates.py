@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from flowcontrol import estimates
 from flowcontrol.config import TokenPrices
-from flowcontrol.estimates import OUTPUT_DEFAULT, TokenEstimator, Tokens, cost
+from flowcontrol.estimates import LARGE_BYTES, OUTPUT_DEFAULT, TokenEstimator, Tokens, cost
 from flowcontrol.events import Settled
 from flowcontrol.request import Request
 
@@ -98,6 +98,32 @@ class TestEstimate:
         assert estimator.estimate(request(byte_size=500)).input == pytest.approx(100.0)
         assert estimator.estimate(request("b", byte_size=500)).input == pytest.approx(100.0)
         assert estimator.estimate(request()).output == OUTPUT_DEFAULT
+
+    def test_large_body_is_seldom_text(self) -> None:
+        """A picture of a megabyte counts as 65,536 tokens until the first usage is known."""
+        assert TokenEstimator().estimate(request(byte_size=LARGE_BYTES)).input == 65_536.0
+        assert TokenEstimator().estimate(request(byte_size=1_300_000)).input == 65_536.0
+
+    def test_pictures_and_text_are_learnt_apart(self) -> None:
+        """A tenant's pictures do not make its text cheap, nor its text the pictures dear."""
+        estimator = taught(
+            (request(byte_size=1_000_000), 2000, None), (request(byte_size=2000), 400, None)
+        )
+
+        assert estimator.estimate(request(byte_size=500_000)).input == pytest.approx(1000.0)
+        assert estimator.estimate(request(byte_size=500)).input == pytest.approx(100.0)
+        assert estimator.estimate(request("b", byte_size=500_000)).input == pytest.approx(1000.0)
+
+    def test_what_is_remembered_is_estimated_alike(self) -> None:
+        """By an estimator that goes on with it."""
+        first, second = taught((request(byte_size=1_000_000), 2000, 7)), TokenEstimator()
+        second.restore(first.remember())
+
+        assert second.remember() == first.remember()
+        for size in (500, 500_000):
+            assert second.estimate(request(byte_size=size)) == first.estimate(
+                request(byte_size=size)
+            )
 
     def test_answers_alone_leave_the_prompt_a_guess(self) -> None:
         """What is not known is not made up."""

@@ -389,6 +389,7 @@ DAMAGED = (
     EngineMemory(bands=(BandMemory(0, drain=Drain(1.0, -1.0)),)),
     EngineMemory(estimates=(Estimate("a", "m", answers=-1),)),
     EngineMemory(estimates=(Estimate("a", "m", prompts=1, prompt=5.0),)),
+    EngineMemory(estimates=(Estimate("a", "m", large_prompts=1, large_prompt=5.0),)),
     EngineMemory(limits={A: inf}),
     EngineMemory(drain=Drain(inf, 1.0)),
     EngineMemory(stages=(StageMemory(Role.BOTH, {A: replace(FOUND, requests=nan)}),)),

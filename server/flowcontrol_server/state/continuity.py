@@ -14,6 +14,7 @@ from typing import Final, final
 
 import structlog
 
+from flowcontrol.estimates import TokenEstimator
 from flowcontrol.events import (
     Decision,
     Fact,
@@ -47,9 +48,8 @@ CLOSE_WITHIN_S: Final = 0.5
 """Longest time for the last write at the end."""
 IDENTITY: Final = f"{socket.gethostname()}_{TICKETS.instance}"
 """Identifies this process among the replicas."""
-BYTES_PER_TOKEN: Final = 4
-OUTPUT_TOKENS: Final = 128
-"""Expected length of an answer of unknown length."""
+_ESTIMATOR: Final = TokenEstimator()
+"""Has learnt nothing, so that what is recorded does not depend on what this process has seen."""
 _log = structlog.get_logger()
 
 
@@ -245,14 +245,13 @@ class Continuity:
         """Record a request that has been dispatched."""
         if self.book is not None:
             request = parked.request
-            prompt = request.input_tokens or request.byte_size / BYTES_PER_TOKEN
-            answer = min(request.output_tokens_max or OUTPUT_TOKENS, OUTPUT_TOKENS)
+            tokens = _ESTIMATOR.estimate(request)
             record = LeaseRecord(
                 TICKETS.issue(parked.request_id).decode(),
                 decision.endpoint,
                 decision.priority,
                 decision.flow_id,
-                prompt + answer,
+                tokens.input + tokens.output,
                 time.time(),
             )
             self.book.dispatched(record)
