@@ -208,7 +208,11 @@ def _stamp(file: Path) -> _FileStamp | None:
 
 
 def _write(path: Path, priorities: Mapping[str, int], pool: str) -> _FileStamp | None:
-    """Write the file whole or not at all, also when the machine fails in between."""
+    """Write the file whole or not at all, also when the machine fails in between.
+
+    A link stays one: the file that it leads to is replaced.
+    """
+    path = path.resolve()
     objectives = (Objective(name, value, GROUPS[0]) for name, value in sorted(priorities.items()))
     text = yaml.safe_dump_all([to_manifest(each, pool) for each in objectives], sort_keys=False)
     new = path.with_name(f"{path.name}.new")

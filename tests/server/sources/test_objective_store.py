@@ -130,6 +130,22 @@ class TestFile:
 
         assert ObjectiveFolder(file.parent, "llama").read() == {"chat": 10}
 
+    @pytest.mark.parametrize("is_there", [True, False])
+    async def test_link(self, file: Path, *, is_there: bool) -> None:
+        """A link to the file, such as one into a volume, stays one."""
+        target = file.parent / "volume" / "kept.yaml"
+        target.parent.mkdir()
+        if is_there:
+            target.touch()
+        file.symlink_to(target)
+        store, told = ObjectiveStore(file, "llama"), Told[Priorities]()
+        async with following(store, told):
+            await told.until_equal({})
+            await store.put("chat", 10)
+
+        assert file.readlink() == target
+        assert await kept(target) == {"chat": 10}
+
     async def test_no_file_yet(self, file: Path) -> None:
         """A file that is not there yet is an empty one."""
         assert await kept(file) == {}
