@@ -53,17 +53,6 @@ def without_filter(name: str) -> Callable[[Any], None]:
     return edit
 
 
-def without_rules(name: str) -> Callable[[Any], None]:
-    """Return what takes out request_rules or response_rules."""
-
-    def edit(configuration: Any) -> None:
-        filters = _manager(configuration)["http_filters"]
-        (reader,) = (each for each in filters if "json_to_metadata" in each["name"])
-        del reader["typed_config"][name]
-
-    return edit
-
-
 def without_log(name: str) -> Callable[[Any], None]:
     """Return what takes out an access log."""
 
@@ -128,8 +117,7 @@ FURTHER: Final = "asking before a further attempt"
 """Where this service picks alone."""
 VARIANTS: dict[str, Callable[[Any], None]] = {
     "as generated": lambda _configuration: None,
-    "json_to_metadata, requests": without_rules("request_rules"),
-    "json_to_metadata, responses": without_rules("response_rules"),
+    "json_to_metadata": without_filter("match_delegate"),
     "Lua": without_filter("lua"),
     "RBAC": without_filter("rbac"),
     "access log over gRPC": without_log("http_grpc"),

@@ -49,6 +49,12 @@ def log_every_50_ms(configuration: dict[str, Any]) -> None:
     manager["access_log_options"] = {"access_log_flush_interval": "0.05s"}
 
 
+def hold_little(configuration: dict[str, Any]) -> None:
+    """Let Envoy hold 32 KiB of a body."""
+    (listener,) = configuration["static_resources"]["listeners"]
+    listener["per_connection_buffer_limit_bytes"] = 2**15
+
+
 def event(content: object) -> bytes:
     """A server-sent event."""
     return b"data: " + json.dumps(content).encode() + b"\n\n"
@@ -108,6 +114,18 @@ class TestTokens:
         assert of(line, TOKENS) == TOKENS
         assert line["response_bytes"] == len(body)
         assert line["request_bytes"] == len(b"{}")
+
+    async def test_longer_than_the_buffer(self, start: Start) -> None:
+        """A response is read as it passes, so Envoy need not hold it."""
+        gateway = await start(dataclasses.replace(SPEC, edit_envoy=hold_little))
+        caller, call = await started(gateway)
+        body = json.dumps({"data": [0.5] * 200_000, "usage": USAGE}).encode()
+        await call.respond(body)
+        reply = await caller.reply()
+        line = await reported(gateway, call)
+
+        assert (reply.status, reply.body == body) == (200, True)
+        assert of(line, TOKENS) == TOKENS
 
     async def test_compressed(self, gateway: Gateway) -> None:
         """No model server is asked to compress what is to be read."""

@@ -302,10 +302,9 @@ class Settlement(Section):
     """Whether Envoy reports every finished request (`envoy-config`): status, time to first token,
     generation time, bytes, endpoint. Needs Envoy 1.37."""
     token_usage: bool = Field(default=True, strict=True)
-    """Whether Envoy also reports token usage, which it reads from responses. It holds a JSON
-    response until it is complete, unless it is a stream; a response above its buffer limit becomes
-    a 500. `accept-encoding` is removed from requests, because usage in a compressed response cannot
-    be read."""
+    """Whether Envoy also reports token usage, which it reads from responses as they pass.
+    `accept-encoding` is removed from requests, because usage in a compressed response cannot be
+    read."""
     lost_after: Duration = written("60s")
     """A request that ended this long ago and was not reported counts as lost: its usage stays an
     estimate."""

@@ -4,8 +4,9 @@ Behind a gateway that streams bodies through its endpoint picker, this replaces 
 status, time to the first token, tokens, an error inside a response of 200, and the endpoint that
 served it. Nothing here delays or changes a response; unreadable parts are skipped.
 
-A stream is read event by event. In a line of more than 64 KiB, and in a response that is one JSON
-object, the last 16 KiB are searched for counts: engines write them after the answer.
+A stream is read event by event, and a response that is one JSON object as a whole, if it has 16 KiB
+at most. In a larger one the usage is searched for, and other counts in the last 16 KiB; in a line
+of more than 64 KiB both there: engines write them after the answer.
 """
 
 import json
@@ -96,7 +97,8 @@ class ResponseReader:
             self._first_ns = now_ns
         if self._form == _OBJECT:
             self._rest += body
-            if len(self._rest) > 2 * _TAIL_BYTES:
+            if len(self._rest) > _EVENT_BYTES_MAX:
+                self._read({"usage": _usage_in(bytes(self._rest))})
                 del self._rest[:-_TAIL_BYTES]
             if is_end:
                 self._read_object()
@@ -197,10 +199,11 @@ class ResponseReader:
             self._read(_object(text))
 
     def _read_object(self) -> None:
-        text = bytes(self._rest[-_TAIL_BYTES:]).lstrip()
+        text = bytes(self._rest).lstrip()
         self._rest.clear()
-        content = _object(text)
-        self._read(_counts_at_end(text) if content is None else content)
+        if _RELEVANT.search(text):
+            is_short = len(text) <= _TAIL_BYTES
+            self._read(_object(text) if is_short else _counts_at_end(text))
 
     def _read(self, content: dict[str, Any] | None) -> bool:
         """Note counts and error of an object; return False if there is no object."""
@@ -225,11 +228,17 @@ def _form_of(headers: Mapping[str, str]) -> int:
 
 
 def _counts_at_end(text: bytes) -> dict[str, Any]:
-    """Return the counts at the end of an object whose beginning is unknown."""
-    content: dict[str, Any] = {name.decode(): int(count) for name, count in _COUNTS.findall(text)}
-    found = list(_USAGE.finditer(text))
-    content["usage"] = _object(text[found[-1].end() :], is_open=True) if found else None
+    """Return the counts at the end of an object whose beginning may be unknown."""
+    end = text[-_TAIL_BYTES:]
+    content: dict[str, Any] = {name.decode(): int(count) for name, count in _COUNTS.findall(end)}
+    content["usage"] = _usage_in(text)
     return content
+
+
+def _usage_in(text: bytes) -> dict[str, Any] | None:
+    """Return the last whole usage in a part of an object."""
+    found = list(_USAGE.finditer(text))
+    return _object(text[found[-1].end() :], is_open=True) if found else None
 
 
 def _object(text: bytes, *, is_open: bool = False) -> dict[str, Any] | None:

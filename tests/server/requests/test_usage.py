@@ -1,4 +1,4 @@
-"""Usage, errors and the first token of streams, as Envoy's script and our own reader find them.
+"""Usage, errors and the first token of responses, as Envoy's script and our own reader find them.
 
 Each case is read by both.
 """
@@ -171,6 +171,83 @@ class TestUsage:
         assert read_of(*chunks, kind=b"application/x-ndjson") == USAGE
 
 
+class TestObject:
+    """A response that is one JSON object."""
+
+    JSON = b"application/json"
+    COUNTS = b'"usage": {"prompt_tokens": 11, "completion_tokens": 7, "x": {"y": "}"}}'
+
+    @pytest.mark.parametrize(
+        ("kind", "expected"),
+        [
+            (JSON, USAGE),
+            (b"Application/JSON ; charset=utf-8", USAGE),
+            (b"application/json-seq", {}),
+            (b"application/jsonl", {}),
+        ],
+    )
+    def test_content_types(self, read_of: Reader, kind: bytes, expected: dict[str, float]) -> None:
+        """JSON may name its character set."""
+        assert read_of(b'{"choices": [], ' + self.COUNTS + b"}", kind=kind) == expected
+
+    @pytest.mark.parametrize("size", [1, 7])
+    def test_chunks(self, read_of: Reader, size: int) -> None:
+        """It is read however it has been cut."""
+        body = b'{"choices": [{"text": "\\"usage\\""}], ' + self.COUNTS + b"}"
+
+        assert read_of(*_cut(body, size), kind=self.JSON) == USAGE
+
+    @pytest.mark.parametrize("size", [5_000, 1 << 20])
+    @pytest.mark.parametrize("before", [0, 10_000, 30_000, 300_000])
+    @pytest.mark.parametrize("behind", [0, 10_000, 30_000, 300_000])
+    def test_length(self, read_of: Reader, size: int, before: int, behind: int) -> None:
+        """Usage is found in front of long log probabilities, and behind a long answer."""
+        text = rb"\"usage\": {\"prompt_tokens\": 99}" * (before // 35)
+        body = b'{"text": "' + text + b'", ' + self.COUNTS + b', "prompt_logprobs": ['
+        body += b"-1.25," * (behind // 6) + b"0]}"
+
+        assert read_of(*_cut(body, size), kind=self.JSON) == USAGE
+
+    @pytest.mark.parametrize("numbers", [3, 3_000, 30_000])
+    def test_ollama(self, read_of: Reader, numbers: int) -> None:
+        """Counts at the top stand at the end."""
+        body = b'{"embeddings": [[' + b"0.25," * numbers + b'1]], "prompt_eval_count": 11}'
+
+        assert read_of(*_cut(body, 8_000), kind=self.JSON) == {
+            "input_tokens": 11,
+            "output_tokens": 0,
+        }
+
+    def test_no_usage(self, read_of: Reader) -> None:
+        """What is no usage is not read: a list, null, numbers inside of others, no JSON."""
+        for body in (
+            b'[{"usage": {"prompt_tokens": 11}}]',
+            b'{"usage": null, "data": {"usage": {"prompt_tokens": 11}}}',
+            b'{"data": {"eval_count": 7}}',
+            b'"usage": {"prompt_tokens": 11}',
+            b"",
+        ):
+            assert read_of(body, kind=self.JSON) == {}, body
+
+    @pytest.mark.parametrize(
+        ("error", "status"),
+        [
+            (b'{"message": "full", "code": 503}', 503),
+            (b'{"type": "overloaded_error"}', 503),
+            (b'"it failed"', 500),
+        ],
+    )
+    def test_error(self, read_of: Reader, error: bytes, status: int) -> None:
+        """An error inside a response of 200 counts, also behind spaces sent meanwhile."""
+        assert read_of(b" ", b"\n ", b'{"error": ' + error + b"}", kind=self.JSON) == {
+            "error": status
+        }
+
+
+def _cut(content: bytes, size: int) -> list[bytes]:
+    return [content[at : at + size] for at in range(0, len(content), size)]
+
+
 ERRORS = {
     "sglang": (
         b'data: {"error":{"message":"full","type":"SERVICE_UNAVAILABLE","code":503}}\n\ndata: x',
@@ -282,5 +359,6 @@ class TestTime:
         read_of(b"")  # generating Envoy's configuration takes seconds, once
         begun_s = time.process_time()
         read_of(b'data: {"usage":{' + byte * (2**20 // len(byte)) + b"\n")
+        read_of(*_cut(b'{"usage":{' + byte * (2**20 // len(byte)), 65_536), kind=TestObject.JSON)
 
         assert time.process_time() - begun_s < 1.0

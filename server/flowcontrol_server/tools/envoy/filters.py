@@ -31,7 +31,7 @@ from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.doors.envoy_secret import METADATA_KEY
 from flowcontrol_server.requests.classify import SUBSET_NAMESPACE
 from flowcontrol_server.requests.codec import METADATA_NAMESPACE, TICKET
-from flowcontrol_server.requests.log_codec import REPORT_FORMAT, REPORT_TAG, USAGE_NAMESPACE
+from flowcontrol_server.requests.log_codec import REPORT_FORMAT, REPORT_TAG
 from flowcontrol_server.requests.rules import (
     ANSWER_FIELDS,
     BODY_FIELDS,
@@ -63,7 +63,7 @@ _RESPONSE_HEADERS: Final = {
 _JSON: Final = matcher.RegexMatcher(regex=JSON_TYPES)
 """By default Envoy does not read a body whose media type has a charset beside it."""
 _LOG_BUFFER_BYTES: Final = 65_536
-_STREAM_READER: Final = r"""
+_USAGE_READER: Final = r"""
 local function set(state, key, value)
   state.handle:streamInfo():dynamicMetadata():set("flowcontrol.usage", key, value)
 end
@@ -172,11 +172,7 @@ local function note_first(state, line, at)
   if late > 0 then set(state, "first_token_late_ms", late) end
 end
 
--- Read only the end of a line that is too long: engines write the counts after the answer.
-local function read_end(state, text)
-  for key, count in text:gmatch('"([%l_]+)"%s*:%s*(%d+)%f[^%w_.]') do
-    if ollama[key] and #count < 16 then set(state, ollama[key], tonumber(count)) end
-  end
+local function read_usage(state, text)
   local at
   for begin in text:gmatch('"usage"%s*:%s*(){') do at = begin end
   local found = at and text:match("^%b{}", at)
@@ -184,6 +180,37 @@ local function read_end(state, text)
     state.depth, state.keys = 1, { "usage" }
     scan(state, found, 1)
   end
+end
+
+-- Read what is left of a text that is too long: engines write the counts after the answer.
+local function read_end(state, text)
+  for key, count in text:sub(-16384):gmatch('"([%l_]+)"%s*:%s*(%d+)%f[^%w_.]') do
+    if ollama[key] and #count < 16 then set(state, ollama[key], tonumber(count)) end
+  end
+  read_usage(state, text)
+end
+
+local function is_relevant(text, at)
+  return text:find('"usage"', at, true) or text:find('"error"', at, true)
+      or text:find('_count"', at, true)
+end
+
+-- Read a response that is one JSON object. In a long one only the usage is searched for.
+local function read_object(state)
+  local pieces, size, is_cut = {}, 0, false
+  for chunk in state.handle:bodyChunks() do
+    pieces[#pieces + 1] = chunk:getBytes(0, chunk:length())
+    size = size + chunk:length()
+    if size > 65536 then
+      local text = table.concat(pieces)
+      if text:find('"usage"', 1, true) then read_usage(state, text) end
+      pieces = { text:sub(-16384) }
+      size, is_cut = #pieces[1], true
+    end
+  end
+  local text = table.concat(pieces)
+  if not is_relevant(text, 1) then return end
+  if is_cut or size > 16384 then read_end(state, text) else scan(state, text, 1) end
 end
 
 local function read(state, line, is_cut)
@@ -210,22 +237,15 @@ local function read(state, line, is_cut)
   if not line:find("%S", at) then return end
   note_first(state, line, at)
   local is_whole = state.depth == 0 and line:find("^%s*{", at) and line:find("}%s*$", at)
-  if not is_whole or state.is_error or line:find('"usage"', at, true)
-      or line:find('"error"', at, true) or line:find('_count"', at, true) then
-    scan(state, line, at)
-  end
+  if not is_whole or state.is_error or is_relevant(line, at) then scan(state, line, at) end
 end
 
-function envoy_on_response(handle)
-  local kind = (handle:headers():get("content-type") or ""):lower()
-  local is_lines = kind:find("^application/x%-ndjson") ~= nil
-  if not is_lines and not kind:find("^text/event%-stream") then return end
-  local state = { handle = handle, is_lines = is_lines, depth = 0, keys = {} }
+local function read_lines(state)
   -- The pieces of a line that has not ended yet. Joined once: to join them with every chunk takes
   -- 1 ms for a line of 64 KiB, and a chunk may be a single byte.
   local pieces, size, is_return_last, is_cut = {}, 0, false, false
-  for chunk in handle:bodyChunks() do
-    state.began = state.began or handle:timestamp()
+  for chunk in state.handle:bodyChunks() do
+    state.began = state.began or state.handle:timestamp()
     local text = chunk:getBytes(0, chunk:length())
     local whole, rest = text:match("^(.*[\r\n])(.*)$")
     if whole then
@@ -249,13 +269,27 @@ function envoy_on_response(handle)
   end
   if size > 0 then read(state, table.concat(pieces), is_cut) end
 end
+
+function envoy_on_response(handle)
+  local headers = handle:headers()
+  if (headers:get("content-encoding") or "identity"):lower() ~= "identity" then return end
+  local kind = (headers:get("content-type") or ""):lower()
+  local state = { handle = handle, depth = 0, keys = {} }
+  state.is_lines = kind:find("^application/x%-ndjson") ~= nil
+  if state.is_lines or kind:find("^text/event%-stream") then
+    read_lines(state)
+  elseif kind:find("^application/json%s*%f[;%z]") then
+    read_object(state)
+  end
+end
 """.lstrip()
-"""A script for Envoy that reads token usage, errors and the time of the first token from streams of
-events and of JSON lines. Envoy's own filter for it, sse_to_metadata, crashes Envoy at the first
-event that is a bare 1, "x", true or null (1.40)."""
+"""A script for Envoy that reads token usage and errors from JSON, streams of events and of JSON
+lines as they pass, and from streams the time of the first token. Envoy's own filters are worse:
+json_to_metadata makes a response above the buffer limit a 500, and sse_to_metadata crashes Envoy at
+the first event that is a bare 1, "x", true or null (1.40)."""
 
 
-def _stream_script() -> str:
+def _usage_script() -> str:
     """Return the script, preceded by the tables of `requests/usage` in Lua."""
     usage = {path[-1]: name for name, path in FIELDS if path[:-1] == ("usage",)}
     details = {path[1]: "" for _, path in FIELDS if path[2:]}
@@ -270,7 +304,7 @@ def _stream_script() -> str:
             "-- Events that a server sends before it has a token.",
             f"local early = {_lua_table(dict.fromkeys(EARLY_EVENTS, ''))}",
             f"local error_words = {{ {words} }}",
-            _STREAM_READER,
+            _USAGE_READER,
         )
     )
 
@@ -298,21 +332,12 @@ def with_readers(
         buffer_limit_bytes: bytes of a body that Envoy holds; a larger body does not skip the
             reader, so that it is refused with 413.
     """
-    reads_requests = settings.requests.read_bodies
     reads_usage = settings.is_reported and settings.settlement.token_usage
-    filters = [*gate, _stream_reader(), last] if reads_usage else [*gate, last]
-    # Before ext_proc, which needs the fields of the body.
-    passes_by = _passes_by(settings, bytes_max, buffer_limit_bytes)
-    if reads_requests and bytes_max is not None:
-        if reads_usage:
-            filters.insert(0, _body_reader(reads_requests=False, reads_usage=True))
-        reader = _body_reader(reads_requests=True, reads_usage=False)
-        filters.insert(0, _skipped_by_any(passes_by, reader))
-    elif reads_requests:
-        reader = _body_reader(reads_requests=True, reads_usage=reads_usage)
-        filters.insert(0, _skipped_by_any(passes_by, reader))
-    elif reads_usage:
-        filters.insert(0, _body_reader(reads_requests=False, reads_usage=True))
+    filters = [*gate, _usage_reader(), last] if reads_usage else [*gate, last]
+    if settings.requests.read_bodies:
+        passes_by = _passes_by(settings, bytes_max, buffer_limit_bytes)
+        # Before ext_proc, which needs the fields of the body.
+        filters.insert(0, _skipped_by_any(passes_by, _request_reader()))
     return filters
 
 
@@ -380,8 +405,9 @@ def response_headers(settings: Settings) -> list[core.HeaderValueOption]:
     return [_response_header(name) for name in settings.requests.response_headers]
 
 
-def _body_reader(*, reads_requests: bool, reads_usage: bool) -> hcm.HttpFilter:
-    fields = [_rule((n,), BODY_NAMESPACE, n, is_number=n in ANSWER_FIELDS) for n in BODY_FIELDS]
+def _request_reader() -> hcm.HttpFilter:
+    """Return the filter that reads fields of a request's JSON body."""
+    fields = [_field(name) for name in BODY_FIELDS]
     fields[0].on_error = json_metadata.JsonToMetadataKeyValuePair(
         metadata_namespace=BODY_NAMESPACE,
         key=BODY_UNREAD,
@@ -391,8 +417,9 @@ def _body_reader(*, reads_requests: bool, reads_usage: bool) -> hcm.HttpFilter:
         name="envoy.filters.http.json_to_metadata",
         typed_config=protobuf.Any.pack(
             json_metadata.JsonToMetadata(
-                request_rules=_rules(fields) if reads_requests else None,
-                response_rules=_rules([*_usage_rules(), *_error_rules()]) if reads_usage else None,
+                request_rules=json_metadata.JsonToMetadataMatchRules(
+                    rules=fields, allow_content_types_regex=_JSON
+                )
             )
         ),
     )
@@ -489,9 +516,9 @@ def greater_than(number: int) -> str:
     return "|".join((f"[0-9]{{{len(digits) + 1},}}", *greater))
 
 
-def _stream_reader() -> hcm.HttpFilter:
-    """Return the filter that reads streams of events as they pass."""
-    script = lua.Lua(default_source_code=core.DataSource(inline_string=_stream_script()))
+def _usage_reader() -> hcm.HttpFilter:
+    """Return the filter that reads responses as they pass."""
+    script = lua.Lua(default_source_code=core.DataSource(inline_string=_usage_script()))
     return hcm.HttpFilter(name="envoy.filters.http.lua", typed_config=protobuf.Any.pack(script))
 
 
@@ -535,39 +562,15 @@ def _settlement_log(settings: Settings) -> accesslog.AccessLog:
     )
 
 
-def _rules(rules: list[json_metadata.JsonToMetadataRule]) -> json_metadata.JsonToMetadataMatchRules:
-    return json_metadata.JsonToMetadataMatchRules(rules=rules, allow_content_types_regex=_JSON)
-
-
-def _usage_rules() -> list[json_metadata.JsonToMetadataRule]:
-    return [_rule(path, USAGE_NAMESPACE, name, is_number=True) for name, path in FIELDS]
-
-
-def _error_rules() -> list[json_metadata.JsonToMetadataRule]:
-    """Return the rules for an error object inside a response with status 200.
-
-    An error that is only a text is not read: a rule that sets a constant also applies if the key is
-    null or absent, as long as the value that should contain it is an object.
-    """
-    present = json_metadata.JsonToMetadataRule(
-        selectors=[json_metadata.JsonToMetadataSelector(key=key) for key in ("error", "message")],
-        on_present=json_metadata.JsonToMetadataKeyValuePair(
-            metadata_namespace=USAGE_NAMESPACE,
-            key="error",
-            value=protobuf.Value(string_value="500"),  # as a number it is written 500.0
-        ),
-    )
-    return [present, _rule(("error", "code"), USAGE_NAMESPACE, "error", is_number=True)]
-
-
-def _rule(
-    path: tuple[str, ...], namespace: str, name: str, *, is_number: bool
-) -> json_metadata.JsonToMetadataRule:
+def _field(name: str) -> json_metadata.JsonToMetadataRule:
+    """Return the rule that reads one field."""
     kinds = json_metadata.JsonToMetadataValueType
     return json_metadata.JsonToMetadataRule(
-        selectors=[json_metadata.JsonToMetadataSelector(key=key) for key in path],
+        selectors=[json_metadata.JsonToMetadataSelector(key=name)],
         on_present=json_metadata.JsonToMetadataKeyValuePair(
-            metadata_namespace=namespace, key=name, type=kinds.NUMBER if is_number else kinds.STRING
+            metadata_namespace=BODY_NAMESPACE,
+            key=name,
+            type=kinds.NUMBER if name in ANSWER_FIELDS else kinds.STRING,
         ),
     )
 
