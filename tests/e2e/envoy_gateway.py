@@ -27,7 +27,7 @@ _OURS: Final = {
 
 def envoy_gateway(configuration: dict[str, Any]) -> None:
     """Put the translation in the place of the generated listener and clusters."""
-    (dumped,) = yaml.safe_load(TRANSLATED.read_text()).values()
+    (dumped,) = yaml.safe_load(TRANSLATED.read_text())["xds"].values()
     dumps = {each["@type"].rpartition(".")[2]: each for each in dumped["configs"]}
     own = configuration["static_resources"]
     addresses = {each["name"]: each["load_assignment"] for each in own["clusters"]}

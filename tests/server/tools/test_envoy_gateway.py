@@ -16,6 +16,7 @@ from flowcontrol_server.tools.envoy.config import EnvoyOptions
 from flowcontrol_server.tools.envoy.gateway import GatewayNames, manifests
 
 KUBERNETES = Path(__file__).parents[3] / "envoy" / "kubernetes"
+TRANSLATED = Path(__file__).with_name("envoy_gateway_translated.yaml")
 OPTIONS = EnvoyOptions(ext_proc=Address("flowcontrol", 9002))
 NAMES = GatewayNames("models", "models", "http", "llama")
 pytestmark = pytest.mark.slow
@@ -171,12 +172,30 @@ class TestManifests:
         assert caught.value.problems == ["--route must be the name of an HTTPRoute, got 'Llama 3'"]
 
 
+def texts(content: Any) -> set[str]:
+    """All texts in a document that are no keys."""
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        return set().union(*map(texts, content))
+    return {content} if isinstance(content, str) else set()
+
+
 class TestTranslated:
     """What Envoy Gateway 1.9.0 made of the file people copy: every patch found its place."""
 
+    def test_in_step(self) -> None:
+        """It was made of the file as it is: it has every text of its patches."""
+        documents = yaml.safe_load_all((KUBERNETES / "envoy-gateway.yaml").read_text())
+        (patched,) = [each["spec"] for each in documents if each["kind"] == "EnvoyPatchPolicy"]
+        values = [each["operation"]["value"] for each in patched["jsonPatches"]]
+        missing = texts(values) - texts(yaml.safe_load(TRANSLATED.read_text()))
+
+        assert not missing, f"make it again, as its first lines say: {missing}"
+
     def test_filters(self) -> None:
         """The gate stands in order: bodies are read before it, denial is right behind it."""
-        text = Path(__file__).with_name("envoy_gateway_translated.yaml").read_text()
+        text = TRANSLATED.read_text()
         names = (
             "- disabled: true\n.*name: flowcontrol.0.json_to_metadata",
             "- disabled: true\n.*name: envoy.filters.http.ext_proc/.*/flowcontrol/extproc/0",
