@@ -1,12 +1,12 @@
 """A client of the admin API, for other processes."""
 
 from collections.abc import AsyncIterator
-from ipaddress import ip_address
 from typing import Any, Protocol, final
 
 import grpc
 
 from flowcontrol.v1 import flowcontrol_pb2 as api
+from flowcontrol_server.common.addresses import is_loopback
 
 _DECISIONS_SHOWN = 100
 _FLOWS_SHOWN = 50
@@ -94,11 +94,5 @@ def channel_options(address: str) -> tuple[tuple[str, int], ...]:
 
     gRPC would use the one in `http_proxy`, which would see the token; grpcurl and browsers do not.
     """
-    return (("grpc.enable_http_proxy", 0),) if _is_local(address.rpartition(":")[0]) else ()
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+    host = address.rpartition(":")[0].strip("[]")
+    return (("grpc.enable_http_proxy", 0),) if is_loopback(host) else ()

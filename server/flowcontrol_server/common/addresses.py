@@ -61,6 +61,18 @@ def parse_address(value: object) -> Address:
     return Address(host, int(match[3]))
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host, without brackets, can be reached only from its own machine.
+
+    Names that are loopback are those of RFC 6761, section 6.3; no other name is looked up.
+    """
+    try:
+        return ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        name = host.lower().removesuffix(".")
+        return name == "localhost" or name.endswith(".localhost")
+
+
 def _is_host(text: str) -> bool:
     """Whether it is an IPv4 address or a name; a text whose last label is a number is no name."""
     if text.rstrip(".").rpartition(".")[2].isdigit():

@@ -4,9 +4,8 @@ Each line names the setting, its consequence, and what to do.
 """
 
 from collections.abc import Iterator, Sequence
-from ipaddress import ip_address
 
-from flowcontrol_server.common.addresses import Address
+from flowcontrol_server.common.addresses import Address, is_loopback
 from flowcontrol_server.common.sections import PRIORITY_MAX
 from flowcontrol_server.config.engine import BandSection
 from flowcontrol_server.config.requests import RequestRule
@@ -31,13 +30,13 @@ def _ports(settings: Settings) -> Iterator[str]:
     listen = settings.listen
     is_authenticated = settings.tls.client_ca is not None or listen.secret_file is not None
     for name, address in (("extProc", listen.ext_proc), ("grpc", listen.grpc)):
-        if isinstance(address, Address) and not _is_loopback(address) and not is_authenticated:
+        if isinstance(address, Address) and not is_loopback(address.host) and not is_authenticated:
             yield (
                 f"listen.{name} is open to other machines at {address} without authentication: "
                 "any client can hold slots; set tls.clientCa or listen.secretFile, and let "
                 "only Envoy and operators connect"
             )
-    if not _is_loopback(listen.http):
+    if not is_loopback(listen.http.host):
         yield (
             f"listen.http is open to other machines at {listen.http} without TLS: an admin token "
             "sent there can be read on the way; let only Prometheus and operators connect"
@@ -135,9 +134,3 @@ def _range(band: BandSection) -> tuple[int, int]:
         -PRIORITY_MAX - 1 if lowest is None else lowest,
         PRIORITY_MAX if highest is None else highest,
     )
-
-
-def _is_loopback(address: Address) -> bool:
-    if address.is_ip:
-        return ip_address(address.host.partition("%")[0]).is_loopback
-    return address.host == "localhost" or address.host.endswith(".localhost")

@@ -32,6 +32,7 @@ async def test_goes_past_a_proxy_to_this_machine(
     [
         ("[::1]:9003", True),
         ("127.0.0.9:9003", True),
+        ("gate.localhost:9003", True),
         ("10.0.0.5:9003", False),
         ("gate:9003", False),
     ],

@@ -3,7 +3,7 @@
 import pytest
 from pydantic_core import PydanticCustomError
 
-from flowcontrol_server.common.addresses import Address, parse_address
+from flowcontrol_server.common.addresses import Address, is_loopback, parse_address
 
 
 class TestAddress:
@@ -48,3 +48,22 @@ class TestAddress:
     def test_host(self, host: str) -> None:
         """Names as DNS and Compose have them."""
         assert parse_address(f"{host}:80").host == host
+
+
+class TestLoopback:
+    """Hosts that only their own machine reaches."""
+
+    @pytest.mark.parametrize(
+        "host",
+        ["127.0.0.1", "127.0.0.9", "::1", "::1%lo", "localhost", "LocalHost.", "gate.localhost"],
+    )
+    def test_own_machine(self, host: str) -> None:
+        """The two networks of loopback, and the names that stand for them."""
+        assert is_loopback(host)
+
+    @pytest.mark.parametrize(
+        "host", ["0.0.0.0", "10.0.0.5", "::", "fe80::1%lo", "gate", "localhost.example", ""]
+    )
+    def test_others(self, host: str) -> None:
+        """Every interface is more than loopback, and any other name may be another machine."""
+        assert not is_loopback(host)
