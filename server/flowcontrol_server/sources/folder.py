@@ -21,6 +21,7 @@ from flowcontrol_server.sources.objectives import (
     MalformedObjectiveError,
     Objective,
     Place,
+    kind_and_name,
     objects_of,
     priorities_of,
     read_objective,
@@ -160,14 +161,7 @@ def declared_in(
                 yield found, read_objective(found, pool)
         except MalformedObjectiveError as error:
             line = line_of(path, index, (*place, *error.place))
-            which = [f"document {index + 1}"] if len(documents) > 1 else []
-            which += _naming(found)
-            text = f"{', '.join(which)}: {error}" if which else str(error)
+            number = f"document {index + 1}" if len(documents) > 1 else None
+            which = ", ".join(filter(None, (number, kind_and_name(found))))
+            text = f"{which}: {error}" if which else str(error)
             raise ConfigError([f"{path}:{line}: {text}"]) from error
-
-
-def _naming(found: Any) -> list[str]:
-    """Return kind and name of an object for a message, if it has a name."""
-    metadata = found.get("metadata") if isinstance(found, dict) else None
-    name = metadata.get("name") if isinstance(metadata, dict) else None
-    return [f"{found.get('kind')} {name!r}"] if isinstance(name, str) else []

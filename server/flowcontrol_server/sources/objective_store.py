@@ -7,7 +7,7 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import yaml
 
@@ -20,6 +20,7 @@ from flowcontrol_server.sources.objectives import (
     OBJECTIVES_MAX,
     PRIORITY_MAX,
     Objective,
+    kind_and_name,
     priorities_of,
     to_manifest,
 )
@@ -176,18 +177,12 @@ def read_kept(file: Path, pool: str) -> tuple[dict[str, int], str]:
         if objective is not None:
             objectives.append(objective)
         elif found is not None:
+            also = kind_and_name(found) or f"a {found['kind']}"
             problem = problem or (
                 f"{file}: must hold only objectives of pool {pool!r}, because a change by the API "
-                f"writes the whole file; it also holds {_named(found)}, so changes are refused"
+                f"writes the whole file; it also holds {also}, so changes are refused"
             )
     return dict(priorities_of(objectives)), problem
-
-
-def _named(found: Any) -> str:
-    """Return the name of an object for a message."""
-    metadata = found.get("metadata")
-    name = metadata.get("name") if isinstance(metadata, dict) else None
-    return f"{found['kind']} {name!r}" if name else f"a {found['kind']}"
 
 
 class _FileStamp(NamedTuple):

@@ -132,6 +132,13 @@ def _is_meant_by(kind: str) -> bool:
     )
 
 
+def kind_and_name(document: Any) -> str | None:
+    """Return an object's kind and name for a message, as in Service 'x'; None: it has no name."""
+    metadata = document.get("metadata") if isinstance(document, dict) else None
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    return f"{document.get('kind')} {name!r}" if isinstance(name, str) else None
+
+
 def to_manifest(objective: Objective, pool: str) -> dict[str, Any]:
     """Return the document that declares an objective."""
     return {
