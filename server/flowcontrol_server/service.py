@@ -59,8 +59,9 @@ from flowcontrol_server.ledger.ledger import Ledger
 from flowcontrol_server.requests import codec
 from flowcontrol_server.requests.classify import BodyReads
 from flowcontrol_server.requests.codec import Encoder
-from flowcontrol_server.requests.gate import FlowGate, Parked, claim_of, report_of
+from flowcontrol_server.requests.gate import FlowGate
 from flowcontrol_server.requests.log_join import LogJoin
+from flowcontrol_server.requests.parked import Parked, claim_of, report_of
 from flowcontrol_server.sources.feed import Feed
 from flowcontrol_server.state.continuity import Continuity
 from flowcontrol_server.telemetry import logs

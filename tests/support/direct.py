@@ -23,7 +23,8 @@ from flowcontrol_server.doors.http2.grpc_framing import framed
 from flowcontrol_server.doors.http2.headers import encode_block
 from flowcontrol_server.doors.http2.limits import Http2Limits
 from flowcontrol_server.requests.classify import ExemptPaths, Intake
-from flowcontrol_server.requests.gate import FlowGate, Parked
+from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.requests.parked import Parked
 from tests.support.gates import TIMEOUT_S, running_gate
 from tests.support.http2 import Heard, heard
 

@@ -11,7 +11,7 @@ import os
 from flowcontrol.events import Decision
 from flowcontrol_server.admin import live
 from flowcontrol_server.cli import main
-from flowcontrol_server.requests.gate import Parked
+from flowcontrol_server.requests.parked import Parked
 from flowcontrol_server.service import Service
 
 FAULT = "planted-fault"

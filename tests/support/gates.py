@@ -6,7 +6,8 @@ from contextlib import asynccontextmanager
 
 from flowcontrol.config import ControllerConfig
 from flowcontrol.events import Decision, DrainBegan, EndpointsChanged
-from flowcontrol_server.requests.gate import FlowGate, Parked
+from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.requests.parked import Parked
 
 POOL = EndpointsChanged(("10.0.0.5:8000",))
 TIMEOUT_S = 10.0

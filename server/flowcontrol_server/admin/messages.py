@@ -22,8 +22,8 @@ from flowcontrol_server.admin.wording import classified, reason, sentences
 from flowcontrol_server.common.plain_text import plain
 from flowcontrol_server.common.status import ServiceStatus
 from flowcontrol_server.requests.classify import Origin
-from flowcontrol_server.requests.gate import Parked
 from flowcontrol_server.requests.log_join import Counts
+from flowcontrol_server.requests.parked import Parked
 from flowcontrol_server.requests.recent import Decided
 
 

@@ -18,7 +18,7 @@ from flowcontrol_server.requests.exchange import (
     ProtocolError,
     Reply,
 )
-from flowcontrol_server.requests.gate import Parked, trace_of
+from flowcontrol_server.requests.parked import Parked, trace_of
 from flowcontrol_server.requests.replies import answer, refusal, unavailable
 from flowcontrol_server.requests.splice import BodyPart
 

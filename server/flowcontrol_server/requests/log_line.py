@@ -5,7 +5,7 @@ from typing import Final
 
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
-from flowcontrol_server.requests.gate import Parked
+from flowcontrol_server.requests.parked import Parked
 from flowcontrol_server.requests.replies import status_of
 
 _US_NS: Final = 1_000

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from typing import Final, final
 
 from flowcontrol.events import Decision
-from flowcontrol_server.requests.gate import Parked
 from flowcontrol_server.requests.log_line import request_line
+from flowcontrol_server.requests.parked import Parked
 
 _SECOND_NS: Final = 1_000_000_000
 _THREE: Final = tuple(f"{number:03d}" for number in range(1000))

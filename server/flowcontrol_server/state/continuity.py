@@ -24,8 +24,8 @@ from flowcontrol.events import (
 )
 from flowcontrol_server.common.background import in_background
 from flowcontrol_server.config.settings import Settings
-from flowcontrol_server.requests.gate import Parked
 from flowcontrol_server.requests.log_join import Claim
+from flowcontrol_server.requests.parked import Parked
 from flowcontrol_server.requests.tickets import TICKETS
 from flowcontrol_server.state.book import BookCounts, LeaseBook
 from flowcontrol_server.state.election import (

@@ -23,7 +23,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from flowcontrol.events import Decision
-from flowcontrol_server.requests.gate import Parked
+from flowcontrol_server.requests.parked import Parked
 from flowcontrol_server.requests.replies import REFUSALS, status_of
 
 SPAN = "flow_control.wait"

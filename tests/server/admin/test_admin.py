@@ -31,7 +31,8 @@ from flowcontrol.request import Request
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from flowcontrol_server.admin.api import SERVICE, WATCHES_PER_PEER_MAX, FlowControlServicer
-from flowcontrol_server.requests.gate import NEWS_WITHIN_S, FlowGate, Parked
+from flowcontrol_server.requests.gate import NEWS_WITHIN_S, FlowGate
+from flowcontrol_server.requests.parked import Parked
 from tests.support.silent_log import SILENT, silent_log
 from tests.support.standing import ABOUT, standing
 

@@ -17,7 +17,8 @@ from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from flowcontrol_server.admin.api import FlowControlServicer
 from flowcontrol_server.requests.classify import Intake, classify_with_origin
-from flowcontrol_server.requests.gate import FlowGate, Parked
+from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.requests.parked import Parked
 from flowcontrol_server.requests.rules import Rule
 from tests.support.silent_log import silent_log
 

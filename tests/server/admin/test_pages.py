@@ -16,7 +16,8 @@ from flowcontrol_server.admin import live as live_module
 from flowcontrol_server.admin.live import LiveView
 from flowcontrol_server.admin.pages import WATCHERS_PER_PEER_MAX, add_pages
 from flowcontrol_server.common.plain_text import plain
-from flowcontrol_server.requests.gate import FlowGate, Parked
+from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.requests.parked import Parked
 from tests.support.silent_log import SILENT, silent_log
 from tests.support.standing import ABOUT, standing
 

@@ -16,7 +16,8 @@ from flowcontrol_server.common import envoy_messages
 from flowcontrol_server.doors import ext_proc
 from flowcontrol_server.doors.call_context import STANDBY, CallContext
 from flowcontrol_server.doors.ext_proc import ExtProcDoor
-from flowcontrol_server.requests.gate import FlowGate, Parked
+from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.requests.parked import Parked
 from tests.support.direct import Stream, announcing, grpcio
 from tests.support.gates import POOL, TIMEOUT_S, running_gate
 from tests.support.gateway_clients import NginxGatewayFabric

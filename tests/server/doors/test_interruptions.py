@@ -25,7 +25,8 @@ from flowcontrol_server.doors.direct.connection import Line, Turns
 from flowcontrol_server.doors.http2 import frames
 from flowcontrol_server.doors.http2.grpc_framing import framed
 from flowcontrol_server.doors.http2.limits import Http2Limits
-from flowcontrol_server.requests.gate import FlowGate, Parked
+from flowcontrol_server.requests.gate import FlowGate
+from flowcontrol_server.requests.parked import Parked
 from tests.support.direct import announcing, data
 from tests.support.duplex import Echo, Peer, begun, cut, part
 from tests.support.gates import POOL, TIMEOUT_S, running_gate

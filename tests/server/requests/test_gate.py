@@ -28,7 +28,8 @@ from flowcontrol_server.doors.call_context import CallContext
 from flowcontrol_server.doors.ext_proc import ExtProcDoor
 from flowcontrol_server.requests.classify import Origin
 from flowcontrol_server.requests.exchange import FurtherAttempt, Message, MessageKind, Mode
-from flowcontrol_server.requests.gate import SETTLED_AT_ONCE_MAX, SUBSETS_MAX, FlowGate, Parked
+from flowcontrol_server.requests.gate import SETTLED_AT_ONCE_MAX, SUBSETS_MAX, FlowGate
+from flowcontrol_server.requests.parked import Parked
 from flowcontrol_server.requests.tickets import TICKETS
 from tests.e2e.harness import eventually
 

@@ -11,7 +11,7 @@ import structlog
 
 from flowcontrol.events import Decision
 from flowcontrol.request import Outcome, Request
-from flowcontrol_server.requests.gate import Parked
+from flowcontrol_server.requests.parked import Parked
 from flowcontrol_server.telemetry import logs
 from flowcontrol_server.telemetry.log_sink import Sink
 

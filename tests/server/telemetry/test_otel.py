@@ -14,7 +14,7 @@ from flowcontrol.events import Decision
 from flowcontrol.request import Outcome
 from flowcontrol_server.config.settings import Traces
 from flowcontrol_server.requests.classify import classify
-from flowcontrol_server.requests.gate import Parked, trace_of
+from flowcontrol_server.requests.parked import Parked, trace_of
 from flowcontrol_server.telemetry.otel import SPAN, RequestTraces
 from flowcontrol_server.telemetry.traces import open_traces
 from tests.support.otlp import Collector, over_grpc, over_http, plain

@@ -32,7 +32,7 @@ from flowcontrol_server.requests.exchange import (
     ProtocolError,
     Reply,
 )
-from flowcontrol_server.requests.gate import Parked, trace_of
+from flowcontrol_server.requests.parked import Parked, trace_of
 from flowcontrol_server.requests.replies import Answer, answer, refusal, unavailable
 from flowcontrol_server.requests.splice import BodyPart, LargeBody, NoBodyError, echoes
 
