@@ -21,8 +21,8 @@ import structlog
 
 from flowcontrol.events import Endpoint
 from flowcontrol_server.common.addresses import Address
+from flowcontrol_server.common.backoff import Backoff
 from flowcontrol_server.config.sources import Dns
-from flowcontrol_server.sources.backoff import Backoff
 
 TIMEOUT_S = 2.0
 TRIES = 2

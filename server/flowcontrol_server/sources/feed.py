@@ -13,9 +13,9 @@ import structlog
 
 from flowcontrol.config import Role
 from flowcontrol.events import Endpoint, EndpointsChanged, Fact, LoadObserved, ObjectivesChanged
+from flowcontrol_server.common.backoff import Backoff
 from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.config.sources import Endpoints, Load
-from flowcontrol_server.sources.backoff import Backoff
 from flowcontrol_server.sources.dns import DnsEndpoints
 from flowcontrol_server.sources.endpoint_file import EndpointFile
 from flowcontrol_server.sources.endpoints import Roster

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn, final
 
 import structlog
 
-from flowcontrol_server.sources.backoff import Backoff
+from flowcontrol_server.common.backoff import Backoff
 from flowcontrol_server.sources.kube_api import UNREACHABLE, ApiError, KubeApi, Object
 
 WRITERS = 10

@@ -22,7 +22,7 @@ from typing import NoReturn, final
 
 import structlog
 
-from flowcontrol_server.sources.backoff import Backoff
+from flowcontrol_server.common.backoff import Backoff
 from flowcontrol_server.sources.kube_api import UNREACHABLE, ApiError, KubeApi, NoJsonError, Object
 
 WATCH_S = 300

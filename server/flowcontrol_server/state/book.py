@@ -14,7 +14,7 @@ from typing import NamedTuple, final
 import structlog
 
 from flowcontrol.events import RecoveredLease
-from flowcontrol_server.sources.backoff import Backoff
+from flowcontrol_server.common.backoff import Backoff
 from flowcontrol_server.state.store import Batch, FencedError, LeaseRecord, StateError, Store
 
 MEMORY_INTERVAL_S = 10.0

@@ -1,6 +1,6 @@
 """Waits between tries."""
 
-from flowcontrol_server.sources.backoff import Backoff
+from flowcontrol_server.common.backoff import Backoff
 
 
 class TestBackoff:
