@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flowcontrol_server.config.settings import problems_of
+from flowcontrol_server.config.problems import problems_of
 
 GROUPS = ("llm-d.ai/v1alpha2", "inference.networking.x-k8s.io/v1alpha2")
 """The API groups that are read. If both declare a name, the first is used."""

@@ -20,7 +20,7 @@ from flowcontrol.simulation.safety import Slots, slots_of
 from flowcontrol_server.common.sections import Duration, Section
 from flowcontrol_server.common.yamlfile import read_mapping
 from flowcontrol_server.config.engine import EngineSection
-from flowcontrol_server.config.settings import problems_of
+from flowcontrol_server.config.problems import problems_of
 from flowcontrol_server.tools.simulate.parts import FaultSection, Priorities, Servers, demand
 from flowcontrol_server.tools.simulate.workloads import WorkloadSection
 
