@@ -28,8 +28,6 @@ from itertools import takewhile
 
 from flowcontrol.simulation.stretch import Stretch
 
-__all__ = ["ModelServer", "ModelServerConfig", "TokenEvent"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelServerConfig:

@@ -19,7 +19,8 @@ from flowcontrol_server.common.signals import exit_at_stop_signals
 if TYPE_CHECKING:
     import grpc
 
-    from flowcontrol_server.config.settings import Address, Settings
+    from flowcontrol_server.common.addresses import Address
+    from flowcontrol_server.config.settings import Settings
     from flowcontrol_server.tools.envoy.config import EnvoyOptions
 
 Opened = TypeVar("Opened")
@@ -539,7 +540,7 @@ def shadow(ledger: Path, config: Path, listen: str) -> None:
 
 def _opened(option: str, address: Opened) -> Opened:
     """Return an address for Envoy to listen on; a host name would keep it from starting."""
-    from flowcontrol_server.config.settings import Address
+    from flowcontrol_server.common.addresses import Address
 
     if isinstance(address, Address) and not address.is_ip:
         _fail(f"{option} must have an IP address, such as 127.0.0.1, got {str(address)!r}")
@@ -560,7 +561,7 @@ def _address_or_socket(option: str, text: str) -> "Address | Path | None":
 def _address(option: str, text: str) -> "Address":
     from pydantic_core import PydanticCustomError
 
-    from flowcontrol_server.config.settings import parse_address
+    from flowcontrol_server.common.addresses import parse_address
 
     try:
         return parse_address(text)

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from tests.e2e.gateway import Gateway
 from tests.e2e.harness import Spec, Stack
 from tests.support.ports import HOST

@@ -26,7 +26,8 @@ import grpc
 import uvloop
 import yaml
 
-from flowcontrol_server.config.settings import Address, load_settings
+from flowcontrol_server.common.addresses import Address
+from flowcontrol_server.config.settings import load_settings
 from flowcontrol_server.tools.envoy.binary import envoy_binary
 from tests.support.ports import HOST, free_ports
 

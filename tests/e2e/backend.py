@@ -10,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self, final
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 
 ARRIVAL_S = 10.0
 """How long a test waits for a call that should come."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 
 CHAT = "/v1/chat/completions"
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from flowcontrol.v1 import flowcontrol_pb2 as api
 from flowcontrol.v1 import flowcontrol_pb2_grpc as api_grpc
 from flowcontrol_server.admin import api as admin
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from flowcontrol_server.requests import codec
 from tests.e2e.backend import ARRIVAL_S, Backend, Call
 from tests.e2e.client import CHAT, Caller, call, fetch

@@ -10,7 +10,7 @@ documentation says of Service Extensions.
 from collections.abc import Callable
 from typing import Any
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 
 TYPES = "type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3"
 _HEADER_TO_METADATA = "type.googleapis.com/envoy.extensions.filters.http.header_to_metadata.v3"

@@ -19,8 +19,9 @@ from typing import Any, final
 
 import yaml
 
+from flowcontrol_server.common.addresses import Address
 from flowcontrol_server.config.admin import TOKEN_VARIABLE
-from flowcontrol_server.config.settings import Address, load_settings
+from flowcontrol_server.config.settings import load_settings
 from flowcontrol_server.tools.envoy.binary import envoy_binary
 from tests.e2e.client import fetch
 from tests.support.ports import HOST, free_port

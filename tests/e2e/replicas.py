@@ -11,7 +11,7 @@ from typing import Any, Self, final
 
 import yaml
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from tests.e2e.backend import Backend, Call
 from tests.e2e.client import CHAT, Caller, call, fetch
 from tests.e2e.harness import Edit, Process, Spec, Stack, eventually

@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from flowcontrol_server.common import envoy_messages
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from flowcontrol_server.doors.direct.calls import ProcessCall
 from tests.e2e.client import fetch
 from tests.e2e.conftest import Start

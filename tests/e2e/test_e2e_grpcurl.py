@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 
 from flowcontrol_server.admin import api as admin
 from flowcontrol_server.common import envoy_messages
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from flowcontrol_server.requests import codec
 from tests.e2e.gateway import FREED_S, Gateway
 from tests.e2e.harness import ADMIN_TOKEN

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from tests.e2e.client import fetch
 from tests.e2e.conftest import Start
 from tests.e2e.gateway import Gateway

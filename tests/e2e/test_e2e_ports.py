@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from tests.e2e.gateway import Gateway
 from tests.e2e.harness import ROOT
 from tests.support.ports import HOST, free_port

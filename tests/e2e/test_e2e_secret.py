@@ -5,7 +5,7 @@ from typing import Any
 import grpc
 import pytest
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from flowcontrol_server.requests import codec, log_codec
 from tests.e2e.conftest import Start
 from tests.e2e.harness import Spec, Stack, eventually

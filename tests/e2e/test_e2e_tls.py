@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from flowcontrol_server.admin import api as admin
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from tests.e2e.backend import Backend, Call
 from tests.e2e.client import CHAT, call
 from tests.e2e.harness import Spec, Stack

@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from tests.e2e.conftest import Start
 from tests.e2e.gateway import FREED_S, Gateway
 from tests.e2e.gateway_shapes import SHAPES

@@ -5,7 +5,7 @@ import random
 import time
 from typing import Final, final
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from tests.e2e.client import CHAT, Caller, call
 from tests.faults.accounts import Asked
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 from typing import Final, final
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 
 TOOL: Final = "/usr/sbin/ip"
 _NETWORK: Final = "10.213"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from tests.e2e import faulty_service
 from tests.e2e.client import CHAT, call
 from tests.e2e.harness import OBJECTIVES

@@ -14,7 +14,7 @@ from typing import Any, Final, Self, final
 
 import yaml
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from tests.e2e.client import fetch
 from tests.e2e.harness import Process, Spec, Stack, eventually
 from tests.e2e.replicas import with_replicas

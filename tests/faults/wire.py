@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from typing import Final, final
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 from tests.support.ports import HOST, free_port
 
 _CHUNK: Final = 65_536

@@ -20,8 +20,9 @@ import yaml
 from click.testing import CliRunner
 
 from flowcontrol_server.cli import main
+from flowcontrol_server.common.addresses import Address
 from flowcontrol_server.common.units import parse_duration
-from flowcontrol_server.config.settings import Address, Listen, Settings, load_settings
+from flowcontrol_server.config.settings import Listen, Settings, load_settings
 from hatch_build import COMPILE_NEEDS
 from tests.support.dockerfile import arguments_of, copied
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flowcontrol_server.config.settings import Address, Settings
+from flowcontrol_server.common.addresses import Address
+from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.service import LOADS_WITHIN_S
 from flowcontrol_server.sources.feed import PATIENCE_S
 from flowcontrol_server.sources.kube_endpoints import POOL_GROUPS

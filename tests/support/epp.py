@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import yaml
 
-from flowcontrol_server.config.settings import Address
+from flowcontrol_server.common.addresses import Address
 
 BINARY: Final = os.environ.get("FLOWCONTROL_TEST_EPP", "")
 """The program, built in a checkout of llm-d-router; empty: none."""

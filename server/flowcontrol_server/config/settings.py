@@ -20,7 +20,7 @@ from pydantic import (
 
 from flowcontrol.config import ControllerConfig, Utilization
 from flowcontrol.errors import ConfigError
-from flowcontrol_server.common.addresses import Address, DirectAddress, HostPort, parse_address
+from flowcontrol_server.common.addresses import Address, DirectAddress, HostPort
 from flowcontrol_server.common.kubernetes_names import is_name
 from flowcontrol_server.common.sections import (
     PathBeside,
@@ -48,16 +48,6 @@ from flowcontrol_server.config.state import Availability, State
 from flowcontrol_server.doors.envoy_secret import EnvoySecret
 from flowcontrol_server.doors.tls import Tls
 
-__all__ = [
-    "Address",
-    "Endpoints",
-    "Listen",
-    "Objectives",
-    "Settings",
-    "load_policies",
-    "load_settings",
-    "parse_address",
-]
 _TRACE_HEADERS: Final = (
     *("traceparent", "tracestate", "baggage", "b3"),
     *("x-b3-traceid", "x-b3-spanid", "x-b3-parentspanid", "x-b3-sampled", "x-b3-flags"),

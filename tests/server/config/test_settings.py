@@ -27,13 +27,9 @@ from flowcontrol.config import (
     Role,
 )
 from flowcontrol_server.cli import main
+from flowcontrol_server.common.addresses import Address
 from flowcontrol_server.config.difference import settings_hash
-from flowcontrol_server.config.settings import (
-    Address,
-    Settings,
-    load_policies,
-    load_settings,
-)
+from flowcontrol_server.config.settings import Settings, load_policies, load_settings
 
 BAD_CONFIGS = sorted((Path(__file__).parent / "bad_config").glob("*.yaml"))
 EXAMPLE = Path(__file__).parents[3] / "envoy" / "flowcontrol.yaml"

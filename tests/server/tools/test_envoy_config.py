@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowcontrol.errors import ConfigError
+from flowcontrol_server.common.addresses import Address, parse_address
 from flowcontrol_server.common.extras import install
 from flowcontrol_server.config.difference import differences
-from flowcontrol_server.config.settings import Address, Settings, load_settings, parse_address
+from flowcontrol_server.config.settings import Settings, load_settings
 from flowcontrol_server.requests.classify import READ_HEADERS
 from flowcontrol_server.requests.codec import ENGINE_HEADERS
 from flowcontrol_server.requests.dialects import content_type_of, dialect_of, error_body

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from flowcontrol.errors import ConfigError
-from flowcontrol_server.config.settings import Address, Settings
+from flowcontrol_server.common.addresses import Address
+from flowcontrol_server.config.settings import Settings
 from flowcontrol_server.doors.tls import Tls
 from flowcontrol_server.requests.codec import ENGINE_HEADERS
 from flowcontrol_server.tools.envoy.config import EnvoyOptions

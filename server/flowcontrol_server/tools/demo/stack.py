@@ -15,7 +15,8 @@ import aiohttp
 import yaml
 
 from flowcontrol.errors import FlowControlError
-from flowcontrol_server.config.settings import Address, load_settings
+from flowcontrol_server.common.addresses import Address
+from flowcontrol_server.config.settings import load_settings
 from flowcontrol_server.tools.envoy.binary import envoy_binary
 from flowcontrol_server.tools.envoy.config import EnvoyOptions, bootstrap
 

@@ -14,8 +14,9 @@ from typing import Any, Final
 import yaml
 
 from flowcontrol.errors import ConfigError, FlowControlError
+from flowcontrol_server.common.addresses import Address
 from flowcontrol_server.common.extras import missing
-from flowcontrol_server.config.settings import Address, Listen, Settings
+from flowcontrol_server.config.settings import Listen, Settings
 from flowcontrol_server.requests.codec import DESTINATION, SERVICE
 
 try:
@@ -53,8 +54,6 @@ try:
         from flowcontrol_server.tools.envoy.manager import connection_manager
 except ModuleNotFoundError as _error:
     raise FlowControlError(missing(_error, "envoy")) from _error
-
-__all__ = ["EnvoyOptions", "EnvoyTls", "bootstrap", "connections_max", "log_cluster", "readable"]
 
 _LOOPBACKS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not bound
 """Wildcard addresses, and the loopback addresses that reach them from this machine."""
