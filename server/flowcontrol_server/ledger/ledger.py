@@ -1,12 +1,12 @@
 """The decision ledger of a serving process: its lock, its writer, and the feed between them."""
 
 import time
-from typing import Final, final
+from typing import IO, Final, final
 
 from flowcontrol.config import ControllerConfig
 from flowcontrol.errors import LedgerError
+from flowcontrol_server.common.file_lock import lock_file
 from flowcontrol_server.config.ledger import LedgerSection
-from flowcontrol_server.ledger.claim import LedgerLock
 from flowcontrol_server.ledger.recording import TurnFeed
 from flowcontrol_server.ledger.writer import LedgerWriter
 
@@ -26,7 +26,9 @@ class Ledger:
     def __init__(self, settings: LedgerSection) -> None:
         self.feed = TurnFeed()
         """Takes the turns of the processor."""
-        self._claim = LedgerLock(settings.file)
+        self._path = settings.file
+        self._lock: IO[bytes] | None = None
+        """Beside the ledger, because its parts come and go."""
         self._writer = LedgerWriter(
             settings.file,
             settings.max_bytes,
@@ -57,7 +59,10 @@ class Ledger:
             LedgerError: the ledger cannot be written, or another process writes it.
         """
         try:
-            self._claim.take()
+            self._lock = lock_file(self._path.with_name(f"{self._path.name}.lock"))
+            if self._lock is None:
+                message = f"ledger.file must not be in use by another process, got {self._path}"
+                raise LedgerError(message)
             self._writer.start(config, made_ns)
         except OSError as error:
             message = f"ledger.file cannot be written: {error}"
@@ -68,4 +73,5 @@ class Ledger:
         """Write the remaining turns, and end; permitted even if it was never started."""
         if self._is_open:
             self._writer.close(_CLOSE_TIMEOUT_S)
-        self._claim.release()
+        if self._lock is not None:
+            self._lock.close()

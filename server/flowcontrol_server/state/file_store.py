@@ -5,7 +5,6 @@ for the disk. A machine that loses power may lose the last batches; its requests
 """
 
 import asyncio
-import fcntl
 import json
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from urllib.parse import quote
 
 import structlog
 
+from flowcontrol_server.common.file_lock import lock_file
 from flowcontrol_server.state.store import (
     Batch,
     Contents,
@@ -26,7 +26,7 @@ from flowcontrol_server.state.store import (
 from flowcontrol_server.state.worker import Worker
 
 Answer = TypeVar("Answer")
-CLAIM_AGAIN_S = 0.1
+LOCK_AGAIN_S = 0.1
 """Time between two attempts to lock the file, which a draining predecessor keeps until it ends."""
 _BUSY_S = 1.0
 _SCHEMA = """
@@ -51,7 +51,7 @@ class FileStore:
         self.path = directory / f"{quote(pool, safe='')}.sqlite"
         self._worker: Worker | None = None
         self._database: sqlite3.Connection | None = None
-        self._claim: IO[bytes] | None = None
+        self._lock: IO[bytes] | None = None
 
     async def open(self, token: int) -> Contents:
         """Wait until no other process uses the file, and return its content.
@@ -61,12 +61,12 @@ class FileStore:
         """
         del token  # the lock admits one process only
         is_logged = False
-        while not await self._do(self._take):
+        while not await self._do(self._take_lock):
             if not is_logged:
                 problem = "waiting until the process that uses it ends"
                 _log.warning("state_file_in_use", file=str(self.path), problem=problem)
                 is_logged = True
-            await asyncio.sleep(CLAIM_AGAIN_S)
+            await asyncio.sleep(LOCK_AGAIN_S)
         return await self._do(self._open)
 
     async def write(self, batch: Batch) -> None:
@@ -91,19 +91,11 @@ class FileStore:
 
     # In the worker's thread
 
-    def _take(self) -> bool:
-        if self._claim is not None:
-            return True
-        file = self.path.with_suffix(".lock").open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return False
-        except OSError:  # a file system without locks: go on without one
-            pass
-        self._claim = file
-        return True
+    def _take_lock(self) -> bool:
+        """Lock the file, unless that is done already; return whether it is locked."""
+        if self._lock is None:
+            self._lock = lock_file(self.path.with_suffix(".lock"))
+        return self._lock is not None
 
     def _open(self) -> Contents:
         try:
@@ -142,7 +134,7 @@ class FileStore:
         _log.error("state_file_damaged", file=str(damaged), problem=str(error))
 
     def _write(self, batch: Batch) -> None:
-        if self._claim is None:
+        if self._lock is None:
             message = "the file is not open"
             raise sqlite3.ProgrammingError(message)
         if self._database is None:
@@ -179,9 +171,9 @@ class FileStore:
 
     def _close(self) -> None:
         self._disconnect()
-        if self._claim is not None:
-            self._claim.close()
-            self._claim = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def _put(database: sqlite3.Connection, batch: Batch) -> None:

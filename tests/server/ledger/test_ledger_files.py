@@ -1,16 +1,19 @@
 """Whose files a ledger may take."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from flowcontrol.config import ControllerConfig
 from flowcontrol.errors import LedgerError
 from flowcontrol.replay.ledger import BEGINNING
 from flowcontrol_server.cli import main
 from flowcontrol_server.common.parts import SMALL_MAX, make_room, part_path, stranger_among
-from flowcontrol_server.ledger.claim import LedgerLock
+from flowcontrol_server.config.ledger import LedgerSection
+from flowcontrol_server.ledger.ledger import Ledger
 
 CONFIG = """\
 apiVersion: flowcontrol/v1alpha1
@@ -134,15 +137,25 @@ class TestRoom:
         assert (tmp_path / "ledger.4").read_text() == "precious\n"
 
 
-class TestClaim:
-    """One at a time."""
+class TestLock:
+    """One process at a time."""
 
-    def test_taken(self, tmp_path: Path) -> None:
-        """What one holds no other gets, until it is let go."""
-        first, second = LedgerLock(tmp_path / "ledger"), LedgerLock(tmp_path / "ledger")
-        first.take()
-        with pytest.raises(LedgerError, match="in use by another process"):
-            second.take()
-        first.release()
-        second.take()
-        second.release()
+    def test_in_use(self, tmp_path: Path) -> None:
+        """A ledger that is written by another is not started, until that one has closed it."""
+        settings = LedgerSection(file=tmp_path / "ledger")
+        first, second = Ledger(settings), Ledger(settings)
+        first.start(ControllerConfig(), 0)
+        rule = f"ledger.file must not be in use by another process, got {tmp_path / 'ledger'}"
+        with pytest.raises(LedgerError, match=re.escape(rule)):
+            second.start(ControllerConfig(), 0)
+        second.close()
+        first.close()
+        third = Ledger(settings)
+        third.start(ControllerConfig(), 0)
+        third.close()
+
+        assert sorted(each.name for each in tmp_path.iterdir()) == [
+            "ledger",
+            "ledger.1",
+            "ledger.lock",
+        ]
