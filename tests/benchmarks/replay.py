@@ -33,9 +33,10 @@ from flowcontrol.config import Ordering
 from flowcontrol.controller import FlowController
 from flowcontrol.replay.ledger import Turn
 from flowcontrol.replay.rerun import Rerun
+from flowcontrol_server.ledger.reader import parts_of
 from flowcontrol_server.ledger.recording import TurnFeed
 from flowcontrol_server.ledger.replay import replay
-from flowcontrol_server.ledger.writer import LedgerWriter, parts_of
+from flowcontrol_server.ledger.writer import LedgerWriter
 from tests.support.recorded import Recording, busy, whole_config
 
 

@@ -41,7 +41,7 @@ from flowcontrol_server.common.yamlfile import read_documents
 from flowcontrol_server.config.admin import Secret
 from flowcontrol_server.config.settings import load_policies, load_settings
 from flowcontrol_server.config.sources import Dns
-from flowcontrol_server.ledger.writer import read_entries
+from flowcontrol_server.ledger.reader import read_entries
 from flowcontrol_server.requests.classify import ExemptPaths, Intake, classify, path_of
 from flowcontrol_server.requests.codec import MalformedMessageError, decode
 from flowcontrol_server.requests.dialects import dialect_of, error_body

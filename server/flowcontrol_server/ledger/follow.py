@@ -8,7 +8,7 @@ from typing import IO, final
 from flowcontrol.errors import LedgerError
 from flowcontrol.replay.ledger import Entry, Gap, Header
 from flowcontrol_server.common.parts import part_path
-from flowcontrol_server.ledger.writer import entry_of, parts_of
+from flowcontrol_server.ledger.reader import entry_of, parts_of
 
 
 @final

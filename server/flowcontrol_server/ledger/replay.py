@@ -23,7 +23,7 @@ from flowcontrol.replay.ledger import (
 from flowcontrol.replay.rerun import Rerun
 from flowcontrol.request import FlowKey, Group, by_group
 from flowcontrol_server.common.plain_text import plain
-from flowcontrol_server.ledger.writer import parts_of, read_entries
+from flowcontrol_server.ledger.reader import parts_of, read_entries
 
 _TENANTS_SHOWN_MAX = 8
 """Tenants shown for each band: those with the most requests."""

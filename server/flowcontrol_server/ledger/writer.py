@@ -1,4 +1,4 @@
-"""Writes the decision ledger to files, in a thread of its own, and reads it back.
+"""Writes the decision ledger to files, in a thread of its own.
 
 `file` is the newest part, `file.1` the one before it, and so on, up to `files` in total.
 """
@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -16,7 +15,6 @@ from typing import IO, final
 import structlog
 
 from flowcontrol.config import ControllerConfig
-from flowcontrol.errors import LedgerError
 from flowcontrol.replay.ledger import (
     BEGINNING,
     Checkpoint,
@@ -25,10 +23,9 @@ from flowcontrol.replay.ledger import (
     Turn,
     disguise_with,
     disguised,
-    from_line,
     to_line,
 )
-from flowcontrol_server.common.parts import make_room, part_path
+from flowcontrol_server.common.parts import make_room
 from flowcontrol_server.ledger.recording import TurnFeed
 
 _LINGER_S = 0.1
@@ -207,67 +204,3 @@ def _write_whole(file: IO[bytes], text: str) -> None:
         with suppress(OSError):
             file.truncate(before)
         raise
-
-
-# Reading
-
-
-def parts_of(path: Path) -> list[Path]:
-    """Return the files of the run of `path`, oldest first, back to the first missing part.
-
-    Raises:
-        LedgerError: `path` is no ledger.
-    """
-    newest = header_of(path)
-    found = [path]
-    number = 1
-    while (older := part_path(path, number)).exists():
-        header = header_of(older)
-        if header.run != newest.run or header.part != newest.part - number:
-            break
-        found.append(older)
-        number += 1
-    return found[::-1]
-
-
-def header_of(path: Path) -> Header:
-    """Return the header of a file, its first line."""
-    entry = next(read_entries(path), None)
-    if not isinstance(entry, Header):
-        message = f"{path} must begin with a header"
-        raise LedgerError(message)
-    return entry
-
-
-def entry_of(text: str | bytes) -> Entry:
-    """Return the entry of one line.
-
-    Raises:
-        LedgerError: it is not a line of a ledger.
-    """
-    try:
-        return from_line(json.loads(text))
-    except (ValueError, RecursionError) as error:
-        message = f"must be a line of a decision ledger, in JSON ({error})"
-        raise LedgerError(message) from error
-
-
-def read_entries(path: Path) -> Iterator[Entry]:
-    """Yield the entries of a file, without a last line that a crash has cut off.
-
-    Raises:
-        LedgerError: a line cannot be read; names the line.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, text in enumerate(file, 1):
-                if not text.endswith("\n"):
-                    return
-                try:
-                    yield entry_of(text)
-                except LedgerError as error:
-                    message = f"{path}:{number} {error}"
-                    raise LedgerError(message) from error
-    except (OSError, UnicodeDecodeError) as error:
-        message = f"{path} cannot be read: {error}"
-        raise LedgerError(message) from error

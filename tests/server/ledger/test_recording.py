@@ -19,8 +19,9 @@ from flowcontrol.events import Arrived, Left
 from flowcontrol.replay.ledger import Checkpoint, Entry, Gap, Header, Turn
 from flowcontrol.request import Request
 from flowcontrol_server.cli import main
+from flowcontrol_server.ledger.reader import header_of, parts_of, read_entries
 from flowcontrol_server.ledger.recording import TurnFeed
-from flowcontrol_server.ledger.writer import LedgerWriter, header_of, parts_of, read_entries
+from flowcontrol_server.ledger.writer import LedgerWriter
 from tests.support.recorded import SECOND, Recording, busy, small_config
 from tests.support.told import eventually
 

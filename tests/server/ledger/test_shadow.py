@@ -11,9 +11,10 @@ from flowcontrol.replay.ledger import Checkpoint, Entry, Gap, Header, Turn, take
 from flowcontrol.request import Outcome
 from flowcontrol.views.snapshot import Totals
 from flowcontrol_server.ledger.follow import Follower
+from flowcontrol_server.ledger.reader import read_entries
 from flowcontrol_server.ledger.recording import TurnFeed
 from flowcontrol_server.ledger.shadow import Shadow, ShadowReport
-from flowcontrol_server.ledger.writer import LedgerWriter, read_entries
+from flowcontrol_server.ledger.writer import LedgerWriter
 from flowcontrol_server.tools.shadow import ShadowCollector, table
 from tests.support.recorded import Recording, busy, small_config
 
