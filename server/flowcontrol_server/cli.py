@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import click
 
-from flowcontrol.errors import ConfigError, FlowControlError
+from flowcontrol.errors import FlowControlError
 from flowcontrol.simulation.model_server import ModelServerConfig
 from flowcontrol_server.common.extras import missing
 from flowcontrol_server.common.plain_text import plain
@@ -19,6 +19,7 @@ from flowcontrol_server.common.signals import exit_at_stop_signals
 if TYPE_CHECKING:
     import grpc
 
+    from flowcontrol.config import ControllerConfig
     from flowcontrol_server.common.addresses import Address
     from flowcontrol_server.config.settings import Settings
     from flowcontrol_server.tools.envoy.config import EnvoyOptions
@@ -33,26 +34,28 @@ _HTTP2_THERE = (
     "--http2 cannot be used with --envoy-gateway, where the Service decides it: set appProtocol: "
     "kubernetes.io/h2c at the port of the model servers"
 )
-_PEM = click.Path(path_type=Path, dir_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
 CONFIG_OPTION = click.option(
     "--config",
     "config",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=_FILE,
     help="Configuration file.",
 )
 
 
 class _Commands(click.Group):
-    """Reports an error of the operating system in one line, like any other error.
+    """Reports the errors of commands without a traceback: ours, and the operating system's.
 
-    Except in long-running commands: there it is a bug, reported with its traceback.
+    In long-running commands an error of the operating system is a bug, and has its traceback.
     """
 
     def invoke(self, context: click.Context) -> object:
         """Run a command."""
         try:
             return super().invoke(context)
+        except FlowControlError as error:
+            _fail(str(error))
         except OSError as error:
             if context.invoked_subcommand in {"serve", "simulate-server"} or error.errno == EPIPE:
                 raise  # click exits silently when the reader is gone
@@ -121,7 +124,7 @@ async def _serve(settings: "Settings", config: Path) -> int:
 
 
 @main.command()
-@click.argument("config", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("config", type=_FILE)
 def check_config(config: Path) -> None:
     """Report every error of a configuration file; exit 2 if there is one.
 
@@ -138,7 +141,7 @@ def check_config(config: Path) -> None:
 
 
 @main.command()
-@click.option("--config", required=True, type=click.Path(path_type=Path, dir_okay=False))
+@CONFIG_OPTION
 @click.option(
     "--header", multiple=True, metavar="NAME: VALUE", help="Header of the request; repeatable."
 )
@@ -167,8 +170,8 @@ def classify(config: Path, header: tuple[str, ...], metadata: tuple[str, ...], b
 
 
 @main.command()
-@click.argument("before", type=click.Path(path_type=Path, dir_okay=False))
-@click.argument("after", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("before", type=_FILE)
+@click.argument("after", type=_FILE)
 def diff_config(before: Path, after: Path) -> None:
     """Show the settings in which two configuration files differ; exit 1 if they do.
 
@@ -272,32 +275,23 @@ def envoy_config(  # noqa: PLR0913 - click's options
         _fail(_NEED_CA)
     if route and envoy_gateway is None:
         _fail("--route needs --envoy-gateway: a whole configuration has a route of its own")
-    try:
-        from flowcontrol_server.tools.envoy.config import (
-            EnvoyOptions,
-            EnvoyTls,
-            bootstrap,
-        )
+    from flowcontrol_server.tools.envoy.config import EnvoyOptions, EnvoyTls, bootstrap
 
-        options = EnvoyOptions(
-            listen=_opened("--listen", _address("--listen", listen)),
-            admin=_opened("--admin", _address_or_socket("--admin", admin)),
-            ext_proc=_address("--ext-proc", ext_proc) if ext_proc else None,
-            tls=EnvoyTls(tls_ca, tls_certificate, tls_key) if tls_ca else None,
-            buffer_limit_bytes=size,
-            connections_max=max_connections,
-            heap_bytes_max=heap,
-            original_dst=original_dst,
-            http2=http2,
-        )
-        if envoy_gateway is None:
-            click.echo(bootstrap(settings, options), nl=False)
-        else:
-            click.echo(_gateway(settings, options, envoy_gateway, route), nl=False)
-    except ConfigError as error:
-        _fail(*error.problems)
-    except FlowControlError as error:
-        _fail(str(error))
+    options = EnvoyOptions(
+        listen=_opened("--listen", _address("--listen", listen)),
+        admin=_opened("--admin", _address_or_socket("--admin", admin)),
+        ext_proc=_address("--ext-proc", ext_proc) if ext_proc else None,
+        tls=EnvoyTls(tls_ca, tls_certificate, tls_key) if tls_ca else None,
+        buffer_limit_bytes=size,
+        connections_max=max_connections,
+        heap_bytes_max=heap,
+        original_dst=original_dst,
+        http2=http2,
+    )
+    if envoy_gateway is None:
+        click.echo(bootstrap(settings, options), nl=False)
+    else:
+        click.echo(_gateway(settings, options, envoy_gateway, route), nl=False)
 
 
 def _gateway(settings: "Settings", options: "EnvoyOptions", named: str, route: str | None) -> str:
@@ -332,10 +326,7 @@ def simulate_server(host: str, port: int, model: str, sequences_max: int) -> Non
     from flowcontrol_server.tools.model_server import run
 
     logs.configure("info")
-    try:
-        run(host, port, model, ModelServerConfig(sequences_max=sequences_max))
-    except FlowControlError as error:
-        _fail(str(error))
+    run(host, port, model, ModelServerConfig(sequences_max=sequences_max))
 
 
 @main.command()
@@ -377,15 +368,15 @@ def demo(keep: bool, port_offset: int, seed: int, seconds: float, output: Path) 
 
 
 @main.command()
-@click.argument("scenario", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("scenario", type=_FILE)
 @click.option(
     "--compare",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=_FILE,
     help="Another scenario to compare with, run with the same seed.",
 )
 @click.option(
     "--trace",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=_FILE,
     help="Request trace to replay: Azure CSV or Mooncake JSONL.",
 )
 @click.option("--seed", type=int, help="Replaces the scenario's seed.")
@@ -405,11 +396,7 @@ def simulate(
     except ModuleNotFoundError as error:
         _fail(missing(error, "demo"))
     paths = (scenario,) if compare is None else (scenario, compare)
-    try:
-        status = run_simulation(paths, trace, seed, output)
-    except ConfigError as error:
-        _fail(*error.problems)
-    raise SystemExit(status)
+    raise SystemExit(run_simulation(paths, trace, seed, output))
 
 
 @main.command()
@@ -426,13 +413,13 @@ def simulate(
 )
 @click.option(
     "--tls-ca",
-    type=_PEM,
+    type=_FILE,
     help="PEM file with the CAs that sign the service's certificate. Default: no TLS.",
 )
 @click.option(
-    "--tls-certificate", type=_PEM, help="PEM file with the client certificate, for tls.clientCa."
+    "--tls-certificate", type=_FILE, help="PEM file with the client certificate, for tls.clientCa."
 )
-@click.option("--tls-key", type=_PEM, help="PEM file with the key of --tls-certificate.")
+@click.option("--tls-key", type=_FILE, help="PEM file with the key of --tls-certificate.")
 def top(
     address: str,
     token: str | None,
@@ -482,34 +469,24 @@ def _secret(token: str | None) -> str | None:
 
 
 @main.command()
-@click.argument("ledger", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("ledger", type=_FILE)
 @click.option(
     "--config",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=_FILE,
     help="Replay with this configuration, and show what would have been different.",
 )
 def replay(ledger: Path, config: Path | None) -> None:
     """Replay a decision ledger on a virtual clock; exit 1 if any decision differs."""
-    from flowcontrol_server.common.yamlfile import naming
-    from flowcontrol_server.config.settings import load_policies
     from flowcontrol_server.ledger.replay import replay as decide_again
 
-    policies = None
-    try:
-        if config is not None:
-            with naming(config):
-                policies = load_policies(config)
-        status, lines = decide_again(ledger, policies)
-    except ConfigError as error:
-        _fail(*error.problems)
-    except FlowControlError as error:
-        _fail(str(error))
+    policies = None if config is None else _load_policies(config)
+    status, lines = decide_again(ledger, policies)
     click.echo("\n".join(lines))
     raise SystemExit(status)
 
 
 @main.command()
-@click.argument("ledger", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("ledger", type=_FILE)
 @CONFIG_OPTION
 @click.option(
     "--listen",
@@ -522,19 +499,10 @@ def shadow(ledger: Path, config: Path, listen: str) -> None:
 
     Follows the ledger of the service until ctrl-C or SIGTERM, then prints a comparison.
     """
-    from flowcontrol_server.common.yamlfile import naming
-    from flowcontrol_server.config.settings import load_policies
     from flowcontrol_server.tools.shadow import run
 
     address = _address("--listen", listen)
-    try:
-        with naming(config):
-            policies = load_policies(config)
-        lines = run(ledger, policies, address)
-    except ConfigError as error:
-        _fail(*error.problems)
-    except FlowControlError as error:
-        _fail(str(error))
+    lines = run(ledger, _load_policies(config), address)
     click.echo("\n".join(lines))
 
 
@@ -573,12 +541,16 @@ def _load(config: Path, *, is_elsewhere: bool = False) -> "Settings":
     from flowcontrol_server.common.yamlfile import naming
     from flowcontrol_server.config.settings import load_settings
 
-    try:
-        with naming(config):
-            settings = load_settings(config, is_elsewhere=is_elsewhere)
-    except ConfigError as error:
-        _fail(*error.problems)
-    return settings
+    with naming(config):
+        return load_settings(config, is_elsewhere=is_elsewhere)
+
+
+def _load_policies(config: Path) -> "ControllerConfig":
+    from flowcontrol_server.common.yamlfile import naming
+    from flowcontrol_server.config.settings import load_policies
+
+    with naming(config):
+        return load_policies(config)
 
 
 def _fail(*problems: str) -> NoReturn:
