@@ -11,6 +11,7 @@ from typing import NamedTuple, final
 
 import yaml
 
+from flowcontrol_server.common.sections import PRIORITY_MAX
 from flowcontrol_server.common.watched import watch_folder
 from flowcontrol_server.sources.folder import declared_in
 from flowcontrol_server.sources.mistakes import FileSource, describe_error
@@ -18,7 +19,6 @@ from flowcontrol_server.sources.objectives import (
     GROUPS,
     NAME_LENGTH_MAX,
     OBJECTIVES_MAX,
-    PRIORITY_MAX,
     Objective,
     kind_and_name,
     priorities_of,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flowcontrol_server.common.sections import Priority
 from flowcontrol_server.config.problems import problems_of
 
 GROUPS = ("llm-d.ai/v1alpha2", "inference.networking.x-k8s.io/v1alpha2")
@@ -17,7 +18,6 @@ NAME_LENGTH_MAX = 253
 """Longest name that Kubernetes permits."""
 OBJECTIVES_MAX = 10_000
 """More in one place are an error."""
-PRIORITY_MAX = 2**31 - 1
 POOL_KIND = "InferencePool"
 _NEAR = 0.9
 """How much alike a misspelt kind is to the right one: a letter too many, too few or wrong."""
@@ -60,7 +60,7 @@ class _PoolRef(BaseModel):
 class _Spec(BaseModel):
     model_config = ConfigDict(extra="allow")  # fields of later versions are ignored, but reported
 
-    priority: int = Field(default=0, ge=-PRIORITY_MAX - 1, le=PRIORITY_MAX, strict=True)
+    priority: Priority = 0
     poolRef: _PoolRef  # noqa: N815 - the manifest's own spelling
 
 

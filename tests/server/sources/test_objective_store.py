@@ -8,13 +8,13 @@ import pytest
 import yaml
 from structlog.testing import capture_logs
 
+from flowcontrol_server.common.sections import PRIORITY_MAX
 from flowcontrol_server.sources.folder import ObjectiveFolder
 from flowcontrol_server.sources.objective_store import ObjectiveStore
 from flowcontrol_server.sources.objectives import (
     GROUPS,
     NAME_LENGTH_MAX,
     OBJECTIVES_MAX,
-    PRIORITY_MAX,
     Objective,
     to_manifest,
 )
