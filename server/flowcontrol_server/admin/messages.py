@@ -42,16 +42,21 @@ def snapshot_message(
         unknown_objectives=snapshot.unknown_objectives,
         bands=[_band(band, snapshot, flows_max) for band in snapshot.bands],
         endpoints=[_endpoint(endpoint) for endpoint in snapshot.endpoints],
-        objectives=[
-            api.Objective(name=name, priority=priority)
-            for name, priority in sorted(snapshot.objectives.items())
-        ],
+        objectives=objective_messages(snapshot),
         detectors=[_detector(detector) for detector in snapshot.detectors],
         settlements=api.Settlements(**settlements._asdict()),
         limits=snapshot.limits.given(),
     )
     message.time.GetCurrentTime()
     return message
+
+
+def objective_messages(snapshot: Snapshot) -> list[api.Objective]:
+    """Return the objectives in effect as messages, by name."""
+    return [
+        api.Objective(name=name, priority=priority)
+        for name, priority in sorted(snapshot.objectives.items())
+    ]
 
 
 def add_status(message: api.Snapshot, status: ServiceStatus) -> None:

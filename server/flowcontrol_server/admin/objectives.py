@@ -8,6 +8,7 @@ import grpc
 
 from flowcontrol.errors import NotRunningError
 from flowcontrol.v1 import flowcontrol_pb2 as api
+from flowcontrol_server.admin.messages import objective_messages
 from flowcontrol_server.common.plain_text import plain
 from flowcontrol_server.requests.gate import FlowGate
 from flowcontrol_server.sources.objective_store import ObjectiveStore
@@ -58,10 +59,7 @@ class ObjectiveMethods:
         """Return the objectives in effect, and the problems of their sources."""
         snapshot = await while_running(self._gate.snapshot(), context)
         return api.ListObjectivesResponse(
-            objectives=[
-                api.Objective(name=name, priority=priority)
-                for name, priority in sorted(snapshot.objectives.items())
-            ],
+            objectives=objective_messages(snapshot),
             writable=self._objectives.store() is not None,
             problems=[
                 # file names may not be UTF-8
