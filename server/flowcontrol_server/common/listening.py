@@ -11,7 +11,7 @@ from pathlib import Path
 from flowcontrol.errors import ListenError
 from flowcontrol_server.common.addresses import Address
 
-_BACKLOG = 1_024
+BACKLOG = 1_024
 """Connections that the system queues until they are accepted."""
 _REASONS = {
     errno.EADDRINUSE: "in use by another process",
@@ -41,12 +41,12 @@ async def listen(
         await _expect_unused(address)
         with naming(str(address)):
             return await loop.create_unix_server(
-                protocol, str(address), ssl=ssl_context, backlog=_BACKLOG
+                protocol, str(address), ssl=ssl_context, backlog=BACKLOG
             )
     host, port = address
     with naming(str(Address(host, port))):
         # Without reuse_port: two processes would silently share the requests of one port.
-        return await loop.create_server(protocol, host, port, ssl=ssl_context, backlog=_BACKLOG)
+        return await loop.create_server(protocol, host, port, ssl=ssl_context, backlog=BACKLOG)
 
 
 @contextlib.contextmanager

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Final, final
 
 from flowcontrol_server.common.addresses import Address
-from flowcontrol_server.common.listening import naming
+from flowcontrol_server.common.listening import BACKLOG, naming
 
 _HANDSHAKE: Final = b"\x16"
-_BACKLOG: Final = 1_024
 PAUSE_S: Final = 1.0
 """How long to accept nothing after an error of accept. The error means that the system is out of
 resources, or, on Linux, that a new connection has failed already or a firewall forbids it. None of
@@ -67,7 +66,7 @@ class EitherPort:
             )
             addresses = dict.fromkeys((each[0], each[4]) for each in found)
             listening = [
-                opened.enter_context(socket.create_server(address, family=family, backlog=_BACKLOG))
+                opened.enter_context(socket.create_server(address, family=family, backlog=BACKLOG))
                 for family, address in addresses
             ]
             opened.pop_all()  # all or none
@@ -94,7 +93,7 @@ class EitherPort:
             task.cancel()
 
     def _accept(self, listening: socket.socket) -> None:
-        for _ in range(_BACKLOG):
+        for _ in range(BACKLOG):
             try:
                 connection, _address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
