@@ -93,7 +93,7 @@ class Election:
         self.problem: str | None = None
         """Why the last request for the lease failed; None: it was answered."""
         self.failures = 0
-        self.transitions = 0
+        self.elections = 0
         """Times that this process became the leader."""
         self._lock = lock
         self._duration_s = duration_s
@@ -121,7 +121,7 @@ class Election:
 
     def counts(self) -> ElectionCounts:
         """Return the state of the election."""
-        return ElectionCounts(self.problem is None, self.failures, self.transitions)
+        return ElectionCounts(self.problem is None, self.failures, self.elections)
 
     def begin(self) -> None:
         """Take part from now on."""
@@ -178,7 +178,7 @@ class Election:
 
     async def _step_up(self, token: int) -> None:
         self._token = token
-        self.transitions += 1
+        self.elections += 1
         _log.info("leader_elected", token=token)
         await self._elected(token)
 
