@@ -136,11 +136,6 @@ class Feed:
         return source if isinstance(source, ObjectiveStore) else None
 
     @property
-    def scraper(self) -> Scraper | None:
-        """Scrapes the endpoints; None without `load`."""
-        return self._scraper
-
-    @property
     def down(self) -> frozenset[str]:
         """Known endpoints that are down."""
         return self._roster.down

@@ -305,7 +305,7 @@ class TestApply:
         assert settings().scraping is None
         assert needed.scraping == Load()
         async with feeding(needed) as (feed, _told):
-            assert feed.scraper is not None
+            assert feed.snapshot().scrapes is not None
 
     async def test_load_reports(self) -> None:
         """A load report among the headers of a response is a load; half of one is none."""
@@ -328,7 +328,7 @@ class TestApply:
         application.router.add_get("/metrics", page)
         async with TestServer(application) as server, feeding(settings()) as (feed, told):
             address = f"{server.host}:{server.port}"
-            assert feed.scraper is None
+            assert feed.snapshot().scrapes is None
             await feed.apply(settings(load={"interval": "10ms"}))
             await feed.apply(settings(load={"interval": "10ms"}, endpoints={"static": [address]}))
             await told.until(lambda fact: isinstance(fact, LoadObserved))
@@ -336,7 +336,7 @@ class TestApply:
             assert (fact.address, fact.waiting, fact.running) == (address, 4, 2)
             await feed.apply(settings())
 
-            assert feed.scraper is None
+            assert feed.snapshot().scrapes is None
 
 
 class TestDown:
@@ -381,7 +381,7 @@ class TestDown:
             await told.until(lambda _fact: latest(told)[0] == ())
 
         assert latest(told)[0] == ()
-        assert feed.scraper is None
+        assert feed.snapshot().scrapes is None
 
     async def test_failing(self) -> None:
         """An endpoint that fails request after request leaves the pool for a while."""
@@ -400,7 +400,7 @@ class TestDown:
         monkeypatch.setattr(health, "EJECTED_FIRST_S", 0.02)
         four = [f"127.0.0.1:800{index}" for index in range(4)]
         async with feeding(settings(endpoints={"static": four})) as (feed, told):
-            assert feed.scraper is None
+            assert feed.snapshot().scrapes is None
             for address in four[:2]:
                 for _ in range(FAILURES_MAX):
                     feed.outcome(address, time.monotonic(), is_failure=True)
