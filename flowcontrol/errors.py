@@ -4,7 +4,7 @@
     ├── ConfigError        a setting, or the relation of two, is wrong
     ├── NotRunningError    the processor has stopped; nothing more is accepted
     ├── ListenError        an address cannot be listened on
-    └── LedgerError        a decision ledger cannot be read
+    └── LedgerError        a decision ledger cannot be read or written
 
 What becomes of a request is never an exception: it is an `Outcome`.
 """
@@ -29,7 +29,7 @@ class NotRunningError(FlowControlError):
 
 
 class LedgerError(FlowControlError):
-    """Not a decision ledger, or not one that this version can read."""
+    """A decision ledger that cannot be read by this version, or cannot be written."""
 
 
 class ListenError(FlowControlError):

@@ -74,7 +74,7 @@ class Inbox:
         self._pipe: tuple[int, int] | None = None
         """Its read end and write end, once the taker has slept."""
         self._is_asleep = False
-        """Whether the taker sleeps, and nobody is about to wake it."""
+        """Whether the taker sleeps, and no caller has begun to wake it."""
         self._is_at_pipe = False
         """Whether the taker may still read from the pipe."""
         self._is_rung = False

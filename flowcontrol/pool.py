@@ -187,7 +187,7 @@ class DetectorFactory(Protocol):
     """Makes the detectors of one stage."""
 
     def __call__(self, stage: StageLoad, now_ns: int, before: Sequence[Detector]) -> list[Detector]:
-        """Return detectors for a stage; those it had before hand on what they know."""
+        """Return detectors for a stage, which take over what those `before` have learnt."""
 
 
 @final
@@ -233,7 +233,7 @@ class Pool:
         """The same of every stage: a request may end while its stage has no endpoint."""
         self._timed: list[Detector] = []
         self._asked: list[Detector] = []
-        """Those whose loads are the load of the pool; with a picker, not those of its stage."""
+        """Detectors whose loads are the load of the pool. With a picker, its stage is left out."""
         self._detectors_of: dict[str, list[Detector]] = {}
         """By endpoint, those of its stage; for an endpoint in both, of the one with the picker."""
         self._pick_stage = Stage(self, Role.BOTH, ())

@@ -1,4 +1,4 @@
-"""Pure. Two engines on the same traffic: where they differ, and what that means for whom."""
+"""Pure. Two engines on the same traffic: where they differ, and what that means for each flow."""
 
 from array import array
 from collections import Counter

@@ -352,7 +352,7 @@ class ModelServer:
                 while tokens > kv_free and job.job_id in self._running:
                     kv_free += self._preempt_newest()
             if preempted_before != self._preemptions_total and job.job_id not in self._running:
-                break  # It was the newest left itself, or went for an older one.
+                break  # it was preempted, and before it all that are newer
             if is_decoding:
                 decode_count += 1
             else:

@@ -4,8 +4,8 @@
 def install(extra: str) -> str:
     """Return the command that installs an extra.
 
-    It never installs by name from a package index: this project is not published there yet, and
-    whoever registers the name would decide what the command runs.
+    It never installs by name from a package index: this project is not published there yet, so
+    anyone could register the name, and decide what the command runs.
     """
     return f"run pip install '.[{extra}]' in a checkout of flowcontrol"
 

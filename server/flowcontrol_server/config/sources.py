@@ -1,7 +1,4 @@
-"""The sections of the configuration file about the sources of objectives, endpoints and load.
-
-They are part of `settings`, and a module of their own only because of its size.
-"""
+"""The sections of the configuration file about the sources of objectives, endpoints and load."""
 
 from collections.abc import Mapping
 from pathlib import Path

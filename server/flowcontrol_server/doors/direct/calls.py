@@ -68,7 +68,7 @@ class Wire(Protocol):
         """Call a function at the end of this turn of the loop."""
 
     def park_later(self, park: Callable[[], None]) -> None:
-        """Call something after `BODY_S`."""
+        """Call a function after `BODY_S`."""
 
     def echo_soon(self, call: "ProcessCall") -> None:
         """Make a call send its echo before the next write."""

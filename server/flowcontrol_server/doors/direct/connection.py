@@ -314,7 +314,7 @@ class Line(asyncio.Protocol):
         self._loop.call_soon(park, context=self.context.callbacks)
 
     def park_later(self, park: Callable[[], None]) -> None:
-        """Call something after `BODY_S`."""
+        """Call a function after `BODY_S`."""
         self._loop.call_later(BODY_S, park, context=self.context.callbacks)
 
     def echo_soon(self, call: ProcessCall) -> None:
