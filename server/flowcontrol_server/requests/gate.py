@@ -205,23 +205,25 @@ class FlowGate:
         )
         self._parked[request_id] = parked
         self._undecided += 1
-        if self._closed_as is not None:
-            self._settle(self._own_decision(parked, self._closed_as))
-            return parked
-        if request.subset is not None and not self._count_subset(request.subset):
-            self.inbox_refusals += 1
-            self._settle(self._own_decision(parked, Outcome.REJECTED_CAPACITY))
-            return parked
-        try:
-            is_taken = self._inbox.offer(Arrived(request))
-        except NotRunningError:
-            return parked  # the processor's end is on its way, and settles it
-        if is_taken:
-            self._ring()
-        else:
-            self.inbox_refusals += 1
-            self._settle(self._own_decision(parked, Outcome.REJECTED_CAPACITY))
+        refused_as = self._offer(request)
+        if refused_as is not None:
+            self._settle(self._own_decision(parked, refused_as))
         return parked
+
+    def _offer(self, request: Request) -> Outcome | None:
+        """Pass a request to the processor; return its outcome if it is refused here."""
+        if self._closed_as is not None:
+            return self._closed_as
+        if request.subset is None or self._count_subset(request.subset):
+            try:
+                is_taken = self._inbox.offer(Arrived(request))
+            except NotRunningError:
+                return None  # the processor's end is on its way, and settles it
+            if is_taken:
+                self._ring()
+                return None
+        self.inbox_refusals += 1
+        return Outcome.REJECTED_CAPACITY
 
     def _dispatched_as(self, ticket: str) -> Parked | None:
         """Return the request of a ticket, if it is in flight."""
