@@ -30,6 +30,19 @@ OBJECTIVES = "/apis/llm-d.ai/v1alpha2/namespaces/models/inferenceobjectives"
 pytestmark = pytest.mark.slow
 
 
+async def ask_before_fault(
+    fault: str, streams: Streams, session: ClientSession, service: Running
+) -> list[asyncio.Task[int]]:
+    """Park three requests, then one whose end is the fault, and end it; return the three."""
+    asking = [asyncio.create_task(streams.ask("tenant")) for _ in range(3)]
+    culprit = asyncio.create_task(streams.ask(fault))
+    async with asyncio.timeout(PATIENCE_S):
+        while FOUR_WAIT not in await metrics(session, service.http):  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.01)
+    culprit.cancel()
+    return asking
+
+
 @pytest.mark.parametrize(
     ("on_fault", "status", "logged"), [("refuse", 500, 500), ("continue", 200, None)]
 )
@@ -47,12 +60,7 @@ async def test_a_callback_that_fails_ends_the_service(
         ClientSession() as session,
     ):
         streams = Streams(service.grpc)
-        asking = [asyncio.create_task(streams.ask("tenant")) for _ in range(3)]
-        culprit = asyncio.create_task(streams.ask(faulty.FAULT))
-        async with asyncio.timeout(PATIENCE_S):
-            while FOUR_WAIT not in await metrics(session, service.http):  # noqa: ASYNC110 - another process
-                await asyncio.sleep(0.01)
-        culprit.cancel()
+        asking = await ask_before_fault(faulty.FAULT, streams, session, service)
         async with asyncio.timeout(JOIN_TIMEOUT_S / 2):
             statuses = await asyncio.gather(*asking)
         exit_status = await service.ended()
@@ -76,12 +84,7 @@ async def test_a_callback_of_a_library_that_fails(tmp_path: Path) -> None:
         ClientSession() as session,
     ):
         streams = Streams(service.grpc)
-        asking = [asyncio.create_task(streams.ask("tenant")) for _ in range(3)]
-        culprit = asyncio.create_task(streams.ask(faulty.LIBRARY_FAULT))
-        async with asyncio.timeout(PATIENCE_S):
-            while FOUR_WAIT not in await metrics(session, service.http):  # noqa: ASYNC110 - another process
-                await asyncio.sleep(0.01)
-        culprit.cancel()
+        asking = await ask_before_fault(faulty.LIBRARY_FAULT, streams, session, service)
         await eventually(lambda: "library_callback_failed" in service.log)
         counted = "flowcontrol_library_faults_total 1.0" in await metrics(session, service.http)
         are_waiting = not any(each.done() for each in asking)
