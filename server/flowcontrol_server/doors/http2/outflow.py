@@ -60,7 +60,6 @@ class Outflow:
 
     def send_block(self, stream: Stream, block: bytes, *, is_end: bool) -> None:
         """Send response headers or trailers; they need no window, but wait for DATA before them."""
-        stream.is_answered = True
         if stream.outbox is None:
             self._write_block(stream, block, is_end=is_end)
         else:
@@ -184,7 +183,6 @@ class Outflow:
         self.data_frames += 1
         self.window -= size
         stream.credit -= size
-        stream.is_answered = True
         flags = frames.END_STREAM if is_end else 0
         self.ready.append(frames.frame(frames.DATA, flags, stream.stream_id, data))
         if is_end:

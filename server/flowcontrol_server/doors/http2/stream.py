@@ -27,7 +27,6 @@ class Stream:
 
     __slots__ = (
         "credit",
-        "is_answered",
         "is_held",
         "is_remote_open",
         "length_left",
@@ -40,8 +39,6 @@ class Stream:
         self.stream_id = stream_id
         self.is_remote_open = is_remote_open
         self.length_left = length_left
-        self.is_answered = False
-        """Whether anything was sent."""
         self.credit = 0
         """Our window on this stream, minus the initial one."""
         self.unread = 0
