@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import reprlib
-import signal
 import socket
 import struct
 import time
@@ -31,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from flowcontrol.simulation.model_server import ModelServer, ModelServerConfig, TokenEvent
 from flowcontrol_server.common.listening import naming
+from flowcontrol_server.common.signals import STOP_SIGNALS
 
 CHARACTERS_PER_TOKEN = 4  # For the estimate of a prompt's length: OpenAI's rule for English.
 OUTPUT_TOKENS_DEFAULT = 64  # If the request sets no limit.
@@ -69,7 +69,7 @@ def run(host: str, port: int, model: str, config: ModelServerConfig) -> None:
 async def serve_model(host: str, port: int, model: str, config: ModelServerConfig) -> None:
     """Do the same as `run`, on the loop of the main thread."""
     stop = asyncio.Event()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
+    for signal_number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
     application = model_application(model, config)
     runner = web.AppRunner(

@@ -20,6 +20,7 @@ from flowcontrol.request import Outcome
 from flowcontrol.views.snapshot import WAIT_BOUNDS_S, Totals
 from flowcontrol_server.common.addresses import Address
 from flowcontrol_server.common.listening import naming
+from flowcontrol_server.common.signals import STOP_SIGNALS
 from flowcontrol_server.ledger.follow import Follower
 from flowcontrol_server.ledger.shadow import Shadow, ShadowReport
 from flowcontrol_server.telemetry.metrics import buckets_of
@@ -37,7 +38,7 @@ def run(ledger: Path, config: ControllerConfig, listen: Address) -> list[str]:
         ListenError: the address of the metrics cannot be opened.
     """
     ended = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda _number, _frame: ended.set())
     shadow = Shadow(config)
     follower = Follower(ledger)

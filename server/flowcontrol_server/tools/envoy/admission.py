@@ -1,8 +1,7 @@
 """Envoy's filters that refuse requests while this service is down, as typed messages.
 
 ext_proc fails open, so that responses which have begun complete. A filter behind it admits only
-requests that this service has marked. Import it through
-`config`, which reports missing packages.
+requests that this service has marked. Import it through `config`, which reports missing packages.
 """
 
 import re
