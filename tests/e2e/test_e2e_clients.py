@@ -91,6 +91,21 @@ class TestOldAndOdd:
         assert (await refused.reply()).headers["x-request-id"].startswith("test-")
         assert len(unnamed.headers["x-request-id"]) == 36
 
+    @pytest.mark.parametrize("picker", ["off", "least-loaded"])
+    async def test_headers_up_to_the_limit(self, start: Start, picker: str) -> None:
+        """Headers that Envoy accepts but cannot send on get 431: a 500 would be tried again."""
+        gateway = await start(Spec(picker=picker))
+        name = unique()
+        headers = {f"x-{number}": "v" for number in range(95)}
+        reply = await (await gateway.call(name=name, headers=headers)).reply()
+        settled = await gateway.until_so(lambda snapshot: snapshot.settlements.received == 1)
+
+        assert reply.status == 431
+        assert reply.body.startswith(b"too many headers: at most 100, of 60 KiB together")
+        assert gateway.backends[0].calls == []
+        assert await gateway.outcomes(name) == ["dispatched"]
+        assert settled.in_flight == 0
+
     async def test_key_in_the_query(self, gateway: Gateway) -> None:
         """It reaches the model server, and no log."""
         name = unique()

@@ -617,9 +617,11 @@ class TestFault:
         """Everything passes: the filter behind ext_proc is left out, and its replies."""
         configuration = generated(settings_with(requests={"onFault": "continue"}))
         names = {path[-1] for path, _ in all_settings(configuration)}
+        (reply,) = manager_of(configuration)["local_reply_config"]["mappers"]
 
         assert filter_of(configuration)["failure_mode_allow"] is True
-        assert names.isdisjoint({"local_reply_config", "envoy.filters.http.rbac"})
+        assert "envoy.filters.http.rbac" not in names
+        assert reply["status_code"] == 431
         assert "rbac" not in TestReaders.filters(configuration)
 
 

@@ -119,13 +119,15 @@ class TestManifests:
         enabled = [path for path, value in found if value == {"@type": FILTER, "config": {}}]
         assert enabled == [name for name in own if name.startswith("flowcontrol.")]
         assert ("response_trailer_mode", "SEND") in found
-        assert "local_reply_config" in dict(found)
+        statuses = [each["status_code"] for each in dict(found)["local_reply_config"]["mappers"]]
+        assert statuses == [503, 503, 503, 503, 503, 431]
 
     def test_continue(self) -> None:
         """Where the operator prefers to serve ungated, nothing is denied."""
         found = patches(settings_with(requests={"onFault": "continue"}))
 
-        assert "local_reply_config" not in dict(found)
+        (reply,) = dict(found)["local_reply_config"]["mappers"]
+        assert reply["status_code"] == 431
         assert not any("rbac" in str(value) for _, value in found)
 
     def test_access_log(self) -> None:

@@ -40,6 +40,13 @@ SERVICE_CLUSTER: Final = "ext_proc"
 _POLICY: Final = "flowcontrol"
 _DENIED: Final = f"response.code_details == 'rbac_access_denied_matched_policy[{_POLICY}]'"
 """Distinguishes the denial of our filter from those of other RBAC filters."""
+_TOO_LARGE: Final = "response.code_details == 'header_mutation_result_exceeds_limit'"
+"""Envoy accepted the headers of a request, but its limit counts again what is sent on, with headers
+that Envoy and this service add. By default 500, which clients try again, though it cannot pass."""
+_TOO_LARGE_STATUS: Final = 431
+_TOO_LARGE_MESSAGE: Final = (
+    "too many headers: at most 100, of 60 KiB together, with some 5 that Envoy adds"
+)
 _DIALECTS: Final = {
     Dialect.GRPC: ("content-type", "application/grpc.*"),
     Dialect.ANTHROPIC: (":path", r"[^?]*/v1/messages([/?].*)?"),
@@ -89,11 +96,19 @@ def admission(settings: Settings) -> list[hcm.HttpFilter]:
     return [hcm.HttpFilter(name=RBAC, typed_config=protobuf.Any.pack(config))]
 
 
-def local_replies(settings: Settings) -> hcm.LocalReplyConfig | None:
-    """Return the replies to denied requests: 503 with the error body of the client's API."""
-    if settings.requests.on_fault == "continue":
-        return None
-    return hcm.LocalReplyConfig(mappers=[_local_reply(dialect) for dialect in _DIALECTS])
+def local_replies(settings: Settings) -> hcm.LocalReplyConfig:
+    """Return the replies to denied requests: 503 with the error body of the client's API.
+
+    And 431 to a request that has too many headers to be sent on.
+    """
+    denies = settings.requests.on_fault != "continue"
+    denials = [_local_reply(dialect) for dialect in _DIALECTS] if denies else []
+    too_large = hcm.ResponseMapper(
+        filter=_details(_TOO_LARGE),
+        status_code=_TOO_LARGE_STATUS,
+        body_format_override=_body(_TOO_LARGE_MESSAGE, "text/plain"),
+    )
+    return hcm.LocalReplyConfig(mappers=[*denials, too_large])
 
 
 def exempt_routes(settings: Settings, action: route.RouteAction) -> list[route.Route]:
@@ -140,11 +155,7 @@ def _method(methods: tuple[str, ...]) -> list[route.HeaderMatcher]:
 
 
 def _local_reply(dialect: Dialect) -> hcm.ResponseMapper:
-    expression = accesslog.ExtensionFilter(
-        name="envoy.access_loggers.extension_filters.cel",
-        typed_config=protobuf.Any.pack(cel.ExpressionFilter(expression=_DENIED)),
-    )
-    denied = accesslog.AccessLogFilter(extension_filter=expression)
+    denied = _details(_DENIED)
     header = _DIALECTS[dialect]
     body = error_body(dialect, UNREACHABLE.status, UNREACHABLE.reason, UNREACHABLE.message)
     headers = {REASON_HEADER: UNREACHABLE.reason, "retry-after": str(UNREACHABLE_RETRY_S)}
@@ -154,10 +165,22 @@ def _local_reply(dialect: Dialect) -> hcm.ResponseMapper:
         filter=denied if header is None else _both(denied, *header),
         status_code=UNREACHABLE.status,
         headers_to_add=[_header(name, value) for name, value in headers.items()],
-        body_format_override=core.SubstitutionFormatString(
-            text_format_source=core.DataSource(inline_string=body.decode()),
-            content_type=content_type_of(dialect),
-        ),
+        body_format_override=_body(body.decode(), content_type_of(dialect)),
+    )
+
+
+def _details(expression: str) -> accesslog.AccessLogFilter:
+    """Match replies by the details that Envoy gives of them."""
+    extension = accesslog.ExtensionFilter(
+        name="envoy.access_loggers.extension_filters.cel",
+        typed_config=protobuf.Any.pack(cel.ExpressionFilter(expression=expression)),
+    )
+    return accesslog.AccessLogFilter(extension_filter=extension)
+
+
+def _body(text: str, content_type: str) -> core.SubstitutionFormatString:
+    return core.SubstitutionFormatString(
+        text_format_source=core.DataSource(inline_string=text), content_type=content_type
     )
 
 

@@ -268,10 +268,8 @@ def _listener_patches(settings: Settings, names: GatewayNames) -> list[dict[str,
         *((_MANAGER, f"http_filters/{index}", each) for index, each in enumerate(before)),
         *((_ROUTER, "", each) for each in after),
         (_MANAGER, "always_set_request_id_in_response", True),
+        (_MANAGER, "local_reply_config", _plain(admission.local_replies(settings))),
     ]
-    replies = admission.local_replies(settings)
-    if replies is not None:
-        found.append((_MANAGER, "local_reply_config", _plain(replies)))
     if settings.is_reported:
         found.append((_MANAGER, "access_log/-", _plain(filters.access_logs(settings)[-1])))
     return [_patch("listener.v3.Listener", names, *each) for each in found]
