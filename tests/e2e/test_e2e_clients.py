@@ -124,6 +124,19 @@ class TestOldAndOdd:
         assert call.path == f"{path}?key=hush"
         assert "hush" not in gateway.stack.service.log.read_text()
 
+    async def test_path_in_the_log(self, gateway: Gateway) -> None:
+        """It is the path of the request, whatever the client's headers say."""
+        name = unique()
+        gateway.backends[0].is_answering = True
+        headers = {"x-envoy-original-path": "/v1/models"}
+        await (await gateway.call(name=name, headers=headers)).reply()
+
+        def logged() -> list[str]:
+            lines = gateway.stack.access_log()
+            return [line["path"] for line in lines if line["request_id"] == name]
+
+        assert await eventually(logged, what="Envoy's line") == ["/v1/chat/completions"]
+
 
 class TestEngineHeaders:
     """Headers by which a client would choose its model server or its priority there."""

@@ -47,7 +47,7 @@ _PREVIOUS_HOSTS: Final = "envoy.retry_host_predicates.previous_hosts"
 _ACCESS_LOG: Final = {
     "start": "%START_TIME%",
     "method": "%REQ(:METHOD)%",
-    "path": "%PATH(NQ)%",
+    "path": "%PATH(NQ:PATH)%",
     "code": "%RESPONSE_CODE%",
     "details": "%RESPONSE_CODE_DETAILS%",
     "duration_ms": "%DURATION%",
