@@ -1,6 +1,7 @@
 """Model servers that really send trailers: gRPC through the gateway, as Triton is spoken to."""
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from tests.e2e.harness import Spec
 pytestmark = pytest.mark.e2e
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
+Infer = Callable[[AsyncIterator[bytes], Any], AsyncIterator[bytes]]
 END: object = getattr(grpc.aio, "EOF")  # noqa: B009 - its stubs do not know it
 
 
@@ -39,6 +41,22 @@ SPECS = {
 """The product's own wiring, and that of each gateway."""
 
 
+@contextlib.asynccontextmanager
+async def serving(gateway: Gateway, infer: Infer) -> AsyncIterator[None]:
+    """Put a model server that speaks gRPC in the place of the scripted one."""
+    await gateway.backends[0].close()
+    server = grpc.aio.server()
+    service, method = METHOD[1:].split("/")
+    handlers = {method: grpc.stream_stream_rpc_method_handler(infer)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    server.add_insecure_port(str(gateway.stack.endpoints[0]))
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)
+
+
 @pytest.fixture(params=SPECS)
 async def gateway(start: Start, request: pytest.FixtureRequest) -> AsyncIterator[Gateway]:
     """A gateway to a model server that speaks gRPC: it answers each request with two messages."""
@@ -50,15 +68,8 @@ async def gateway(start: Start, request: pytest.FixtureRequest) -> AsyncIterator
         context.set_trailing_metadata((("x-tokens", "2"),))
 
     gateway = await start(SPECS[request.param])
-    await gateway.backends[0].close()
-    server = grpc.aio.server()
-    service, method = METHOD[1:].split("/")
-    handlers = {method: grpc.stream_stream_rpc_method_handler(infer)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-    server.add_insecure_port(str(gateway.stack.endpoints[0]))
-    await server.start()
-    yield gateway
-    await server.stop(None)
+    async with serving(gateway, infer):
+        yield gateway
 
 
 class TestGrpcThroughTheGateway:
@@ -92,3 +103,45 @@ class TestGrpcThroughTheGateway:
         assert refused == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "rejected-ttl-expired" in details
         assert line["outcome"] == "dispatched"
+
+
+class TestErrors:
+    """gRPC sends its errors in trailers, behind status 200 of HTTP."""
+
+    @pytest.mark.parametrize(
+        ("code", "has_begun", "status"),
+        [
+            (grpc.StatusCode.OK, True, "2xx"),
+            (grpc.StatusCode.INVALID_ARGUMENT, False, "4xx"),
+            (grpc.StatusCode.UNAVAILABLE, False, "5xx"),
+            (grpc.StatusCode.INTERNAL, True, "5xx"),
+        ],
+    )
+    async def test_counted(
+        self, start: Start, code: grpc.StatusCode, status: str, *, has_begun: bool
+    ) -> None:
+        """One that the model server sends is no success, before its first message or after."""
+
+        async def infer(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+            async for message in messages:
+                if has_begun:
+                    yield message
+            if code is not grpc.StatusCode.OK:
+                await context.abort(code, "as the test wants")
+
+        gateway = await start(SPECS["ours"])
+        async with serving(gateway, infer), open_channel(gateway.stack.gateway) as channel:
+            call = channel.stream_stream(METHOD)()
+            await call.write(b"first")
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await call.done_writing()
+                while await call.read() is not END:
+                    pass
+            received = await call.code()
+            await gateway.until_so(lambda snapshot: snapshot.settlements.received == 1)
+        counts = (await gateway.metrics()).items()
+        name = "flowcontrol_responses_total"
+        found = [each for each, count in counts if each.startswith(name) and count]
+
+        assert received == code
+        assert found == [f'{name}{{priority="0",status="{status}"}}']

@@ -31,7 +31,7 @@ _REPORT: Final = (
     "%COMMON_DURATION(US_RX_BODY_BEG:US_RX_END:us)%",
     "%COMMON_DURATION(DS_RX_BEG:US_TX_BEG:us)%",
     *(f"%DYNAMIC_METADATA({USAGE_NAMESPACE}:{name})%" for name in COUNTS),
-    f"%DYNAMIC_METADATA({USAGE_NAMESPACE}:error)%",
+    f"%DYNAMIC_METADATA({USAGE_NAMESPACE}:error)%/%GRPC_STATUS_NUMBER%",
     f"%DYNAMIC_METADATA({USAGE_NAMESPACE}:first_token_late_ms)%",
     "%BYTES_RECEIVED%",
     "%BYTES_SENT%",
@@ -48,6 +48,20 @@ _CLIENT_LEFT: Final = frozenset(("DC", "DR"))
 CLIENT_ERROR, SERVER_ERROR, _STATUSES_END = 400, 500, 600
 NO_ROOM: Final = frozenset({429, 503, 529})
 """529 is Anthropic's status for overloaded."""
+_GRPC_ERRORS: Final = {
+    **dict.fromkeys((b"3", b"9", b"11", b"12"), 400),
+    **dict.fromkeys((b"6", b"10"), 409),
+    **dict.fromkeys((b"2", b"13", b"15"), 500),
+    b"1": 499,
+    b"4": 504,
+    b"5": 404,
+    b"7": 403,
+    b"8": 429,
+    b"14": 503,
+    b"16": 401,
+}
+"""HTTP statuses of gRPC's errors, which a model server sends behind status 200. A method that it
+lacks (12) is the client's error, and no failure of the server."""
 _BY_UPSTREAM: Final = "via_upstream"
 """Envoy's response code details of a response that the model server made."""
 _NO_HOST: Final = ("-", "/")
@@ -58,6 +72,8 @@ _MS_US: Final = 1000
 _WORDS: Final = len(_REPORT)
 _NUMBERS_FROM: Final = 3
 """Words before the numbers; one word follows them."""
+_ERROR_AT: Final = _WORDS - 5
+"""The word of the error in a response: the one that Envoy read, a slash, and gRPC's status."""
 _ZERO: Final = 48
 _NINE: Final = 9
 _DIGITS_MAX: Final = 15
@@ -71,7 +87,8 @@ class LogEntry:
 
     ticket: str
     status: int
-    """HTTP status; 0: there was no response. For a 200 with an error inside, that of the error."""
+    """HTTP status; 0: there was no response. For a 200 with an error inside, or behind it in gRPC's
+    trailers, that of the error."""
     is_success: bool
     """Whether the status is below 400 and the model server did not break the response off."""
     is_failure: bool = False
@@ -176,10 +193,13 @@ def _entry(report: LogReport) -> LogEntry:
         address = words[-1].decode()
     except UnicodeDecodeError:
         return _NO_REPORT
+    words[_ERROR_AT], _, grpc_status = words[_ERROR_AT].partition(b"/")
     numbers = [_count(words[at]) for at in range(_NUMBERS_FROM, _WORDS - 1)]
     status = numbers[0] or 0
     ttft, generation, parked = numbers[1], numbers[2], numbers[3]
     error, late_ms, received, sent = numbers[-4], numbers[-3], numbers[-2], numbers[-1]
+    if error is None:
+        error = _GRPC_ERRORS.get(grpc_status)
     if error is not None and status < CLIENT_ERROR:
         status = error if CLIENT_ERROR <= error < _STATUSES_END else ERROR
     if late_ms and ttft is not None:

@@ -39,6 +39,7 @@ COMMANDS = {
     "cache_creation": "%DYNAMIC_METADATA(flowcontrol.usage:cache_creation_tokens)%",
     "total": "%DYNAMIC_METADATA(flowcontrol.usage:total_tokens)%",
     "error": "%DYNAMIC_METADATA(flowcontrol.usage:error)%",
+    "grpc_status": "%GRPC_STATUS_NUMBER%",
     "late": "%DYNAMIC_METADATA(flowcontrol.usage:first_token_late_ms)%",
     "received": "%BYTES_RECEIVED%",
     "sent": "%BYTES_SENT%",
@@ -214,6 +215,31 @@ class TestSuccess:
         (found,) = read(message(entry(**said)))
         assert (found.is_success, found.status) == (False, error)
         assert (found.is_failure, found.was_turned_away) == (is_failure, was_turned_away)
+
+    @pytest.mark.parametrize(
+        ("grpc_status", "status", "is_failure", "was_turned_away"),
+        [
+            *((0, 200, False, False), (17, 200, False, False), ("-", 200, False, False)),
+            *((2, 500, True, False), (14, 503, True, True), (8, 429, False, True)),
+            *((3, 400, False, False), (12, 400, False, False), (16, 401, False, False)),
+        ],
+    )
+    def test_grpc_status(
+        self, grpc_status: object, status: int, *, is_failure: bool, was_turned_away: bool
+    ) -> None:
+        """An error of gRPC counts as one of HTTP; an unknown status is none."""
+        said = {"status": 200, "details": "via_upstream", "grpc_status": grpc_status}
+        (found,) = read(message(entry(**said)))
+        assert (found.status, found.is_success) == (status, status == 200)
+        assert (found.is_failure, found.was_turned_away) == (is_failure, was_turned_away)
+
+    def test_configuration_of_before(self) -> None:
+        """An Envoy that is not asked for gRPC's status is read as before."""
+        line = REPORT_FORMAT.replace("/%GRPC_STATUS_NUMBER%", "")
+        line = line.replace(COMMANDS["error"], "503").replace(COMMANDS["status"], "200")
+        common = AccessLogCommon(custom_tags={REPORT_TAG: line})
+
+        assert read(message(HttpAccessLogEntry(common_properties=common)))[0].status == 503
 
     @pytest.mark.parametrize(
         ("flags", "is_success"),
