@@ -48,7 +48,7 @@ _CLIENT_LEFT: Final = frozenset(("DC", "DR"))
 CLIENT_ERROR, SERVER_ERROR, _STATUSES_END = 400, 500, 600
 NO_ROOM: Final = frozenset({429, 503, 529})
 """529 is Anthropic's status for overloaded."""
-_GRPC_ERRORS: Final = {
+GRPC_ERRORS: Final = {
     **dict.fromkeys((b"3", b"9", b"11", b"12"), 400),
     **dict.fromkeys((b"6", b"10"), 409),
     **dict.fromkeys((b"2", b"13", b"15"), 500),
@@ -199,7 +199,7 @@ def _entry(report: LogReport) -> LogEntry:
     ttft, generation, parked = numbers[1], numbers[2], numbers[3]
     error, late_ms, received, sent = numbers[-4], numbers[-3], numbers[-2], numbers[-1]
     if error is None:
-        error = _GRPC_ERRORS.get(grpc_status)
+        error = GRPC_ERRORS.get(grpc_status)
     if error is not None and status < CLIENT_ERROR:
         status = error if CLIENT_ERROR <= error < _STATUSES_END else ERROR
     if late_ms and ttft is not None:

@@ -16,7 +16,13 @@ from typing import Any, Final, final
 
 from flowcontrol_server.common.units import parse_whole
 from flowcontrol_server.requests import usage
-from flowcontrol_server.requests.log_codec import CLIENT_ERROR, NO_ROOM, SERVER_ERROR, LogEntry
+from flowcontrol_server.requests.log_codec import (
+    CLIENT_ERROR,
+    GRPC_ERRORS,
+    NO_ROOM,
+    SERVER_ERROR,
+    LogEntry,
+)
 
 _EVENT_BYTES_MAX: Final = 65_536
 _TAIL_BYTES: Final = 16_384
@@ -77,7 +83,9 @@ class ResponseReader:
         self._is_cut = False
         """The line that has not ended is too long, and only its last bytes are held."""
         self._counts: dict[str, int] = {}
-        self._error: int | None = None
+        grpc_status = headers.get("grpc-status", "").encode(errors="replace")
+        self._error: int | None = GRPC_ERRORS.get(grpc_status)
+        """At first, that of gRPC in the headers; trailers, in which it may follow, are not read."""
         self._has_number = False
         self._first_ns: int | None = None
         self._bytes = 0

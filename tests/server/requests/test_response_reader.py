@@ -90,6 +90,24 @@ class TestReport:
 
         assert (entry.is_success, entry.is_failure, entry.was_turned_away) == flags
 
+    @pytest.mark.parametrize(
+        ("grpc_status", "status", "flags"),
+        [
+            ("0", 200, (True, False, False)),
+            ("14", 503, (False, True, True)),
+            ("8", 429, (False, False, True)),
+            ("12", 400, (False, False, False)),
+            ("\udcff", 200, (True, False, False)),
+        ],
+    )
+    def test_grpc_status(self, grpc_status: str, status: int, flags: tuple[bool, ...]) -> None:
+        """An error of gRPC without a message comes with the headers, behind status 200."""
+        headers = {"content-type": "application/grpc", "grpc-status": grpc_status}
+        entry = read(trailers=True, headers=headers)
+
+        assert entry.status == status
+        assert (entry.is_success, entry.is_failure, entry.was_turned_away) == flags
+
     def test_no_status(self) -> None:
         """A response without a readable status is no success."""
         entry = read(b"{}", headers={":status": "ok"})
