@@ -55,6 +55,11 @@ def read_here(
     return found
 
 
+def cut_into(content: bytes, size: int) -> list[bytes]:
+    """Return a body in chunks of that size."""
+    return [content[at : at + size] for at in range(0, len(content), size)]
+
+
 def _reported(*counts: int | None) -> dict[str, float]:
     names = ("input_tokens", "cached_tokens", "output_tokens")
     return {name: each for name, each in zip(names, counts, strict=True) if each is not None}

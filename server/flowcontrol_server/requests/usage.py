@@ -1,6 +1,6 @@
 """Pure. Where model servers report token usage in a response, and errors inside it.
 
-One table for all readers: the filters of the generated Envoy configuration are made from it
+One table for both readers: the script of the generated Envoy configuration gets it in Lua
 (`tools/envoy`), and `ResponseReader` uses it for a response that passes through this service.
 """
 

@@ -10,6 +10,7 @@ import pytest
 from flowcontrol_server.requests.classify import served_endpoint
 from flowcontrol_server.requests.log_codec import LogEntry
 from flowcontrol_server.requests.response_reader import ResponseReader
+from tests.support.response_readers import cut_into
 
 MS = 1_000_000
 DISPATCHED, ENDED = 100 * MS, 900 * MS
@@ -128,9 +129,8 @@ class TestObject:
         """The usage behind a long answer is found, and what the answer says of usage is none."""
         long = {"data": [{"embedding": [0.1] * 20_000}], "note": '"usage": {"prompt_tokens": 9}'}
         body = json.dumps(long | USAGE | {"prompt_logprobs": None}).encode()
-        parts = [body[at : at + 8_000] for at in range(0, len(body), 8_000)]
 
-        assert counts(read(*parts)) == (11, None, 7)
+        assert counts(read(*cut_into(body, 8_000))) == (11, None, 7)
 
     @pytest.mark.parametrize(
         ("answer", "expected"),

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.support.response_readers import READERS, Reader
+from tests.support.response_readers import READERS, Reader, cut_into
 
 
 @pytest.fixture(params=READERS, ids=lambda reader: reader.__name__)
@@ -30,7 +30,7 @@ class TestUsage:
         """A line is read however it has been cut."""
         text = b'data: {"choices": [{"delta": {"content": "x"}}], "usage": null}\n\n' + LAST
 
-        assert read_of(*(text[at : at + size] for at in range(0, len(text), size))) == USAGE
+        assert read_of(*cut_into(text, size)) == USAGE
 
     def test_last_counts(self, read_of: Reader) -> None:
         """Of several events the last one counts, also when its line does not end."""
@@ -55,9 +55,8 @@ class TestUsage:
         event = b'data: {"type":"response.completed","response":{"instructions":"%s",%s}}'
         event %= rb"\"usage\": {\"input_tokens\": 99}" * 4_000, usage
         text = LAST + event + b"\n\ndata: [DONE]\n\n"
-        chunks = [text[at : at + size] for at in range(0, len(text), size)]
 
-        assert read_of(*chunks) == USAGE | {"cached_tokens": 3}
+        assert read_of(*cut_into(text, size)) == USAGE | {"cached_tokens": 3}
         assert read_of(event) == USAGE | {"cached_tokens": 3}
 
     def test_first_of_two_lines_too_long(self, read_of: Reader) -> None:
@@ -159,9 +158,8 @@ class TestUsage:
     ) -> None:
         """Its last line holds the tokens of all before, and the counts behind them."""
         text = b'{"done":true,"context":[' + b"12345," * 20_000 + b"1]," + end + b"\n"
-        chunks = (text[at : at + size] for at in range(0, len(text), size))
 
-        assert read_of(*chunks, kind=b"application/x-ndjson") == expected
+        assert read_of(*cut_into(text, size), kind=b"application/x-ndjson") == expected
 
     def test_ollama_behind_a_line_too_long(self, read_of: Reader) -> None:
         """What is left of a line that was dropped does not spoil the next."""
@@ -195,7 +193,7 @@ class TestObject:
         """It is read however it has been cut."""
         body = b'{"choices": [{"text": "\\"usage\\""}], ' + self.COUNTS + b"}"
 
-        assert read_of(*_cut(body, size), kind=self.JSON) == USAGE
+        assert read_of(*cut_into(body, size), kind=self.JSON) == USAGE
 
     @pytest.mark.parametrize("size", [5_000, 1 << 20])
     @pytest.mark.parametrize("before", [0, 10_000, 30_000, 300_000])
@@ -206,14 +204,14 @@ class TestObject:
         body = b'{"text": "' + text + b'", ' + self.COUNTS + b', "prompt_logprobs": ['
         body += b"-1.25," * (behind // 6) + b"0]}"
 
-        assert read_of(*_cut(body, size), kind=self.JSON) == USAGE
+        assert read_of(*cut_into(body, size), kind=self.JSON) == USAGE
 
     @pytest.mark.parametrize("numbers", [3, 3_000, 30_000])
     def test_ollama(self, read_of: Reader, numbers: int) -> None:
         """Counts at the top stand at the end."""
         body = b'{"embeddings": [[' + b"0.25," * numbers + b'1]], "prompt_eval_count": 11}'
 
-        assert read_of(*_cut(body, 8_000), kind=self.JSON) == {
+        assert read_of(*cut_into(body, 8_000), kind=self.JSON) == {
             "input_tokens": 11,
             "output_tokens": 0,
         }
@@ -242,10 +240,6 @@ class TestObject:
         assert read_of(b" ", b"\n ", b'{"error": ' + error + b"}", kind=self.JSON) == {
             "error": status
         }
-
-
-def _cut(content: bytes, size: int) -> list[bytes]:
-    return [content[at : at + size] for at in range(0, len(content), size)]
 
 
 ERRORS = {
@@ -359,6 +353,8 @@ class TestTime:
         read_of(b"")  # generating Envoy's configuration takes seconds, once
         begun_s = time.process_time()
         read_of(b'data: {"usage":{' + byte * (2**20 // len(byte)) + b"\n")
-        read_of(*_cut(b'{"usage":{' + byte * (2**20 // len(byte)), 65_536), kind=TestObject.JSON)
+        read_of(
+            *cut_into(b'{"usage":{' + byte * (2**20 // len(byte)), 65_536), kind=TestObject.JSON
+        )
 
         assert time.process_time() - begun_s < 1.0
